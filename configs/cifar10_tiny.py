@@ -1,0 +1,15 @@
+"""ViT-Tiny on CIFAR-10 at its native 32x32, patch 4: the documented entry.
+
+python -m hjepa_jax.main --config=configs/cifar10_tiny.py
+"""
+
+from hjepa_jax.config import Config, base_config
+
+
+def get_config() -> Config:
+    c = base_config()
+    c.data.source = "tfds:cifar10"
+    c.model.name = "vit_tiny"
+    c.optim.learning_rate = 1e-3
+    c.train.num_epochs = 20.0
+    return c.lock()

@@ -1,0 +1,19 @@
+"""The reference system's 100-epoch plan: ViT-Small/16 at 224, three levels, batch 24.
+
+python -m hjepa_jax.main --config=configs/m1_max_full_100epoch.py
+"""
+
+from configs import m1_max_full_20epoch
+from hjepa_jax.config import Config
+
+
+def get_config() -> Config:
+    c = m1_max_full_20epoch.get_config().unlock()
+    c.model.name = "vit_small"
+    c.model.num_levels = 3
+    c.model.predictor_num_heads = 6
+    c.mask.scale = (0.15, 0.35)  # whole level-2 cells, 4x4 patches, exist in few sizes
+    c.train.batch_size = 24
+    c.train.num_epochs = 100.0
+    c.train.checkpoint_every_epochs = 10.0
+    return c.lock()

@@ -1,0 +1,196 @@
+"""From a config to the parts of a run. Below this module nothing knows of configs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hjepa_jax.config import Config, encoder_size
+from hjepa_jax.data.augment import Augment
+from hjepa_jax.errors import InputError
+from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.optimizer import (
+    Schedule,
+    interpolation_schedule,
+    make_optimizer,
+    warmup_cosine_schedule,
+)
+from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedules:
+    """The length of a run, and its schedules as functions of the update's number, from 1."""
+
+    steps_per_epoch: int
+    num_steps: int
+    learning_rate_fn: Schedule
+    weight_decay_fn: Schedule
+    ema_momentum_fn: Schedule
+
+
+def build_model(config: Config) -> HJEPA:
+    """Context encoder and predictor."""
+    c = config.model
+    width, depth, num_heads = encoder_size(config)
+    grid_size = config.data.image_size // c.patch_size
+    shared = {
+        "grid_size": grid_size,
+        "mlp_ratio": c.mlp_ratio,
+        "positions": c.positions,
+        "dtype": jnp.dtype(c.dtype),
+    }
+    return HJEPA(
+        context_encoder=VisionTransformer(
+            patch_size=c.patch_size,
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            num_summary_tokens=c.num_summary_tokens,
+            **shared,
+        ),
+        predictor=Predictor(
+            num_levels=c.num_levels,
+            out_width=width,
+            width=c.predictor_width,
+            depth=c.predictor_depth,
+            num_heads=c.predictor_num_heads,
+            **shared,
+        ),
+        summary_pass=config.loss.summary_weight > 0,
+        min_coverage=config.mask.min_coverage,
+    )
+
+
+def build_masks(config: Config) -> MultiBlockMask:
+    """The mask sampler.
+
+    Raises:
+      InputError: for masks that no block fits or that leave no context.
+    """
+    c = config.mask
+    align_level = config.model.num_levels - 1 if c.align_level is None else c.align_level
+    return MultiBlockMask(
+        grid_size=config.data.image_size // config.model.patch_size,
+        num_blocks=c.num_blocks,
+        scale=tuple(c.scale),
+        aspect_ratio=tuple(c.aspect_ratio),
+        context_scale=tuple(c.context_scale),
+        context_aspect_ratio=tuple(c.context_aspect_ratio),
+        align_level=align_level,
+        num_context=c.num_context,
+    )
+
+
+def build_augment(config: Config) -> Augment:
+    """The augmentation of training images."""
+    c = config.data
+    return Augment(
+        image_size=c.image_size,
+        mean=tuple(c.mean),
+        std=tuple(c.std),
+        crop_scale=tuple(c.crop_scale),
+        crop_ratio=tuple(c.crop_ratio),
+        horizontal_flip=c.horizontal_flip,
+        brightness=c.brightness,
+        contrast=c.contrast,
+        saturation=c.saturation,
+        grayscale=c.grayscale,
+    )
+
+
+def build_loss_weights(config: Config) -> LossWeights:
+    """How the terms of the loss are combined."""
+    c = config.loss
+    regularizer_weight = 0.0 if c.regularizer == "none" else c.regularizer_weight
+    level_weights = c.level_weights or (1.0,) * config.model.num_levels
+    return LossWeights(
+        kind=c.kind,
+        level_weights=tuple(level_weights),
+        summary_weight=c.summary_weight,
+        variance_weight=regularizer_weight * c.variance_weight,
+        covariance_weight=regularizer_weight * c.covariance_weight,
+        regularized=c.regularized,
+    )
+
+
+def build_schedules(config: Config, num_images: int) -> Schedules:
+    """Length and schedules for a training set of `num_images`.
+
+    Raises:
+      InputError: when the training set does not fill one batch.
+    """
+    c = config.optim
+    steps_per_epoch = num_images // config.train.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"must be at most the number of training images, {num_images}",
+        )
+    num_steps = config.train.num_steps
+    if num_steps is None:
+        num_steps = max(1, round(config.train.num_epochs * steps_per_epoch))
+    final_weight_decay = c.final_weight_decay
+    start, end, kind = c.ema_momentum
+    return Schedules(
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        learning_rate_fn=warmup_cosine_schedule(
+            c.learning_rate,
+            warmup_steps=round(c.warmup_epochs * steps_per_epoch),
+            num_steps=num_steps,
+            end=c.final_learning_rate,
+        ),
+        weight_decay_fn=interpolation_schedule(
+            c.weight_decay,
+            c.weight_decay if final_weight_decay is None else final_weight_decay,
+            kind="cosine",
+            num_steps=num_steps,
+        ),
+        ema_momentum_fn=interpolation_schedule(start, end, kind=kind, num_steps=num_steps),
+    )
+
+
+def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTransformation:
+    """AdamW with the run's schedules."""
+    return make_optimizer(
+        learning_rate_fn=schedules.learning_rate_fn,
+        weight_decay_fn=schedules.weight_decay_fn,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
+        clip_norm=config.optim.clip_norm or None,
+    )
+
+
+def build_train_step(
+    config: Config, model: HJEPA, tx: optax.GradientTransformation, schedules: Schedules
+) -> TrainStep:
+    """The training step of this config."""
+    return make_train_step(
+        model=model,
+        tx=tx,
+        sample_masks=build_masks(config),
+        augment=build_augment(config),
+        loss_weights=build_loss_weights(config),
+        ema_momentum_fn=schedules.ema_momentum_fn,
+        num_accumulation_steps=config.optim.accumulation_steps,
+    )
+
+
+def build_embed_fn(config: Config, model: HJEPA) -> Any:
+    """`embed(encoder_params, uint8 images)` with this config's size and normalisation."""
+    c = config.data
+    return make_embed_fn(model, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std))
+
+
+def init_params(config: Config, model: HJEPA, rng: jax.Array) -> Any:
+    """Freshly initialised online parameters."""
+    size = config.data.image_size
+    masks = build_masks(config)(rng[None])
+    return model.init(rng, jnp.zeros((1, size, size, 3)), masks)["params"]

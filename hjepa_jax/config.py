@@ -1,0 +1,290 @@
+"""Every field of a config, with its default, meaning and unit; and the check of all of them.
+
+A file in configs/ starts from `base_config()`, changes what it is about, and returns a locked
+ConfigDict, so that a misspelt override is refused. Durations end in `_steps` or `_epochs`; where
+both exist, None leaves the choice to the other.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.losses import PREDICTION_LOSSES
+from hjepa_jax.models.vit import POSITIONS, SIZES
+
+# An ml_collections.ConfigDict, whose fields no type checker knows.
+Config = Any
+
+# Fields that may differ between a run and its continuation: they change what is said about the
+# run, how fast it goes or where its data lies, not what it computes.
+FREE_FIELDS = (
+    "data.dir",
+    "eval.",
+    "log.",
+    "platform",
+    "train.checkpoint_every_epochs",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.steps_per_call",
+)
+
+
+def base_config() -> Config:
+    """The defaults. Values that experiments chose are in configs/, not here."""
+    c = ConfigDict()
+    c.seed = 0  # of parameters, masks, augmentation and data order
+    c.platform = "auto"  # auto | cpu | cuda | metal | mps
+
+    c.data = ConfigDict()
+    c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
+    c.data.dir = placeholder(str)  # where TFDS keeps prepared sets; None: TFDS_DATA_DIR or ~
+    c.data.image_size = 32  # pixels per side that the model sees; stored images are resized
+    c.data.mean = (0.491, 0.482, 0.447)  # per channel, of pixels in [0, 1]
+    c.data.std = (0.247, 0.243, 0.262)
+    c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
+    c.data.crop_ratio = (0.75, 1.3333)  # its width / height
+    c.data.horizontal_flip = 0.5  # probability
+    c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
+    c.data.contrast = 0.2
+    c.data.saturation = 0.2
+    c.data.grayscale = 0.0  # probability
+
+    c.model = ConfigDict()
+    c.model.name = "vit_tiny"  # sets width, depth and heads, where those are None
+    c.model.width = placeholder(int)
+    c.model.depth = placeholder(int)
+    c.model.num_heads = placeholder(int)
+    c.model.mlp_ratio = 4.0
+    c.model.patch_size = 4  # pixels per side of a patch
+    c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
+    c.model.num_summary_tokens = 4  # R
+    c.model.positions = "learned"  # learned | sincos2d
+    c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
+    c.model.predictor_width = 96
+    c.model.predictor_depth = 4
+    c.model.predictor_num_heads = 3
+
+    c.mask = ConfigDict()
+    c.mask.kind = "multiblock"
+    c.mask.num_blocks = 4  # M, target blocks per image
+    c.mask.scale = (0.15, 0.25)  # area of a target block, fraction of the grid
+    c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block
+    c.mask.context_scale = (0.85, 1.0)  # area of the context block, before targets are removed
+    c.mask.context_aspect_ratio = (0.75, 1.5)
+    c.mask.align_level = placeholder(int)  # blocks of whole cells of this level; None: L - 1
+    c.mask.num_context = placeholder(int)  # K, context tokens kept; None: the expected number
+    c.mask.min_coverage = 1.0  # fraction of a cell that must be hidden for it to be a target
+
+    c.loss = ConfigDict()
+    c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
+    c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
+    c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
+    c.loss.regularizer = "vicreg"  # vicreg | none
+    c.loss.regularizer_weight = 0.05  # multiplies the two terms below
+    c.loss.variance_weight = 25.0
+    c.loss.covariance_weight = 1.0
+    c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens)
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-3  # peak
+    c.optim.final_learning_rate = 0.0
+    c.optim.warmup_epochs = 1.0
+    c.optim.weight_decay = 0.05
+    c.optim.final_weight_decay = placeholder(float)  # cosine towards it; None: constant
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.95
+    c.optim.clip_norm = 3.0  # global gradient norm; 0: no clipping
+    c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
+    c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
+
+    c.train = ConfigDict()
+    c.train.batch_size = 256  # images per update, global
+    c.train.num_epochs = 20.0
+    c.train.num_steps = placeholder(int)  # wins over num_epochs
+    c.train.steps_per_call = 1  # updates per dispatch to the device
+    c.train.checkpoint_every_epochs = 1.0
+    c.train.checkpoint_every_steps = placeholder(int)  # wins over checkpoint_every_epochs
+    c.train.keep_checkpoints = 2  # newest kept, beside the best by k-NN
+
+    c.eval = ConfigDict()
+    c.eval.every_epochs = 1.0  # k-NN on held-out training images; 0: never
+    c.eval.knn_bank_size = 10_000  # training images that it compares with
+    c.eval.num_val = 5_000  # training images held out from probes for choosing (fixed seed)
+    c.eval.batch_size = 256
+    c.eval.probe_at_end = True  # linear and k-NN on the test set after the last step
+
+    c.log = ConfigDict()
+    c.log.every_steps = 50
+    c.log.tensorboard = True
+    return c
+
+
+def validate(config: Config) -> None:
+    """Checks each field by itself and against the others, without data or backend.
+
+    Raises:
+      InputError: naming the first field that breaks a rule, its value and the rule.
+    """
+
+    def check(condition: bool, field: str, rule: str) -> None:
+        if not condition:
+            raise InputError(field, get_field(config, field), rule)
+
+    def one_of(field: str, options: tuple[str, ...]) -> None:
+        check(get_field(config, field) in options, field, f"must be one of {', '.join(options)}")
+
+    def at_least(low: float, *fields: str) -> None:
+        for field in fields:
+            value = get_field(config, field)
+            check(value is None or value >= low, field, f"must be at least {low:g}")
+
+    def positive(*fields: str) -> None:
+        for field in fields:
+            value = get_field(config, field)
+            check(value is None or value > 0, field, "must be greater than 0")
+
+    def fraction(*fields: str) -> None:
+        for field in fields:
+            check(0 <= get_field(config, field) <= 1, field, "must be in [0, 1]")
+
+    def increasing(field: str, low: float, high: float) -> None:
+        value = get_field(config, field)
+        rule = f"must be two numbers with {low:g} < first <= second <= {high:g}"
+        check(len(value) == 2 and all(isinstance(v, int | float) for v in value), field, rule)
+        check(low < value[0] <= value[1] <= high, field, rule)
+
+    one_of("platform", ("auto", "cpu", "cuda", "metal", "mps"))
+
+    positive("data.image_size")
+    for field in ("data.mean", "data.std"):
+        check(len(get_field(config, field)) == 3, field, "must be three numbers, one per channel")
+    check(min(config.data.std) > 0, "data.std", "must be greater than 0")
+    increasing("data.crop_scale", 0, 1)
+    increasing("data.crop_ratio", 0, 100)
+    fraction("data.horizontal_flip", "data.grayscale")
+    fraction("data.brightness", "data.contrast", "data.saturation")
+
+    one_of("model.name", tuple(SIZES))
+    one_of("model.positions", POSITIONS)
+    one_of("model.dtype", ("float32", "bfloat16"))
+    positive("model.width", "model.depth", "model.num_heads", "model.mlp_ratio")
+    positive("model.patch_size", "model.num_levels")
+    positive("model.predictor_width", "model.predictor_depth", "model.predictor_num_heads")
+    at_least(0, "model.num_summary_tokens")
+    width, _, num_heads = encoder_size(config)
+    head_rule = "must be a multiple of the number of heads, {}, and of 4 with sincos2d positions"
+    for field, w, heads in (
+        ("model.width", width, num_heads),
+        ("model.predictor_width", config.model.predictor_width, config.model.predictor_num_heads),
+    ):
+        fits = w % heads == 0 and (config.model.positions != "sincos2d" or w % 4 == 0)
+        check(fits, field, head_rule.format(heads))
+    check(
+        config.data.image_size % config.model.patch_size == 0,
+        "data.image_size",
+        f"must be a multiple of model.patch_size={config.model.patch_size}",
+    )
+    grid_size = config.data.image_size // config.model.patch_size
+    check(
+        2 ** (config.model.num_levels - 1) <= grid_size,
+        "model.num_levels",
+        f"cells of the top level, {2 ** (config.model.num_levels - 1)} patches wide, must fit the "
+        f"{grid_size}x{grid_size} grid",
+    )
+
+    one_of("mask.kind", ("multiblock",))
+    increasing("mask.scale", 0, 1)
+    increasing("mask.context_scale", 0, 1)
+    increasing("mask.aspect_ratio", 0, 100)
+    increasing("mask.context_aspect_ratio", 0, 100)
+    positive("mask.num_blocks", "mask.num_context")
+    check(0 < config.mask.min_coverage <= 1, "mask.min_coverage", "must be in (0, 1]")
+    align = config.mask.align_level
+    check(
+        align is None or (align >= 0 and 2**align <= grid_size),
+        "mask.align_level",
+        f"must be a level whose cells fit the {grid_size}x{grid_size} grid",
+    )
+
+    one_of("loss.kind", PREDICTION_LOSSES)
+    one_of("loss.regularizer", ("vicreg", "none"))
+    one_of("loss.regularized", ("summary", "context"))
+    at_least(0, "loss.summary_weight", "loss.regularizer_weight")
+    at_least(0, "loss.variance_weight", "loss.covariance_weight")
+    weights = config.loss.level_weights
+    check(
+        weights is None or (len(weights) == config.model.num_levels and min(weights) >= 0),
+        "loss.level_weights",
+        f"must be {config.model.num_levels} numbers >= 0, one per level",
+    )
+    if config.model.num_summary_tokens == 0:
+        rule = "needs model.num_summary_tokens of at least 1"
+        check(config.loss.summary_weight == 0, "loss.summary_weight", rule)
+        unused = config.loss.regularizer == "none" or config.loss.regularized == "context"
+        check(unused, "loss.regularized", rule)
+
+    at_least(0, "optim.learning_rate", "optim.final_learning_rate", "optim.warmup_epochs")
+    at_least(0, "optim.weight_decay", "optim.final_weight_decay", "optim.clip_norm")
+    for field in ("optim.b1", "optim.b2"):
+        check(0 <= get_field(config, field) < 1, field, "must be in [0, 1)")
+    ema = config.optim.ema_momentum
+    ema_rule = "must be (start, end, constant | linear | cosine), start and end in [0, 1]"
+    check(len(ema) == 3, "optim.ema_momentum", ema_rule)
+    check(ema[2] in ("constant", "linear", "cosine"), "optim.ema_momentum", ema_rule)
+    numbers = all(isinstance(m, int | float) and 0 <= m <= 1 for m in ema[:2])
+    check(numbers, "optim.ema_momentum", ema_rule)
+    positive("optim.accumulation_steps", "train.batch_size", "train.num_epochs")
+    positive("train.num_steps", "train.steps_per_call", "train.keep_checkpoints")
+    positive("train.checkpoint_every_epochs", "train.checkpoint_every_steps")
+    check(
+        config.train.batch_size % config.optim.accumulation_steps == 0,
+        "optim.accumulation_steps",
+        f"must divide train.batch_size={config.train.batch_size}",
+    )
+    vicreg = config.loss.regularizer == "vicreg"
+    check(
+        not vicreg or config.train.batch_size // config.optim.accumulation_steps >= 2,
+        "train.batch_size",
+        "must leave at least 2 images per part, whose variance loss.regularizer='vicreg' needs",
+    )
+    at_least(0, "eval.every_epochs")
+    positive("eval.knn_bank_size", "eval.num_val", "eval.batch_size", "log.every_steps")
+
+
+def get_field(config: Config, field: str) -> Any:
+    """The value of a dotted field name."""
+    value: Any = config
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def encoder_size(config: Config) -> tuple[int, int, int]:
+    """Width, depth and heads of the encoder: those of `model.name` where not given."""
+    given = (config.model.width, config.model.depth, config.model.num_heads)
+    named = SIZES[config.model.name]
+    return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"name": ...}} as {"model.name": ...}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Fields in which two configs (plain nested dicts) differ and a continuation must not."""
+    old, new = flatten(old), flatten(new)
+    missing = object()
+    return [
+        field
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field, missing) != new.get(field, missing) and not field.startswith(FREE_FIELDS)
+    ]

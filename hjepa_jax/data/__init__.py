@@ -1,0 +1,1 @@
+"""Data sources, on-device augmentation and the input pipeline."""

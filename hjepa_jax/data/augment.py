@@ -1,0 +1,172 @@
+"""Augmentation on the device, inside jit: uint8 images in, normalised float32 images out.
+
+One key per image decides everything about it, so a batch is the same however it is split.
+Cropping and resizing is separable linear interpolation, written as two matrix products.
+
+References:
+  Chen et al. 2020, arXiv 2002.05709, appendix A (random resized crop, colour jitter, grayscale).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped, UInt8
+
+# ITU-R BT.601 luma, what grayscale and saturation refer to.
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Random resized crop, flip, colour jitter, grayscale; each optional.
+
+    Attributes:
+      image_size: side of the result, pixels.
+      mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
+      crop_scale: area of the crop, fraction of the image (uniform); (1, 1) keeps the image.
+      crop_ratio: width / height of the crop (log-uniform).
+      horizontal_flip: probability of a left-right flip.
+      brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
+      grayscale: probability of dropping the colour.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    grayscale: float = 0.0
+
+    def __call__(
+        self, rngs: Shaped[Array, "B ..."], images: UInt8[Array, "B H W C"]
+    ) -> Float[Array, "B S S C"]:
+        """Augments image b with key `rngs[b]`."""
+        return normalize(jax.vmap(self._augment_image)(rngs, images), self.mean, self.std)
+
+    def _augment_image(self, rng: Array, image: UInt8[Array, "H W C"]) -> Float[Array, "S S C"]:
+        height, width, _ = image.shape
+        crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
+        x = image.astype(jnp.float32) / 255.0
+        if self.crop_scale != (1.0, 1.0):
+            box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
+            x = crop_and_resize(x, *box, size=self.image_size)
+        else:
+            x = _resize(x, self.image_size)
+        if self.horizontal_flip:
+            flip = jax.random.uniform(flip_rng) < self.horizontal_flip
+            x = jnp.where(flip, jnp.flip(x, axis=1), x)
+        x = _jitter(color_rng, x, self.brightness, self.contrast, self.saturation)
+        if self.grayscale:
+            drop = jax.random.uniform(gray_rng) < self.grayscale
+            x = jnp.where(drop, luma(x), x)
+        return x
+
+
+def resize_and_normalize(
+    images: UInt8[Array, "B H W C"],
+    *,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "B S S C"]:
+    """What evaluation sees: the whole image, resized and normalised, nothing random."""
+    x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
+    return normalize(x, mean, std)
+
+
+def normalize(
+    images: Float[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """(pixel - mean) / std, channel by channel."""
+    shape = (1, 1, 1, -1)
+    return (images - jnp.reshape(jnp.array(mean), shape)) / jnp.reshape(jnp.array(std), shape)
+
+
+def luma(image: Float[Array, "H W C"]) -> Float[Array, "H W 1"]:
+    """Brightness of each pixel by ITU-R BT.601."""
+    return jnp.sum(image * jnp.array(LUMA)[None, None], axis=-1, keepdims=True)
+
+
+def crop_and_resize(
+    image: Float[Array, "H W C"],
+    top: Array | float,
+    left: Array | float,
+    height: Array | float,
+    width: Array | float,
+    *,
+    size: int,
+) -> Float[Array, "S S C"]:
+    """Cuts a box (pixels, fractions allowed) out of the image and resizes it to `size`.
+
+    Linear interpolation, antialiased where the box shrinks: of a whole image the same as
+    `jax.image.resize(..., "linear")`. At the border of the box the pixels beyond it take part.
+    """
+    rows = _resize_matrix(top, height, image.shape[0], size)
+    cols = _resize_matrix(left, width, image.shape[1], size)
+    h, w, c = image.shape
+    x = jnp.matmul(rows, image.reshape(h, w * c)).reshape(size, w, c)
+    return jnp.matmul(cols[None], x)
+
+
+def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
+    """The whole image at another size, or untouched if it has that size."""
+    height, width, _ = image.shape
+    if (height, width) == (size, size):
+        return image
+    return crop_and_resize(image, 0.0, 0.0, float(height), float(width), size=size)
+
+
+def _resize_matrix(
+    start: Array | float, length: Array | float, num_pixels: int, size: int
+) -> Float[Array, "S H"]:
+    """Row i holds the weights with which the pixels make up pixel i of the result."""
+    stride = length / size
+    center = (jnp.arange(size) + 0.5) * stride + start - 0.5
+    reach = jnp.maximum(stride, 1.0)
+    distance = jnp.abs(center[:, None] - jnp.arange(num_pixels)[None])
+    weight = jnp.maximum(1.0 - distance / reach, 0.0)
+    return weight / jnp.sum(weight, axis=1, keepdims=True)
+
+
+def _sample_crop(
+    rng: Array,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Array, Array, Array, Array]:
+    """Top, left, height and width of a random box inside the image, in pixels."""
+    area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
+    area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1]) * height * width
+    log_ratio = jax.random.uniform(ratio_rng, minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1]))
+    aspect = jnp.exp(log_ratio)
+    crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)
+    crop_height = jnp.minimum(jnp.sqrt(area / aspect), height)
+    top = jax.random.uniform(top_rng) * (height - crop_height)
+    left = jax.random.uniform(left_rng) * (width - crop_width)
+    return top, left, crop_height, crop_width
+
+
+def _jitter(
+    rng: Array, x: Float[Array, "H W C"], brightness: float, contrast: float, saturation: float
+) -> Float[Array, "H W C"]:
+    """Brightness, contrast and saturation, in this order, clipped to [0, 1] after each."""
+    rngs = jax.random.split(rng, 3)
+
+    def factor(i: int, strength: float) -> Array:
+        return jax.random.uniform(rngs[i], minval=1.0 - strength, maxval=1.0 + strength)
+
+    if brightness:
+        x = jnp.clip(x * factor(0, brightness), 0.0, 1.0)
+    if contrast:
+        mean = jnp.mean(luma(x))
+        x = jnp.clip(mean + (x - mean) * factor(1, contrast), 0.0, 1.0)
+    if saturation:
+        gray = luma(x)
+        x = jnp.clip(gray + (x - gray) * factor(2, saturation), 0.0, 1.0)
+    return x

@@ -1,0 +1,38 @@
+"""The order in which a run sees its data, as a function of (seed, step) alone.
+
+An epoch is a permutation of the training set; what does not fill a batch is left out of it. Since
+nothing is remembered from one step to the next, a resumed run goes on with the very next batch.
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Int
+
+
+class BatchOrder:
+    """Rows of the training set that make up each batch.
+
+    Args:
+      num_images: size of the training set.
+      batch_size: images per batch, at most `num_images`.
+      seed: seed of all permutations.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.steps_per_epoch = num_images // batch_size
+        self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
+
+    def _make_permutation(self, epoch: int) -> Int[np.ndarray, " n"]:
+        rng = np.random.default_rng([self.seed, epoch])
+        return rng.permutation(self.num_images).astype(np.int32)
+
+    def batches(self, step: int, count: int, *, size: int) -> Int[np.ndarray, "S B"]:
+        """Rows of the batches of steps `step` ... `step + count - 1`, padded to `size` batches."""
+        index = np.zeros((size, self.batch_size), np.int32)
+        for i in range(count):
+            epoch, position = divmod(step + i, self.steps_per_epoch)
+            start = position * self.batch_size
+            index[i] = self._permutation(epoch)[start : start + self.batch_size]
+        return index

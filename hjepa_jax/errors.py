@@ -1,0 +1,17 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+
+
+class InputError(Exception):
+    """Input that the user can correct.
+
+    The command-line entries print it as one line on stderr and exit with status 2.
+
+    Args:
+      field: what is wrong, by the name under which the user gave it ("mask.scale", "--workdir").
+      value: the value that was given.
+      rule: the rule that the value breaks, in words.
+    """
+
+    def __init__(self, field: str, value: object, rule: str):
+        self.field, self.value, self.rule = field, value, rule
+        super().__init__(f"{field}={value!r}: {rule}")

@@ -1,0 +1,1 @@
+"""Judging a frozen encoder: features, probes and collapse diagnostics."""

@@ -1,0 +1,196 @@
+"""What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from hjepa_jax.masking import Masks
+
+
+class RunLogger:
+    """Writes one run's metrics.
+
+    Args:
+      workdir: the run's directory.
+      tensorboard: whether to write TensorBoard events (imports TensorFlow).
+      resume_step: step at which the run goes on; later lines of metrics.jsonl, written by a run
+        that was cut off before its next checkpoint, are dropped.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        partial = path.with_suffix(".jsonl.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._last_step = kept[-1]["step"] if kept else -1
+        self._pending: dict[str, Any] = {}
+        self._writer = None
+        if tensorboard:
+            from clu import metric_writers  # imports TensorFlow
+
+            summary_writer = metric_writers.SummaryWriter(str(workdir))
+            self._writer = metric_writers.AsyncWriter(summary_writer)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Adds values to the line of `step`, which `end_line` writes."""
+        if self._pending.get("step", step) != step:
+            self.end_line()
+        self._pending = {"step": step, **self._pending, **values}
+        if self._writer:
+            self._writer.write_scalars(step, values)
+
+    def end_line(self) -> None:
+        """Writes the pending line, unless an earlier run already wrote that step."""
+        if self._pending and self._pending["step"] > self._last_step:
+            self._last_step = self._pending["step"]
+            self._file.write(json.dumps(self._pending) + "\n")
+            self._file.flush()
+        self._pending = {}
+
+    def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:
+        """Sends pictures, pixels in [0, 1], to TensorBoard."""
+        if self._writer:
+            self._writer.write_images(step, images)
+
+    def hparams(self, values: dict[str, Any]) -> None:
+        """Sends the configuration to TensorBoard's HPARAMS tab."""
+        if self._writer:
+            self._writer.write_hparams(values)
+
+    def close(self) -> None:
+        """Writes what is pending and flushes everything."""
+        self.end_line()
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off in writing is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Progress:
+    """One live line on a terminal, one line a call where the output is a file or a pipe.
+
+    Args:
+      num_steps: steps of the whole run.
+      steps_per_epoch: steps of an epoch.
+    """
+
+    def __init__(self, num_steps: int, steps_per_epoch: int):
+        self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
+        self._live = sys.stdout.isatty()
+
+    def show(self, step: int, *, loss: float, images_per_sec: float, steps_per_sec: float) -> None:
+        """Where the run is, its loss, its speed, and the time left at that speed."""
+        left = (self.num_steps - step) / max(steps_per_sec, 1e-9)
+        line = (
+            f"epoch {step / self.steps_per_epoch:.2f}/{self.num_steps / self.steps_per_epoch:g}  "
+            f"step {step}/{self.num_steps}  loss {loss:.4f}  {images_per_sec:.0f} images/s  "
+            f"{format_duration(left)} left"
+        )
+        print(f"\r{line}\033[K" if self._live else line, end="" if self._live else "\n", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\r{text}\033[K" if self._live else text, flush=True)
+
+    def end(self) -> None:
+        """Leaves the live line on the terminal as it is."""
+        if self._live:
+            print(flush=True)
+
+
+def format_duration(seconds: float) -> str:
+    """75 as "1:15", 3700 as "1:01:40"."""
+    minutes, sec = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{sec:02d}" if hours else f"{minutes}:{sec:02d}"
+
+
+class StepTimer:
+    """Rates between log lines, leaving out what `pause` covers (probes, checkpoints, compiling)."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new interval."""
+        self._start = time.perf_counter()
+        self._steps, self._data_wait, self._paused = 0, 0.0, 0.0
+
+    def add_steps(self, num_steps: int, data_wait: float) -> None:
+        """Counts steps, and the seconds in which the device waited for their data."""
+        self._steps += num_steps
+        self._data_wait += data_wait
+
+    def add_pause(self, seconds: float) -> None:
+        """Leaves `seconds` out of the interval."""
+        self._paused += seconds
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        """perf/* metrics of the interval."""
+        elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        return {
+            "perf/steps_per_sec": self._steps / elapsed,
+            "perf/images_per_sec": self._steps * batch_size / elapsed,
+            "perf/data_wait_fraction": min(self._data_wait / elapsed, 1.0),
+        }
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """Most memory ever in use on the device; on CPU, by the process."""
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def mask_preview(
+    images: Float[np.ndarray, "B H W 3"], masks: Masks, *, grid_size: int
+) -> Float[np.ndarray, "B H2 W2 3"]:
+    """Pictures of masks: the image, what the context encoder sees of it, what is to be predicted.
+
+    Args:
+      images: square images, pixels in [0, 1].
+      masks: their masks.
+      grid_size: patches per side; must divide the images.
+
+    Returns:
+      Three panels side by side for each image, what a panel leaves out in grey; images of fewer
+      than 64 pixels a side are enlarged.
+    """
+    b, size, _, _ = images.shape
+    shown = np.zeros((b, 3, grid_size**2), bool)
+    shown[:, 0] = True
+    for row in range(b):
+        shown[
+            row, 1, np.asarray(masks.context_index[row])[np.asarray(masks.context_valid[row])]
+        ] = 1
+        shown[row, 2, np.asarray(masks.target_index[row])[np.asarray(masks.target_valid[row])]] = 1
+    patch = size // grid_size
+    pixels = shown.reshape(b, 3, grid_size, grid_size).repeat(patch, 2).repeat(patch, 3)
+    panels = np.where(pixels[..., None], images[:, None], 0.5)
+    border = np.ones((b, size, max(1, size // 32), 3))
+    row = np.concatenate([panels[:, 0], border, panels[:, 1], border, panels[:, 2]], axis=2)
+    zoom = max(1, 128 // size)  # small images are hard to see
+    return row.repeat(zoom, 1).repeat(zoom, 2).astype(np.float32)

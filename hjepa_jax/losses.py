@@ -1,0 +1,93 @@
+"""Losses as small separate pieces: prediction losses over valid targets, and VICReg.
+
+Everything is computed in float32. Under jit with a batch that is split over devices, the means
+are means over the global batch.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+VARIANCE_EPSILON = 1e-4
+PREDICTION_LOSSES = ("smooth_l1", "mse", "cosine")
+
+
+def elementwise_loss(
+    prediction: Float[Array, "*B D"], target: Float[Array, "*B D"], kind: str
+) -> Float[Array, "*B"]:
+    """Distance of each prediction to its target, averaged over the D features.
+
+    Args:
+      prediction: predicted features.
+      target: features to predict.
+      kind: "smooth_l1" (|e| - 1/2 beyond |e| = 1, e^2 / 2 within), "mse" (e^2) or "cosine"
+        (1 - cosine similarity, in [0, 2]).
+
+    Raises:
+      ValueError: for another `kind`.
+    """
+    prediction, target = prediction.astype(jnp.float32), target.astype(jnp.float32)
+    if kind == "cosine":
+        return 1.0 - cosine_similarity(prediction, target)
+    error = prediction - target
+    if kind == "mse":
+        return jnp.mean(error**2, axis=-1)
+    if kind == "smooth_l1":
+        size = jnp.abs(error)
+        return jnp.mean(jnp.where(size < 1.0, 0.5 * error**2, size - 0.5), axis=-1)
+    raise ValueError(f"kind={kind!r}: must be one of {PREDICTION_LOSSES}")
+
+
+def cosine_similarity(x: Float[Array, "*B D"], y: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """Cosine of the angle between vectors, in [-1, 1]; 0 where either is (nearly) zero."""
+    squared_norms = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
+    return jnp.sum(x * y, axis=-1) / jnp.sqrt(squared_norms + 1e-12)
+
+
+def masked_mean(x: Float[Array, "*B"], valid: Bool[Array, "*B"]) -> Float[Array, ""]:
+    """Mean over the valid entries; 0 where there is none."""
+    return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
+
+
+def prediction_loss(
+    prediction: Float[Array, "B Q D"],
+    target: Float[Array, "B Q D"],
+    valid: Bool[Array, "B Q"],
+    kind: str = "smooth_l1",
+) -> Float[Array, ""]:
+    """Prediction loss of one level: mean over the valid queries of the batch and over D.
+
+    Invalid entries do not change the value or any gradient.
+    """
+    return masked_mean(elementwise_loss(prediction, target, kind), valid)
+
+
+def variance_loss(x: Float[Array, "B R D"], target_std: float = 1.0) -> Float[Array, ""]:
+    """VICReg's hinge on the standard deviation of each feature over the batch.
+
+    Args:
+      x: representations; each of the R tokens is a representation of its own, with statistics
+        over B, so that constant differences between tokens do not pass for variance.
+      target_std: standard deviation below which a feature is penalised.
+
+    Returns:
+      Mean over R and D; zero where every feature has at least `target_std`.
+
+    References:
+      Bardes, Ponce, LeCun 2022, arXiv 2105.04906, eq. 1 and 2 (unbiased variance, eps = 1e-4).
+    """
+    variance = jnp.var(x.astype(jnp.float32), axis=0, ddof=1)
+    return jnp.mean(jnp.maximum(target_std - jnp.sqrt(variance + VARIANCE_EPSILON), 0.0))
+
+
+def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
+    """VICReg's sum of squared off-diagonal covariances, divided by D; mean over R.
+
+    References:
+      Bardes, Ponce, LeCun 2022, arXiv 2105.04906, eq. 3 and 4.
+    """
+    b, _, d = x.shape
+    centred = x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=0, keepdims=True)
+    tokens = centred.transpose(1, 0, 2)
+    covariance = jnp.matmul(tokens.transpose(0, 2, 1), tokens) / (b - 1)
+    off_diagonal = covariance * (1.0 - jnp.eye(d))[None]
+    return jnp.mean(jnp.sum(off_diagonal**2, axis=(1, 2))) / d

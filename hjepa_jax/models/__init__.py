@@ -1,0 +1,1 @@
+"""Flax Linen modules: vision transformer, predictor, hierarchy, and their composition."""

@@ -1,0 +1,72 @@
+"""The levels of the hierarchy: square cells of the patch grid, and what is predicted at each.
+
+A level-l cell covers 2^l x 2^l patches (level 0 is the patch itself). Where 2^l does not divide
+the grid side, cells on the last row and column are smaller, and their mean is over the patches
+they really have. Pooling is a product with a constant matrix: exact at the edges, differentiable,
+and made of operations that every backend has.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+TARGET_EPSILON = 1e-6
+
+
+def num_cells(grid_size: int, level: int) -> int:
+    """Number of level-`level` cells of a `grid_size` x `grid_size` patch grid."""
+    return (-(-grid_size // 2**level)) ** 2
+
+
+def pooling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N"]:
+    """Row-stochastic matrix A_l with `z_l = A_l @ z_0`: each cell is the mean of its patches.
+
+    Args:
+      grid_size: patches per side, G (N = G^2; patches in row-major order).
+      level: level l >= 0; cells in row-major order.
+
+    Returns:
+      float32 matrix [N_l, N], N_l = ceil(G / 2^l)^2; rows sum to 1, columns have one non-zero.
+    """
+    cell_of_row = np.arange(grid_size) // 2**level
+    member = (cell_of_row[None, :] == np.arange(cell_of_row[-1] + 1)[:, None]).astype(np.float32)
+    mean = member / member.sum(axis=1, keepdims=True)
+    return np.kron(mean, mean)
+
+
+def pool(x: Float[Array, "... N D"], grid_size: int, level: int) -> Float[Array, "... N_l D"]:
+    """Means of the level-`level` cells, A_l x; the identity at level 0."""
+    return x if level == 0 else jnp.matmul(pooling_matrix(grid_size, level), x)
+
+
+def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """LayerNorm without affine parameters, in float32: zero mean, unit variance over D."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + TARGET_EPSILON)
+
+
+def level_features(
+    tokens: Float[Array, "B N D"], grid_size: int, num_levels: int
+) -> tuple[Float[Array, "B _ D"], ...]:
+    """What each level is, LN(A_l z_0): the prediction target, and the feature a probe reads.
+
+    Args:
+      tokens: encoder output z_0 over the whole grid.
+      grid_size: patches per side, G.
+      num_levels: L.
+
+    Returns:
+      L arrays [B, N_l, D], finest first.
+    """
+    return tuple(standardize(pool(tokens, grid_size, level)) for level in range(num_levels))
+
+
+def hidden_cells(
+    hidden: Bool[Array, "B N"], grid_size: int, level: int, min_coverage: float
+) -> Bool[Array, "B N_l"]:
+    """Cells of which at least the fraction `min_coverage` of the patches is hidden."""
+    coverage = pool(hidden[..., None].astype(jnp.float32), grid_size, level)[..., 0]
+    return coverage > min_coverage - 1e-4  # a mean of ones may round to just below one

@@ -1,0 +1,85 @@
+"""H-JEPA: a context encoder and a predictor that share one parameter tree."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from hjepa_jax.masking import Masks, target_union
+from hjepa_jax.models import hierarchy
+from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.vit import VisionTransformer
+
+
+@struct.dataclass
+class Prediction:
+    """What the online networks make of a masked batch.
+
+    Attributes:
+      levels: per level, predictions from context and summary tokens, [B, Q_l, D].
+      summary_levels: the same from the summary tokens alone; empty without a summary pass.
+      query_valid: per level, which predictions count, bool [B, Q_l].
+      context: tokens of the visible patches, float32 [B, K, D].
+      summary: summary tokens, float32 [B, R, D].
+    """
+
+    levels: tuple[Array, ...]
+    summary_levels: tuple[Array, ...]
+    query_valid: tuple[Array, ...]
+    context: Array
+    summary: Array
+
+
+class HJEPA(nn.Module):
+    """The online networks. The target encoder is the same encoder with EMA parameters.
+
+    Attributes:
+      context_encoder: ViT over the visible patches.
+      predictor: predicts hidden features at every level.
+      summary_pass: whether the summary tokens alone must predict everything as well.
+      min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
+    """
+
+    context_encoder: VisionTransformer
+    predictor: Predictor
+    summary_pass: bool = True
+    min_coverage: float = 1.0
+
+    def __call__(self, images: Float[Array, "B H W C"], masks: Masks) -> Prediction:
+        """Encodes what is visible and predicts what is not."""
+        context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
+        b, r, _ = summary.shape
+        target_index = masks.target_index.reshape(b, -1)
+        query_valid = self.query_valid(masks)
+        summary_valid = jnp.ones((b, r), bool)
+
+        levels = self.predictor(
+            jnp.concatenate([summary, context], axis=1),
+            masks.context_index,
+            jnp.concatenate([summary_valid, masks.context_valid], axis=1),
+            target_index,
+            query_valid,
+        )
+        summary_levels = ()
+        if self.summary_pass:
+            summary_levels = self.predictor(summary, None, summary_valid, target_index, query_valid)
+        return Prediction(levels, summary_levels, query_valid, context, summary)
+
+    def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
+        """Which level-0 targets are real, then which cells of each level above are hidden."""
+        grid_size, num_levels = self.predictor.grid_size, self.predictor.num_levels
+        hidden = target_union(masks, grid_size**2)
+        cells = (
+            hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
+            for level in range(1, num_levels)
+        )
+        return (masks.target_valid.reshape(len(hidden), -1), *cells)
+
+    def encode(
+        self,
+        images: Float[Array, "B H W C"],
+        index: Int[Array, "B K"] | None = None,
+        valid: Bool[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], Float[Array, "B R D"]]:
+        """Patch and summary tokens of whole images (or of the patches `index`)."""
+        return self.context_encoder(images, index, valid)

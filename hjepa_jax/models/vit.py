@@ -1,0 +1,185 @@
+"""Pre-norm vision transformer over any subset of the patches of an image.
+
+The encoder never computes on patches it is not shown: `index` chooses them before the patch
+embedding, so hidden pixels cannot leak and cost nothing.
+
+References:
+  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
+  backend), the patch embedding a Dense layer on flattened patches (the same function as the
+  strided convolution), and softmax and LayerNorm are computed in float32 whatever `dtype` is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from hjepa_jax.masking import gather_tokens
+
+# name -> width, depth, heads
+SIZES = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+}
+POSITIONS = ("learned", "sincos2d")
+LAYER_NORM_EPSILON = 1e-6
+
+token_init = nn.initializers.truncated_normal(0.02)
+
+
+def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P2C"]:
+    """Flattened patches, in row-major order of the grid; within a patch row, column, channel."""
+    b, h, w, c = images.shape
+    rows, cols = h // patch_size, w // patch_size
+    x = images.reshape(b, rows, patch_size, cols, patch_size, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * cols, patch_size**2 * c)
+
+
+def sincos2d_positions(grid_size: int, width: int) -> Float[np.ndarray, "N D"]:
+    """Fixed 2-D sine-cosine position embeddings: half of the width for rows, half for columns.
+
+    References:
+      Chen et al. 2021, arXiv 2104.02057 (MoCo v3), section 4.1. Frequencies 10000^(-4i/D).
+    """
+    frequency = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    angle = np.arange(grid_size)[:, None] * frequency
+    side = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [G, D/2]
+    rows = np.repeat(side, grid_size, axis=0)
+    cols = np.tile(side, (grid_size, 1))
+    return np.concatenate([rows, cols], axis=1).astype(np.float32)
+
+
+class PositionTable(nn.Module):
+    """Position embeddings of all patches of the grid, [N, D], learned or fixed."""
+
+    kind: str
+    grid_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "N D"]:
+        if self.kind == "sincos2d":
+            return jnp.asarray(sincos2d_positions(self.grid_size, self.width))
+        return self.param("embedding", token_init, (self.grid_size**2, self.width))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, explicit in [B, h, N, d], the layout every backend likes."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], key_valid: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B N D"]:
+        b, n, d = x.shape
+        qkv = dense(3 * d, self.dtype, "qkv")(x)
+        qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)
+        scale = (d // self.num_heads) ** -0.5
+        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key).astype(jnp.float32)
+        if key_valid is not None:
+            # Finite, so that a row without one valid key gives a mean and not NaN.
+            logits = jnp.where(key_valid[:, None, None, :], logits, -1e9)
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        return dense(d, self.dtype, "out")(out.transpose(0, 2, 1, 3).reshape(b, n, d))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], key_valid: Bool[Array, "B N"] | None = None
+    ) -> Float[Array, "B N D"]:
+        d = x.shape[-1]
+        y = layer_norm("norm_attention")(x)
+        x = x + Attention(self.num_heads, self.dtype, name="attention")(y, key_valid)
+        y = layer_norm("norm_mlp")(x)
+        y = nn.gelu(dense(int(d * self.mlp_ratio), self.dtype, "mlp_in")(y), approximate=True)
+        return x + dense(d, self.dtype, "mlp_out")(y)
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder over all patches or a chosen subset, with R summary (CLS) tokens.
+
+    Attributes:
+      grid_size: patches per side, G.
+      patch_size: pixels per side of a patch, P.
+      width, depth, num_heads, mlp_ratio: size of the transformer.
+      num_summary_tokens: R learned tokens that attend to the patches and to each other.
+      positions: "learned" or "sincos2d".
+      dtype: dtype of the matrix products; parameters are float32.
+    """
+
+    grid_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    num_summary_tokens: int = 1
+    positions: str = "learned"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        index: Int[Array, "B K"] | None = None,
+        valid: Bool[Array, "B K"] | None = None,
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B R D"]]:
+        """Encodes the patches that `index` names, or all of them.
+
+        Args:
+          images: normalised pixels.
+          index: patches to look at; None for all N.
+          valid: False where `index` is padding, which no other token then attends to.
+
+        Returns:
+          Patch tokens and summary tokens, float32, after the final LayerNorm.
+        """
+        patches = patchify(images, self.patch_size)
+        positions = PositionTable(self.positions, self.grid_size, self.width, name="positions")()
+        if index is None:
+            positions = positions[None]
+        else:
+            patches = gather_tokens(patches, index)
+            positions = gather_tokens(positions, index)
+        x = dense(self.width, self.dtype, "patch_embedding")(patches)
+        x = x + positions.astype(self.dtype)
+
+        r = self.num_summary_tokens
+        if r:
+            summary = self.param("summary_tokens", token_init, (1, r, self.width))
+            summary = jnp.broadcast_to(summary, (len(x), r, self.width)).astype(self.dtype)
+            x = jnp.concatenate([summary, x], axis=1)
+        key_valid = None
+        if valid is not None:
+            key_valid = jnp.concatenate([jnp.ones((len(x), r), bool), valid], axis=1)
+
+        for i in range(self.depth):
+            block = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")
+            x = block(x, key_valid)
+        x = layer_norm("norm")(x).astype(jnp.float32)
+        return x[:, r:], x[:, :r]
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with the affine parameters and the epsilon used throughout, in float32."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
+
+
+def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
+    """Dense layer with Xavier-uniform kernel; `dtype` is that of the product."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)

@@ -1,0 +1,102 @@
+"""Schedules, the weight-decay mask, and the optax chain.
+
+All schedules are functions of the number of the update, counted from 1: update number s uses
+`learning_rate_fn(s)`. So the first update of a warm-up already moves, and the line of the log
+that says "step 50" shows the learning rate that made step 50.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[Any], Any]
+
+# Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions.
+UNDECAYED = ("bias", "scale", "embedding", "mask_token", "level_tokens", "summary_tokens")
+
+
+def warmup_cosine_schedule(
+    peak: float, *, warmup_steps: int, num_steps: int, end: float = 0.0
+) -> Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine down to `end`.
+
+    Args:
+      peak: value at step `warmup_steps`.
+      warmup_steps: at least 0; may exceed `num_steps` (a run cut short in its warm-up).
+      num_steps: step at which `end` is reached.
+      end: final value.
+    """
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = peak * step / max(warmup_steps, 1)
+        progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+        cosine = _cosine(peak, end, progress)
+        return jnp.where(step < warmup_steps, warmup, cosine)
+
+    return schedule
+
+
+def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: int) -> Schedule:
+    """From `start` to `end` over `num_steps`: "constant" (stays at start), "linear" or "cosine".
+
+    Raises:
+      ValueError: for another `kind`.
+    """
+    if kind not in ("constant", "linear", "cosine"):
+        raise ValueError(f"kind={kind!r}: must be constant, linear or cosine")
+
+    def schedule(step: Any) -> Any:
+        progress = jnp.asarray(step, jnp.float32) / num_steps
+        if kind == "constant":
+            return jnp.full_like(progress, start)
+        if kind == "cosine":
+            return _cosine(start, end, progress)
+        return start + (end - start) * jnp.clip(progress, 0.0, 1.0)
+
+    return schedule
+
+
+def _cosine(start: float, end: float, progress: Any) -> Any:
+    return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: the kernels of Dense layers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
+
+
+def make_optimizer(
+    *,
+    learning_rate_fn: Schedule,
+    weight_decay_fn: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW with scheduled learning rate and weight decay, after clipping by global norm.
+
+    Args:
+      learning_rate_fn: of the number of the update, from 1.
+      weight_decay_fn: likewise; decoupled, multiplied by the learning rate.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second.
+      clip_norm: largest global gradient norm; None for no clipping.
+
+    References:
+      Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).
+    """
+    # inject_hyperparams is what lets optax schedule the weight decay.
+    adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
+        learning_rate=lambda count: learning_rate_fn(count + 1),
+        weight_decay=lambda count: weight_decay_fn(count + 1),
+        b1=b1,
+        b2=b2,
+        mask=decay_mask,
+    )
+    if clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)

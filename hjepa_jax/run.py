@@ -1,0 +1,180 @@
+"""A run and its directory: built from a config, refused when the two do not belong together."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hjepa_jax import build, metrics
+from hjepa_jax.config import Config, base_config, differing_fields, flatten, validate
+from hjepa_jax.data.sources import Source, open_source
+from hjepa_jax.errors import InputError
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.platform import select_platform
+from hjepa_jax.steps import make_run_steps
+from hjepa_jax.train_state import TrainState, create_train_state
+
+# Resident data beyond this would crowd out the model on a small device.
+MAX_RESIDENT_BYTES = 8 * 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, built; nothing is computed yet.
+
+    Attributes:
+      model: the online networks.
+      schedules: length, learning rate, weight decay, EMA momentum.
+      create: makes state and metrics window at step 0.
+      lower: (steps_per_call, donate) to the lowered program
+        `(state, window, images, index, count) -> (state, window)`.
+    """
+
+    config: Config
+    model: HJEPA
+    schedules: build.Schedules
+    create: Callable[[], tuple[TrainState, metrics.LogWindow]]
+    lower: Callable[..., Any]
+
+
+def build_run(config: Config, source: Source) -> Run:
+    """Builds model, optimizer and step for the images of `source`.
+
+    Raises:
+      InputError: for a config that cannot work.
+    """
+    batch_size, info = config.train.batch_size, source.info
+    num_bytes = info.num_train * math.prod(info.image_shape)
+    if num_bytes > MAX_RESIDENT_BYTES:
+        size = f"{num_bytes / 2**30:.1f} GiB"
+        limit = (
+            f"must fit the device as uint8, {MAX_RESIDENT_BYTES / 2**30:.0f} GiB; this is {size}"
+        )
+        raise InputError("data.source", config.data.source, limit)
+    schedules = build.build_schedules(config, info.num_train)
+    model = build.build_model(config)
+    tx = build.build_optimizer(config, schedules)
+    train_step = build.build_train_step(config, model, tx, schedules)
+    init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+
+    def create_state() -> TrainState:
+        return create_train_state(build.init_params(config, model, init_rng), tx, train_rng)
+
+    def batch(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)
+
+    state = jax.eval_shape(create_state)
+    _, outputs = jax.eval_shape(train_step, state, batch(batch_size))
+    averages = metrics.make_averages(sorted(outputs.scalars))
+
+    def create_window() -> metrics.LogWindow:
+        width = outputs.features.shape[-1]
+        return metrics.empty_window(averages, batch_size=batch_size, width=width)
+
+    def lower(*, steps_per_call: int, donate: bool) -> Any:
+        run_steps = jax.jit(make_run_steps(train_step), donate_argnums=(0, 1) if donate else ())
+        index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        window = jax.eval_shape(create_window)
+        return run_steps.lower(state, window, batch(info.num_train), index, count)
+
+    return Run(
+        config=config,
+        model=model,
+        schedules=schedules,
+        create=lambda: (jax.jit(create_state)(), create_window()),
+        lower=lower,
+    )
+
+
+def open_config_source(config: Config) -> Source:
+    """The data source that the config names."""
+    return open_source(
+        config.data.source,
+        data_dir=config.data.dir,
+        image_size=config.data.image_size,
+        seed=config.seed,
+    )
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What `--dry_run` prints: sizes and length of the run, without running it."""
+    validate(config)
+    platform = select_platform(config.platform)
+    run = build_run(config, open_config_source(config))
+    masks = build.build_masks(config)
+    state, _ = jax.eval_shape(run.create)
+    trainable, target = num_params(state.params), num_params(state.target_params)
+    cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
+    return {
+        "params_total": trainable + target,
+        "params_trainable": trainable,
+        "num_patches": masks.num_patches,
+        "num_levels": config.model.num_levels,
+        "num_context": masks.context_capacity,
+        "num_steps": run.schedules.num_steps,
+        "steps_per_epoch": run.schedules.steps_per_epoch,
+        "flops_per_image": cost["flops"] / config.train.batch_size,
+        "platform": platform,
+    }
+
+
+def num_params(tree: Any) -> int:
+    """Number of parameters in a tree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Makes the run's directory and writes config.json into it.
+
+    Raises:
+      InputError: when the directory cannot be written, or holds a run whose config differs in a
+        field that matters; nothing is changed then.
+    """
+    path = workdir / "config.json"
+    try:
+        if path.exists():
+            _check_same_run(load_config(workdir), config, workdir)
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        rule = f"must be a directory that can be written ({error.strerror})"
+        raise InputError("--workdir", str(workdir), rule) from error
+
+
+def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:
+    differing = differing_fields(old.to_dict(), new.to_dict())
+    if differing:
+        was, now = flatten(old.to_dict()), flatten(new.to_dict())
+        changes = ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
+        rule = f"holds a run of another config ({changes}); choose another --workdir"
+        raise InputError("--workdir", str(workdir), rule)
+
+
+def load_config(workdir: pathlib.Path) -> Config:
+    """The config that the run in `workdir` was started with, locked and checked.
+
+    Raises:
+      InputError: when there is none, or it is not one of this version.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError("--workdir", str(workdir), "holds no run (there is no config.json)")
+    config = base_config().lock()
+    try:
+        config.update(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            "--workdir", str(workdir), f"its config.json is no config: {reason}"
+        ) from error
+    validate(config)
+    return config

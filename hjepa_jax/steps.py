@@ -1,0 +1,279 @@
+"""The training step and the embedding function: pure functions of (state, batch).
+
+Nothing here reads a config. `make_train_step` closes over the static parts and returns a
+function to jit; `make_run_steps` puts several such steps and their metrics into one program.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+from hjepa_jax import losses
+from hjepa_jax.data.augment import Augment, resize_and_normalize
+from hjepa_jax.masking import Masks, MultiBlockMask, gather_tokens
+from hjepa_jax.metrics import LogWindow, update_window
+from hjepa_jax.models import hierarchy
+from hjepa_jax.models.hjepa import HJEPA, Prediction
+from hjepa_jax.optimizer import Schedule
+from hjepa_jax.train_state import TrainState, ema_update
+
+
+@struct.dataclass
+class StepOutputs:
+    """What a step reports: scalars by metric name, and a feature vector per image."""
+
+    scalars: dict[str, Array]
+    features: Array
+
+
+TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]
+
+
+@struct.dataclass
+class LossWeights:
+    """How the pieces of the loss are combined.
+
+    Attributes:
+      kind: distance of a prediction to its target, one of `losses.PREDICTION_LOSSES`.
+      level_weights: w_l of each level, in both passes.
+      summary_weight: weight of the summary pass.
+      variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
+      regularized: "summary" (each summary token) or "context" (mean of the visible tokens).
+    """
+
+    kind: str = struct.field(pytree_node=False, default="smooth_l1")
+    level_weights: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
+    summary_weight: float = struct.field(pytree_node=False, default=1.0)
+    variance_weight: float = struct.field(pytree_node=False, default=0.0)
+    covariance_weight: float = struct.field(pytree_node=False, default=0.0)
+    regularized: str = struct.field(pytree_node=False, default="summary")
+
+
+def image_rngs(
+    rng: Array, step: Int[Array, ""], batch_size: int
+) -> tuple[Shaped[Array, "B ..."], Shaped[Array, "B ..."]]:
+    """Keys (augment_rng, mask_rng) of image b of a step, from fold_in(fold_in(rng, step), b)."""
+    step_rng = jax.random.fold_in(rng, step)
+    rngs = jax.vmap(lambda row: jax.random.fold_in(step_rng, row))(jnp.arange(batch_size))
+    pairs = jax.vmap(jax.random.split)(rngs)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def hjepa_loss(
+    prediction: Prediction,
+    targets: tuple[Float[Array, "B _ D"], ...],
+    masks: Masks,
+    weights: LossWeights,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The training loss, sum_l w_l d_l + summary_weight * (same, from the summary) + VICReg.
+
+    Args:
+      prediction: output of the online networks.
+      targets: per level, features aligned with `prediction.levels`; no gradient is stopped here.
+      masks: the masks that `prediction` was made with.
+      weights: how the terms are combined.
+
+    Returns:
+      The loss, and every term of it (unweighted) by its metric name.
+    """
+
+    def level_losses(predictions: tuple[Array, ...]) -> list[Array]:
+        triples = zip(predictions, targets, prediction.query_valid, strict=True)
+        return [losses.prediction_loss(p, t, v, weights.kind) for p, t, v in triples]
+
+    def weighted(values: list[Array]) -> Array:
+        return sum(
+            (w * v for w, v in zip(weights.level_weights, values, strict=True)),
+            start=jnp.zeros(()),
+        )
+
+    level_values = level_losses(prediction.levels)
+    terms = {f"loss_level_{level}": value for level, value in enumerate(level_values)}
+    loss = weighted(level_values)
+    if prediction.summary_levels:
+        terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
+        loss += weights.summary_weight * terms["loss_summary"]
+    if weights.variance_weight or weights.covariance_weight:
+        representation = prediction.summary
+        if weights.regularized == "context":
+            representation = _context_mean(prediction.context, masks)[:, None]
+        terms["loss_variance"] = losses.variance_loss(representation)
+        terms["loss_covariance"] = losses.covariance_loss(representation)
+        loss += weights.variance_weight * terms["loss_variance"]
+        loss += weights.covariance_weight * terms["loss_covariance"]
+    return loss, {"loss": loss, **terms}
+
+
+def make_train_step(
+    *,
+    model: HJEPA,
+    tx: optax.GradientTransformation,
+    sample_masks: MultiBlockMask,
+    augment: Augment,
+    loss_weights: LossWeights,
+    ema_momentum_fn: Schedule,
+    num_accumulation_steps: int = 1,
+) -> TrainStep:
+    """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
+
+    Args:
+      model: the online networks.
+      tx: optax transformation; its schedules count updates from 1.
+      sample_masks: masks of a batch from one key per image.
+      augment: uint8 images to normalised pixels, from one key per image.
+      loss_weights: how the terms of the loss are combined.
+      ema_momentum_fn: m as a function of the number of the update, from 1.
+      num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
+        before the update. Batch statistics (VICReg) are then those of a part.
+    """
+    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    apply = _untyped_apply(model)
+
+    def loss_and_grads(
+        state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
+    ) -> tuple[Any, StepOutputs]:
+        # 1. Masks (and the augmented views they apply to).
+        masks = sample_masks(mask_rngs)
+        views = augment(augment_rngs, images)
+
+        # 2. Forward, loss, gradient. The targets come from the EMA parameters alone.
+        tokens, _ = apply(
+            {"params": {"context_encoder": state.target_params}}, views, method="encode"
+        )
+        targets = hierarchy.level_features(jax.lax.stop_gradient(tokens), grid_size, num_levels)
+        target_index = masks.target_index.reshape(len(views), -1)
+        targets = (gather_tokens(targets[0], target_index), *targets[1:])
+
+        def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Prediction]]:
+            prediction = apply({"params": params}, views, masks)
+            loss, scalars = hjepa_loss(prediction, targets, masks, loss_weights)
+            return loss, (scalars, prediction)
+
+        (_, (scalars, prediction)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        features = jnp.mean(tokens, axis=1)
+        scalars["context_std"] = _mean_std(_context_mean(prediction.context, masks))
+        scalars["target_std"] = _mean_std(features)
+        scalars["pred_target_cosine"] = losses.masked_mean(
+            losses.cosine_similarity(prediction.levels[0], targets[0]), prediction.query_valid[0]
+        )
+        return grads, StepOutputs(scalars, features)
+
+    def accumulated(
+        state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
+    ) -> tuple[Any, StepOutputs]:
+        parts = jax.tree.map(
+            lambda x: x.reshape(num_accumulation_steps, -1, *x.shape[1:]),
+            (images, augment_rngs, mask_rngs),
+        )
+
+        def add(total: Any, part: Any) -> tuple[Any, StepOutputs]:
+            grads, outputs = loss_and_grads(state, *part)
+            return jax.tree.map(jnp.add, total, grads), outputs
+
+        # A scan, not an unrolled loop, so that one part's activations are alive at a time.
+        total, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), parts)
+        grads = jax.tree.map(lambda g: g / num_accumulation_steps, total)
+        scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
+        return grads, StepOutputs(scalars, outputs.features.reshape(len(images), -1))
+
+    def train_step(
+        state: TrainState, images: UInt8[Array, "B H W C"]
+    ) -> tuple[TrainState, StepOutputs]:
+        rngs = image_rngs(state.rng, state.step, len(images))
+        gradient = loss_and_grads if num_accumulation_steps == 1 else accumulated
+        grads, outputs = gradient(state, images, *rngs)
+
+        # 3. Optimizer update.
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+
+        # 4. EMA, of the updated parameters.
+        ema_momentum = ema_momentum_fn(state.step + 1)
+        target_params = ema_update(state.target_params, params["context_encoder"], ema_momentum)
+
+        outputs.scalars["grad_norm"] = optax.global_norm(grads)
+        outputs.scalars["update_norm"] = optax.global_norm(updates)
+        outputs.scalars["param_norm"] = optax.global_norm(params)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            target_params=target_params,
+            opt_state=opt_state,
+            rng=state.rng,
+        )
+        return new_state, outputs
+
+    return train_step
+
+
+def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, LogWindow]]:
+    """Returns a function that makes up to S updates from resident data in one program.
+
+    The result, `run_steps(state, window, images, index, count)`, takes the whole training set
+    (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
+    run, which may change from call to call without compiling again.
+    """
+
+    def run_steps(
+        state: TrainState,
+        window: LogWindow,
+        images: UInt8[Array, "n H W C"],
+        index: Int[Array, "S B"],
+        count: Int[Array, ""],
+    ) -> tuple[TrainState, LogWindow]:
+        def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:
+            state, window = carry
+            new_state, outputs = train_step(state, images[index[i]])
+            return new_state, update_window(window, outputs.scalars, outputs.features, state.step)
+
+        if len(index) == 1:  # no loop in the program where there is nothing to repeat
+            return body(0, (state, window))
+        return jax.lax.fori_loop(0, count, body, (state, window))
+
+    return run_steps
+
+
+def make_embed_fn(
+    model: HJEPA, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any, UInt8[Array, "B H W C"]], dict[str, Float[Array, "B _"]]]:
+    """Returns `embed(encoder_params, images)`: the features that probes read.
+
+    The result holds, per image, `level_{l}` [B, D] (mean over the cells of LN(A_l z_0), the very
+    quantity that level l predicts) and `summary` [B, R * D] (the R summary tokens, concatenated).
+    """
+    predictor, apply = model.predictor, _untyped_apply(model)
+
+    def embed(
+        encoder_params: Any, images: UInt8[Array, "B H W C"]
+    ) -> dict[str, Float[Array, "B _"]]:
+        pixels = resize_and_normalize(images, image_size=image_size, mean=mean, std=std)
+        tokens, summary = apply(
+            {"params": {"context_encoder": encoder_params}}, pixels, method="encode"
+        )
+        levels = hierarchy.level_features(tokens, predictor.grid_size, predictor.num_levels)
+        features = {f"level_{i}": jnp.mean(level, axis=1) for i, level in enumerate(levels)}
+        if summary.shape[1]:
+            features["summary"] = summary.reshape(len(images), -1)
+        return features
+
+    return embed
+
+
+def _untyped_apply(model: HJEPA) -> Any:
+    """`model.apply`, of whose results a type checker cannot know whether they are pairs."""
+    return model.apply
+
+
+def _context_mean(context: Float[Array, "B K D"], masks: Masks) -> Float[Array, "B D"]:
+    weight = masks.context_valid.astype(jnp.float32)[..., None]
+    return jnp.sum(context * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+
+
+def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:
+    """Standard deviation over the batch, averaged over features."""
+    return jnp.mean(jnp.std(x, axis=0))

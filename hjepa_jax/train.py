@@ -1,0 +1,281 @@
+"""train_and_evaluate(config, workdir): build, restore, loop, log, probe, save."""
+
+import math
+import pathlib
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hjepa_jax import build, metrics
+from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
+from hjepa_jax.config import Config, flatten, validate
+from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.sources import Split, validation_split
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import knn_predict
+from hjepa_jax.evaluation.protocols import (
+    evaluate_encoders,
+    format_table,
+    headline_scores,
+    write_probe_json,
+)
+from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
+from hjepa_jax.platform import donates_buffers, select_platform
+from hjepa_jax.run import Run, build_run, num_params, open_config_source, prepare_workdir
+from hjepa_jax.train_state import TrainState
+
+# Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
+ONLINE_KNN_K = 20
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by `signum`; its state at `step` is saved."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+        super().__init__(f"{signal.Signals(signum).name} at step {step}")
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Trains, or goes on with, the run in `workdir`, and probes it at the end.
+
+    Args:
+      config: a complete config.
+      workdir: the run's directory; made if need be.
+
+    Returns:
+      The rows of probe.json; none when `eval.probe_at_end` is off.
+
+    Raises:
+      InputError: for input that the user can correct.
+      Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    validate(config)
+    backend = select_platform(config.platform)
+    source = open_config_source(config)
+    run = build_run(config, source)
+    train, test = source.load()
+    prepare_workdir(config, workdir)
+
+    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config)
+    state, window = run.create()
+    if checkpoints.latest_step() is not None:
+        state, window = checkpoints.restore(state, window)
+    logger = RunLogger(workdir, tensorboard=config.log.tensorboard, resume_step=int(state.step))
+    try:
+        state = _Loop(run, train, checkpoints, logger, backend).run(state, window)
+        if not config.eval.probe_at_end:
+            return []
+        print("probing: linear and k-NN, chosen on held-out training images, scored on test images")
+        rows = evaluate_encoders(
+            build.build_embed_fn(config, run.model),
+            {"target": state.target_params, "random_init": run.create()[0].target_params},
+            train,
+            test,
+            num_classes=len(source.info.class_names),
+            step=int(state.step),
+            num_val=config.eval.num_val,
+            batch_size=config.eval.batch_size,
+        )
+        print(format_table(rows))
+        write_probe_json(workdir / "probe.json", rows)
+        logger.scalars(int(state.step), headline_scores(rows))
+        return rows
+    finally:
+        logger.close()
+        checkpoints.close()
+
+
+class _Loop:
+    """Dispatches steps, and at their times logs, evaluates and saves."""
+
+    def __init__(
+        self,
+        run: Run,
+        train: Split,
+        checkpoints: Checkpoints,
+        logger: RunLogger,
+        backend: str,
+    ):
+        c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
+        self._run, self._config, self._schedules = run, c, run.schedules
+        self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._backend = backend
+        self._order = BatchOrder(len(train.images), c.train.batch_size, c.seed)
+        self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
+        self._timer = StepTimer()
+        self._embed = jax.jit(build.build_embed_fn(c, run.model))
+        self._save_every = c.train.checkpoint_every_steps or max(
+            1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
+        )
+        # 0 for never; a fraction of a short epoch is still one step.
+        self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
+
+    def run(self, state: TrainState, window: metrics.LogWindow) -> TrainState:
+        """Runs from the state's step to the last one.
+
+        Raises:
+          Interrupted: when a signal asked for it.
+        """
+        num_steps, step = self._schedules.num_steps, int(state.step)
+        if step >= num_steps:
+            print(f"already trained: step {step} of {num_steps}")
+            return state
+        size = min(self._config.train.steps_per_call, num_steps)
+        started = time.perf_counter()
+        donate = donates_buffers(self._backend)
+        run_steps = self._run.lower(steps_per_call=size, donate=donate).compile()
+        images = jax.device_put(self._train.images)
+        if step == 0:
+            self._preview(state)
+        print(
+            f"{num_params(state.params):,} trainable parameters on {self._backend}, compiled in "
+            f"{time.perf_counter() - started:.1f} s, "
+            + (f"going on at step {step}" if step else "starting"),
+            flush=True,
+        )
+        with _StopSignals() as stop:
+            self._timer.restart()
+            while step < num_steps:
+                count = min(size, self._next_stop(step) - step)
+                before = time.perf_counter()
+                index = jax.device_put(self._order.batches(step, count, size=size))
+                data_wait = time.perf_counter() - before
+                state, window = run_steps(state, window, images, index, jnp.int32(count))
+                step += count
+                self._timer.add_steps(count, data_wait)
+                window = self._end_call(state, window, step, stop.signum)
+                if stop.signum and step < num_steps:
+                    raise Interrupted(stop.signum, step)
+        self._progress.end()
+        return state
+
+    def _next_stop(self, step: int) -> int:
+        """The next step after which the host has something to do."""
+        periods = (self._config.log.every_steps, self._save_every, self._eval_every)
+        stops = [step + period - step % period for period in periods if period]
+        return min(*stops, self._schedules.num_steps)
+
+    def _end_call(
+        self, state: TrainState, window: metrics.LogWindow, step: int, signum: int | None
+    ) -> metrics.LogWindow:
+        """Logs, evaluates and saves where `step` asks for it; returns the window to go on with."""
+        last = step == self._schedules.num_steps
+        if step % self._config.log.every_steps == 0 or last:
+            window = self._log(window, step)
+        paused = time.perf_counter()
+        scores = {}
+        if self._eval_every and (step % self._eval_every == 0 or last):
+            scores = self._evaluate(state, step)
+        self._logger.end_line()
+        if step % self._save_every == 0 or last or scores or signum:
+            self._checkpoints.save(state, window, scores=scores)
+            if last or signum:
+                self._checkpoints.wait()
+        self._timer.add_pause(time.perf_counter() - paused)
+        return window
+
+    def _log(self, window: metrics.LogWindow, step: int) -> metrics.LogWindow:
+        """Writes the window's metrics; refuses to go on from a loss that is not finite."""
+        batch_size = self._config.train.batch_size
+        values = metrics.summarize(window, step=step, batch_size=batch_size)
+        rates = self._timer.rates(batch_size)
+        self._logger.scalars(
+            step,
+            {
+                **{f"train/{name}": value for name, value in values.items()},
+                "train/learning_rate": float(self._schedules.learning_rate_fn(step)),
+                "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
+                "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
+                **rates,
+                "perf/peak_memory_bytes": peak_memory_bytes(jax.devices()[0]),
+            },
+        )
+        self._progress.show(
+            step,
+            loss=values["loss"],
+            images_per_sec=rates["perf/images_per_sec"],
+            steps_per_sec=rates["perf/steps_per_sec"],
+        )
+        if not math.isfinite(values["loss"]):
+            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            rule = (
+                f"not finite by step {step} ({bad}); lower optim.learning_rate. The last good "
+                f"checkpoint is step {self._checkpoints.latest_step()}"
+            )
+            raise InputError("train/loss", values["loss"], rule)
+        self._timer.restart()
+        return metrics.reset_averages(window)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
+        c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
+        bank, queries = validation_split(len(images), size=c.num_val)
+        bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
+        bank_x, query_x = (
+            extract_features(
+                self._embed, state.target_params, images[rows], batch_size=c.batch_size
+            )["level_0"]
+            for rows in (bank, queries)
+        )
+        (predictions,) = knn_predict(
+            bank_x,
+            labels[bank],
+            query_x,
+            ks=[min(ONLINE_KNN_K, len(bank))],
+            num_classes=int(labels.max()) + 1,
+        )
+        top1 = float((predictions == labels[queries]).mean())
+        self._logger.scalars(step, {BEST_METRIC: top1})
+        self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
+        return {BEST_METRIC: top1}
+
+    def _preview(self, state: TrainState) -> None:
+        """Sends the configuration, and eight training images with masks, to TensorBoard."""
+        hparams = flatten(self._config.to_dict())
+        self._logger.hparams(
+            {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
+        )
+        sample_masks = build.build_masks(self._config)
+        pixels = resize_and_normalize(
+            jnp.asarray(self._train.images[:8]),
+            image_size=self._config.data.image_size,
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+        )
+        masks = sample_masks(jax.random.split(state.rng, len(pixels)))
+        picture = mask_preview(np.asarray(pixels), masks, grid_size=sample_masks.grid_size)
+        self._logger.images(0, {"masks/image_context_targets": picture})
+
+
+class _StopSignals:
+    """Within the context SIGINT and SIGTERM ask to stop, by `signum`; a second SIGINT kills."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[signum] = signal.signal(signum, self._handle)
+            except ValueError:  # not the main thread: signals are not ours to handle
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("\nstopping after this step; once more (Ctrl-C) to stop at once", flush=True)

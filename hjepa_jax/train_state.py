@@ -1,0 +1,45 @@
+"""The training state: everything that a step reads and writes, as one pytree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run must keep to go on exactly where it stopped.
+
+    Attributes:
+      step: int32 [], optimizer updates done.
+      params: online parameters, {"context_encoder": ..., "predictor": ...}, float32.
+      target_params: EMA of params["context_encoder"].
+      opt_state: state of the optax transformation.
+      rng: uint32 [2], the run's key; step s uses fold_in(rng, s).
+    """
+
+    step: Any
+    params: Any
+    target_params: Any
+    opt_state: Any
+    rng: Any
+
+
+def create_train_state(params: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+    """A fresh state at step 0, whose target encoder is a copy of the context encoder."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A real copy: an aliased tree could not be donated.
+        target_params=jax.tree.map(jnp.copy, params["context_encoder"]),
+        opt_state=tx.init(params),
+        rng=rng,
+    )
+
+
+def ema_update(target_params: Any, params: Any, ema_momentum: jax.Array | float) -> Any:
+    """Target = m * target + (1 - m) * params, leaf by leaf, m in [0, 1]."""
+    m = ema_momentum
+    return jax.tree.map(lambda t, p: m * t + (1.0 - m) * p, target_params, params)
