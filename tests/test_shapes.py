@@ -1,0 +1,133 @@
+import time
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hjepa_jax.data import shapes
+from hjepa_jax.data.shapes import CLASS_NAMES, create_shapes
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return create_shapes(num_train=4000, num_test=1000, seed=0)
+
+
+@pytest.fixture(scope="module")
+def covers():
+    labels = np.arange(5000, dtype=np.int32) % 10
+    return labels, shapes._shape_cover(labels, np.random.default_rng(0))
+
+
+def as_rows(images):
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
+def test_ten_classes_and_the_counts_that_were_asked_for(splits):
+    train, test = splits
+    assert train.images.shape == (4000, 32, 32, 3)
+    assert test.images.shape == (1000, 32, 32, 3)
+    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 10
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+
+
+def test_counts_that_do_not_divide_are_balanced_to_one():
+    train, test = create_shapes(num_train=23, num_test=1)
+    counts = np.bincount(train.labels, minlength=10)
+    assert counts.sum() == len(train.images) == 23
+    assert counts.max() - counts.min() == 1
+    assert test.images.shape == (1, 32, 32, 3)
+
+
+def test_labels_come_in_random_order(splits):
+    followed_by_next_class = np.diff(splits[0].labels) % 10 == 1
+    assert 0.05 < followed_by_next_class.mean() < 0.15
+
+
+def test_same_seed_same_bytes_other_seed_other_images():
+    first, again, other = (create_shapes(30, 30, seed)[0] for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first.images, again.images)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert (first.images != other.images).mean() > 0.9
+
+
+def test_train_and_test_are_drawn_independently():
+    train, test = create_shapes(30, 30, seed=0)
+    assert (train.images != test.images).mean() > 0.9
+
+
+def test_global_statistics_do_not_tell_the_class(splits):
+    def statistics(images):
+        pixels = images.astype(np.float32) / 255
+        luma = pixels @ shapes.LUMA
+        return np.concatenate(
+            [pixels.mean((1, 2)), pixels.std((1, 2)), luma.std((1, 2))[:, None]], axis=1
+        )
+
+    train, test = splits
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    probe.fit(statistics(train.images), train.labels)
+    assert probe.score(statistics(test.images), test.labels) < 0.15  # chance 0.10, std 0.01
+
+
+def test_raw_pixels_do_not_solve_the_set(splits):
+    train, test = splits
+    linear = RidgeClassifier(alpha=1e4).fit(as_rows(train.images), train.labels)
+    assert linear.score(as_rows(test.images), test.labels) < 0.30
+    neighbours = KNeighborsClassifier(10).fit(as_rows(train.images), train.labels)
+    assert neighbours.score(as_rows(test.images), test.labels) < 0.35
+
+
+def test_area_has_one_distribution_for_all_classes(covers):
+    labels, cover = covers
+    areas = cover.sum(axis=(1, 2))
+    low, high = shapes.AREA
+    for label in range(10):
+        of_class = areas[labels == label]
+        assert of_class.min() > 0.85 * low
+        assert of_class.max() < 1.1 * high
+        # The mean of 500 uniform draws has standard deviation 1.2.
+        assert abs(of_class.mean() - (low + high) / 2) < 5
+
+
+def test_centroid_has_one_distribution_for_all_classes(covers):
+    labels, cover = covers
+    axis = np.arange(32) - 15.5
+    x = (cover * axis).sum(axis=(1, 2)) / cover.sum(axis=(1, 2))
+    for label in range(10):
+        of_class = x[labels == label]
+        # Uniform on +-5: standard deviation 2.9, that of the mean of 500 draws 0.13.
+        assert abs(of_class.mean()) < 0.5
+        assert 2.6 < of_class.std() < 3.2
+
+
+def test_every_outline_differs_from_every_other():
+    axis = np.linspace(-1.5, 1.5, 61)
+    x, y = np.meshgrid(axis, axis)
+    inside = [(outline(x, y) < 0) for outline in shapes.OUTLINES.values()]
+    for i, one in enumerate(inside):
+        assert 0.05 < one.mean() < 0.5
+        for other in inside[:i]:
+            assert (one != other).mean() > 0.02
+
+
+def test_polygon_distance_is_exact_on_a_square():
+    distance = shapes._polygon((0.0, 0.0), (2.0, 0.0), (2.0, 2.0), (0.0, 2.0))
+    x, y = np.array([1.0, 3.0, 5.0, 0.5]), np.array([1.0, 1.0, 6.0, 1.0])
+    np.testing.assert_allclose(distance(x, y), [-1, 1, 5, -0.5], atol=1e-6)
+
+
+def test_shape_and_background_colours_keep_their_contrast():
+    background, shape = shapes._contrasting_colours(5000, np.random.default_rng(0))
+    contrast = np.sqrt((shapes.LUMA * (shape - background) ** 2).sum(axis=-1))
+    assert contrast.min() >= shapes.MIN_CONTRAST
+
+
+def test_a_thousand_images_take_less_than_two_seconds_of_processor_time():
+    start = time.process_time()
+    create_shapes(1000, 1)
+    assert time.process_time() - start < 2
