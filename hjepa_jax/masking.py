@@ -13,6 +13,7 @@ References:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,10 @@ class Masks:
       target_valid: bool [B, M, T].
     """
 
-    context_index: Array
-    context_valid: Array
-    target_index: Array
-    target_valid: Array
+    context_index: Any
+    context_valid: Any
+    target_index: Any
+    target_valid: Any
 
 
 def rank(x: Float[Array, " N"]) -> Int[Array, " N"]:
@@ -59,14 +60,15 @@ def gather_tokens(
     A product with a one-hot matrix: its gradient is a product too, where that of an indexed
     gather is a scatter, slow on some backends and refused by others.
     """
-    one_hot = (index[..., None] == jnp.arange(x.shape[-2])).astype(x.dtype)
+    one_hot = (index[..., None] == jnp.arange(x.shape[-2])[None, None]).astype(x.dtype)
     # HIGHEST: rows are copied exactly, where the backend would otherwise round the product.
     return jnp.matmul(one_hot, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def target_union(masks: Masks, num_patches: int) -> Bool[Array, "B N"]:
     """Which patches at least one target block covers."""
-    hit = (masks.target_index[..., None] == jnp.arange(num_patches)) & masks.target_valid[..., None]
+    patches = jnp.arange(num_patches)[None, None, None]
+    hit = (masks.target_index[..., None] == patches) & masks.target_valid[..., None]
     return jnp.any(hit, axis=(1, 2))
 
 
@@ -200,29 +202,40 @@ class MultiBlockMask:
         return jax.vmap(self._sample_image)(rngs)
 
     def _sample_image(self, rng: Rng) -> Masks:
-        context_rng, keep_rng, *block_rngs = jax.random.split(rng, 2 + self.num_blocks)
+        # One draw for everything: four numbers per block, then one per patch.
+        n, m = self.num_patches, self.num_blocks
+        u = jax.random.uniform(rng, (4 * (m + 1) + n,))
         blocks = [
-            _sample_block(r, self._target_shapes, self.grid_size, self.cell_size, self.scale,
-                          self.aspect_ratio)
-            for r in block_rngs
-        ]  # fmt: skip
+            _place_block(
+                u[4 * i : 4 * i + 4],
+                self._target_shapes,
+                self.grid_size,
+                self.cell_size,
+                self.scale,
+                self.aspect_ratio,
+            )
+            for i in range(m)
+        ]
         tokens = [_block_tokens(b, self.grid_size, self.block_capacity) for b in blocks]
         target_index = jnp.stack([index for index, _ in tokens])
         target_valid = jnp.stack([valid for _, valid in tokens])
 
-        context_block = _sample_block(
-            context_rng, self._context_shapes, self.grid_size, 1, self.context_scale,
+        context_block = _place_block(
+            u[4 * m : 4 * m + 4],
+            self._context_shapes,
+            self.grid_size,
+            1,
+            self.context_scale,
             self.context_aspect_ratio,
-        )  # fmt: skip
+        )
         visible = _covers(context_block, self.grid_size)
         for block in blocks:
             visible &= ~_covers(block, self.grid_size)
 
         # A uniformly random subset of the visible patches: rank them in random order, hidden last.
-        priority = jax.random.uniform(keep_rng, (self.num_patches,)) + jnp.where(visible, 0.0, 1.0)
-        slot = rank(priority)
+        slot = rank(u[4 * (m + 1) :] + jnp.where(visible, 0.0, 1.0))
         is_slot = slot[None, :] == jnp.arange(self.context_capacity)[:, None]
-        context_index = jnp.sum(is_slot * jnp.arange(self.num_patches), axis=1, dtype=jnp.int32)
+        context_index = jnp.sum(is_slot * jnp.arange(n)[None], axis=1, dtype=jnp.int32)
         context_valid = jnp.arange(self.context_capacity) < jnp.sum(visible)
         return Masks(
             context_index=jnp.where(context_valid, context_index, 0),
@@ -237,34 +250,34 @@ class MultiBlockMask:
 class _Block:
     """A rectangle of patches: first row and column, and how many of each (int32 scalars)."""
 
-    top: Array
-    left: Array
-    height: Array
-    width: Array
+    top: Any
+    left: Any
+    height: Any
+    width: Any
 
 
-def _sample_block(
-    rng: Rng,
-    shapes: np.ndarray,
+def _place_block(
+    u: Float[Array, "4"],
+    shapes: Int[np.ndarray, "S 2"],
     grid_size: int,
     cell_size: int,
     scale: tuple[float, float],
     aspect_ratio: tuple[float, float],
 ) -> _Block:
-    """Draws area and aspect ratio, takes the nearest of `shapes`, places it uniformly."""
-    area_rng, aspect_rng, top_rng, left_rng = jax.random.split(rng, 4)
+    """From four uniform numbers: area and aspect ratio, the nearest of `shapes`, its position."""
     cells_per_side = -(-grid_size // cell_size)
-    area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1])
+    area = scale[0] + (scale[1] - scale[0]) * u[0]
     low, high = np.log(aspect_ratio)
-    log_aspect = jax.random.uniform(aspect_rng, minval=float(low), maxval=float(high))
+    log_aspect = low + (high - low) * u[1]
     patches = np.minimum(shapes * cell_size, grid_size)
-    shape_log_area = np.log(patches.prod(axis=1) / grid_size**2).astype(np.float32)
-    shape_log_aspect = np.log(patches[:, 0] / patches[:, 1]).astype(np.float32)
-    distance = (shape_log_area - jnp.log(area)) ** 2 + (shape_log_aspect - log_aspect) ** 2
+    log_areas = np.log(patches.prod(axis=1) / grid_size**2).astype(np.float32)
+    log_aspects = np.log(patches[:, 0] / patches[:, 1]).astype(np.float32)
+    distance = (log_areas - jnp.log(area)) ** 2 + (log_aspects - log_aspect) ** 2
     nearest = rank(distance) == 0
-    height, width = (jnp.sum(nearest * side, dtype=jnp.int32) for side in shapes.T.astype(np.int32))
-    top = _uniform_int(top_rng, cells_per_side - height + 1) * cell_size
-    left = _uniform_int(left_rng, cells_per_side - width + 1) * cell_size
+    height = jnp.sum(nearest * shapes[:, 0], dtype=jnp.int32)
+    width = jnp.sum(nearest * shapes[:, 1], dtype=jnp.int32)
+    top = _uniform_int(u[2], cells_per_side - height + 1) * cell_size
+    left = _uniform_int(u[3], cells_per_side - width + 1) * cell_size
     return _Block(
         top=top,
         left=left,
@@ -273,9 +286,9 @@ def _sample_block(
     )
 
 
-def _uniform_int(rng: Rng, num_values: Int[Array, ""]) -> Int[Array, ""]:
-    """Uniform on 0..num_values-1, for a number of values that is itself traced."""
-    value = jnp.floor(jax.random.uniform(rng) * num_values).astype(jnp.int32)
+def _uniform_int(u: Float[Array, ""], num_values: Int[Array, ""]) -> Int[Array, ""]:
+    """Uniform on 0..num_values-1 for u uniform on [0, 1)."""
+    value = jnp.floor(u * num_values).astype(jnp.int32)
     return jnp.minimum(value, num_values - 1)  # u * n may round up to n
 
 

@@ -27,8 +27,8 @@ from hjepa_jax.train_state import TrainState, ema_update
 class StepOutputs:
     """What a step reports: scalars by metric name, and a feature vector per image."""
 
-    scalars: dict[str, Array]
-    features: Array
+    scalars: dict[str, Any]
+    features: Any
 
 
 TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]

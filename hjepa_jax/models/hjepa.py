@@ -1,5 +1,7 @@
 """H-JEPA: a context encoder and a predictor that share one parameter tree."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -23,11 +25,11 @@ class Prediction:
       summary: summary tokens, float32 [B, R, D].
     """
 
-    levels: tuple[Array, ...]
-    summary_levels: tuple[Array, ...]
-    query_valid: tuple[Array, ...]
-    context: Array
-    summary: Array
+    levels: tuple[Any, ...]
+    summary_levels: tuple[Any, ...]
+    query_valid: tuple[Any, ...]
+    context: Any
+    summary: Any
 
 
 class HJEPA(nn.Module):

@@ -1,0 +1,206 @@
+"""k-nearest-neighbour probe: weighted votes of the most similar training images.
+
+Exact, without training and without randomness, for every k in one pass over the data. It runs on
+the host in NumPy because not every accelerator sorts correctly, and NumPy is fast enough.
+
+    result = knn_probe(train_x, train_y, test_x, test_y, num_classes=10)
+    print(result.top1, result.chosen_k)
+
+References:
+  Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination"
+  (arXiv 1805.01978), section 3.4: cosine similarity, votes weighted by exp(similarity / 0.07).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Integer
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.quality import check_features
+
+DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnResult:
+    """Outcome of the k-NN probe.
+
+    Attributes:
+      top1: accuracy on the test set at the chosen k, fraction in [0, 1].
+      chosen_k: the k that scored best on held-out training rows; the smallest, of equals.
+      val_top1: those held-out scores, one per k in the order given.
+      test_predictions: predicted classes `[num_test]` at the chosen k.
+    """
+
+    top1: float
+    chosen_k: int
+    val_top1: tuple[float, ...]
+    test_predictions: Int32[np.ndarray, " num_test"]
+
+
+def check_labelled(
+    split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
+) -> None:
+    """Refuses features and labels that do not belong together.
+
+    Args:
+      split: "train" or "test", for the field's name in the error.
+      x: features `[n, D]`.
+      y: labels `[n]`.
+      num_classes: labels must lie in [0, num_classes).
+      width: the D that `x` must have; any, if None.
+
+    Raises:
+      InputError: naming `{split}_x` or `{split}_y`.
+    """
+    check_features(f"{split}_x", x)
+    if width is not None and x.shape[1] != width:
+        raise InputError(f"{split}_x", x.shape, f"must have the {width} columns of train_x")
+    if y.shape != (len(x),):
+        raise InputError(f"{split}_y", y.shape, f"must be one label per row of {split}_x, {len(x)}")
+    if y.min() < 0 or y.max() >= num_classes:
+        raise InputError(
+            f"{split}_y", (int(y.min()), int(y.max())), f"must lie in [0, {num_classes})"
+        )
+
+
+def hold_out(n: int, *, num_val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the training rows in two, to choose a hyper-parameter without the test set.
+
+    Args:
+      n: number of training rows, at least 5.
+      num_val: rows to hold out; at most a fifth of `n` is taken.
+      seed: the same seed holds out the same rows.
+
+    Returns:
+      Row numbers `(fit_rows, val_rows)`: disjoint, and all of [0, n) together.
+
+    Raises:
+      InputError: if nothing could be held out.
+    """
+    num_val = min(num_val, n // 5)
+    if num_val < 1:
+        raise InputError("train_x", f"{n} rows", "choosing a hyper-parameter needs 5 rows or more")
+    order = np.random.default_rng(seed).permutation(n)
+    return order[num_val:], order[:num_val]
+
+
+def knn_probe(
+    train_x: Float[np.ndarray, "_ _"],
+    train_y: Integer[np.ndarray, " _"],
+    test_x: Float[np.ndarray, "_ _"],
+    test_y: Integer[np.ndarray, " _"],
+    *,
+    num_classes: int,
+    ks: Sequence[int] = DEFAULT_KS,
+    temperature: float = 0.07,
+    num_val: int = 5000,
+    seed: int = 0,
+    block_size: int = 512,
+) -> KnnResult:
+    """Chooses k on held-out training rows, then scores the test set once with all training rows.
+
+    Args:
+      train_x: features `[n, D]`.
+      train_y: classes `[n]` in [0, num_classes).
+      test_x: features `[num_test, D]`.
+      test_y: classes `[num_test]`; read only to score the final predictions.
+      num_classes: number of classes.
+      ks: neighbour counts to choose from, each at most the rows that remain after the hold-out.
+      temperature: of the votes; see `knn_predict`.
+      num_val: training rows held out to choose k; at most a fifth of them is taken.
+      seed: of the hold-out.
+      block_size: queries at a time; see `knn_predict`.
+
+    Raises:
+      InputError: for features that are empty or not finite, arrays that do not match, labels out
+        of range, or a k that is too large ("eval.knn_ks").
+    """
+    check_labelled("train", train_x, train_y, num_classes=num_classes)
+    check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
+    options = {"num_classes": num_classes, "temperature": temperature, "block_size": block_size}
+
+    fit, val = hold_out(len(train_x), num_val=num_val, seed=seed)
+    predicted = knn_predict(train_x[fit], train_y[fit], train_x[val], ks=ks, **options)
+    val_top1 = (predicted == train_y[None, val]).mean(axis=1).tolist()
+    _, smallest = max(zip(val_top1, (-k for k in ks), strict=True))
+    chosen_k = -smallest
+
+    (predictions,) = knn_predict(train_x, train_y, test_x, ks=[chosen_k], **options)
+    return KnnResult(float((predictions == test_y).mean()), chosen_k, tuple(val_top1), predictions)
+
+
+def knn_predict(
+    bank_x: Float[np.ndarray, "n D"],
+    bank_y: Integer[np.ndarray, " n"],
+    query_x: Float[np.ndarray, "Q D"],
+    *,
+    ks: Sequence[int],
+    num_classes: int,
+    temperature: float = 0.07,
+    block_size: int = 512,
+) -> Int32[np.ndarray, "num_ks Q"]:
+    """Classifies each query by the weighted vote of its k most similar bank rows, for every k.
+
+    A neighbour of cosine similarity s votes with weight exp(s / temperature). Of neighbours equally
+    similar (to the last bit of float32) the one earlier in the bank counts; of classes with equal
+    votes the lower wins. A row of zeros has similarity 0 to everything.
+
+    Args:
+      bank_x: features of the labelled rows.
+      bank_y: their classes in [0, num_classes).
+      query_x: features to classify.
+      ks: neighbour counts in [1, n].
+      num_classes: number of classes.
+      temperature: > 0; smaller values weigh the nearest neighbours more.
+      block_size: queries at a time: bounds memory, about 10 * block_size * n bytes.
+
+    Returns:
+      Predicted classes, one row per k in the order given.
+
+    Raises:
+      InputError: if a k is out of range, or `ks` is empty ("eval.knn_ks").
+    """
+    n = len(bank_x)
+    if not ks or min(ks) < 1 or max(ks) > n:
+        raise InputError("eval.knn_ks", tuple(ks), f"must lie in [1, {n}], the rows in the bank")
+    bank = _unit_rows(bank_x)
+    predictions = np.empty((len(ks), len(query_x)), np.int32)
+    for start in range(0, len(query_x), block_size):
+        block = slice(start, start + block_size)
+        similarity = _unit_rows(query_x[block]) @ bank.T
+        neighbours = _nearest(similarity, max(ks))
+        similarity = np.take_along_axis(similarity, neighbours, axis=1).astype(np.float64)
+        # Relative to the nearest neighbour: the same vote, but safe from overflow.
+        weights = np.exp((similarity - similarity[:, :1]) / temperature)
+
+        # The votes for k are those for the next smaller k, plus those of the ranks between.
+        q = len(neighbours)
+        ballot = np.arange(q)[:, None] * num_classes + bank_y[neighbours]
+        votes, counted = np.zeros((q, num_classes)), 0
+        for row in np.argsort(ks):
+            ranks = slice(counted, ks[row])
+            new = np.bincount(ballot[:, ranks].ravel(), weights[:, ranks].ravel(), votes.size)
+            votes, counted = votes + new.reshape(votes.shape), ks[row]
+            predictions[row, block] = votes.argmax(axis=1)
+    return predictions
+
+
+def _unit_rows(x: Float[np.ndarray, "n D"]) -> Float32[np.ndarray, "n D"]:
+    x = x.astype(np.float32)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return x
+
+
+def _nearest(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:
+    """Returns the columns of the k largest similarities, largest first, equals by lower column."""
+    top = np.argpartition(similarity, -k, axis=1)[:, -k:]
+    smallest = np.take_along_axis(similarity, top, axis=1).min(axis=1, keepdims=True)
+    # Where more than k columns reach the k-th value, which of them argpartition took is arbitrary.
+    for row in np.flatnonzero(np.sum(similarity >= smallest, axis=1) > k):
+        top[row] = np.argsort(-similarity[row], kind="stable")[:k]
+    top.sort(axis=1)
+    order = np.argsort(-np.take_along_axis(similarity, top, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(top, order, axis=1)

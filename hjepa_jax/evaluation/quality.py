@@ -1,0 +1,164 @@
+"""Is a representation usable at all? Rank and spread of a feature matrix, on the host in float64.
+
+Two ways to fail, after Jing et al. 2021 (arXiv 2110.09348): *complete* collapse maps every image
+to one point; *dimensional* collapse leaves only a few directions in use. Neither shows in the loss.
+
+    verdict = collapse_verdict(features)  # features [n, D]
+    print(verdict.label, verdict.effective_rank)
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float64
+
+from hjepa_jax.errors import InputError
+
+MIN_RELATIVE_STD = 0.01
+MIN_RANK_FRACTION = 0.1
+
+# Features are float32: a spread below this fraction of their size is rounding, not information.
+_RESOLUTION = float(np.finfo(np.float32).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether features have collapsed, and the values and thresholds that say so.
+
+    Attributes:
+      label: "collapse" if `relative_std < min_relative_std`: every row is nearly the same point;
+        else "partial collapse" if `effective_rank < min_rank_fraction * max_rank`; else "healthy".
+      relative_std: `feature_std` over the root mean square of all entries, in [0, 1].
+      effective_rank: in [0, max_rank].
+      max_rank: the largest rank that n centred rows of width D can have, min(n - 1, D).
+      min_relative_std: threshold on `relative_std`.
+      min_rank_fraction: threshold on `effective_rank / max_rank`.
+    """
+
+    label: Literal["healthy", "partial collapse", "collapse"]
+    relative_std: float
+    effective_rank: float
+    max_rank: int
+    min_relative_std: float = MIN_RELATIVE_STD
+    min_rank_fraction: float = MIN_RANK_FRACTION
+
+
+def check_features(field: str, features: np.ndarray) -> Float[np.ndarray, "n D"]:
+    """Returns `features` unchanged if they are a finite, non-empty matrix.
+
+    Raises:
+      InputError: naming `field`, if they are not.
+    """
+    if features.ndim != 2 or features.size == 0:
+        raise InputError(field, features.shape, "must be a matrix [n, D] with n >= 1 and D >= 1")
+    num_bad = int(np.sum(~np.isfinite(features)))
+    if num_bad:
+        raise InputError(
+            field, f"{num_bad} of {features.size} entries NaN or inf", "must be finite"
+        )
+    return features
+
+
+def feature_std(features: Float[np.ndarray, "_ _"]) -> float:
+    """Returns the standard deviation over rows, averaged over dimensions; 0 means collapse.
+
+    Args:
+      features: `[n, D]`, in the features' own unit.
+
+    Raises:
+      InputError: if `features` is empty or not finite.
+    """
+    return float(np.std(check_features("features", features), axis=0, dtype=np.float64).mean())
+
+
+def effective_rank(features: Float[np.ndarray, "_ _"]) -> float:
+    """Returns how many directions the features use: exp of the entropy of their spectrum.
+
+    With singular values sigma_k of the centred features and p_k = sigma_k / sum(sigma), this is
+    exp(-sum p_k log p_k): 1 when one direction holds all the variation, D when all hold the same.
+
+    Args:
+      features: `[n, D]`.
+
+    Returns:
+      A value in [1, min(n - 1, D)]; exactly 0.0 if all rows are equal to float32 rounding.
+
+    Raises:
+      InputError: if `features` is empty or not finite.
+
+    References:
+      Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality"
+      (EUSIPCO), definition 1. We centre first, so that a shared mean does not count as a direction.
+    """
+    x = check_features("features", features).astype(np.float64)
+    centred = x - x.mean(axis=0)
+    if np.abs(centred).max() <= _RESOLUTION * np.abs(x).max():
+        return 0.0
+    sigma = _singular_values(centred)
+    p = sigma / sigma.sum()
+    return _exp_entropy(p[p > 0])
+
+
+def rankme(features: Float[np.ndarray, "_ _"], *, epsilon: float = 1e-7) -> float:
+    """Returns RankMe: the effective rank of the features as they are, mean included.
+
+    Args:
+      features: `[n, D]`.
+      epsilon: added to each normalised singular value, so that the logarithm exists.
+
+    Returns:
+      A value in about [1, min(n, D)] (all-zero features, which have no spectrum: 0.0).
+
+    Raises:
+      InputError: if `features` is empty or not finite.
+
+    References:
+      Garrido et al. 2023, "RankMe" (arXiv 2210.02885), equation 1.
+    """
+    sigma = _singular_values(check_features("features", features).astype(np.float64))
+    if sigma.sum() == 0:
+        return 0.0
+    return _exp_entropy(sigma / sigma.sum() + epsilon)
+
+
+def collapse_verdict(features: Float[np.ndarray, "_ _"]) -> Verdict:
+    """Says whether the features have collapsed, wholly or to a few directions.
+
+    The thresholds are conventions, meant to catch plain failures; features that pass may be poor.
+
+    Args:
+      features: `[n, D]` with n >= 2; n well above D, or `max_rank` is the number of rows.
+
+    Raises:
+      InputError: if `features` is empty, not finite, or a single row.
+    """
+    if len(check_features("features", features)) < 2:
+        raise InputError("features", features.shape, "a verdict needs at least 2 rows")
+    n, d = features.shape
+    max_rank = min(n - 1, d)
+    scale = float(np.sqrt(np.mean(np.square(features, dtype=np.float64))))
+    relative_std = feature_std(features) / scale if scale > 0 else 0.0
+    rank = effective_rank(features)
+    if relative_std < MIN_RELATIVE_STD:
+        label = "collapse"
+    elif rank < MIN_RANK_FRACTION * max_rank:
+        label = "partial collapse"
+    else:
+        label = "healthy"
+    return Verdict(label, relative_std, rank, max_rank)
+
+
+def _singular_values(x: Float64[np.ndarray, "n D"]) -> Float64[np.ndarray, " r"]:
+    """Returns the min(n, D) singular values, from the smaller Gram matrix: n may be 50,000.
+
+    Squaring limits them to about 1e-8 of the largest, below the float32 rounding of the input.
+    """
+    n, d = x.shape
+    gram = x.T @ x if d <= n else x @ x.T
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0.0))
+
+
+def _exp_entropy(p: Float64[np.ndarray, " r"]) -> float:
+    """Returns exp of the entropy in nats of positive weights `p`."""
+    return float(np.exp(-np.sum(p * np.log(p))))

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.knn import hold_out, knn_predict, knn_probe
+
+
+def blobs(n, *, num_classes=4, d=8, noise=1.0, seed=0):
+    """Returns features scattered around one centre per class, and the classes."""
+    centres = np.random.default_rng(99).normal(size=(num_classes, d))
+    rng = np.random.default_rng(seed)
+    y = rng.integers(num_classes, size=n)
+    return (centres[y] + noise * rng.normal(size=(n, d))).astype(np.float32), y
+
+
+def directions(*degrees):
+    angle = np.deg2rad(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
+def test_votes_match_a_case_worked_by_hand():
+    # From a query at 0 degrees: class 1 at 10 (similarity 0.985), class 0 at 20 and -25 (0.940,
+    # 0.906). At temperature 0.07 the two weigh e^-0.64 + e^-1.12 = 0.85 of the one and lose; at
+    # temperature 1 they weigh 1.88 of it and win. Length must not matter.
+    bank = directions(10, 20, -25) * np.array([[0.1], [5.0], [9.0]], np.float32)
+    classes = np.array([1, 0, 0])
+    query = directions(0)
+    cold = knn_predict(bank, classes, query, ks=[1, 3], num_classes=2, temperature=0.07)
+    warm = knn_predict(bank, classes, query, ks=[1, 3], num_classes=2, temperature=1.0)
+    np.testing.assert_array_equal(cold, [[1], [1]])
+    np.testing.assert_array_equal(warm, [[1], [0]])
+
+
+def test_predictions_equal_scikit_learn_for_every_k():
+    bank_x, bank_y = blobs(1000)
+    query_x, _ = blobs(300, seed=1)
+    ks = [20, 1, 5, 200]  # rows come back in the order asked for
+    predicted = knn_predict(bank_x, bank_y, query_x, ks=ks, num_classes=4, block_size=128)
+    assert predicted.dtype == np.int32
+    for row, k in zip(predicted, ks, strict=True):
+        reference = KNeighborsClassifier(n_neighbors=k, metric="cosine")
+        reference.set_params(weights=lambda distance: np.exp((1 - distance) / 0.07))
+        reference.fit(bank_x.astype(np.float64), bank_y)
+        np.testing.assert_array_equal(row, reference.predict(query_x.astype(np.float64)))
+
+
+def test_equal_neighbours_count_by_lower_bank_row_and_equal_votes_by_lower_class():
+    bank_x = np.repeat(directions(90, 0), [16, 48], axis=0)
+    bank_y = np.repeat([4, 7, 6, 5], 16)
+    for ks in ([1, 31, 32], [1, 31, 48]):  # the largest k cuts through the equals, or takes all
+        predicted = knn_predict(bank_x, bank_y, directions(0, 30), ks=ks, num_classes=8)
+        np.testing.assert_array_equal(predicted[:, 0], [7, 7, {32: 6, 48: 5}[ks[-1]]])
+        np.testing.assert_array_equal(predicted[:, 1], predicted[:, 0])
+
+
+def test_block_size_changes_nothing():
+    bank_x, bank_y = blobs(200)
+    query_x, _ = blobs(50, seed=1)
+    one, many = (
+        knn_predict(bank_x, bank_y, query_x, ks=[3, 9], num_classes=4, block_size=size)
+        for size in (1, 1000)
+    )
+    np.testing.assert_array_equal(one, many)
+
+
+def test_zero_rows_are_tolerated():
+    bank_x, bank_y = blobs(20)
+    assert knn_predict(bank_x * 0, bank_y, bank_x, ks=[1], num_classes=4).tolist() == [
+        [bank_y[0]] * 20
+    ]
+
+
+def test_probe_is_scored_with_all_rows_at_the_k_that_won_on_held_out_rows():
+    train_x, train_y = blobs(1000, noise=2.0)
+    test_x, test_y = blobs(400, noise=2.0, seed=1)
+    ks = (1, 5, 50)
+    result = knn_probe(train_x, train_y, test_x, test_y, num_classes=4, ks=ks, num_val=100)
+    assert result.chosen_k == ks[int(np.argmax(result.val_top1))] > 1
+    predicted = knn_predict(train_x, train_y, test_x, ks=[result.chosen_k], num_classes=4)[0]
+    np.testing.assert_array_equal(result.test_predictions, predicted)
+    assert result.top1 == pytest.approx(np.mean(predicted == test_y))
+
+
+def test_test_labels_do_not_influence_a_choice():
+    train_x, train_y = blobs(500, noise=2.0)
+    test_x, test_y = blobs(100, noise=2.0, seed=1)
+    noise = np.random.default_rng(5).integers(4, size=100)
+    true, false = (
+        knn_probe(train_x, train_y, test_x, labels, num_classes=4, ks=(1, 5, 50))
+        for labels in (test_y, noise)
+    )
+    assert (true.chosen_k, true.val_top1) == (false.chosen_k, false.val_top1)
+    np.testing.assert_array_equal(true.test_predictions, false.test_predictions)
+    assert true.top1 != false.top1
+
+
+def test_equal_scores_choose_the_smallest_k():
+    train_x, train_y = blobs(200, noise=0.01)
+    result = knn_probe(train_x, train_y, train_x, train_y, num_classes=4, ks=(10, 2, 5))
+    assert result.val_top1 == (1.0, 1.0, 1.0)
+    assert result.chosen_k == 2
+
+
+def test_hold_out_partitions_the_rows_and_depends_on_the_seed_only():
+    fit, val = hold_out(100, num_val=10, seed=3)
+    assert (len(fit), len(val)) == (90, 10)
+    assert sorted([*fit, *val]) == list(range(100))
+    np.testing.assert_array_equal(val, hold_out(100, num_val=10, seed=3)[1])
+    assert set(val) != set(hold_out(100, num_val=10, seed=4)[1])
+    assert len(hold_out(100, num_val=5000, seed=3)[1]) == 20
+
+
+@pytest.mark.parametrize("ks", [(), (0, 1), (1, 81)])
+def test_impossible_k_is_refused_by_name(ks):
+    x, y = blobs(100)  # 80 remain after the hold-out
+    with pytest.raises(InputError, match=r"^eval\.knn_ks=.*\[1, 80\]"):
+        knn_probe(x, y, x, y, num_classes=4, ks=ks)
+
+
+def spoilt(array, value):
+    array = array.copy()
+    array.flat[0] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil"),
+    [
+        ("train_x", lambda x: spoilt(x, np.nan)),
+        ("train_x", lambda x: x[:4]),
+        ("train_x", lambda x: x[:0]),
+        ("train_y", lambda y: y[:-1]),
+        ("train_y", lambda y: spoilt(y, 4)),
+        ("test_x", lambda x: spoilt(x, np.inf)),
+        ("test_x", lambda x: x[:, :-1]),
+        ("test_y", lambda y: spoilt(y, -1)),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_by_name(field, spoil):
+    x, y = blobs(50)
+    arrays = {"train_x": x, "train_y": y, "test_x": x, "test_y": y}
+    arrays[field] = spoil(arrays[field])
+    if field == "train_x":
+        arrays["train_y"] = y[: len(arrays["train_x"])]
+    with pytest.raises(InputError, match=f"^{field}="):
+        knn_probe(**arrays, num_classes=4, ks=(1,))

@@ -1,0 +1,115 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax import losses
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def test_smooth_l1_by_hand():
+    """Errors 0.5 and 3: mean of 0.5 * 0.25 and 3 - 0.5."""
+    loss = losses.elementwise_loss(jnp.array([[0.5, 3.0]]), jnp.zeros((1, 2)), "smooth_l1")
+    np.testing.assert_allclose(loss, [(0.125 + 2.5) / 2])
+
+
+def test_mse_by_hand():
+    loss = losses.elementwise_loss(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2)), "mse")
+    np.testing.assert_allclose(loss, [5.0])
+
+
+def test_cosine_by_hand():
+    x = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    y = jnp.array([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    loss = losses.elementwise_loss(x, y, "cosine")
+    np.testing.assert_allclose(loss, [0.0, 1 - 2**-0.5, 2.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", losses.PREDICTION_LOSSES)
+def test_prediction_loss_is_the_mean_over_valid_queries(kind):
+    prediction, target, valid = normal(3, 5, 8), 2 * normal(3, 5, 8), RNG.random((3, 5)) < 0.6
+    p, t = prediction[valid].astype(np.float64), target[valid].astype(np.float64)
+    if kind == "smooth_l1":
+        e = np.abs(p - t)
+        expected = np.where(e < 1, 0.5 * e**2, e - 0.5).mean()
+    elif kind == "mse":
+        expected = ((p - t) ** 2).mean()
+    else:
+        norms = np.linalg.norm(p, axis=1) * np.linalg.norm(t, axis=1)
+        expected = (1 - (p * t).sum(1) / norms).mean()
+    got = losses.prediction_loss(*map(jnp.asarray, (prediction, target, valid)), kind)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", losses.PREDICTION_LOSSES)
+def test_padding_changes_neither_the_loss_nor_its_gradient(kind):
+    prediction, target, valid = normal(2, 6, 4), normal(2, 6, 4), np.ones((2, 6), bool)
+    valid[:, 4:] = False
+    other = prediction.copy()
+    other[:, 4:] = 1e3 * normal(2, 2, 4)
+    fn = jax.value_and_grad(lambda p: losses.prediction_loss(p, target, valid, kind))
+    target, valid = jnp.asarray(target), jnp.asarray(valid)
+    (loss_a, grad_a), (loss_b, grad_b) = fn(jnp.asarray(prediction)), fn(jnp.asarray(other))
+    assert loss_a == loss_b
+    np.testing.assert_array_equal(grad_a[:, :4], grad_b[:, :4])
+    assert not np.any(grad_b[:, 4:])
+
+
+def test_no_valid_query_gives_zero_and_not_nan():
+    x = jnp.ones((1, 2, 3))
+    assert losses.prediction_loss(x, 2 * x, jnp.zeros((1, 2), bool)) == 0
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="huber"):
+        losses.elementwise_loss(jnp.ones((1, 2)), jnp.ones((1, 2)), "huber")
+
+
+def test_variance_loss_against_numpy():
+    x = 0.5 * normal(32, 2, 6)
+    std = np.sqrt(x.astype(np.float64).var(axis=0, ddof=1) + 1e-4)
+    expected = np.maximum(1 - std, 0).mean()
+    np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), expected, rtol=1e-5)
+
+
+def test_variance_loss_by_hand():
+    """Two images, one feature, values 0 and 1: variance 1/2."""
+    x = jnp.array([0.0, 1.0]).reshape(2, 1, 1)
+    np.testing.assert_allclose(losses.variance_loss(x), 1 - np.sqrt(0.5 + 1e-4), rtol=1e-6)
+
+
+def test_variance_loss_is_zero_at_unit_variance():
+    x = normal(64, 1, 8)
+    x = (x - x.mean(0)) / x.std(0, ddof=1)
+    assert losses.variance_loss(jnp.asarray(x)) == 0
+
+
+def test_constant_difference_between_tokens_is_no_variance():
+    x = np.broadcast_to(np.array([0.0, 100.0], np.float32)[None, :, None], (16, 2, 4))
+    np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), 1 - 1e-2, rtol=1e-5)
+
+
+def test_covariance_loss_against_numpy():
+    x = normal(40, 3, 5)
+    expected = 0.0
+    for r in range(3):
+        c = np.cov(x[:, r].astype(np.float64), rowvar=False)
+        expected += (c**2).sum() - (np.diag(c) ** 2).sum()
+    expected /= 3 * 5
+    np.testing.assert_allclose(losses.covariance_loss(jnp.asarray(x)), expected, rtol=1e-4)
+
+
+def test_covariance_loss_by_hand():
+    """Identical features with variance 2: off-diagonal entries 2 and 2, 8 / D = 4."""
+    x = jnp.array([[-1.0, -1.0], [1.0, 1.0]]).reshape(2, 1, 2)
+    np.testing.assert_allclose(losses.covariance_loss(x), 4.0)
+
+
+def test_batch_statistics_do_not_overflow_in_low_precision():
+    x = (1000 * normal(16, 1, 4)).astype(jnp.float16)
+    assert np.isfinite(losses.covariance_loss(jnp.asarray(x)))

@@ -1,0 +1,163 @@
+"""Encoder, predictor, and their composition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.vit import VisionTransformer, patchify, sincos2d_positions
+
+GRID, PATCH, WIDTH = 4, 4, 16
+RNG = np.random.default_rng(0)
+
+
+def make_model(num_levels: int = 2, **kwargs) -> HJEPA:
+    return HJEPA(
+        VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2),
+        Predictor(GRID, num_levels, WIDTH, width=8, depth=2, num_heads=2),
+        **kwargs,
+    )
+
+
+def images(batch: int = 3) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=(batch, GRID * PATCH, GRID * PATCH, 3)), jnp.float32)
+
+
+MASK = MultiBlockMask(GRID, 2, (0.25, 0.25), (1.0, 1.0), align_level=1, context_scale=(1.0, 1.0))
+MASKS = MASK(jax.random.split(jax.random.PRNGKey(0), 3))
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    model = make_model()
+    return model, model.init(jax.random.PRNGKey(0), images(), MASKS)
+
+
+def test_patchify_keeps_rows_columns_and_channels_in_order():
+    x = jnp.arange(1 * 4 * 4 * 3, dtype=jnp.float32).reshape(1, 4, 4, 3)
+    patches = patchify(x, 2)
+    np.testing.assert_array_equal(patches[0, 1], np.asarray(x)[0, :2, 2:].reshape(-1))
+    np.testing.assert_array_equal(patches[0, 2], np.asarray(x)[0, 2:, :2].reshape(-1))
+
+
+def test_sincos_positions_are_distinct_and_bounded():
+    table = sincos2d_positions(14, 64)
+    assert len(np.unique(table.round(5), axis=0)) == 196
+    assert np.abs(table).max() <= 1
+    # A step along a row changes the column half only.
+    np.testing.assert_array_equal(table[0, :32], table[1, :32])
+    assert np.any(table[0, 32:] != table[1, 32:])
+
+
+def test_subset_of_all_patches_in_another_order_gives_the_same_tokens(model_and_params):
+    model, variables = model_and_params
+    x, order = images(2), np.array([RNG.permutation(GRID**2) for _ in range(2)])
+    tokens, summary = model.apply(variables, x, method="encode")
+    shuffled, summary_2 = model.apply(variables, x, jnp.asarray(order), method="encode")
+    np.testing.assert_allclose(
+        shuffled, np.take_along_axis(np.asarray(tokens), order[..., None], 1), atol=1e-5
+    )
+    np.testing.assert_allclose(summary, summary_2, atol=1e-5)
+
+
+def test_pixels_of_hidden_patches_do_not_reach_one_context_token(model_and_params):
+    model, variables = model_and_params
+    x = images()
+    visible = np.zeros((3, GRID**2), bool)
+    index, valid = np.asarray(MASKS.context_index), np.asarray(MASKS.context_valid)
+    for row in range(3):
+        visible[row, index[row][valid[row]]] = True
+    pixels = np.repeat(np.repeat(visible.reshape(3, GRID, GRID), PATCH, 1), PATCH, 2)
+    noisy = jnp.where(pixels[..., None], x, 100.0)
+    a, b = (model.apply(variables, i, MASKS) for i in (x, noisy))
+    np.testing.assert_array_equal(a.context[valid], b.context[valid])
+    np.testing.assert_array_equal(a.summary, b.summary)
+    jax.tree.map(np.testing.assert_array_equal, a.levels, b.levels)
+    # The control: a visible pixel does.
+    seen = jnp.where(pixels[..., None], x + 1.0, x)
+    assert np.any(model.apply(variables, seen, MASKS).summary != a.summary)
+
+
+def test_padding_changes_no_valid_output(model_and_params):
+    model, variables = model_and_params
+    x = images()
+    more = MASKS.replace(
+        context_index=jnp.concatenate([MASKS.context_index, MASKS.context_index * 0 + 5], axis=1),
+        context_valid=jnp.concatenate(
+            [MASKS.context_valid, jnp.zeros_like(MASKS.context_valid)], axis=1
+        ),
+        target_index=jnp.concatenate([MASKS.target_index, MASKS.target_index * 0 + 3], axis=2),
+        target_valid=jnp.concatenate(
+            [MASKS.target_valid, jnp.zeros_like(MASKS.target_valid)], axis=2
+        ),
+    )
+    a, b = model.apply(variables, x, MASKS), model.apply(variables, x, more)
+    np.testing.assert_allclose(a.summary, b.summary, atol=1e-5)
+    for levels in ("levels", "summary_levels"):
+        for valid_a, valid_b, pred_a, pred_b in zip(
+            a.query_valid, b.query_valid, getattr(a, levels), getattr(b, levels), strict=True
+        ):
+            np.testing.assert_allclose(pred_a[valid_a], pred_b[valid_b], atol=1e-5)
+
+
+def test_predictions_follow_their_queries_when_blocks_change_places(model_and_params):
+    model, variables = model_and_params
+    x, t = images(), MASKS.target_index.shape[-1]
+    swapped = MASKS.replace(
+        target_index=MASKS.target_index[:, ::-1], target_valid=MASKS.target_valid[:, ::-1]
+    )
+    a, b = (model.apply(variables, x, m).levels[0] for m in (MASKS, swapped))
+    np.testing.assert_allclose(a[:, :t], b[:, t:], atol=1e-5)
+    np.testing.assert_allclose(a[:, t:], b[:, :t], atol=1e-5)
+
+
+def test_summary_pass_sees_no_patch_token(model_and_params):
+    """With the summary tokens held, what the patches say must not matter to the summary pass."""
+    model, variables = model_and_params
+    bound = model.bind(variables)
+    summary = jnp.asarray(RNG.normal(size=(3, 2, WIDTH)), jnp.float32)
+    valid = jnp.ones((3, 2), bool)
+    target_index = MASKS.target_index.reshape(3, -1)
+    levels = bound.predictor(summary, None, valid, target_index, bound.query_valid(MASKS))
+    assert [level.shape for level in levels] == [(3, 8, WIDTH), (3, 4, WIDTH)]
+    assert all(np.isfinite(level).all() for level in levels)
+
+
+def test_whole_hidden_cells_are_queried_at_the_coarse_level():
+    valid = make_model().query_valid(MASKS)
+    hidden = np.zeros((3, GRID, GRID), bool)
+    for row in range(3):
+        hidden[row].reshape(-1)[np.asarray(MASKS.target_index[row]).reshape(-1)] = True
+    cells = hidden.reshape(3, 2, 2, 2, 2).all(axis=(2, 4)).reshape(3, 4)
+    np.testing.assert_array_equal(valid[1], cells)
+    assert cells.any()
+
+
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_a_grid_of_14_works_with_any_number_of_levels(num_levels):
+    model = HJEPA(
+        VisionTransformer(14, 2, WIDTH, depth=1, num_heads=2, positions="sincos2d"),
+        Predictor(14, num_levels, WIDTH, width=8, depth=1, num_heads=2, positions="sincos2d"),
+    )
+    mask = MultiBlockMask(14, 2, (0.1, 0.35), align_level=num_levels - 1)
+    masks = mask(jax.random.split(jax.random.PRNGKey(0), 2))
+    x = jnp.zeros((2, 28, 28, 3))
+    out, _ = jax.eval_shape(model.init_with_output, jax.random.PRNGKey(0), x, masks)
+    cells = [level.shape[1] for level in out.levels]
+    assert cells == [masks.target_index[0].size, 49, 16][:num_levels]
+
+
+def test_bfloat16_computes_close_to_float32():
+    x = images()
+    encoder = make_model().context_encoder
+    params = encoder.init(jax.random.PRNGKey(0), x)
+    low = VisionTransformer(
+        GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2, dtype=jnp.bfloat16
+    )
+    a, b = encoder.apply(params, x), low.apply(params, x)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, a, b)))
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=0.1), a, b)
+    assert np.any(np.asarray(a[0]) != np.asarray(b[0]))
