@@ -46,12 +46,14 @@ def test_predictions_equal_scikit_learn_for_every_k():
 
 
 def test_equal_neighbours_count_by_lower_bank_row_and_equal_votes_by_lower_class():
-    bank_x = np.repeat(directions(90, 0), [16, 48], axis=0)
-    bank_y = np.repeat([4, 7, 6, 5], 16)
-    for ks in ([1, 31, 32], [1, 31, 48]):  # the largest k cuts through the equals, or takes all
-        predicted = knn_predict(bank_x, bank_y, directions(0, 30), ks=ks, num_classes=8)
-        np.testing.assert_array_equal(predicted[:, 0], [7, 7, {32: 6, 48: 5}[ks[-1]]])
-        np.testing.assert_array_equal(predicted[:, 1], predicted[:, 0])
+    far = np.random.default_rng(0).integers(2, size=64)
+    bank_x, bank_y = directions(0, 90)[far], np.arange(64)[::-1]
+    (near,) = np.nonzero(far == 0)
+    # Of the first k equals, one vote each, the last in the bank has the lowest class.
+    for ks in ([1, 5], [1, 5, len(near)]):  # the largest k cuts through the equals, or takes all
+        predicted = knn_predict(bank_x, bank_y, directions(0, 30), ks=ks, num_classes=64)
+        for row, k in zip(predicted, ks, strict=True):
+            assert row.tolist() == [bank_y[near[k - 1]]] * 2
 
 
 def test_block_size_changes_nothing():
