@@ -100,3 +100,8 @@ def make_optimizer(
     if clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together (optax moved its own between the versions we run)."""
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))

@@ -19,7 +19,7 @@ from hjepa_jax.masking import Masks, MultiBlockMask, gather_tokens
 from hjepa_jax.metrics import LogWindow, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Prediction
-from hjepa_jax.optimizer import Schedule
+from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
 
 
@@ -196,9 +196,9 @@ def make_train_step(
         ema_momentum = ema_momentum_fn(state.step + 1)
         target_params = ema_update(state.target_params, params["context_encoder"], ema_momentum)
 
-        outputs.scalars["grad_norm"] = optax.global_norm(grads)
-        outputs.scalars["update_norm"] = optax.global_norm(updates)
-        outputs.scalars["param_norm"] = optax.global_norm(params)
+        outputs.scalars["grad_norm"] = global_norm(grads)
+        outputs.scalars["update_norm"] = global_norm(updates)
+        outputs.scalars["param_norm"] = global_norm(params)
         new_state = TrainState(
             step=state.step + 1,
             params=params,

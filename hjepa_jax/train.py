@@ -170,12 +170,14 @@ class _Loop:
         last = step == self._schedules.num_steps
         if step % self._config.log.every_steps == 0 or last:
             window = self._log(window, step)
+        evaluates = self._eval_every and (step % self._eval_every == 0 or last)
+        saves = step % self._save_every == 0 or last or evaluates or signum
+        if evaluates or saves:
+            jax.block_until_ready(state)  # the steps under way belong to training time
         paused = time.perf_counter()
-        scores = {}
-        if self._eval_every and (step % self._eval_every == 0 or last):
-            scores = self._evaluate(state, step)
+        scores = self._evaluate(state, step) if evaluates else {}
         self._logger.end_line()
-        if step % self._save_every == 0 or last or scores or signum:
+        if saves:
             self._checkpoints.save(state, window, scores=scores)
             if last or signum:
                 self._checkpoints.wait()

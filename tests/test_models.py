@@ -33,7 +33,7 @@ MASKS = MASK(jax.random.split(jax.random.PRNGKey(0), 3))
 @pytest.fixture(scope="module")
 def model_and_params():
     model = make_model()
-    return model, model.init(jax.random.PRNGKey(0), images(), MASKS)
+    return model, jax.jit(model.init)(jax.random.PRNGKey(0), images(), MASKS)
 
 
 def test_patchify_keeps_rows_columns_and_channels_in_order():
@@ -153,7 +153,7 @@ def test_a_grid_of_14_works_with_any_number_of_levels(num_levels):
 def test_bfloat16_computes_close_to_float32():
     x = images()
     encoder = make_model().context_encoder
-    params = encoder.init(jax.random.PRNGKey(0), x)
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), x)
     low = VisionTransformer(
         GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2, dtype=jnp.bfloat16
     )

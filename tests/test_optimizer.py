@@ -1,0 +1,105 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.optimizer import (
+    decay_mask,
+    interpolation_schedule,
+    make_optimizer,
+    warmup_cosine_schedule,
+)
+
+
+def test_warmup_is_linear_and_the_cosine_ends_at_the_end():
+    fn = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110, end=0.2)
+    assert [round(float(fn(s)), 6) for s in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    np.testing.assert_allclose(fn(60), 0.6, rtol=1e-6)
+    np.testing.assert_allclose(fn(110), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(fn(10_000), 0.2, rtol=1e-6)
+
+
+def test_a_run_may_end_within_its_warmup():
+    fn = warmup_cosine_schedule(1e-4, warmup_steps=1562, num_steps=300)
+    np.testing.assert_allclose(fn(250), 1.6005e-05, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle"), [("constant", 0.9), ("linear", 0.95), ("cosine", 0.95)]
+)
+def test_interpolation_goes_from_start_to_end(kind, middle):
+    fn = interpolation_schedule(0.9, 1.0, kind=kind, num_steps=100)
+    np.testing.assert_allclose(fn(0), 0.9, rtol=1e-6)
+    np.testing.assert_allclose(fn(50), middle, rtol=1e-6)
+    np.testing.assert_allclose(fn(100), 0.9 if kind == "constant" else 1.0, rtol=1e-6)
+
+
+def test_interpolation_refuses_another_kind():
+    with pytest.raises(ValueError, match="step"):
+        interpolation_schedule(0.9, 1.0, kind="step", num_steps=10)
+
+
+PARAMS = {
+    "context_encoder": {
+        "block_0": {
+            "norm_mlp": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+            "mlp_in": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)},
+        },
+        "positions": {"embedding": jnp.ones((4, 3))},
+        "summary_tokens": jnp.ones((1, 2, 3)),
+    },
+    "predictor": {"mask_token": jnp.ones((1, 1, 3)), "level_tokens": jnp.ones((2, 3))},
+}
+
+
+def test_only_kernels_decay():
+    decayed = [
+        jax.tree_util.keystr(path)
+        for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(PARAMS))
+        if on
+    ]
+    assert decayed == ["['context_encoder']['block_0']['mlp_in']['kernel']"]
+
+
+def test_adamw_against_its_definition():
+    """Two updates of scalar weights by the formulas of the paper, schedules included."""
+    learning_rates, decays = [0.0, 0.1, 0.2], [0.0, 0.5, 0.3]
+    tx = make_optimizer(
+        learning_rate_fn=lambda s: jnp.asarray(learning_rates)[s],
+        weight_decay_fn=lambda s: jnp.asarray(decays)[s],
+        b1=0.9,
+        b2=0.95,
+    )
+    params = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
+    state = tx.init(params)
+    grads = [{"kernel": 0.5, "bias": 0.5}, {"kernel": -0.2, "bias": -0.2}]
+    expected = {"kernel": 1.0, "bias": 1.0}
+    m = v = 0.0
+    for s, grad in enumerate(grads, start=1):
+        updates, state = tx.update({k: jnp.array([g]) for k, g in grad.items()}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        g = grad["kernel"]
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        adam = (m / (1 - 0.9**s)) / (np.sqrt(v / (1 - 0.95**s)) + 1e-8)
+        for name in expected:
+            decay = decays[s] * expected[name] if name == "kernel" else 0.0
+            expected[name] -= learning_rates[s] * (adam + decay)
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name][0], value, rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    """Adam hides the scale of a gradient, not its history: a huge first one must not linger."""
+    kwargs = {
+        "learning_rate_fn": lambda s: jnp.float32(1.0),
+        "weight_decay_fn": lambda s: jnp.float32(0.0),
+    }
+    results = []
+    for scale in (1.0, 1e6):
+        tx = make_optimizer(clip_norm=1.0, **kwargs)
+        params = {"kernel": jnp.zeros(2)}
+        state = tx.init(params)
+        for g in (scale * jnp.array([3.0, 4.0]), jnp.array([0.1, -0.1])):
+            updates, state = tx.update({"kernel": g}, state, params)
+        results.append(updates["kernel"])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)

@@ -1,0 +1,252 @@
+"""The training step: order, gradients, accumulation, keys."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hjepa_jax import losses, metrics
+from hjepa_jax.data.augment import Augment
+from hjepa_jax.masking import MultiBlockMask, gather_tokens
+from hjepa_jax.models import hierarchy
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.optimizer import make_optimizer
+from hjepa_jax.steps import (
+    LossWeights,
+    hjepa_loss,
+    image_rngs,
+    make_embed_fn,
+    make_run_steps,
+    make_train_step,
+)
+from hjepa_jax.train_state import TrainState, create_train_state, ema_update
+
+GRID, PATCH, WIDTH, BATCH = 4, 4, 16, 8
+SIZE = GRID * PATCH
+WEIGHTS = LossWeights(
+    level_weights=(1.0, 0.5), summary_weight=0.7, variance_weight=1.0, covariance_weight=0.1
+)
+PLAIN = Augment(SIZE, (0.5,) * 3, (0.25,) * 3)
+RANDOM = Augment(
+    SIZE, (0.5,) * 3, (0.25,) * 3, crop_scale=(0.5, 1.0), horizontal_flip=0.5, brightness=0.2
+)
+MASK = MultiBlockMask(GRID, 2, (0.25, 0.25), (1.0, 1.0), align_level=1, context_scale=(1.0, 1.0))
+MODEL = HJEPA(
+    VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2),
+    Predictor(GRID, 2, WIDTH, width=8, depth=1, num_heads=2),
+)
+IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8))
+
+
+@functools.cache
+def init_params():
+    rng = jax.random.PRNGKey(0)
+    masks = MASK(jax.random.split(rng, 1))
+    return jax.jit(MODEL.init)(rng, jnp.zeros((1, SIZE, SIZE, 3)), masks)["params"]
+
+
+def make_state(tx: optax.GradientTransformation) -> TrainState:
+    return create_train_state(init_params(), tx, jax.random.PRNGKey(1))
+
+
+def make_step(tx, *, ema_momentum=0.9, augment=PLAIN, weights=WEIGHTS, parts=1):
+    step = make_train_step(
+        model=MODEL,
+        tx=tx,
+        sample_masks=MASK,
+        augment=augment,
+        loss_weights=weights,
+        ema_momentum_fn=lambda s: jnp.float32(ema_momentum),
+        num_accumulation_steps=parts,
+    )
+    return jax.jit(step)
+
+
+def adamw(learning_rate=1e-3):
+    return make_optimizer(
+        learning_rate_fn=lambda s: jnp.float32(learning_rate),
+        weight_decay_fn=lambda s: jnp.float32(0.05),
+        clip_norm=3.0,
+    )
+
+
+def masks_and_targets(state: TrainState, target_params):
+    _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
+    masks, views = MASK(mask_rngs), PLAIN(mask_rngs, IMAGES)
+    tokens, _ = MODEL.apply({"params": {"context_encoder": target_params}}, views, method="encode")
+    targets = hierarchy.level_features(tokens, GRID, 2)
+    index = masks.target_index.reshape(BATCH, -1)
+    return masks, views, (gather_tokens(targets[0], index), *targets[1:])
+
+
+def test_loss_is_the_weighted_sum_of_its_terms():
+    state = make_state(adamw())
+    masks, views, targets = masks_and_targets(state, state.target_params)
+    prediction = MODEL.apply({"params": state.params}, views, masks)
+    loss, terms = hjepa_loss(prediction, targets, masks, WEIGHTS)
+    expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
+    expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    by_hand = [
+        losses.prediction_loss(p, t, v)
+        for p, t, v in zip(prediction.summary_levels, targets, prediction.query_valid, strict=True)
+    ]
+    np.testing.assert_allclose(terms["loss_summary"], by_hand[0] + 0.5 * by_hand[1], rtol=1e-6)
+
+
+def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
+    tx = adamw()
+    state = make_state(tx)
+    masks, views, targets = masks_and_targets(state, state.target_params)
+    prediction = MODEL.apply({"params": state.params}, views, masks)
+    expected, _ = hjepa_loss(prediction, targets, masks, WEIGHTS)
+    _, outputs = make_step(tx)(state, IMAGES)
+    np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
+
+
+def test_gradient_reaches_every_leaf_of_params():
+    probe = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, _, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+    )
+    state, _ = make_step(probe)(make_state(probe), IMAGES)
+    silent = [
+        jax.tree_util.keystr(path)
+        for path, grad in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if not np.any(grad)
+    ]
+    assert not silent
+
+
+def test_gradient_does_not_reach_target_params():
+    """With m = 1 the target network must stay as it was, whatever the gradients."""
+    tx = adamw(1e-1)
+    state = make_state(tx)
+    before = jax.device_get(state.target_params)
+    step = make_step(tx, ema_momentum=1.0)
+    for _ in range(3):
+        state, _ = step(state, IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, state.target_params, before)
+
+
+def test_ema_momentum_of_zero_copies_the_updated_parameters():
+    """m = 0: the target equals the parameters *after* the update, not before."""
+    tx = adamw(1e-2)
+    state = make_state(tx)
+    new, _ = make_step(tx, ema_momentum=0.0)(state, IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, new.target_params, new.params["context_encoder"])
+    old, changed = state.params["context_encoder"], new.target_params
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), old, changed)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_ema_in_closed_form():
+    """Constant parameters p from target t: after n updates m^n t + (1 - m^n) p."""
+    target, params = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 5.0])}
+    for _ in range(10):
+        target = ema_update(target, params, 0.9)
+    expected = 0.9**10 * np.array([1.0, -2.0]) + (1 - 0.9**10) * np.array([3.0, 5.0])
+    np.testing.assert_allclose(target["w"], expected, rtol=1e-5)
+
+
+def test_target_params_are_a_copy_and_not_the_same_buffers():
+    state = make_state(adamw())
+    pairs = zip(
+        jax.tree.leaves(state.target_params),
+        jax.tree.leaves(state.params["context_encoder"]),
+        strict=True,
+    )
+    assert all(t.unsafe_buffer_pointer() != p.unsafe_buffer_pointer() for t, p in pairs)
+
+
+def test_accumulated_gradient_is_the_mean_over_parts():
+    """Without batch statistics, and with equally many targets per image, 2 parts equal 1."""
+    weights = LossWeights(level_weights=(1.0, 0.0), summary_weight=1.0)
+    tx = optax.sgd(0.1)
+    whole, a = make_step(tx, weights=weights)(make_state(tx), IMAGES)
+    parts, b = make_step(tx, weights=weights, parts=2)(make_state(tx), IMAGES)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), whole.params, parts.params
+    )
+    np.testing.assert_allclose(a.scalars["loss"], b.scalars["loss"], rtol=1e-5)
+    np.testing.assert_allclose(a.features, b.features, atol=1e-5)
+
+
+def test_every_image_has_keys_of_its_own_at_every_step():
+    rng = jax.random.PRNGKey(0)
+    keys = [image_rngs(rng, jnp.int32(step), 4) for step in range(3)]
+    flat = np.concatenate([np.asarray(k).reshape(-1, 2) for pair in keys for k in pair])
+    assert len(np.unique(flat, axis=0)) == 3 * 2 * 4
+    # The keys of an image do not depend on how many images there are beside it.
+    np.testing.assert_array_equal(image_rngs(rng, jnp.int32(1), 9)[0][:4], keys[1][0])
+
+
+def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
+    tx = adamw(3e-3)
+    state, step = make_state(tx), make_step(tx, ema_momentum=0.98)
+    state, first = step(state, IMAGES)
+    for _ in range(50):
+        state, last = step(state, IMAGES)
+    assert last.scalars["loss_level_0"] < 0.67 * first.scalars["loss_level_0"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_steps_in_one_program_are_the_same_steps(count):
+    tx = adamw()
+    step = make_step(tx, augment=RANDOM)
+    rng = np.random.default_rng(1)
+    data = jnp.asarray(rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8))
+    index = jnp.asarray(rng.integers(0, 40, (3, BATCH)), jnp.int32)
+    state = make_state(tx)
+    outputs = jax.eval_shape(step, state, IMAGES)[1]
+    window = metrics.empty_window(
+        metrics.make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH
+    )
+    together, summed = jax.jit(make_run_steps(step))(state, window, data, index, jnp.int32(count))
+    losses_seen = []
+    for i in range(count):
+        state, outputs = step(state, data[index[i]])
+        losses_seen.append(float(outputs.scalars["loss"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, state.params
+    )
+    assert int(together.step) == count
+    values = metrics.summarize(summed, step=count, batch_size=BATCH)
+    np.testing.assert_allclose(values["loss"], np.mean(losses_seen), rtol=1e-5)
+    assert 1 <= values["effective_rank"] <= min(WIDTH, count * BATCH)
+
+
+def test_log_window_keeps_the_newest_features():
+    averages = metrics.make_averages(["loss"])
+    window = metrics.empty_window(averages, batch_size=256, width=2)
+    for step in range(3):
+        features = jnp.full((256, 2), step + 1.0)
+        window = metrics.update_window(
+            window, {"loss": jnp.float32(step)}, features, jnp.int32(step)
+        )
+    assert sorted({float(x) for x in np.asarray(window.features)[:, 0]}) == [2.0, 3.0]
+    assert metrics.summarize(window, step=3, batch_size=256)["loss"] == 1.0
+    emptied = metrics.reset_averages(window)
+    np.testing.assert_array_equal(emptied.features, window.features)
+
+
+def test_embed_returns_each_level_and_the_summary():
+    state = make_state(adamw())
+    embed = make_embed_fn(MODEL, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    features = embed(state.target_params, IMAGES)
+    assert {k: v.shape for k, v in features.items()} == {
+        "level_0": (BATCH, WIDTH),
+        "level_1": (BATCH, WIDTH),
+        "summary": (BATCH, 2 * WIDTH),
+    }
+    pixels = (IMAGES / 255.0 - 0.5) / 0.25
+    tokens, _ = MODEL.apply(
+        {"params": {"context_encoder": state.target_params}}, pixels, method="encode"
+    )
+    expected = hierarchy.standardize(hierarchy.pool(tokens, GRID, 1)).mean(axis=1)
+    np.testing.assert_allclose(features["level_1"], expected, atol=1e-5)
