@@ -10,6 +10,8 @@ def get_config() -> Config:
     c = base_config()
     c.data.source = "tfds:cifar10"
     c.model.name = "vit_tiny"
-    c.optim.learning_rate = 1e-3
+    c.model.predictor_depth = 2
+    c.optim.learning_rate = 2e-3
     c.train.num_epochs = 20.0
+    c.eval.knn_bank_size = 5_000
     return c.lock()

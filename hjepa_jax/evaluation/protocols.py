@@ -15,7 +15,7 @@ import numpy as np
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.features import EmbedFn, embed_pixels, extract_features, representations
 from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
-from hjepa_jax.evaluation.linear import linear_probe
+from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
 
 PROTOCOLS = ("linear", "knn")
 TRAINED_ENCODERS = ("target", "online")
@@ -85,7 +85,9 @@ def evaluate_encoders(
 
 def _score(protocol: str, data: tuple[np.ndarray, ...], **options: Any) -> dict[str, Any]:
     if protocol == "linear":
-        result = linear_probe(*data, **options)
+        # Every second penalty where the features are wide, raw pixels above all: time is D x G.
+        grid = DEFAULT_L2_GRID[:: 1 if data[0].shape[1] <= 1024 else 2]
+        result = linear_probe(*data, l2_grid=grid, **options)
         chosen = {"l2": result.chosen_l2}
     else:
         num_fit = len(data[0]) - min(options["num_val"], len(data[0]) // 5)
