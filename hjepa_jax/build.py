@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Below this module nothing knows of configs."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from hjepa_jax.optimizer import (
     warmup_cosine_schedule,
 )
 from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
+from hjepa_jax.train_state import TrainState, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +191,15 @@ def build_embed_fn(config: Config, model: HJEPA) -> Any:
     return make_embed_fn(model, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std))
 
 
-def init_params(config: Config, model: HJEPA, rng: jax.Array) -> Any:
-    """Freshly initialised online parameters."""
-    size = config.data.image_size
-    masks = build_masks(config)(rng[None])
-    return model.init(rng, jnp.zeros((1, size, size, 3)), masks)["params"]
+def build_create_state(
+    config: Config, model: HJEPA, tx: optax.GradientTransformation
+) -> Callable[[], TrainState]:
+    """A function, to jit, that makes the state at step 0 from `config.seed`."""
+    init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+    images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+
+    def create_state() -> TrainState:
+        params = model.init(init_rng, images, build_masks(config)(init_rng[None]))["params"]
+        return create_train_state(params, tx, train_rng)
+
+    return create_state

@@ -7,13 +7,18 @@ A checkpoint is a folder `checkpoints/<step>/` with three items: `state` (the Tr
 import importlib.metadata
 import pathlib
 import platform as python_platform
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from hjepa_jax import build
 from hjepa_jax.config import Config
+from hjepa_jax.errors import InputError
 from hjepa_jax.metrics import LogWindow
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.run import load_config
 from hjepa_jax.train_state import TrainState
 
 FORMAT_VERSION = 1
@@ -21,17 +26,17 @@ BEST_METRIC = "eval/knn_top1"
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: the newest `keep` and the best by k-NN.
+    """The checkpoints of one workdir: the newest few and the best by k-NN.
 
     Args:
       workdir: the run's directory.
-      keep: how many of the newest are kept.
-      config: the run's config, stored in each checkpoint.
+      config: the run's config, stored in each checkpoint; its `train.keep_checkpoints` says how
+        many of the newest are kept.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int, config: Config):
-        self._config = config.to_dict()
-        latest = preservation_policy.LatestN(keep)
+    def __init__(self, workdir: pathlib.Path, *, config: Config):
+        self._workdir, self._config = workdir, config.to_dict()
+        latest = preservation_policy.LatestN(config.train.keep_checkpoints)
         best = preservation_policy.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC],
             n=1,
@@ -76,19 +81,36 @@ class Checkpoints:
             metrics={k: float(v) for k, v in scores.items()} if BEST_METRIC in scores else None,
         )
 
-    def restore(
-        self, state: TrainState, window: LogWindow, step: int | None = None
-    ) -> tuple[TrainState, LogWindow]:
-        """Reads a checkpoint (the newest, or that of `step`) into trees like the ones given."""
-        as_shapes = lambda tree: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)  # noqa: E731
-        restored = self._manager.restore(
-            self.latest_step() if step is None else step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(as_shapes(state)),
-                window=ocp.args.StandardRestore(as_shapes(window)),
-            ),
-        )
+    def restore(self, state: TrainState, window: LogWindow) -> tuple[TrainState, LogWindow]:
+        """Reads the newest checkpoint into trees like the ones given.
+
+        Raises:
+          InputError: when there is none.
+        """
+        restored = self._restore(None, state=state, window=window)
         return restored["state"], restored["window"]
+
+    def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
+        """Reads the state alone, of the newest checkpoint or of the one at `step`.
+
+        Raises:
+          InputError: when there is no such checkpoint.
+        """
+        return self._restore(step, state=state)["state"]
+
+    def _restore(self, step: int | None, **templates: Any) -> Any:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise InputError("--workdir", str(self._workdir), "holds no checkpoint yet")
+        if step is not None and step not in steps:
+            raise InputError("--step", step, f"must be one of the checkpoints, {steps}")
+        args = {
+            name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+            for name, tree in templates.items()
+        }
+        return self._manager.restore(
+            steps[-1] if step is None else step, args=ocp.args.Composite(**args)
+        )
 
     def wait(self) -> None:
         """Blocks until the save under way, if any, is on disk."""
@@ -97,6 +119,33 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save under way and releases the directory."""
         self._manager.close()
+
+
+def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[HJEPA, Any]:
+    """The model of a run and the parameters of its target encoder.
+
+      model, params = checkpoint.load_encoder("runs/cifar10_tiny")
+      embed = build.build_embed_fn(run.load_config("runs/cifar10_tiny"), model)
+      features = embed(params, images)["level_0"]  # uint8 [B, H, W, 3] -> float32 [B, D]
+
+    Args:
+      workdir: the run's directory. The data set it was trained on is not needed.
+      step: which checkpoint; None for the newest.
+
+    Raises:
+      InputError: when the directory holds no run or no such checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    config = load_config(workdir)
+    model = build.build_model(config)
+    # Schedules decide no shape, so any length will do.
+    tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
+    state = jax.jit(build.build_create_state(config, model, tx))()
+    checkpoints = Checkpoints(workdir, config=config)
+    try:
+        return model, checkpoints.restore_state(state, step).target_params
+    finally:
+        checkpoints.close()
 
 
 def versions() -> dict[str, str]:

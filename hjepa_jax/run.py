@@ -17,7 +17,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.platform import select_platform
 from hjepa_jax.steps import make_run_steps
-from hjepa_jax.train_state import TrainState, create_train_state
+from hjepa_jax.train_state import TrainState
 
 # Resident data beyond this would crowd out the model on a small device.
 MAX_RESIDENT_BYTES = 8 * 1024**3
@@ -60,10 +60,7 @@ def build_run(config: Config, source: Source) -> Run:
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
     train_step = build.build_train_step(config, model, tx, schedules)
-    init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
-
-    def create_state() -> TrainState:
-        return create_train_state(build.init_params(config, model, init_rng), tx, train_rng)
+    create_state = build.build_create_state(config, model, tx)
 
     def batch(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)

@@ -4,6 +4,7 @@ Nothing here reads a config. `make_train_step` closes over the static parts and 
 function to jit; `make_run_steps` puts several such steps and their metrics into one program.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ class StepOutputs:
 TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class LossWeights:
     """How the pieces of the loss are combined.
 
@@ -46,12 +47,12 @@ class LossWeights:
       regularized: "summary" (each summary token) or "context" (mean of the visible tokens).
     """
 
-    kind: str = struct.field(pytree_node=False, default="smooth_l1")
-    level_weights: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
-    summary_weight: float = struct.field(pytree_node=False, default=1.0)
-    variance_weight: float = struct.field(pytree_node=False, default=0.0)
-    covariance_weight: float = struct.field(pytree_node=False, default=0.0)
-    regularized: str = struct.field(pytree_node=False, default="summary")
+    kind: str = "smooth_l1"
+    level_weights: tuple[float, ...] = (1.0,)
+    summary_weight: float = 1.0
+    variance_weight: float = 0.0
+    covariance_weight: float = 0.0
+    regularized: str = "summary"
 
 
 def image_rngs(

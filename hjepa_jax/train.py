@@ -22,6 +22,7 @@ from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.protocols import (
     evaluate_encoders,
+    format_row,
     format_table,
     headline_scores,
     write_probe_json,
@@ -64,7 +65,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     train, test = source.load()
     prepare_workdir(config, workdir)
 
-    checkpoints = Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config)
+    checkpoints = Checkpoints(workdir, config=config)
     state, window = run.create()
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
@@ -73,7 +74,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         state = _Loop(run, train, checkpoints, logger, backend).run(state, window)
         if not config.eval.probe_at_end:
             return []
-        print("probing: linear and k-NN, chosen on held-out training images, scored on test images")
+        print("probes, chosen on held-out training images, scored on the test images:", flush=True)
         rows = evaluate_encoders(
             build.build_embed_fn(config, run.model),
             {"target": state.target_params, "random_init": run.create()[0].target_params},
@@ -83,6 +84,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             step=int(state.step),
             num_val=config.eval.num_val,
             batch_size=config.eval.batch_size,
+            report=lambda row: print(format_row(row), flush=True),
         )
         print(format_table(rows))
         write_probe_json(workdir / "probe.json", rows)

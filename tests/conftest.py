@@ -1,12 +1,78 @@
-"""Test set-up: CPU, shape checks at run time, strict rank promotion."""
+"""Test set-up: CPU, shape checks at run time, strict rank promotion, a shared compilation cache."""
 
 import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Programs that several tests (and the commands they start) compile alike are compiled once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hjepa_jax_cache_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
+import tests.typechecker  # noqa: F401  (the hook below looks it up by name)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("hjepa_jax", "beartype.beartype")
+install_import_hook("hjepa_jax", "tests.typechecker.check")
+
+from hjepa_jax.config import Config, base_config
+from hjepa_jax.data.shapes import create_shapes
+from hjepa_jax.data.sources import save_npz
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of 240 + 60 images, as `data.source` takes it."""
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    save_npz(path, *create_shapes(240, 60, seed=1))
+    return f"npz:{path}"
+
+
+@pytest.fixture
+def tiny_config(shapes_npz: str) -> Config:
+    """A whole run of a few seconds: 6 steps, every part of the loop in use."""
+    c = base_config()
+    c.data.source = shapes_npz
+    c.data.image_size = 16
+    c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
+    c.model.num_summary_tokens = 2
+    c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
+    c.mask.num_blocks = 2
+    c.mask.scale = (0.25, 0.25)
+    c.train.batch_size = 16
+    c.train.num_steps = 6
+    c.train.checkpoint_every_steps = 3
+    c.eval.every_epochs = 0.4  # 15 steps an epoch: after step 6
+    c.eval.num_val = 40
+    c.eval.knn_bank_size = 100
+    c.eval.batch_size = 60
+    c.eval.probe_at_end = False
+    c.log.every_steps = 2
+    c.log.tensorboard = False
+    return c.lock()
+
+
+@pytest.fixture
+def run_module():
+    """Runs `python -m <module> <arguments>` as a user would; returns the finished process."""
+
+    def run(module: str, *arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=kwargs.pop("cwd", REPOSITORY),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            **kwargs,
+        )
+
+    return run

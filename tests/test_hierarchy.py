@@ -48,7 +48,7 @@ def test_level_features_pool_before_they_standardize():
 def test_cell_counts_as_hidden_at_the_stated_coverage():
     hidden = np.zeros((1, 16), bool)
     hidden[0, [0, 1, 4, 5, 2]] = True  # the first 2x2 cell whole, a quarter of the second
-    cells = lambda c: np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 4, 1, c))[0].tolist()  # noqa: E731
+    cells = lambda c: np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 4, 1, c))[0].tolist()
     assert cells(1.0) == [True, False, False, False]
     assert cells(0.25) == [True, True, False, False]
 

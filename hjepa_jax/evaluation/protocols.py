@@ -85,7 +85,7 @@ def evaluate_encoders(
 
 def _score(protocol: str, data: tuple[np.ndarray, ...], **options: Any) -> dict[str, Any]:
     if protocol == "linear":
-        # Every second penalty where the features are wide, raw pixels above all: time is D x G.
+        # Half of the penalties where the features are wide, raw pixels above all: time is D x G.
         grid = DEFAULT_L2_GRID[:: 1 if data[0].shape[1] <= 1024 else 2]
         result = linear_probe(*data, l2_grid=grid, **options)
         chosen = {"l2": result.chosen_l2}
@@ -101,6 +101,12 @@ def write_probe_json(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    """One result in words, for a line while the next is being computed."""
+    where = f"{row['encoder']} {row['pool']} level {row['level']}"
+    return f"{row['protocol']:<7} {where:<32} {100 * row['top1']:6.2f} %"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:

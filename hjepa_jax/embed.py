@@ -1,0 +1,50 @@
+"""Features of images from the target encoder of a workdir, as a file.
+
+  python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=features.npz
+
+The input is read like `data.source` folder:<path> or npz:<path>. The output holds, for the train
+and the test split, `<split>_level_<l>` [n, D], `<split>_summary` [n, R * D] and `<split>_labels`.
+"""
+
+import pathlib
+
+from absl import flags
+
+from hjepa_jax import cli
+from hjepa_jax.errors import InputError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "Image folder or .npz file.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use (the newest).", lower_bound=0)
+
+
+def main() -> None:
+    """Runs the command."""
+    import jax
+    import numpy as np
+
+    from hjepa_jax import build, checkpoint, run
+    from hjepa_jax.data.sources import open_source
+    from hjepa_jax.evaluation.features import extract_features
+
+    config = run.load_config(pathlib.Path(_WORKDIR.value))
+    model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
+    kind = "npz" if _INPUT.value.endswith(".npz") else "folder"
+    source = open_source(f"{kind}:{_INPUT.value}", data_dir=None, image_size=config.data.image_size)
+    embed = jax.jit(build.build_embed_fn(config, model))
+    arrays = {}
+    for name, split in zip(("train", "test"), source.load(), strict=True):
+        features = extract_features(embed, params, split.images, batch_size=config.eval.batch_size)
+        arrays |= {f"{name}_{key}": value for key, value in features.items()}
+        arrays[f"{name}_labels"] = split.labels
+    try:
+        np.savez(_OUTPUT.value, allow_pickle=False, **arrays)
+    except OSError as error:
+        rule = f"must be a file that can be written ({error.strerror})"
+        raise InputError("--output", _OUTPUT.value, rule) from error
+    print(f"{_OUTPUT.value}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.data.augment import Augment, crop_and_resize, luma, resize_and_normalize
+
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.integers(0, 256, (6, 16, 16, 3), np.uint8))
+RNGS = jax.random.split(jax.random.PRNGKey(0), 6)
+UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+
+@pytest.mark.parametrize("size", [16, 40, 23, 8, 5])
+def test_whole_image_is_resized_as_jax_image_does(size):
+    image = IMAGES[0] / 255.0
+    got = crop_and_resize(image, 0.0, 0.0, 16.0, 16.0, size=size)
+    expected = jax.image.resize(image, (size, size, 3), "linear", antialias=True)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_integer_crop_of_the_same_size_is_a_slice():
+    image = IMAGES[0] / 255.0
+    got = crop_and_resize(image, 3.0, 5.0, 8.0, 8.0, size=8)
+    np.testing.assert_allclose(got, image[3:11, 5:13], atol=1e-6)
+
+
+def test_without_options_only_normalisation_is_left():
+    augment = Augment(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    expected = (np.asarray(IMAGES) / 255.0 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+    np.testing.assert_allclose(augment(RNGS, IMAGES), expected, atol=1e-5)
+    evaluated = resize_and_normalize(
+        IMAGES, image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    )
+    np.testing.assert_allclose(evaluated, expected, atol=1e-5)
+
+
+def test_crops_stay_inside_and_keep_their_area_range():
+    """A ramp image tells where its crop came from: the mean is the centre, the range the size."""
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    images = jnp.asarray(np.tile(ramp[None], (400, 1, 1, 1)))
+    augment = Augment(32, **UNIT, crop_scale=(0.25, 0.64), crop_ratio=(1.0, 1.0))
+    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(1), 400), images))
+    row = views[:, 0, :, 0]
+    assert np.all(np.diff(row, axis=1) > -0.01), "never beyond the border"
+    width = (row[:, -1] - row[:, 0]) * 64 * 32 / 31
+    assert width.min() > 0.5 * 64 - 3
+    assert width.max() < 0.8 * 64 + 3
+    assert row[:, 0].min() < 0.02
+    assert row[:, -1].max() > 0.98
+
+
+def test_flip_happens_with_its_probability():
+    images = jnp.broadcast_to(IMAGES[:1], (500, 16, 16, 3))
+    views = Augment(16, **UNIT, horizontal_flip=0.3)(
+        jax.random.split(jax.random.PRNGKey(2), 500), images
+    )
+    flipped = np.isclose(views, IMAGES[0, :, ::-1] / 255.0, atol=1e-6).all(axis=(1, 2, 3))
+    same = np.isclose(views, IMAGES[0] / 255.0, atol=1e-6).all(axis=(1, 2, 3))
+    assert np.all(flipped ^ same)
+    assert abs(flipped.mean() - 0.3) < 0.07
+
+
+def test_grayscale_leaves_three_equal_channels_of_luma():
+    views = Augment(16, **UNIT, grayscale=1.0)(RNGS, IMAGES)
+    expected = (np.asarray(IMAGES) / 255.0) @ np.array([0.299, 0.587, 0.114])
+    for channel in range(3):
+        np.testing.assert_allclose(views[..., channel], expected, atol=1e-5)
+
+
+def test_brightness_scales_all_pixels_of_an_image_alike():
+    images = (IMAGES // 4).astype(jnp.uint8)
+    views = Augment(16, **UNIT, brightness=0.5)(RNGS, images)
+    ratio = np.asarray(views) / np.maximum(np.asarray(images) / 255.0, 1e-9)
+    ratio = np.where(np.asarray(images) > 0, ratio, np.nan).reshape(6, -1)
+    assert np.all(np.nanstd(ratio, axis=1) < 1e-3)
+    assert np.all((np.nanmean(ratio, axis=1) > 0.5) & (np.nanmean(ratio, axis=1) < 1.5))
+
+
+def test_contrast_keeps_the_mean_luma_and_saturation_every_luma():
+    images = (96 + IMAGES // 8).astype(jnp.uint8)  # far enough from 0 and 1 that nothing is clipped
+    before = np.asarray(jax.vmap(luma)(images / 255.0))
+    contrast = jax.vmap(luma)(Augment(16, **UNIT, contrast=0.5)(RNGS, images))
+    np.testing.assert_allclose(
+        contrast.mean(axis=(1, 2, 3)), before.mean(axis=(1, 2, 3)), atol=1e-5
+    )
+    assert np.any(np.abs(contrast - before) > 1e-3)
+    saturation = Augment(16, **UNIT, saturation=0.5)(RNGS, images)
+    np.testing.assert_allclose(jax.vmap(luma)(saturation), before, atol=1e-5)
+    assert np.any(np.abs(np.asarray(saturation) - np.asarray(images) / 255.0) > 1e-3)
+
+
+def test_an_image_is_augmented_alike_alone_and_in_a_batch():
+    augment = Augment(
+        16, **UNIT, crop_scale=(0.3, 1.0), horizontal_flip=0.5, brightness=0.4, grayscale=0.2
+    )
+    whole = augment(RNGS, IMAGES)
+    np.testing.assert_allclose(augment(RNGS[3:4], IMAGES[3:4])[0], whole[3], atol=1e-6)
+    assert np.any(whole[0] != augment(RNGS[1:2], IMAGES[:1])[0])

@@ -1,0 +1,178 @@
+"""The commands, in processes of their own, as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from hjepa_jax import build, checkpoint, run
+from hjepa_jax.logging import read_metrics
+
+MAIN = "hjepa_jax.main"
+SHAPES = "--config=configs/shapes_tiny.py"
+
+
+@pytest.fixture
+def tiny_flags(shapes_npz):
+    """shapes_tiny, shrunk to seconds."""
+    overrides = {
+        "data.source": shapes_npz,
+        "data.image_size": 16,
+        "model.width": 16,
+        "model.depth": 1,
+        "model.num_heads": 2,
+        "model.predictor_width": 8,
+        "model.predictor_depth": 1,
+        "mask.num_blocks": 2,
+        "mask.scale": "(0.25,0.25)",
+        "train.batch_size": 16,
+        "train.num_steps": 4,
+        "eval.every_epochs": 0,
+        "log.every_steps": 2,
+        "log.tensorboard": False,
+    }
+    return [SHAPES, *(f"--config.{field}={value}" for field, value in overrides.items())]
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Status 2 and one line on stderr that holds all the words."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_path):
+    workdir = tmp_path / "run"
+    result = run_module(MAIN, *tiny_flags, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert "random_init" in result.stdout
+    first = json.loads((workdir / "probe.json").read_text())["results"]
+
+    result = run_module(
+        "hjepa_jax.probe", f"--workdir={workdir}", "--protocols=knn", "--encoders=target,online"
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((workdir / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "online", "pixels"}
+    same = lambda rows: [r for r in rows if (r["encoder"], r["protocol"]) == ("target", "knn")]
+    assert same(rows) == same(first), "the probe must find what the end of the run found"
+
+    output = tmp_path / "features.npz"
+    source = next(f for f in tiny_flags if "data.source" in f).partition("npz:")[2]
+    result = run_module(
+        "hjepa_jax.embed", f"--workdir={workdir}", f"--input={source}", f"--output={output}"
+    )
+    assert result.returncode == 0, result.stderr
+    features = np.load(output)
+    assert features["train_level_0"].shape == (240, 16)
+    assert features["test_labels"].shape == (60,)
+
+    model, params = checkpoint.load_encoder(workdir)
+    embed = build.build_embed_fn(run.load_config(workdir), model)
+    images = np.load(source)["test_images"]
+    np.testing.assert_allclose(
+        embed(params, images)["level_1"], features["test_level_1"], atol=1e-4
+    )
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
+    result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    sizes = json.loads(result.stdout)
+    assert set(sizes) == {
+        "params_total",
+        "params_trainable",
+        "num_patches",
+        "num_levels",
+        "num_context",
+        "num_steps",
+        "steps_per_epoch",
+        "flops_per_image",
+        "platform",
+    }
+    assert sizes["num_patches"] == 16
+    assert sizes["steps_per_epoch"] == 15
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_module):
+    workdir = tmp_path / "run"
+    flags = [f for f in tiny_flags if "num_steps" not in f and "every_steps" not in f]
+    flags += ["--config.log.every_steps=1", "--config.eval.probe_at_end=False"]
+    command = [sys.executable, "-m", MAIN, *flags, f"--workdir={workdir}"]
+    process = subprocess.Popen(
+        [*command, "--config.train.num_steps=100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 3/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    started = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - started < 10 + 20  # the rule is 10 s; a loaded machine may need more
+    assert process.returncode == 143
+    assert "run the same command to go on" in stderr
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert saved >= 3
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, saved + 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.optim.learning_rat=1"], ["learning_rat"]),
+        (["--config.optim.learning_rate=fast"], ["learning_rate", "fast"]),
+        (["--colour=red"], ["colour"]),
+        (["stray"], ["stray"]),
+        (["--config.model.patch_size=5"], ["data.image_size=32", "model.patch_size=5"]),
+        (["--config.model.num_levels=9"], ["model.num_levels=9", "8x8"]),
+        (["--config.mask.scale=(0.01,0.01)"], ["mask.scale", "no block"]),
+        (["--config.mask.num_blocks=40"], ["mask.scale", "leave no context"]),
+        (["--config.train.batch_size=20001"], ["train.batch_size=20001", "20000"]),
+        (["--config.data.source=floppy:a"], ["data.source", "floppy:a", "tfds:<name>"]),
+        (["--config.data.source=npz:nowhere.npz"], ["data.source", "nowhere.npz"]),
+        (["--config.data.source=folder:nowhere"], ["data.source", "nowhere"]),
+        (["--workdir=/proc/nowhere"], ["--workdir", "/proc/nowhere"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and value[0][0] in "-s" else "",
+)
+@pytest.mark.slow
+def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, tmp_path):
+    workdir = [] if any("workdir" in a for a in arguments) else [f"--workdir={tmp_path / 'run'}"]
+    result = run_module(MAIN, SHAPES, *workdir, *arguments)
+    assert_refused(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_config_flag_and_file_are_refused(run_module):
+    assert_refused(run_module(MAIN), "config")
+    assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")
+
+
+def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
+    assert_refused(
+        run_module("hjepa_jax.probe", f"--workdir={tmp_path}"), "--workdir", str(tmp_path)
+    )
+
+
+def test_import_starts_no_backend_and_imports_no_tensorflow():
+    code = (
+        "import sys, hjepa_jax, hjepa_jax.main, hjepa_jax.train\n"
+        "assert 'tensorflow' not in sys.modules, 'tensorflow'\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge._backends, 'a backend has started'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,69 @@
+"""Arrows between modules point one way."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
+
+# From the ground up: a module may import from lines above its own, and from its own line.
+LAYERS = [
+    ["errors"],
+    ["masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
+     "data.tfds_source", "data.augment", "data.pipeline", "platform"],
+    ["models.hierarchy", "models.vit", "models.predictor", "models.hjepa"],
+    ["evaluation.quality", "evaluation.knn", "evaluation.linear", "evaluation.features",
+     "evaluation.protocols"],
+    ["config", "metrics", "logging"],
+    ["steps"],
+    ["build"],
+    ["run"],
+    ["checkpoint"],
+    ["train"],
+    ["cli", "main", "probe", "embed"],
+]  # fmt: skip
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py"
+)
+
+
+def imports(module: str) -> set[str]:
+    """Modules of the package that `module` imports, wherever the statement stands."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hjepa_jax"):
+            prefix = (node.module or "").removeprefix("hjepa_jax").removeprefix(".")
+            names = {f"{prefix}.{a.name}".strip(".") for a in node.names}
+            found |= {name for name in names if name in RANK} or {prefix}
+    return found & set(RANK)
+
+
+def external_imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    froms = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names | froms}
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    upward = {other for other in imports(module) if RANK[other] > RANK[module]}
+    assert not upward
+
+
+def test_only_checkpoint_imports_orbax():
+    assert [m for m in MODULES if "orbax" in external_imports(m)] == ["checkpoint"]
+
+
+def test_only_these_know_of_configs():
+    reads_config = {m for m in MODULES if "config" in imports(m)}
+    assert reads_config <= {"build", "run", "checkpoint", "train", "main", "probe", "embed"}

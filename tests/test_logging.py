@@ -1,0 +1,55 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.logging import RunLogger, format_duration, mask_preview, read_metrics
+from hjepa_jax.masking import Masks
+
+
+def test_values_of_one_step_share_a_line(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=False)
+    logger.scalars(1, {"a": 1.0})
+    logger.scalars(1, {"b": 2.0})
+    logger.scalars(2, {"a": 3.0})
+    logger.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "a": 1.0, "b": 2.0},
+        {"step": 2, "a": 3.0},
+    ]
+
+
+def test_a_resumed_log_drops_later_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"ste')
+    logger = RunLogger(tmp_path, tensorboard=False, resume_step=2)
+    logger.scalars(3, {"a": 4})
+    logger.close()
+    assert [line["a"] for line in read_metrics(path)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "0:05"), (75, "1:15"), (3700, "1:01:40"), (59.6, "1:00")]
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_mask_preview_shows_context_and_targets_and_greys_the_rest():
+    image = np.full((1, 64, 64, 3), 0.8, np.float32)
+    masks = Masks(
+        context_index=jnp.array([[0, 5]]),
+        context_valid=jnp.array([[True, False]]),
+        target_index=jnp.array([[[3, 0]]]),
+        target_valid=jnp.array([[[True, False]]]),
+    )
+    picture = mask_preview(image, masks, grid_size=2)[0]
+    scale, border = picture.shape[0] // 64, picture.shape[0] // 32
+    width = 64 * scale
+    panels = [picture[:, i * (width + border) :][:, :width] for i in range(3)]
+    lit = [
+        [[bool(p[r, c, 0] > 0.7) for c in (width // 4, -width // 4)] for r in (16, -16)]
+        for p in panels
+    ]
+    assert lit[0] == [[True, True], [True, True]]
+    assert lit[1] == [[True, False], [False, False]]
+    assert lit[2] == [[False, False], [False, True]]

@@ -1,0 +1,228 @@
+"""The loop: what a run leaves behind, and that it goes on exactly where it stopped."""
+
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, run, steps, train
+from hjepa_jax.errors import InputError
+from hjepa_jax.logging import Progress, read_metrics
+
+TRAIN_METRICS = {
+    "train/loss",
+    "train/loss_level_0",
+    "train/loss_level_1",
+    "train/loss_summary",
+    "train/loss_variance",
+    "train/loss_covariance",
+    "train/learning_rate",
+    "train/weight_decay",
+    "train/ema_momentum",
+    "train/grad_norm",
+    "train/update_norm",
+    "train/param_norm",
+    "train/context_std",
+    "train/target_std",
+    "train/effective_rank",
+    "train/pred_target_cosine",
+    "perf/images_per_sec",
+    "perf/steps_per_sec",
+    "perf/data_wait_fraction",
+    "perf/peak_memory_bytes",
+}
+
+
+def final_state(config, workdir: pathlib.Path):
+    built = run.build_run(config, run.open_config_source(config))
+    checkpoints = checkpoint.Checkpoints(workdir, config=config)
+    state, window = checkpoints.restore(*built.create())
+    checkpoints.close()
+    return jax.device_get(state), jax.device_get(window)
+
+
+def assert_same_tree(a, b):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def without_timings(lines):
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, at_step: int, signum: int = signal.SIGTERM):
+    """Sends this process a real signal once the log shows `at_step`."""
+    show = Progress.show
+
+    def show_and_signal(self, step, **kwargs):
+        show(self, step, **kwargs)
+        if step == at_step:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(Progress, "show", show_and_signal)
+
+
+def test_a_run_logs_every_metric_at_increasing_steps(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        assert set(line) - {"step", "eval/knn_top1"} == TRAIN_METRICS
+        assert all(np.isfinite(value) for value in line.values())
+    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
+    assert lines[-1]["perf/peak_memory_bytes"] > 1e6
+    np.testing.assert_allclose(lines[0]["train/learning_rate"], 1e-3 * 2 / 15, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop_step", [3, 4])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train.steps_per_call": 4},
+        {"optim.accumulation_steps": 2, "data.grayscale": 0.3},
+    ],
+    ids=["plain", "steps_per_call", "accumulation"],
+)
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    tiny_config, tmp_path, monkeypatch, overrides, stop_step
+):
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict({**overrides, "log.every_steps": 1})
+    train.train_and_evaluate(tiny_config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop_step)
+        with pytest.raises(train.Interrupted):
+            train.train_and_evaluate(tiny_config, tmp_path / "parts")
+    assert read_metrics(tmp_path / "parts/metrics.jsonl")[-1]["step"] == stop_step
+    train.train_and_evaluate(tiny_config, tmp_path / "parts")
+    assert_same_tree(
+        final_state(tiny_config, tmp_path / "whole"), final_state(tiny_config, tmp_path / "parts")
+    )
+    whole, parts = (
+        without_timings(read_metrics(tmp_path / name / "metrics.jsonl"))
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_lines_after_the_checkpoint_are_written_anew(tiny_config, tmp_path):
+    """A killed run logged further than it saved: the resumed one must not repeat those steps."""
+    train.train_and_evaluate(tiny_config, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(before + json.dumps({"step": 8, "train/loss": 0.0}) + '\n{"step": 1')
+    train.train_and_evaluate(tiny_config, tmp_path)
+    assert path.read_text() == before
+
+
+def test_steps_per_call_changes_no_result(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path / "one")
+    tiny_config.train.steps_per_call = 4
+    train.train_and_evaluate(tiny_config, tmp_path / "four")
+    one, four = (
+        read_metrics(tmp_path / name / "metrics.jsonl")[-1]["train/loss"]
+        for name in ("one", "four")
+    )
+    np.testing.assert_allclose(one, four, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per_call):
+    """Epoch ends, logs and odd remainders must not change the shapes of the program."""
+    compiled = []
+    make = steps.make_run_steps
+
+    def counting(train_step):
+        def run_steps(*args):
+            compiled.append(1)
+            return make(train_step)(*args)
+
+        return run_steps
+
+    monkeypatch.setattr(run, "make_run_steps", counting)
+    tiny_config.train.num_steps = 17
+    tiny_config.train.steps_per_call = steps_per_call
+    train.train_and_evaluate(tiny_config, tmp_path)
+    assert len(compiled) == 1
+
+
+def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path)
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+    tiny_config.optim.learning_rate = 0.5
+    with pytest.raises(InputError, match=r"optim.learning_rate 0.001 -> 0.5"):
+        train.train_and_evaluate(tiny_config, tmp_path)
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+
+
+def test_fields_that_change_no_result_may_change(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path)
+    tiny_config.log.every_steps = 3
+    train.train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_newest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
+    tiny_config.train.keep_checkpoints = 1
+    tiny_config.train.num_steps = 12
+    tiny_config.eval.every_epochs = 0.2  # every 3 steps
+    train.train_and_evaluate(tiny_config, tmp_path)
+    scores = {
+        line["step"]: line["eval/knn_top1"]
+        for line in read_metrics(tmp_path / "metrics.jsonl")
+        if "eval/knn_top1" in line
+    }
+    assert set(scores) == {3, 6, 9, 12}
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    best = {step for step, score in scores.items() if score == max(scores.values())}
+    assert 12 in kept
+    assert kept & best
+    assert len(kept) <= 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path):
+    tiny_config.optim.learning_rate = 1e30
+    tiny_config.optim.clip_norm = 0.0
+    tiny_config.optim.warmup_epochs = 0.0
+    with pytest.raises(InputError, match=r"train/loss.*not finite by step"):
+        train.train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp_path):
+    tiny_config.eval.probe_at_end = True
+    rows = train.train_and_evaluate(tiny_config, tmp_path)
+    assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    for row in rows:
+        assert 0 <= row["top1"] <= 1
+        assert row["train_size"] == 240
+        assert row["test_size"] == 60
+        assert row["step"] == (6 if row["encoder"] == "target" else 0)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    by_level = {
+        row["level"]: row["top1"]
+        for row in rows
+        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
+    }
+    assert last["eval/linear_top1"] == by_level["all"]
+    assert last["eval/linear_top1_level_1"] == by_level[1]
+
+
+def test_tensorboard_gets_scalars_hparams_and_the_mask_preview(tiny_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tiny_config.log.tensorboard = True
+    train.train_and_evaluate(tiny_config, tmp_path)
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = set(events.Tags()["tensors"])
+    assert tags >= TRAIN_METRICS
+    assert "masks/image_context_targets" in " ".join(tags)
+    assert "_hparams_/session_start_info" in events.summary_metadata
