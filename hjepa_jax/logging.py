@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
+import io
 import json
 import pathlib
 import sys
@@ -29,7 +30,8 @@ class RunLogger:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._last_step = kept[-1]["step"] if kept else -1
+        self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
+        self._last_start = path.stat().st_size - (len(json.dumps(self._last)) + 1 if kept else 0)
         self._pending: dict[str, Any] = {}
         self._writer = None
         if tensorboard:
@@ -47,12 +49,16 @@ class RunLogger:
             self._writer.write_scalars(step, values)
 
     def end_line(self) -> None:
-        """Writes the pending line, unless an earlier run already wrote that step."""
-        if self._pending and self._pending["step"] > self._last_step:
-            self._last_step = self._pending["step"]
-            self._file.write(json.dumps(self._pending) + "\n")
-            self._file.flush()
-        self._pending = {}
+        """Writes the pending line; values for the step of the last line are added to that line."""
+        if not self._pending:
+            return
+        if self._pending["step"] == self._last["step"]:
+            self._file.truncate(self._last_start)
+            self._pending = {**self._last, **self._pending}
+        self._last_start = self._file.seek(0, io.SEEK_END)
+        self._file.write(json.dumps(self._pending) + "\n")
+        self._file.flush()
+        self._last, self._pending = self._pending, {}
 
     def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:
         """Sends pictures, pixels in [0, 1], to TensorBoard."""

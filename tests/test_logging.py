@@ -27,6 +27,16 @@ def test_a_resumed_log_drops_later_steps_and_a_torn_line(tmp_path):
     assert [line["a"] for line in read_metrics(path)] == [1, 2, 4]
 
 
+def test_late_values_join_the_last_line_also_after_a_restart(tmp_path):
+    for values in ({"a": 1}, {"b": 2}):
+        logger = RunLogger(tmp_path, tensorboard=False, resume_step=7)
+        logger.scalars(7, values)
+        logger.end_line()
+        logger.scalars(7, {"c": 3})
+        logger.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 7, "a": 1, "c": 3, "b": 2}]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(5, "0:05"), (75, "1:15"), (3700, "1:01:40"), (59.6, "1:00")]
 )
