@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli
+from hjepa_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
@@ -22,15 +23,21 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Runs the command."""
+    path, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
+    try:
+        config.to_dict()
+    except OSError as error:  # config_flags reports a file that it could not load on first use
+        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+        raise InputError("--config", path, f"must be a config file ({reason})") from error
+
     from hjepa_jax import run, train  # here, so that a bad flag is refused at once
 
     if _DRY_RUN.value:
-        print(json.dumps(run.describe(_CONFIG.value)))
+        print(json.dumps(run.describe(config)))
         return
-    name = cli.config_name(config_flags.get_config_filename(flags.FLAGS["config"]))
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{cli.config_name(path)}")
     try:
-        train.train_and_evaluate(_CONFIG.value, workdir)
+        train.train_and_evaluate(config, workdir)
     except train.Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
         sys.exit(128 + signal.Signals(stop.signum))

@@ -9,6 +9,7 @@ with it, so that a resumed run writes the same lines.
   values = summarize(window, step)                             # on the host, every n steps
 """
 
+import math
 from typing import Any
 
 import jax
@@ -89,5 +90,7 @@ def summarize(window: LogWindow, *, step: int, batch_size: int) -> dict[str, flo
     """
     values = {name: float(value) for name, value in window.averages.compute().items()}
     num_collected = min(step * batch_size, len(window.features))
-    values["effective_rank"] = effective_rank(np.asarray(window.features)[:num_collected])
+    features = np.asarray(window.features)[:num_collected]
+    finite = bool(np.isfinite(features).all())
+    values["effective_rank"] = effective_rank(features) if finite else math.nan
     return values

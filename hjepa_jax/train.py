@@ -153,9 +153,10 @@ class _Loop:
                 state, window = run_steps(state, window, images, index, jnp.int32(count))
                 step += count
                 self._timer.add_steps(count, data_wait)
-                window = self._end_call(state, window, step, stop.signum)
-                if stop.signum and step < num_steps:
-                    raise Interrupted(stop.signum, step)
+                signum = stop.signum  # read once: what comes later is saved by the next step
+                window = self._end_call(state, window, step, signum)
+                if signum and step < num_steps:
+                    raise Interrupted(signum, step)
         self._progress.end()
         return state
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,6 +49,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
         assert word in lines[0]
 
 
+@pytest.mark.slow
 def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_path):
     workdir = tmp_path / "run"
     result = run_module(MAIN, *tiny_flags, f"--workdir={workdir}")
@@ -75,7 +77,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     assert features["test_labels"].shape == (60,)
 
     model, params = checkpoint.load_encoder(workdir)
-    embed = build.build_embed_fn(run.load_config(workdir), model)
+    embed = jax.jit(build.build_embed_fn(run.load_config(workdir), model))
     images = np.load(source)["test_images"]
     np.testing.assert_allclose(
         embed(params, images)["level_1"], features["test_level_1"], atol=1e-4
@@ -102,6 +104,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_module):
     workdir = tmp_path / "run"
     flags = [f for f in tiny_flags if "num_steps" not in f and "every_steps" not in f]

@@ -1,5 +1,7 @@
 """Encoder, predictor, and their composition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,11 @@ def make_model(num_levels: int = 2, **kwargs) -> HJEPA:
 
 def images(batch: int = 3) -> jax.Array:
     return jnp.asarray(RNG.normal(size=(batch, GRID * PATCH, GRID * PATCH, 3)), jnp.float32)
+
+
+@functools.cache
+def jitted(model: HJEPA):
+    return jax.jit(model.apply, static_argnames="method")
 
 
 MASK = MultiBlockMask(GRID, 2, (0.25, 0.25), (1.0, 1.0), align_level=1, context_scale=(1.0, 1.0))
@@ -55,8 +62,8 @@ def test_sincos_positions_are_distinct_and_bounded():
 def test_subset_of_all_patches_in_another_order_gives_the_same_tokens(model_and_params):
     model, variables = model_and_params
     x, order = images(2), np.array([RNG.permutation(GRID**2) for _ in range(2)])
-    tokens, summary = model.apply(variables, x, method="encode")
-    shuffled, summary_2 = model.apply(variables, x, jnp.asarray(order), method="encode")
+    tokens, summary = jitted(model)(variables, x, method="encode")
+    shuffled, summary_2 = jitted(model)(variables, x, jnp.asarray(order), method="encode")
     np.testing.assert_allclose(
         shuffled, np.take_along_axis(np.asarray(tokens), order[..., None], 1), atol=1e-5
     )
@@ -72,13 +79,13 @@ def test_pixels_of_hidden_patches_do_not_reach_one_context_token(model_and_param
         visible[row, index[row][valid[row]]] = True
     pixels = np.repeat(np.repeat(visible.reshape(3, GRID, GRID), PATCH, 1), PATCH, 2)
     noisy = jnp.where(pixels[..., None], x, 100.0)
-    a, b = (model.apply(variables, i, MASKS) for i in (x, noisy))
+    a, b = (jitted(model)(variables, i, MASKS) for i in (x, noisy))
     np.testing.assert_array_equal(a.context[valid], b.context[valid])
     np.testing.assert_array_equal(a.summary, b.summary)
     jax.tree.map(np.testing.assert_array_equal, a.levels, b.levels)
     # The control: a visible pixel does.
     seen = jnp.where(pixels[..., None], x + 1.0, x)
-    assert np.any(model.apply(variables, seen, MASKS).summary != a.summary)
+    assert np.any(jitted(model)(variables, seen, MASKS).summary != a.summary)
 
 
 def test_padding_changes_no_valid_output(model_and_params):
@@ -94,7 +101,7 @@ def test_padding_changes_no_valid_output(model_and_params):
             [MASKS.target_valid, jnp.zeros_like(MASKS.target_valid)], axis=2
         ),
     )
-    a, b = model.apply(variables, x, MASKS), model.apply(variables, x, more)
+    a, b = jitted(model)(variables, x, MASKS), jitted(model)(variables, x, more)
     np.testing.assert_allclose(a.summary, b.summary, atol=1e-5)
     for levels in ("levels", "summary_levels"):
         for valid_a, valid_b, pred_a, pred_b in zip(
@@ -109,7 +116,7 @@ def test_predictions_follow_their_queries_when_blocks_change_places(model_and_pa
     swapped = MASKS.replace(
         target_index=MASKS.target_index[:, ::-1], target_valid=MASKS.target_valid[:, ::-1]
     )
-    a, b = (model.apply(variables, x, m).levels[0] for m in (MASKS, swapped))
+    a, b = (jitted(model)(variables, x, m).levels[0] for m in (MASKS, swapped))
     np.testing.assert_allclose(a[:, :t], b[:, t:], atol=1e-5)
     np.testing.assert_allclose(a[:, t:], b[:, :t], atol=1e-5)
 

@@ -40,6 +40,7 @@ MODEL = HJEPA(
     VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2),
     Predictor(GRID, 2, WIDTH, width=8, depth=1, num_heads=2),
 )
+apply = jax.jit(MODEL.apply, static_argnames="method")
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8))
 
 
@@ -51,7 +52,7 @@ def init_params():
 
 
 def make_state(tx: optax.GradientTransformation) -> TrainState:
-    return create_train_state(init_params(), tx, jax.random.PRNGKey(1))
+    return jax.jit(lambda p: create_train_state(p, tx, jax.random.PRNGKey(1)))(init_params())
 
 
 def make_step(tx, *, ema_momentum=0.9, augment=PLAIN, weights=WEIGHTS, parts=1):
@@ -77,8 +78,8 @@ def adamw(learning_rate=1e-3):
 
 def masks_and_targets(state: TrainState, target_params):
     _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
-    masks, views = MASK(mask_rngs), PLAIN(mask_rngs, IMAGES)
-    tokens, _ = MODEL.apply({"params": {"context_encoder": target_params}}, views, method="encode")
+    masks, views = jax.jit(MASK)(mask_rngs), jax.jit(PLAIN)(mask_rngs, IMAGES)
+    tokens, _ = apply({"params": {"context_encoder": target_params}}, views, method="encode")
     targets = hierarchy.level_features(tokens, GRID, 2)
     index = masks.target_index.reshape(BATCH, -1)
     return masks, views, (gather_tokens(targets[0], index), *targets[1:])
@@ -87,7 +88,7 @@ def masks_and_targets(state: TrainState, target_params):
 def test_loss_is_the_weighted_sum_of_its_terms():
     state = make_state(adamw())
     masks, views, targets = masks_and_targets(state, state.target_params)
-    prediction = MODEL.apply({"params": state.params}, views, masks)
+    prediction = apply({"params": state.params}, views, masks)
     loss, terms = hjepa_loss(prediction, targets, masks, WEIGHTS)
     expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
     expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
@@ -103,7 +104,7 @@ def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
     tx = adamw()
     state = make_state(tx)
     masks, views, targets = masks_and_targets(state, state.target_params)
-    prediction = MODEL.apply({"params": state.params}, views, masks)
+    prediction = apply({"params": state.params}, views, masks)
     expected, _ = hjepa_loss(prediction, targets, masks, WEIGHTS)
     _, outputs = make_step(tx)(state, IMAGES)
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
@@ -237,7 +238,7 @@ def test_log_window_keeps_the_newest_features():
 
 def test_embed_returns_each_level_and_the_summary():
     state = make_state(adamw())
-    embed = make_embed_fn(MODEL, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    embed = jax.jit(make_embed_fn(MODEL, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3))
     features = embed(state.target_params, IMAGES)
     assert {k: v.shape for k, v in features.items()} == {
         "level_0": (BATCH, WIDTH),
@@ -245,8 +246,6 @@ def test_embed_returns_each_level_and_the_summary():
         "summary": (BATCH, 2 * WIDTH),
     }
     pixels = (IMAGES / 255.0 - 0.5) / 0.25
-    tokens, _ = MODEL.apply(
-        {"params": {"context_encoder": state.target_params}}, pixels, method="encode"
-    )
+    tokens, _ = apply({"params": {"context_encoder": state.target_params}}, pixels, method="encode")
     expected = hierarchy.standardize(hierarchy.pool(tokens, GRID, 1)).mean(axis=1)
     np.testing.assert_allclose(features["level_1"], expected, atol=1e-5)
