@@ -20,6 +20,8 @@ def get_config() -> Config:
     c.model.predictor_num_heads = 2
 
     c.optim.learning_rate = 2e-3
-    c.train.num_epochs = 5.0
+    c.optim.warmup_epochs = 0.3
+    c.train.batch_size = 128
+    c.train.num_epochs = 2.0
     c.eval.knn_bank_size = 5_000
     return c.lock()
