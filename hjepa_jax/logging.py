@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import sys
 import time
@@ -35,6 +36,8 @@ class RunLogger:
         self._pending: dict[str, Any] = {}
         self._writer = None
         if tensorboard:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks while loading,
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN whatever the level
             from clu import metric_writers  # imports TensorFlow
 
             summary_writer = metric_writers.SummaryWriter(str(workdir))
@@ -107,7 +110,7 @@ class Progress:
         """Where the run is, its loss, its speed, and the time left at that speed."""
         left = (self.num_steps - step) / max(steps_per_sec, 1e-9)
         line = (
-            f"epoch {step / self.steps_per_epoch:.2f}/{self.num_steps / self.steps_per_epoch:g}  "
+            f"epoch {step / self.steps_per_epoch:.2f}/{self.num_steps / self.steps_per_epoch:.3g}  "
             f"step {step}/{self.num_steps}  loss {loss:.4f}  {images_per_sec:.0f} images/s  "
             f"{format_duration(left)} left"
         )
