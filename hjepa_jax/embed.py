@@ -39,7 +39,7 @@ def main() -> None:
         arrays |= {f"{name}_{key}": value for key, value in features.items()}
         arrays[f"{name}_labels"] = split.labels
     try:
-        np.savez(_OUTPUT.value, allow_pickle=False, **arrays)
+        np.savez(_OUTPUT.value, **arrays)
     except OSError as error:
         rule = f"must be a file that can be written ({error.strerror})"
         raise InputError("--output", _OUTPUT.value, rule) from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.features import EmbedFn, embed_pixels, extract_features, representations
-from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
+from hjepa_jax.evaluation.knn import DEFAULT_KS, hold_out, knn_probe
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
 
 PROTOCOLS = ("linear", "knn")
@@ -90,8 +90,8 @@ def _score(protocol: str, data: tuple[np.ndarray, ...], **options: Any) -> dict[
         result = linear_probe(*data, l2_grid=grid, **options)
         chosen = {"l2": result.chosen_l2}
     else:
-        num_fit = len(data[0]) - min(options["num_val"], len(data[0]) // 5)
-        result = knn_probe(*data, ks=[k for k in DEFAULT_KS if k <= num_fit], **options)
+        fit, _ = hold_out(len(data[0]), num_val=options["num_val"], seed=options["seed"])
+        result = knn_probe(*data, ks=[k for k in DEFAULT_KS if k <= len(fit)], **options)
         chosen = {"k": result.chosen_k}
     return {"top1": result.top1, "chosen": {**chosen, "val_top1": max(result.val_top1)}}
 
