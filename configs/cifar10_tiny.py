@@ -10,8 +10,15 @@ def get_config() -> Config:
     c = base_config()
     c.data.source = "tfds:cifar10"
     c.model.name = "vit_tiny"
+    c.model.positions = "sincos2d"
     c.model.predictor_depth = 2
-    c.optim.learning_rate = 2e-3
+
+    c.mask.align_level = 0
+    c.mask.scale = (0.09, 0.19)  # blocks of 2x3 to 3x4 of the 8x8 patches
+    c.loss.regularizer_weight = 0.01
+
+    c.optim.learning_rate = 1e-3
+    c.train.batch_size = 64
     c.train.num_epochs = 20.0
     c.eval.knn_bank_size = 5_000
     return c.lock()
