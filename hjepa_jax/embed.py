@@ -27,8 +27,10 @@ def main() -> None:
     from hjepa_jax import build, checkpoint, run
     from hjepa_jax.data.sources import open_source
     from hjepa_jax.evaluation.features import extract_features
+    from hjepa_jax.platform import select_platform
 
     config = run.load_config(pathlib.Path(_WORKDIR.value))
+    select_platform(config.platform)
     model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
     kind = "npz" if _INPUT.value.endswith(".npz") else "folder"
     source = open_source(f"{kind}:{_INPUT.value}", data_dir=None, image_size=config.data.image_size)

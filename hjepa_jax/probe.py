@@ -44,7 +44,8 @@ def main() -> None:
         "random_init": initial.target_params,
     }
     train, test = source.load()
-    rows = protocols.evaluate_encoders(
+    protocols.evaluate_and_write(
+        workdir,
         build.build_embed_fn(config, built.model),
         {name: params[name] for name in _ENCODERS.value},
         train,
@@ -55,10 +56,7 @@ def main() -> None:
         num_val=config.eval.num_val,
         seed=_SEED.value,
         batch_size=config.eval.batch_size,
-        report=lambda row: print(protocols.format_row(row), flush=True),
     )
-    print(protocols.format_table(rows))
-    protocols.write_probe_json(workdir / "probe.json", rows)
 
 
 def _check_names(flag: str, names: list[str], options: tuple[str, ...]) -> None:

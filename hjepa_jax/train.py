@@ -16,17 +16,12 @@ from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, flatten, validate
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Split, validation_split
+from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
-from hjepa_jax.evaluation.protocols import (
-    evaluate_encoders,
-    format_row,
-    format_table,
-    headline_scores,
-    write_probe_json,
-)
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.protocols import evaluate_and_write, headline_scores
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
 from hjepa_jax.platform import donates_buffers, select_platform
 from hjepa_jax.run import Run, build_run, num_params, open_config_source, prepare_workdir
@@ -75,7 +70,8 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         if not config.eval.probe_at_end:
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-        rows = evaluate_encoders(
+        rows = evaluate_and_write(
+            workdir,
             build.build_embed_fn(config, run.model),
             {"target": state.target_params, "random_init": run.create()[0].target_params},
             train,
@@ -84,10 +80,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             step=int(state.step),
             num_val=config.eval.num_val,
             batch_size=config.eval.batch_size,
-            report=lambda row: print(format_row(row), flush=True),
         )
-        print(format_table(rows))
-        write_probe_json(workdir / "probe.json", rows)
         logger.scalars(int(state.step), headline_scores(rows))
         return rows
     finally:
@@ -222,7 +215,7 @@ class _Loop:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
-        bank, queries = validation_split(len(images), size=c.num_val)
+        bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
         bank_x, query_x = (
             extract_features(

@@ -142,8 +142,8 @@ def test_batch_larger_than_the_data_set_is_refused():
 
 def test_masks_that_no_block_fits_are_refused():
     config = load("cifar10_tiny")
-    config.mask.scale = (0.01, 0.02)
-    with pytest.raises(InputError, match=r"mask.scale=\(0.01, 0.02\): no block"):
+    config.mask.scale = (0.001, 0.002)
+    with pytest.raises(InputError, match=r"mask.scale=\(0.001, 0.002\): no block"):
         run.build_run(config, CIFAR10)
 
 

@@ -3,7 +3,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.knn import hold_out, knn_predict, knn_probe
+from hjepa_jax.evaluation.knn import knn_predict, knn_probe
 
 
 def blobs(n, *, num_classes=4, d=8, noise=1.0, seed=0):
@@ -102,15 +102,6 @@ def test_equal_scores_choose_the_smallest_k():
     result = knn_probe(train_x, train_y, train_x, train_y, num_classes=4, ks=(10, 2, 5))
     assert result.val_top1 == (1.0, 1.0, 1.0)
     assert result.chosen_k == 2
-
-
-def test_hold_out_partitions_the_rows_and_depends_on_the_seed_only():
-    fit, val = hold_out(100, num_val=10, seed=3)
-    assert (len(fit), len(val)) == (90, 10)
-    assert sorted([*fit, *val]) == list(range(100))
-    np.testing.assert_array_equal(val, hold_out(100, num_val=10, seed=3)[1])
-    assert set(val) != set(hold_out(100, num_val=10, seed=4)[1])
-    assert len(hold_out(100, num_val=5000, seed=3)[1]) == 20
 
 
 @pytest.mark.parametrize("ks", [(), (0, 1), (1, 81)])

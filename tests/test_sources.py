@@ -15,7 +15,6 @@ from hjepa_jax.data.sources import (
     fingerprint,
     open_source,
     save_npz,
-    validation_split,
 )
 from hjepa_jax.errors import InputError
 
@@ -79,21 +78,6 @@ def test_shapes_info_is_what_load_returns(monkeypatch):
     assert not asked
     source.load()
     assert asked == [(source.info.num_train, source.info.num_test, 7)] == [(20_000, 4_000, 7)]
-
-
-def test_validation_split_is_a_sorted_partition_fixed_by_its_seed():
-    fit, validation = validation_split(50_000)
-    assert len(validation) == 5000
-    np.testing.assert_array_equal(np.sort(np.concatenate([fit, validation])), np.arange(50_000))
-    assert (np.diff(fit) > 0).all()
-    assert (np.diff(validation) > 0).all()
-    np.testing.assert_array_equal(validation, validation_split(50_000)[1])
-    assert (validation != validation_split(50_000, seed=1)[1]).any()
-
-
-def test_validation_split_takes_a_fifth_of_a_small_set_at_most():
-    fit, validation = validation_split(104)
-    assert (len(fit), len(validation)) == (84, 20)
 
 
 def test_fingerprint_changes_with_pixels_labels_and_shape():

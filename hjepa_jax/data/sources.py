@@ -98,22 +98,6 @@ def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int
     raise InputError("data.source", source, rule)
 
 
-def validation_split(
-    num_train: int, *, size: int = 5000, seed: int = 0
-) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:
-    """Holds out training examples on which hyper-parameters are chosen.
-
-    Args:
-      num_train: training examples.
-      size: examples to hold out; at most a fifth of the training set is.
-      seed: chooses them.
-
-    Returns:
-      (fit, validation), disjoint and sorted, together every index once.
-    """
-    return hold_out(num_train, min(size, num_train // 5), seed)
-
-
 def fingerprint(split: Split) -> str:
     """Returns 16 hexadecimal digits over the shapes, all labels and about 256 whole images."""
     sample = np.ascontiguousarray(split.images[:: max(1, len(split.images) // 256)])

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.quality import check_features
+from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
 
@@ -38,53 +38,6 @@ class KnnResult:
     chosen_k: int
     val_top1: tuple[float, ...]
     test_predictions: Int32[np.ndarray, " num_test"]
-
-
-def check_labelled(
-    split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
-) -> None:
-    """Refuses features and labels that do not belong together.
-
-    Args:
-      split: "train" or "test", for the field's name in the error.
-      x: features `[n, D]`.
-      y: labels `[n]`.
-      num_classes: labels must lie in [0, num_classes).
-      width: the D that `x` must have; any, if None.
-
-    Raises:
-      InputError: naming `{split}_x` or `{split}_y`.
-    """
-    check_features(f"{split}_x", x)
-    if width is not None and x.shape[1] != width:
-        raise InputError(f"{split}_x", x.shape, f"must have the {width} columns of train_x")
-    if y.shape != (len(x),):
-        raise InputError(f"{split}_y", y.shape, f"must be one label per row of {split}_x, {len(x)}")
-    if y.min() < 0 or y.max() >= num_classes:
-        raise InputError(
-            f"{split}_y", (int(y.min()), int(y.max())), f"must lie in [0, {num_classes})"
-        )
-
-
-def hold_out(n: int, *, num_val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the training rows in two, to choose a hyper-parameter without the test set.
-
-    Args:
-      n: number of training rows, at least 5.
-      num_val: rows to hold out; at most a fifth of `n` is taken.
-      seed: the same seed holds out the same rows.
-
-    Returns:
-      Row numbers `(fit_rows, val_rows)`: disjoint, and all of [0, n) together.
-
-    Raises:
-      InputError: if nothing could be held out.
-    """
-    num_val = min(num_val, n // 5)
-    if num_val < 1:
-        raise InputError("train_x", f"{n} rows", "choosing a hyper-parameter needs 5 rows or more")
-    order = np.random.default_rng(seed).permutation(n)
-    return order[num_val:], order[:num_val]
 
 
 def knn_probe(

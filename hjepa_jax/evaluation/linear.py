@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.knn import check_labelled, hold_out
+from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 # Half-decades, from next to no penalty to one that leaves little but the class frequencies.
 DEFAULT_L2_GRID = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(-12, 3))

@@ -14,7 +14,8 @@ import numpy as np
 
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.features import EmbedFn, embed_pixels, extract_features, representations
-from hjepa_jax.evaluation.knn import DEFAULT_KS, hold_out, knn_probe
+from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
+from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
 
 PROTOCOLS = ("linear", "knn")
@@ -80,6 +81,15 @@ def evaluate_encoders(
                 }
                 rows.append(row)
                 report(row)
+    return rows
+
+
+def evaluate_and_write(workdir: pathlib.Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
+    """`evaluate_encoders`, told on the terminal row by row and as a table; writes probe.json."""
+    options["report"] = lambda row: print(format_row(row), flush=True)
+    rows = evaluate_encoders(*args, **options)
+    print(format_table(rows))
+    write_probe_json(workdir / "probe.json", rows)
     return rows
 
 

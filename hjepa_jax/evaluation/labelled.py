@@ -1,0 +1,56 @@
+"""Labelled features as every probe takes them: what is refused, and what is held out."""
+
+import numpy as np
+from jaxtyping import Int
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.quality import check_features
+
+
+def check_labelled(
+    split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
+) -> None:
+    """Refuses features and labels that do not belong together.
+
+    Args:
+      split: "train" or "test", for the field's name in the error.
+      x: features `[n, D]`.
+      y: labels `[n]`.
+      num_classes: labels must lie in [0, num_classes).
+      width: the D that `x` must have; any, if None.
+
+    Raises:
+      InputError: naming `{split}_x` or `{split}_y`.
+    """
+    check_features(f"{split}_x", x)
+    if width is not None and x.shape[1] != width:
+        raise InputError(f"{split}_x", x.shape, f"must have the {width} columns of train_x")
+    if y.shape != (len(x),):
+        raise InputError(f"{split}_y", y.shape, f"must be one label per row of {split}_x, {len(x)}")
+    if y.min() < 0 or y.max() >= num_classes:
+        raise InputError(
+            f"{split}_y", (int(y.min()), int(y.max())), f"must lie in [0, {num_classes})"
+        )
+
+
+def hold_out(
+    n: int, *, num_val: int, seed: int = 0
+) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:
+    """Splits the training rows in two, to choose a hyper-parameter without the test set.
+
+    Args:
+      n: number of training rows, at least 5.
+      num_val: rows to hold out; at most a fifth of `n` is taken.
+      seed: the same seed holds out the same rows.
+
+    Returns:
+      Row numbers `(fit_rows, val_rows)`: sorted, disjoint, and all of [0, n) together.
+
+    Raises:
+      InputError: if nothing could be held out.
+    """
+    num_val = min(num_val, n // 5)
+    if num_val < 1:
+        raise InputError("train_x", f"{n} rows", "must have at least 5, to hold some out")
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[num_val:]), np.sort(order[:num_val])
