@@ -12,16 +12,21 @@ def get_config() -> Config:
     c.data.mean = (0.5, 0.5, 0.5)
     c.data.std = (0.25, 0.25, 0.25)
 
-    c.model.width = 128
+    c.model.width = 96
     c.model.depth = 4
-    c.model.num_heads = 4
+    c.model.num_heads = 3
+    c.model.positions = "sincos2d"
     c.model.predictor_width = 64
     c.model.predictor_depth = 2
     c.model.predictor_num_heads = 2
 
+    c.mask.align_level = 0
+    c.mask.scale = (0.09, 0.19)  # blocks of 2x3 to 3x4 of the 8x8 patches
+    c.loss.regularizer_weight = 0.01
+
     c.optim.learning_rate = 2e-3
-    c.optim.warmup_epochs = 0.3
-    c.train.batch_size = 128
-    c.train.num_epochs = 2.0
+    c.optim.warmup_epochs = 0.2
+    c.train.batch_size = 64
+    c.train.num_epochs = 2.5
     c.eval.knn_bank_size = 5_000
     return c.lock()

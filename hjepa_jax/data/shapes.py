@@ -5,8 +5,8 @@ No download and no file: the whole set is a function of three numbers.
     train, test = create_shapes(num_train=20_000, num_test=4_000, seed=0)
 
 The label fixes the outline and nothing else. Colours, textures, area, position, rotation, the
-distractor and the noise are drawn in the same way for every class, so a representation that solves
-this set has learnt to see shape.
+distractor and the noise are drawn in the same way for every class. The shape is light on dark as
+often as dark on light, so that no linear function of the pixels tells the classes apart.
 """
 
 import functools
@@ -18,11 +18,13 @@ from jaxtyping import Float, Int, UInt8
 from hjepa_jax.data.sources import Split
 
 IMAGE_SIZE = 32
-AREA = (55.0, 150.0)  # of the shape, square pixels: a disk 8 to 14 pixels across
-MAX_OFFSET = 5.0  # of the shape's centroid from the image centre, pixels per axis
-MIN_CONTRAST = 0.35  # between the mean colours of shape and background, in [0, 1]
+AREA = (200.0, 360.0)  # of the shape, square pixels: a disk 16 to 21 pixels across
+MAX_OFFSET = 3.0  # of the shape's centroid from the image centre, pixels per axis
+DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
+LIGHT = 0.65  # every channel of a light one is at least this
+TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
+NOISE = 0.1  # standard deviation per pixel and channel
 LUMA = np.array([0.30, 0.59, 0.11], np.float32)  # what the eye makes of red, green and blue
-TEXTURE = 0.12  # amplitude per colour channel, in [0, 1]
 CHUNK = 1000  # images drawn at once; part of what the seed determines
 
 Number = float | int  # the run-time checks of the tests tell them apart
@@ -69,21 +71,16 @@ def _draw(labels: Int[np.ndarray, " n"], rng: np.random.Generator) -> UInt8[np.n
 
     in_front = _uniform(rng, n, 0, 1) < 0.5
     distractor_cover = _distractor_cover(n, rng) * np.where(in_front, 1, 1 - shape_cover)
-    canvas += distractor_cover[..., None] * (rng.random((n, 1, 1, 3), np.float32) - canvas)
-    canvas += 0.03 * rng.standard_normal(canvas.shape, np.float32)
+    canvas += distractor_cover[..., None] * (_colour(n, 0, 1, rng) - canvas)
+    canvas += NOISE * rng.standard_normal(canvas.shape, np.float32)
     return np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
 
 
 def _contrasting_colours(n: int, rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """Draws pairs of colours that are at least `MIN_CONTRAST` apart, weighted by luma."""
-    background = rng.random((n, 1, 3), np.float32)
-    # The corner of the colour cube opposite to the background always satisfies the rule.
-    drawn = rng.random((n, 16, 3), np.float32)
-    candidates = np.concatenate([drawn, np.rint(1 - background)], axis=1)
-    contrast = np.sqrt((LUMA * (candidates - background) ** 2).sum(axis=-1))
-    first = np.argmax(contrast >= MIN_CONTRAST, axis=1)
-    shape = candidates[np.arange(n), first]
-    return background[:, None], shape[:, None, None]
+    """Draws a dark and a light colour; either may be the first, the background's."""
+    dark, light = _colour(n, 0, DARK, rng), _colour(n, LIGHT, 1, rng)
+    swap = rng.random((n, 1, 1, 1)) < 0.5
+    return np.where(swap, light, dark), np.where(swap, dark, light)
 
 
 def _texture(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n H W 3"]:
@@ -130,6 +127,10 @@ def _placed(n: int, max_offset: Number, rng: np.random.Generator) -> tuple[Cover
     angle = _uniform(rng, n, 0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
+
+
+def _colour(n: int, low: Number, high: Number, rng: np.random.Generator) -> Colour:
+    return rng.uniform(low, high, (n, 1, 1, 3)).astype(np.float32)
 
 
 def _uniform(rng: np.random.Generator, n: int, low: Number, high: Number) -> PerImage:
@@ -181,9 +182,11 @@ OUTLINES: dict[str, SignedDistance] = {
     "heart": _heart,
     "square": lambda x, y: _box(x, y, 1, 1),
     "triangle": _polygon((-0.87, -0.5), (0.87, -0.5), (0, 1)),
-    "star": _star(5, 0.42),
+    "star": _star(5, 0.5),
     "cross": lambda x, y: np.minimum(_box(x, y, 1, 0.3), _box(x, y, 0.3, 1)),
-    "arrow": _polygon((-1, -0.2), (0, -0.2), (0, -0.7), (1, 0), (0, 0.7), (0, 0.2), (-1, 0.2)),
+    "arrow": _polygon(
+        (-0.9, -0.3), (0, -0.3), (0, -0.8), (0.9, 0), (0, 0.8), (0, 0.3), (-0.9, 0.3)
+    ),
     "hourglass": _polygon((-0.7, -1), (0.7, -1), (0.15, 0), (0.7, 1), (-0.7, 1), (-0.15, 0)),
 }
 CLASS_NAMES = tuple(OUTLINES)
