@@ -27,6 +27,6 @@ def get_config() -> Config:
     c.optim.learning_rate = 2e-3
     c.optim.warmup_epochs = 0.2
     c.train.batch_size = 64
-    c.train.num_epochs = 2.5
+    c.train.num_epochs = 2.0
     c.eval.knn_bank_size = 5_000
     return c.lock()
