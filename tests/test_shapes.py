@@ -7,6 +7,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hjepa_jax.data import shapes
+from hjepa_jax.data.augment import LUMA
 from hjepa_jax.data.shapes import CLASS_NAMES, create_shapes
 
 
@@ -62,7 +63,7 @@ def test_train_and_test_are_drawn_independently():
 def test_global_statistics_do_not_tell_the_class(splits):
     def statistics(images):
         pixels = images.astype(np.float32) / 255
-        luma = pixels @ shapes.LUMA
+        luma = pixels @ np.array(LUMA, np.float32)
         return np.concatenate(
             [pixels.mean((1, 2)), pixels.std((1, 2)), luma.std((1, 2))[:, None]], axis=1
         )

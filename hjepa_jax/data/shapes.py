@@ -24,7 +24,6 @@ DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
 LIGHT = 0.65  # every channel of a light one is at least this
 TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
 NOISE = 0.1  # standard deviation per pixel and channel
-LUMA = np.array([0.30, 0.59, 0.11], np.float32)  # what the eye makes of red, green and blue
 CHUNK = 1000  # images drawn at once; part of what the seed determines
 
 Number = float | int  # the run-time checks of the tests tell them apart
