@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Below this module nothing knows of configs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from hjepa_jax.config import Config, encoder_size
-from hjepa_jax.data.augment import Augment
+from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.errors import InputError
 from hjepa_jax.masking import MultiBlockMask
-from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import (
@@ -66,6 +67,8 @@ def build_model(config: Config) -> HJEPA:
         ),
         summary_pass=config.loss.summary_weight > 0,
         min_coverage=config.mask.min_coverage,
+        regularized=config.loss.regularized,
+        expander=Expander(c.expander_width, shared["dtype"]) if c.expander_width else None,
     )
 
 
@@ -117,7 +120,6 @@ def build_loss_weights(config: Config) -> LossWeights:
         summary_weight=c.summary_weight,
         variance_weight=regularizer_weight * c.variance_weight,
         covariance_weight=regularizer_weight * c.covariance_weight,
-        regularized=c.regularized,
     )
 
 
@@ -185,10 +187,26 @@ def build_train_step(
     )
 
 
-def build_embed_fn(config: Config, model: HJEPA) -> Any:
-    """`embed(encoder_params, uint8 images)` with this config's size and normalisation."""
+def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
+    """`embed(encoder_params, uint8 images)` with this config's size and normalisation.
+
+    Raises:
+      InputError: when the encoder has fewer than `num_layers` blocks ("--num_layers").
+    """
+    depth = model.context_encoder.depth
+    if not 1 <= num_layers <= depth:
+        raise InputError("--num_layers", num_layers, f"must be from 1 to {depth}, the blocks")
     c = config.data
-    return make_embed_fn(model, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std))
+    preprocess = functools.partial(
+        resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
+    )
+    return make_embed_fn(model, preprocess, num_layers=num_layers)
+
+
+def build_embed_views_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
+    """`embed_views(encoder_params, uint8 images, keys)`: of images augmented as in training."""
+    augment = build_augment(config)
+    return make_embed_fn(model, lambda images, rngs: augment(rngs, images), num_layers=num_layers)
 
 
 def build_create_state(

@@ -54,6 +54,29 @@ class Checkpoints:
         """Step of the newest checkpoint."""
         return self._manager.latest_step()
 
+    def find_step(self, which: str) -> int | None:
+        """The checkpoint that `which` names: "last" (None: the newest), "best" or a number.
+
+        Raises:
+          InputError: when it names none ("--step").
+        """
+        if which == "last":
+            return None
+        if which == "best":
+            meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            scores = {
+                step: self._manager.restore(step, args=meta)["meta"]["scores"].get(BEST_METRIC)
+                for step in self._manager.all_steps()
+            }
+            scored = {step: score for step, score in scores.items() if score is not None}
+            if not scored:
+                rule = "needs a checkpoint with a k-NN score (eval.every_epochs)"
+                raise InputError("--step", which, rule)
+            return max(scored, key=scored.__getitem__)
+        if not which.isdecimal():
+            raise InputError("--step", which, "must be last, best or the step of a checkpoint")
+        return int(which)
+
     def save(self, state: TrainState, window: LogWindow, *, scores: dict[str, float]) -> None:
         """Starts saving; training may go on (and donate the state) at once.
 

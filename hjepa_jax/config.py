@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.losses import PREDICTION_LOSSES
+from hjepa_jax.models.hjepa import REGULARIZED
 from hjepa_jax.models.vit import POSITIONS, SIZES
 
 # An ml_collections.ConfigDict, whose fields no type checker knows.
@@ -65,6 +66,7 @@ def base_config() -> Config:
     c.model.predictor_width = 96
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
+    c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()
     c.mask.kind = "multiblock"
@@ -85,7 +87,7 @@ def base_config() -> Config:
     c.loss.regularizer_weight = 0.05  # multiplies the two terms below
     c.loss.variance_weight = 25.0
     c.loss.covariance_weight = 1.0
-    c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens)
+    c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-3  # peak
@@ -172,7 +174,7 @@ def validate(config: Config) -> None:
     positive("model.width", "model.depth", "model.num_heads", "model.mlp_ratio")
     positive("model.patch_size", "model.num_levels")
     positive("model.predictor_width", "model.predictor_depth", "model.predictor_num_heads")
-    at_least(0, "model.num_summary_tokens")
+    at_least(0, "model.num_summary_tokens", "model.expander_width")
     width, _, num_heads = encoder_size(config)
     head_rule = "must be a multiple of the number of heads, {}, and of 4 with sincos2d positions"
     for field, w, heads in (
@@ -210,7 +212,7 @@ def validate(config: Config) -> None:
 
     one_of("loss.kind", PREDICTION_LOSSES)
     one_of("loss.regularizer", ("vicreg", "none"))
-    one_of("loss.regularized", ("summary", "context"))
+    one_of("loss.regularized", REGULARIZED)
     at_least(0, "loss.summary_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     weights = config.loss.level_weights

@@ -36,12 +36,7 @@ class RunLogger:
         self._pending: dict[str, Any] = {}
         self._writer = None
         if tensorboard:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks while loading,
-            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN whatever the level
-            from clu import metric_writers  # imports TensorFlow
-
-            summary_writer = metric_writers.SummaryWriter(str(workdir))
-            self._writer = metric_writers.AsyncWriter(summary_writer)
+            self._writer = _tensorboard_writer(workdir)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds values to the line of `step`, which `end_line` writes."""
@@ -79,6 +74,21 @@ class RunLogger:
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def _tensorboard_writer(workdir: pathlib.Path) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks while loading,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN whatever the level
+    from clu import metric_writers  # imports TensorFlow
+
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+
+def write_tensorboard_scalars(workdir: pathlib.Path, step: int, values: dict[str, float]) -> None:
+    """Adds scalars to the TensorBoard events of a run that is not being trained here."""
+    writer = _tensorboard_writer(workdir)
+    writer.write_scalars(step, values)
+    writer.close()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,9 +1,12 @@
-"""Judges the encoder of a finished or running workdir.
+"""Judges the encoder of a finished or running workdir; of several, over their seeds.
 
-  python -m hjepa_jax.probe --workdir=DIR [--protocols=linear,knn] [--encoders=target,random_init]
-    [--step=N] [--seed=0]
+  python -m hjepa_jax.probe --workdir=DIR[,DIR2,...]
+    [--protocols=linear,knn,lowshot,fewshot,quality] [--encoders=target,online,random_init]
+    [--levels=all|0,1] [--pools=mean,summary,concat] [--step=last|best|N] [--num_layers=1]
+    [--data=SOURCE] [--seed=0]
 
-Prints a table and writes DIR/probe.json. Raw pixels are always among the rows.
+Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. Raw pixels are always among
+the rows. Extracted features are kept in DIR/features, so that asking again is quick.
 """
 
 import pathlib
@@ -13,56 +16,112 @@ from absl import flags
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_WORKDIR = flags.DEFINE_list("workdir", None, "The run's directory, or several.", required=True)
 _PROTOCOLS = flags.DEFINE_list("protocols", ["linear", "knn"], "Probes to run.")
 _ENCODERS = flags.DEFINE_list("encoders", ["target", "random_init"], "Also: online.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to judge (the newest).", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the hold-out on which the probes choose.")
+_LEVELS = flags.DEFINE_list("levels", ["all"], "Levels to judge, 0 the finest; or all.")
+_POOLS = flags.DEFINE_list("pools", ["mean", "summary", "concat"], "Features to judge.")
+_STEP = flags.DEFINE_string("step", "last", "Checkpoint to judge: last, best (by k-NN) or a step.")
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 1, "How many of the last blocks give features.")
+_DATA = flags.DEFINE_string("data", None, "Judge on another data set: a data.source.")
+_SHOTS = flags.DEFINE_list("lowshot_labels", None, "Labels per class, or fractions such as 0.01.")
+_FEWSHOT = flags.DEFINE_list("fewshot_shots", ["1", "5"], "Examples per class in an episode.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the hold-out, of draws and episodes.")
+_KEEP = flags.DEFINE_bool("keep_features", True, "Keep extracted features in the workdir.")
 
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import build, checkpoint, run
-    from hjepa_jax.evaluation import protocols
-    from hjepa_jax.platform import select_platform
+    from hjepa_jax.evaluation import features, protocols, results
 
     _check_names("--protocols", _PROTOCOLS.value, protocols.PROTOCOLS)
     _check_names("--encoders", _ENCODERS.value, (*protocols.TRAINED_ENCODERS, "random_init"))
-    workdir = pathlib.Path(_WORKDIR.value)
+    _check_names("--pools", _POOLS.value, features.POOLS)
+    options = {
+        "protocols": tuple(_PROTOCOLS.value),
+        "levels": None if _LEVELS.value == ["all"] else _numbers("--levels", _LEVELS.value),
+        "pools": tuple(_POOLS.value),
+        "lowshot_labels": _numbers("--lowshot_labels", _SHOTS.value) if _SHOTS.value else None,
+        "fewshot_shots": _numbers("--fewshot_shots", _FEWSHOT.value),
+        "seed": _SEED.value,
+    }
+    runs = [_judge(pathlib.Path(workdir), options) for workdir in _WORKDIR.value]
+    if len(runs) > 1:
+        print("\n" + results.format_seeds(runs))
+
+
+def _judge(workdir: pathlib.Path, options: dict) -> list:
+    from hjepa_jax import checkpoint, run
+    from hjepa_jax.data.sources import open_source
+    from hjepa_jax.evaluation import results
+    from hjepa_jax.evaluation.protocols import Protocol
+    from hjepa_jax.judge import judge_run
+    from hjepa_jax.logging import write_tensorboard_scalars
+    from hjepa_jax.platform import select_platform
+
     config = run.load_config(workdir)
     select_platform(config.platform)
-    source = run.open_config_source(config)
-    built = run.build_run(config, source)
+    built = run.build_run(config, run.open_config_source(config))
     initial, _ = built.create()
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
-    state = checkpoints.restore_state(initial, _STEP.value)
-    checkpoints.close()
-
+    try:
+        state = checkpoints.restore_state(initial, checkpoints.find_step(_STEP.value))
+    finally:
+        checkpoints.close()
     params = {
         "target": state.target_params,
         "online": state.params["context_encoder"],
         "random_init": initial.target_params,
     }
-    train, test = source.load()
-    protocols.evaluate_and_write(
-        workdir,
-        build.build_embed_fn(config, built.model),
-        {name: params[name] for name in _ENCODERS.value},
-        train,
-        test,
-        num_classes=len(source.info.class_names),
-        step=int(state.step),
-        protocols=tuple(_PROTOCOLS.value),
-        num_val=config.eval.num_val,
-        seed=_SEED.value,
-        batch_size=config.eval.batch_size,
+    source = open_source(
+        _DATA.value or config.data.source,
+        data_dir=config.data.dir,
+        image_size=config.data.image_size,
+        seed=config.seed,
     )
+    step = int(state.step)
+    print(f"{workdir}: step {step}, {source.name}", flush=True)
+    rows = judge_run(
+        workdir,
+        config,
+        built.model,
+        {name: params[name] for name in _ENCODERS.value},
+        source.load(),
+        source=source,
+        step=step,
+        protocol=Protocol(
+            num_val=config.eval.num_val, batch_size=config.eval.batch_size, **options
+        ),
+        num_layers=_NUM_LAYERS.value,
+        keep_features=_KEEP.value,
+    )
+    if config.log.tensorboard and not _DATA.value:
+        write_tensorboard_scalars(workdir, step, results.scalars(rows))
+    return rows
 
 
 def _check_names(flag: str, names: list[str], options: tuple[str, ...]) -> None:
     for name in names:
         if name not in options:
             raise InputError(flag, name, f"must be some of {', '.join(options)}")
+
+
+def _numbers(flag: str, values: list[str]) -> tuple[int | float, ...]:
+    """Whole numbers, and fractions where the flag takes them."""
+    numbers = []
+    for value in values:
+        try:
+            number = float(value)
+        except ValueError:
+            raise InputError(flag, value, "must be numbers, separated by commas") from None
+        is_fraction = flag == "--lowshot_labels" and 0 < number < 1
+        is_count = number == int(number) and number >= (0 if flag == "--levels" else 1)
+        if not (is_fraction or is_count):
+            raise InputError(
+                flag, value, "must be whole numbers, or fractions where they make sense"
+            )
+        numbers.append(number if is_fraction else int(number))
+    return tuple(numbers)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from hjepa_jax import losses
-from hjepa_jax.data.augment import Augment, resize_and_normalize
-from hjepa_jax.masking import Masks, MultiBlockMask, gather_tokens
+from hjepa_jax.data.augment import Augment
+from hjepa_jax.masking import MultiBlockMask, gather_tokens
 from hjepa_jax.metrics import LogWindow, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Prediction
@@ -44,7 +44,6 @@ class LossWeights:
       level_weights: w_l of each level, in both passes.
       summary_weight: weight of the summary pass.
       variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
-      regularized: "summary" (each summary token) or "context" (mean of the visible tokens).
     """
 
     kind: str = "smooth_l1"
@@ -52,7 +51,6 @@ class LossWeights:
     summary_weight: float = 1.0
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
-    regularized: str = "summary"
 
 
 def image_rngs(
@@ -68,7 +66,6 @@ def image_rngs(
 def hjepa_loss(
     prediction: Prediction,
     targets: tuple[Float[Array, "B _ D"], ...],
-    masks: Masks,
     weights: LossWeights,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The training loss, sum_l w_l d_l + summary_weight * (same, from the summary) + VICReg.
@@ -76,7 +73,6 @@ def hjepa_loss(
     Args:
       prediction: output of the online networks.
       targets: per level, features aligned with `prediction.levels`; no gradient is stopped here.
-      masks: the masks that `prediction` was made with.
       weights: how the terms are combined.
 
     Returns:
@@ -100,11 +96,8 @@ def hjepa_loss(
         terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
         loss += weights.summary_weight * terms["loss_summary"]
     if weights.variance_weight or weights.covariance_weight:
-        representation = prediction.summary
-        if weights.regularized == "context":
-            representation = _context_mean(prediction.context, masks)[:, None]
-        terms["loss_variance"] = losses.variance_loss(representation)
-        terms["loss_covariance"] = losses.covariance_loss(representation)
+        terms["loss_variance"] = losses.variance_loss(prediction.regularized)
+        terms["loss_covariance"] = losses.covariance_loss(prediction.regularized)
         loss += weights.variance_weight * terms["loss_variance"]
         loss += weights.covariance_weight * terms["loss_covariance"]
     return loss, {"loss": loss, **terms}
@@ -152,12 +145,12 @@ def make_train_step(
 
         def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Prediction]]:
             prediction = apply({"params": params}, views, masks)
-            loss, scalars = hjepa_loss(prediction, targets, masks, loss_weights)
+            loss, scalars = hjepa_loss(prediction, targets, loss_weights)
             return loss, (scalars, prediction)
 
         (_, (scalars, prediction)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         features = jnp.mean(tokens, axis=1)
-        scalars["context_std"] = _mean_std(_context_mean(prediction.context, masks))
+        scalars["context_std"] = _mean_std(prediction.context_mean)
         scalars["target_std"] = _mean_std(features)
         scalars["pred_target_cosine"] = losses.masked_mean(
             losses.cosine_similarity(prediction.levels[0], targets[0]), prediction.query_valid[0]
@@ -240,26 +233,51 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
 
 
 def make_embed_fn(
-    model: HJEPA, *, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Any, UInt8[Array, "B H W C"]], dict[str, Float[Array, "B _"]]]:
-    """Returns `embed(encoder_params, images)`: the features that probes read.
+    model: HJEPA, preprocess: Callable[..., Float[Array, "B S S C"]], *, num_layers: int = 1
+) -> Callable[..., dict[str, Float[Array, "B _"]]]:
+    """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
-    The result holds, per image, `level_{l}` [B, D] (mean over the cells of LN(A_l z_0), the very
-    quantity that level l predicts) and `summary` [B, R * D] (the R summary tokens, concatenated).
+    The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
+    very quantity that level l predicts) and `summary` [B, R * n * D] (the summary tokens,
+    concatenated).
+
+    Args:
+      model: the networks whose encoder is used.
+      preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels.
+      num_layers: n, how many of the last blocks give features. 1 is the output of the encoder;
+        of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
     """
-    predictor, apply = model.predictor, _untyped_apply(model)
+    grid_size, num_levels, apply = (
+        model.predictor.grid_size,
+        model.predictor.num_levels,
+        _untyped_apply(model),
+    )
 
     def embed(
-        encoder_params: Any, images: UInt8[Array, "B H W C"]
+        encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array
     ) -> dict[str, Float[Array, "B _"]]:
-        pixels = resize_and_normalize(images, image_size=image_size, mean=mean, std=std)
-        tokens, summary = apply(
-            {"params": {"context_encoder": encoder_params}}, pixels, method="encode"
+        (tokens, summary), intermediates = apply(
+            {"params": {"context_encoder": encoder_params}},
+            preprocess(images, *rngs),
+            method="encode",
+            mutable=["intermediates"],
         )
-        levels = hierarchy.level_features(tokens, predictor.grid_size, predictor.num_levels)
-        features = {f"level_{i}": jnp.mean(level, axis=1) for i, level in enumerate(levels)}
-        if summary.shape[1]:
-            features["summary"] = summary.reshape(len(images), -1)
+        r, depth = summary.shape[1], model.context_encoder.depth
+        layers = [(tokens, summary)]
+        for i in range(depth - 2, depth - 1 - num_layers, -1):
+            (x,) = intermediates["intermediates"]["context_encoder"][f"tokens_{i}"]
+            layers.append((x[:, r:].astype(jnp.float32), hierarchy.standardize(x[:, :r])))
+        means = [
+            [jnp.mean(x, axis=1) for x in hierarchy.level_features(tokens, grid_size, num_levels)]
+            for tokens, _ in layers
+        ]
+        features = {
+            f"level_{level}": jnp.concatenate([layer[level] for layer in means], axis=-1)
+            for level in range(num_levels)
+        }
+        if r:
+            summaries = [summary.reshape(len(images), -1) for _, summary in layers]
+            features["summary"] = jnp.concatenate(summaries, axis=-1)
         return features
 
     return embed
@@ -268,11 +286,6 @@ def make_embed_fn(
 def _untyped_apply(model: HJEPA) -> Any:
     """`model.apply`, of whose results a type checker cannot know whether they are pairs."""
     return model.apply
-
-
-def _context_mean(context: Float[Array, "B K D"], masks: Masks) -> Float[Array, "B D"]:
-    weight = masks.context_valid.astype(jnp.float32)[..., None]
-    return jnp.sum(context * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
 
 
 def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:

@@ -21,7 +21,9 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.evaluation.protocols import evaluate_and_write, headline_scores
+from hjepa_jax.evaluation.protocols import Protocol
+from hjepa_jax.evaluation.results import headline_scores
+from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
 from hjepa_jax.platform import donates_buffers, select_platform
 from hjepa_jax.run import Run, build_run, num_params, open_config_source, prepare_workdir
@@ -70,16 +72,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         if not config.eval.probe_at_end:
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-        rows = evaluate_and_write(
+        rows = judge_run(
             workdir,
-            build.build_embed_fn(config, run.model),
+            config,
+            run.model,
             {"target": state.target_params, "random_init": run.create()[0].target_params},
-            train,
-            test,
-            num_classes=len(source.info.class_names),
+            (train, test),
+            source=source,
             step=int(state.step),
-            num_val=config.eval.num_val,
-            batch_size=config.eval.batch_size,
+            protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
         )
         logger.scalars(int(state.step), headline_scores(rows))
         return rows

@@ -18,10 +18,9 @@ MAIN = "hjepa_jax.main"
 SHAPES = "--config=configs/shapes_tiny.py"
 
 
-@pytest.fixture
-def tiny_flags(shapes_npz):
-    """shapes_tiny, shrunk to seconds."""
-    overrides = {
+def tiny_overrides(shapes_npz: str) -> dict[str, object]:
+    """What shrinks shapes_tiny to seconds."""
+    return {
         "data.source": shapes_npz,
         "data.image_size": 16,
         "model.width": 16,
@@ -37,6 +36,12 @@ def tiny_flags(shapes_npz):
         "log.every_steps": 2,
         "log.tensorboard": False,
     }
+
+
+@pytest.fixture
+def tiny_flags(shapes_npz):
+    """shapes_tiny, shrunk to seconds."""
+    overrides = tiny_overrides(shapes_npz)
     return [SHAPES, *(f"--config.{field}={value}" for field, value in overrides.items())]
 
 
@@ -62,9 +67,19 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads((workdir / "probe.json").read_text())["results"]
-    assert {row["encoder"] for row in rows} == {"target", "online", "pixels"}
-    same = lambda rows: [r for r in rows if (r["encoder"], r["protocol"]) == ("target", "knn")]
-    assert same(rows) == same(first), "the probe must find what the end of the run found"
+    assert {row["encoder"] for row in rows} == {"target", "online", "random_init", "pixels"}
+    assert rows[: len(first)] == first, "the probe must find what the end of the run found"
+
+    arguments = ["--protocols=lowshot,fewshot,quality", "--encoders=target", "--levels=1"]
+    result = run_module(
+        "hjepa_jax.probe", f"--workdir={workdir},{workdir}", *arguments, "--lowshot_labels=1,0.1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "over 2 runs" in result.stdout
+    rows = json.loads((workdir / "probe.json").read_text())["results"]
+    found = {(r["protocol"], r["level"], r.get("labels")) for r in rows if r["encoder"] == "target"}
+    assert found >= {("lowshot", 1, "10 %"), ("fewshot", 1, "5-shot"), ("quality", 1, None)}
+    assert not found & {("lowshot", 0, "10 %")}
 
     output = tmp_path / "features.npz"
     source = next(f for f in tiny_flags if "data.source" in f).partition("npz:")[2]
@@ -169,6 +184,41 @@ def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
     assert_refused(
         run_module("hjepa_jax.probe", f"--workdir={tmp_path}"), "--workdir", str(tmp_path)
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shapes_npz):
+    """A workdir with a checkpoint, made by the command."""
+    workdir = tmp_path_factory.mktemp("run")
+    flags = [f"--config.{field}={value}" for field, value in tiny_overrides(shapes_npz).items()]
+    flags += ["--config.eval.probe_at_end=False", f"--workdir={workdir}"]
+    subprocess.run([sys.executable, "-m", MAIN, SHAPES, *flags], check=True, capture_output=True)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--protocols=linear,tarot"], ["--protocols", "tarot", "lowshot"]),
+        (["--encoders=teacher"], ["--encoders", "teacher"]),
+        (["--levels=7"], ["--levels=7", "0 to 1"]),
+        (["--levels=top"], ["--levels", "top"]),
+        (["--pools=max"], ["--pools", "max"]),
+        (["--step=99"], ["--step=99", "[4]"]),
+        (["--step=best"], ["--step", "best", "k-NN"]),
+        (["--num_layers=2"], ["--num_layers=2", "from 1 to 1"]),
+        (["--data=npz:nowhere.npz"], ["data.source", "nowhere.npz"]),
+        (["--protocols=lowshot", "--lowshot_labels=200"], ["--lowshot_labels=200", "only"]),
+        (["--protocols=fewshot", "--fewshot_shots=50"], ["--fewshot_shots=50"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_bad_requests_to_the_probe_end_in_one_line_and_status_2(
+    run_module, trained, arguments, words
+):
+    assert_refused(run_module("hjepa_jax.probe", f"--workdir={trained}", *arguments), *words)
+    assert not (trained / "probe.json").exists()
 
 
 def test_import_starts_no_backend_and_imports_no_tensorflow():

@@ -14,12 +14,14 @@ LAYERS = [
      "data.tfds_source", "data.augment", "data.pipeline", "platform"],
     ["models.hierarchy", "models.vit", "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.knn", "evaluation.linear",
-     "evaluation.features", "evaluation.protocols"],
+     "evaluation.features", "evaluation.lowshot", "evaluation.fewshot"],
+    ["evaluation.results"],
+    ["evaluation.protocols"],
     ["config", "metrics", "logging"],
     ["steps"],
     ["build"],
     ["run"],
-    ["checkpoint"],
+    ["checkpoint", "judge"],
     ["train"],
     ["cli", "main", "probe", "embed"],
 ]  # fmt: skip
@@ -66,4 +68,6 @@ def test_only_checkpoint_imports_orbax():
 
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
-    assert reads_config <= {"build", "run", "checkpoint", "train", "main", "probe", "embed"}
+    assert reads_config <= {
+        "build", "run", "checkpoint", "judge", "train", "main", "probe", "embed",
+    }  # fmt: skip

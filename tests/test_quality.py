@@ -58,6 +58,59 @@ def test_constant_features_have_effective_rank_zero(value):
     assert quality.rankme(x) == pytest.approx(float(value > 0), abs=1e-4)
 
 
+def test_alpha_req_recovers_the_exponent_of_a_power_law():
+    n, d = 512, 32
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(n, d + 1)))[0]
+    basis -= basis.mean(axis=0)  # centred, then orthonormal again
+    basis = np.linalg.svd(basis, full_matrices=False)[0][:, :d]
+    for alpha in (0.0, 0.8, 2.0):
+        x = basis * np.arange(1, d + 1) ** (-alpha / 2)
+        assert quality.alpha_req(x) == pytest.approx(alpha, abs=1e-3)
+
+
+def test_alpha_req_of_features_without_a_spectrum_is_nan():
+    assert np.isnan(quality.alpha_req(np.ones((20, 4), np.float32)))
+    assert np.isnan(quality.alpha_req(features(d=8, rank=1)))
+
+
+def test_uniformity_matches_a_loop_over_pairs():
+    x = features(n=30, d=5)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    pairs = [
+        np.exp(-2 * np.sum((unit[i] - unit[j]) ** 2))
+        for i in range(30) for j in range(30) if i != j
+    ]  # fmt: skip
+    assert quality.uniformity(x) == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
+    assert quality.uniformity(np.ones((9, 3), np.float32)) == pytest.approx(0.0, abs=1e-9)
+    # Two opposite points: squared distance 4, so log exp(-8).
+    assert quality.uniformity(np.array([[1.0], [-1.0]])) == pytest.approx(-8.0)
+
+
+def test_lidar_matches_an_independent_discriminant_analysis():
+    rng = np.random.default_rng(1)
+    views = rng.normal(size=(40, 1, 6)) * np.arange(1, 7) + 0.5 * rng.normal(size=(40, 8, 6))
+    within = np.mean([np.cov(image, rowvar=False) for image in views], axis=0) + 1e-4 * np.eye(6)
+    between = np.cov(views.mean(axis=1), rowvar=False)
+    eigenvalues = np.linalg.eigvals(np.linalg.solve(within, between)).real
+    p = eigenvalues / eigenvalues.sum() + 1e-7
+    assert quality.lidar(views) == pytest.approx(entropy_rank(p), rel=1e-5)
+
+
+def test_lidar_tells_directions_of_images_from_directions_of_views():
+    rng = np.random.default_rng(2)
+    image = np.zeros((60, 1, 16))
+    image[:, :, :3] = rng.normal(size=(60, 1, 3))
+    views = image + 1e-2 * rng.normal(size=(60, 10, 16))
+    assert 2.5 < quality.lidar(views) < 3.5
+    assert quality.lidar(np.ones((6, 4, 8))) == 0.0
+
+
+def test_singular_values_are_those_of_the_centred_features():
+    x = features(50, 7) + 3
+    expected = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    np.testing.assert_allclose(quality.singular_values(x), expected, rtol=1e-5)
+
+
 def test_constant_encoder_is_a_collapse():
     row = features(n=1)
     nearly = np.repeat(row, 100, axis=0) + 1e-4 * features(n=100)
@@ -78,7 +131,8 @@ def test_isotropic_gaussian_features_are_healthy():
 
 
 @pytest.mark.parametrize(
-    "function", ["effective_rank", "rankme", "feature_std", "collapse_verdict"]
+    "function",
+    ["effective_rank", "rankme", "feature_std", "collapse_verdict", "alpha_req", "uniformity"],
 )
 @pytest.mark.parametrize("bad", [np.zeros((0, 3)), np.array([[np.nan]]), np.array([[np.inf, 0.0]])])
 def test_unusable_features_are_refused_by_name(function, bad):

@@ -12,7 +12,7 @@ from hjepa_jax import losses, metrics
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MultiBlockMask, gather_tokens
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import make_optimizer
@@ -89,7 +89,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     state = make_state(adamw())
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    loss, terms = hjepa_loss(prediction, targets, masks, WEIGHTS)
+    loss, terms = hjepa_loss(prediction, targets, WEIGHTS)
     expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
     expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -105,7 +105,7 @@ def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
     state = make_state(tx)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    expected, _ = hjepa_loss(prediction, targets, masks, WEIGHTS)
+    expected, _ = hjepa_loss(prediction, targets, WEIGHTS)
     _, outputs = make_step(tx)(state, IMAGES)
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
 
@@ -238,7 +238,7 @@ def test_log_window_keeps_the_newest_features():
 
 def test_embed_returns_each_level_and_the_summary():
     state = make_state(adamw())
-    embed = jax.jit(make_embed_fn(MODEL, image_size=SIZE, mean=(0.5,) * 3, std=(0.25,) * 3))
+    embed = jax.jit(make_embed_fn(MODEL, lambda images: (images / 255.0 - 0.5) / 0.25))
     features = embed(state.target_params, IMAGES)
     assert {k: v.shape for k, v in features.items()} == {
         "level_0": (BATCH, WIDTH),
@@ -249,3 +249,47 @@ def test_embed_returns_each_level_and_the_summary():
     tokens, _ = apply({"params": {"context_encoder": state.target_params}}, pixels, method="encode")
     expected = hierarchy.standardize(hierarchy.pool(tokens, GRID, 1)).mean(axis=1)
     np.testing.assert_allclose(features["level_1"], expected, atol=1e-5)
+
+
+def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
+    params = make_state(adamw()).target_params
+    preprocess = lambda images: (images / 255.0 - 0.5) / 0.25
+    one, two = (
+        jax.jit(make_embed_fn(MODEL, preprocess, num_layers=n))(params, IMAGES) for n in (1, 2)
+    )
+    assert {k: v.shape[1] for k, v in two.items()} == {k: 2 * v.shape[1] for k, v in one.items()}
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name][:, : value.shape[1]], value, atol=1e-5)
+
+    # The block before the last of two is the last of an encoder that is one block shorter, whose
+    # final LayerNorm does nothing at step 0.
+    short = HJEPA(MODEL.context_encoder.clone(depth=1), MODEL.predictor)
+    expected = make_embed_fn(short, preprocess)(params, IMAGES)
+    np.testing.assert_allclose(two["level_0"][:, WIDTH:], expected["level_0"], atol=1e-4)
+    np.testing.assert_allclose(two["summary"][:, 2 * WIDTH :], expected["summary"], atol=1e-4)
+
+
+def test_embed_of_views_uses_the_keys():
+    params = make_state(adamw()).target_params
+    embed = jax.jit(make_embed_fn(MODEL, lambda images, rngs: RANDOM(rngs, images)))
+    rngs = jax.random.split(jax.random.PRNGKey(3), BATCH)
+    same, other = embed(params, IMAGES, rngs), embed(params, IMAGES, rngs[::-1])
+    np.testing.assert_array_equal(same["summary"], embed(params, IMAGES, rngs)["summary"])
+    assert not np.allclose(same["summary"], other["summary"], atol=1e-3)
+
+
+def test_expander_stands_between_the_encoder_and_the_regularizer_only():
+    expanding = MODEL.clone(expander=Expander(24), regularized="both")
+    rng = jax.random.PRNGKey(0)
+    masks = jax.jit(MASK)(jax.random.split(rng, BATCH))
+    views = jax.jit(PLAIN)(jax.random.split(rng, BATCH), IMAGES)
+    params = jax.jit(expanding.init)(rng, views, masks)["params"]
+    with_it = jax.jit(expanding.apply)({"params": params}, views, masks)
+    without = jax.jit(MODEL.clone(regularized="both").apply)(
+        {"params": {k: v for k, v in params.items() if k != "expander"}}, views, masks
+    )
+    assert with_it.regularized.shape == (BATCH, 3, 24)
+    assert without.regularized.shape == (BATCH, 3, WIDTH)
+    np.testing.assert_allclose(without.regularized[:, 2], without.context_mean, atol=1e-6)
+    for a, b in zip(with_it.levels, without.levels, strict=True):
+        np.testing.assert_array_equal(a, b)

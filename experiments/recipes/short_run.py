@@ -16,7 +16,8 @@ from ml_collections import config_flags
 
 from hjepa_jax import build, checkpoint, cli, run, train
 from hjepa_jax.data.sources import Split
-from hjepa_jax.evaluation.protocols import evaluate_encoders, format_table
+from hjepa_jax.evaluation.protocols import Protocol, evaluate_encoders
+from hjepa_jax.evaluation.results import format_tables
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _NUM_TRAIN = flags.DEFINE_integer("num_train", 8000, "Training images that the probes use.")
@@ -43,9 +44,9 @@ def main():
         *part,
         num_classes=len(source.info.class_names),
         step=built.schedules.num_steps,
-        batch_size=config.eval.batch_size,
+        protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
     )
-    print(format_table(rows))
+    print(format_tables(rows))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,69 @@
-"""The evaluation protocol: which encoders, which features, which probes, and how to tell of it.
+"""The evaluation protocol: which encoders, which features, which probes.
 
 Every probe of the trained encoder stands beside the same probe of a randomly initialised encoder
 and of the raw pixels: a number means little without the two.
 """
 
-import json
-import pathlib
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from hjepa_jax.data.sources import Split
-from hjepa_jax.evaluation.features import EmbedFn, embed_pixels, extract_features, representations
+from hjepa_jax.data.sources import Split, fingerprint
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation import quality
+from hjepa_jax.evaluation.features import (
+    POOLS,
+    EmbedFn,
+    FeatureCache,
+    Features,
+    embed_pixels,
+    extract_features,
+    representations,
+)
+from hjepa_jax.evaluation.fewshot import fewshot_probe
 from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
+from hjepa_jax.evaluation.lowshot import DEFAULT_SHOTS, lowshot_probe
+from hjepa_jax.evaluation.results import Row
 
-PROTOCOLS = ("linear", "knn")
+PROTOCOLS = ("linear", "knn", "lowshot", "fewshot", "quality")
 TRAINED_ENCODERS = ("target", "online")
+
+# `quality` looks at this many training images, and LiDAR at so many views of so many of them.
+QUALITY_ROWS = 10_000
+LIDAR_IMAGES, LIDAR_VIEWS = 1000, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What is judged, and how: the same for every encoder.
+
+    Attributes:
+      protocols: some of `PROTOCOLS`.
+      levels: levels to judge; None for all.
+      pools: some of `features.POOLS`.
+      num_val: training images on which hyper-parameters are chosen.
+      seed: of that hold-out, of low-shot draws and of episodes.
+      batch_size: images per call of the encoder.
+      lowshot_labels: labels per class, or fractions; None for those of `lowshot.DEFAULT_SHOTS` that
+        the smallest class can give.
+      fewshot_shots: examples per class in an episode.
+    """
+
+    protocols: tuple[str, ...] = ("linear", "knn")
+    levels: tuple[int, ...] | None = None
+    pools: tuple[str, ...] = POOLS
+    num_val: int = 5000
+    seed: int = 0
+    batch_size: int = 256
+    lowshot_labels: tuple[int | float, ...] | None = None
+    fewshot_shots: tuple[int, ...] = (1, 5)
 
 
 def evaluate_encoders(
@@ -30,12 +74,12 @@ def evaluate_encoders(
     *,
     num_classes: int,
     step: int,
-    protocols: tuple[str, ...] = PROTOCOLS,
-    num_val: int = 5000,
-    seed: int = 0,
-    batch_size: int = 256,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> list[dict[str, Any]]:
+    protocol: Protocol,
+    embed_views: EmbedFn | None = None,
+    cache: FeatureCache | None = None,
+    data: str = "",
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
     """Runs every protocol on every representation of every encoder, and of the raw pixels.
 
     Args:
@@ -45,106 +89,191 @@ def evaluate_encoders(
       test: the test set, which is scored once per row.
       num_classes: number of classes.
       step: checkpoint step of the trained encoders.
-      protocols: some of `PROTOCOLS`.
-      num_val: training images on which hyper-parameters are chosen.
-      seed: of that hold-out.
-      batch_size: images per call of `embed`.
+      protocol: what to run.
+      embed_views: `embed_views(encoder_params, uint8 images, keys)`, features of augmented views,
+        for LiDAR; without it that number is left out.
+      cache: where extracted features are kept; None to keep none.
+      data: name of the data set, for the rows.
       report: called with each row as it is done.
 
     Returns:
       One row per result, with its whole protocol.
+
+    Raises:
+      InputError: for a protocol, level or pool that there is not, labels without some class, or
+        fewer images than a probe needs.
     """
-    embed, rows = jax.jit(embed), []
+    for name in protocol.protocols:
+        if name not in PROTOCOLS:
+            raise InputError("--protocols", name, f"must be some of {', '.join(PROTOCOLS)}")
+    _check_classes(train, num_classes)
+    extract = _Extractor(embed, protocol, step, cache)
+    rows = []
     for encoder, params in {**encoders, "pixels": None}.items():
-        fn = jax.jit(embed_pixels) if encoder == "pixels" else embed
         train_x, test_x = (
-            representations(extract_features(fn, params, split.images, batch_size=batch_size))
-            for split in (train, test)
+            representations(
+                extract.features(encoder, params, name, split),
+                levels=protocol.levels,
+                pools=protocol.pools,
+            )
+            for name, split in (("train", train), ("test", test))
         )
+        views = {}
+        if "quality" in protocol.protocols and encoder != "pixels" and embed_views is not None:
+            features = extract.views(embed_views, encoder, params, train)
+            options = {"levels": protocol.levels, "pools": protocol.pools}
+            views = {(p, lv): x for p, lv, x in representations(features, **options)}
         for (pool, level, x), (_, _, y) in zip(train_x, test_x, strict=True):
-            for protocol in protocols:
-                scored = _score(
-                    protocol, (x, train.labels, y, test.labels),
-                    num_classes=num_classes, num_val=num_val, seed=seed,
-                )  # fmt: skip
-                row = {
-                    "protocol": protocol,
-                    "encoder": encoder,
-                    "level": level,
-                    "pool": pool,
-                    "dim": x.shape[1],
-                    **scored,
-                    "step": step if encoder in TRAINED_ENCODERS else 0,
-                    "seed": seed,
-                    "train_size": len(train.labels),
-                    "test_size": len(test.labels),
-                }
-                rows.append(row)
-                report(row)
+            arrays = (x, train.labels, y, test.labels)
+            for name in protocol.protocols:
+                for scored in _score(name, arrays, views.get((pool, level)), num_classes, protocol):
+                    row = {
+                        "protocol": name,
+                        "encoder": encoder,
+                        "level": level,
+                        "pool": pool,
+                        "dim": x.shape[1],
+                        **scored,
+                        "step": step if encoder in TRAINED_ENCODERS else 0,
+                        "seed": protocol.seed,
+                        "data": data,
+                        "train_size": len(train.labels),
+                        "test_size": len(test.labels),
+                    }
+                    rows.append(row)
+                    report(row)
     return rows
 
 
-def evaluate_and_write(workdir: pathlib.Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
-    """`evaluate_encoders`, told on the terminal row by row and as a table; writes probe.json."""
-    options["report"] = lambda row: print(format_row(row), flush=True)
-    rows = evaluate_encoders(*args, **options)
-    print(format_table(rows))
-    write_probe_json(workdir / "probe.json", rows)
-    return rows
+@dataclasses.dataclass(frozen=True)
+class _Extractor:
+    """Features by encoder and split, from the cache where they are there."""
+
+    embed: EmbedFn
+    protocol: Protocol
+    step: int
+    cache: FeatureCache | None
+
+    def features(self, encoder: str, params: Any, name: str, split: Split) -> Features:
+        def extract() -> Features:
+            return extract_features(
+                jax.jit(self.embed), params, split.images,
+                batch_size=self.protocol.batch_size, what=f"{encoder} features, {name}",
+            )  # fmt: skip
+
+        if encoder == "pixels":
+            size = self.protocol.batch_size
+            return extract_features(jax.jit(embed_pixels), params, split.images, batch_size=size)
+        return self._cached(f"{encoder}_{name}", encoder, split, extract)
+
+    def views(self, embed_views: EmbedFn, encoder: str, params: Any, split: Split) -> Features:
+        """Features of augmented views: the rows of one image follow each other."""
+
+        def extract() -> Features:
+            images = np.repeat(split.images[:LIDAR_IMAGES], LIDAR_VIEWS, axis=0)
+            rngs = jax.random.split(jax.random.PRNGKey(self.protocol.seed), len(images))
+            return extract_features(
+                jax.jit(embed_views), params, images, np.asarray(rngs),
+                batch_size=self.protocol.batch_size, what=f"{encoder} features, augmented views",
+            )  # fmt: skip
+
+        return self._cached(f"{encoder}_views_{self.protocol.seed}", encoder, split, extract)
+
+    def _cached(
+        self, name: str, encoder: str, split: Split, make: Callable[[], Features]
+    ) -> Features:
+        if self.cache is None:
+            return make()
+        step = self.step if encoder in TRAINED_ENCODERS else 0
+        return self.cache.get(name, step, fingerprint(split), make)
 
 
-def _score(protocol: str, data: tuple[np.ndarray, ...], **options: Any) -> dict[str, Any]:
-    if protocol == "linear":
+def _score(
+    name: str,
+    arrays: tuple[np.ndarray, ...],
+    views: np.ndarray | None,
+    num_classes: int,
+    protocol: Protocol,
+) -> list[Row]:
+    """What one protocol says of one representation; low-shot and few-shot say several things."""
+    train_x, train_y, test_x, test_y = arrays
+    chooses = {"num_val": protocol.num_val, "seed": protocol.seed}
+    if name == "linear":
         # Half of the penalties where the features are wide, raw pixels above all: time is D x G.
-        grid = DEFAULT_L2_GRID[:: 1 if data[0].shape[1] <= 1024 else 2]
-        result = linear_probe(*data, l2_grid=grid, **options)
-        chosen = {"l2": result.chosen_l2}
-    else:
-        fit, _ = hold_out(len(data[0]), num_val=options["num_val"], seed=options["seed"])
-        result = knn_probe(*data, ks=[k for k in DEFAULT_KS if k <= len(fit)], **options)
-        chosen = {"k": result.chosen_k}
-    return {"top1": result.top1, "chosen": {**chosen, "val_top1": max(result.val_top1)}}
+        grid = DEFAULT_L2_GRID[:: 1 if train_x.shape[1] <= 1024 else 2]
+        result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses)
+        chosen = {"l2": result.chosen_l2, "val_top1": max(result.val_top1)}
+        return [{"top1": result.top1, "chosen": chosen}]
+    if name == "knn":
+        fit, _ = hold_out(len(train_x), **chooses)
+        ks = [k for k in DEFAULT_KS if k <= len(fit)]
+        result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses)
+        chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
+        return [{"top1": result.top1, "chosen": chosen}]
+    if name == "lowshot":
+        shots = protocol.lowshot_labels
+        if shots is None:
+            fit, _ = hold_out(len(train_x), **chooses)
+            smallest = np.bincount(train_y[fit], minlength=num_classes).min()
+            shots = [shot for shot in DEFAULT_SHOTS if shot <= smallest]
+        return [
+            {
+                "labels": result.labels,
+                "num_labels": result.num_labels,
+                "top1": result.top1,
+                "top1_std": result.top1_std,
+                "per_seed": list(result.per_seed),
+                "chosen": {"alpha": result.chosen_alpha, "val_top1": result.val_top1},
+            }
+            for result in lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses)
+        ]
+    if name == "fewshot":
+        found = []
+        for shots in protocol.fewshot_shots:
+            result = fewshot_probe(train_x, test_x, test_y, num_shots=shots, seed=protocol.seed)
+            labels = f"{shots}-shot"
+            found.append({"labels": labels, **dataclasses.asdict(result), "chosen": {}})
+        return found
+    return [judge_quality(train_x[:QUALITY_ROWS], views)]
 
 
-def write_probe_json(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Writes {"results": rows}, whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"results": rows}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+def judge_quality(
+    features: Float[np.ndarray, "n D"], views: Float[np.ndarray, "m D"] | None = None
+) -> Row:
+    """Every label-free number about a representation, and whether it has collapsed.
+
+    Args:
+      features: features of n images.
+      views: features of augmented views, `LIDAR_VIEWS` rows per image; None: no LiDAR.
+
+    Returns:
+      The numbers of `evaluation.quality` by name, None where one is not defined; the verdict with
+      its thresholds; the 100 largest singular values of the centred features over their sum.
+    """
+    verdict = quality.collapse_verdict(features)
+    sigma = quality.singular_values(features)
+    numbers = {
+        "feature_std": quality.feature_std(features),
+        "rankme": quality.rankme(features),
+        "alpha_req": quality.alpha_req(features),
+        "uniformity": quality.uniformity(features),
+    }
+    if views is not None and len(views) >= 2 * LIDAR_VIEWS:
+        numbers["lidar"] = quality.lidar(views.reshape(-1, LIDAR_VIEWS, views.shape[1]))
+    fields = dataclasses.asdict(verdict)
+    return {
+        "verdict": fields.pop("label"),
+        **fields,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "spectrum": (sigma[:100] / max(sigma.sum(), np.finfo(np.float64).tiny)).tolist(),
+        "num_images": len(features),
+        "chosen": {},
+    }
 
 
-def format_row(row: dict[str, Any]) -> str:
-    """One result in words, for a line while the next is being computed."""
-    where = f"{row['encoder']} {row['pool']} level {row['level']}"
-    return f"{row['protocol']:<7} {where:<32} {100 * row['top1']:6.2f} %"
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Top-1 in percent: a line per encoder and representation, a column per protocol."""
-    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    cells: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        key = (row["encoder"], row["pool"], row["level"], row["dim"])
-        cells.setdefault(key, {})[row["protocol"]] = row["top1"]
-    header = f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}"
-    lines = [header + "".join(f" {protocol:>8}" for protocol in protocols)]
-    for (encoder, pool, level, dim), scores in cells.items():
-        line = f"{encoder:<12} {pool:<8} {level!s:>5} {dim:>5}"
-        values = (f"{100 * scores[p]:8.2f}" if p in scores else " " * 8 for p in protocols)
-        lines.append(line + "".join(f" {value}" for value in values))
-    return "\n".join(lines)
-
-
-def headline_scores(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """eval/linear_top1 (all levels) and eval/linear_top1_level_{l} of the target encoder."""
-    scores = {}
-    for row in rows:
-        if (row["encoder"], row["protocol"], row["pool"]) != ("target", "linear", "mean"):
-            continue
-        name = "eval/linear_top1"
-        if row["level"] == "all":
-            scores[name] = row["top1"]
-        else:
-            scores[f"{name}_level_{row['level']}"] = row["top1"]
-    scores.setdefault("eval/linear_top1", scores.get("eval/linear_top1_level_0", float("nan")))
-    return scores
+def _check_classes(train: Split, num_classes: int) -> None:
+    """Refuses training labels in which a class is missing: no probe could ever predict it."""
+    missing: Sequence[int] = sorted(set(range(num_classes)) - set(train.labels.tolist()))
+    if missing:
+        rule = f"has no training image of class {missing[0]} ({len(missing)} of {num_classes} lack)"
+        raise InputError("data.source", f"{len(train.labels)} labels", rule)

@@ -122,6 +122,105 @@ def rankme(features: Float[np.ndarray, "_ _"], *, epsilon: float = 1e-7) -> floa
     return _exp_entropy(sigma / sigma.sum() + epsilon)
 
 
+def singular_values(features: Float[np.ndarray, "_ _"]) -> Float64[np.ndarray, " r"]:
+    """Returns the min(n, D) singular values of the centred features, largest first.
+
+    Raises:
+      InputError: if `features` is empty or not finite.
+    """
+    x = check_features("features", features).astype(np.float64)
+    return _singular_values(x - x.mean(axis=0))[::-1]
+
+
+def alpha_req(features: Float[np.ndarray, "_ _"]) -> float:
+    """Returns how fast the spectrum of the covariance decays: alpha in lambda_j ~ j^-alpha.
+
+    0 is a flat spectrum; good representations are reported near 1; large values mean few
+    directions. The slope is a least-squares fit in log-log, over the eigenvalues that stand above
+    float32 rounding; nan where fewer than two do.
+
+    Raises:
+      InputError: if `features` is empty or not finite.
+
+    References:
+      Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2.
+    """
+    sigma = singular_values(features)
+    sigma = sigma[sigma > _RESOLUTION * max(sigma[0], np.abs(features).max())]
+    if len(sigma) < 2:
+        return float("nan")
+    index = np.log(np.arange(1, len(sigma) + 1))
+    slope, _ = np.polyfit(index, 2 * np.log(sigma), 1)
+    return float(-slope)
+
+
+def uniformity(
+    features: Float[np.ndarray, "_ _"], *, t: float = 2.0, max_rows: int = 4096
+) -> float:
+    """Returns how evenly directions are used: log of the mean of exp(-t |u - v|^2) over pairs.
+
+    u and v are features of length 1; the pairs are all pairs of different rows among the first
+    `max_rows`.
+
+    Returns:
+      A value in [-4 t, 0]: 0 when all rows point one way, about -2 t for even directions in many
+      dimensions.
+
+    Raises:
+      InputError: if `features` is empty, not finite, or a single row.
+
+    References:
+      Wang and Isola 2020 (arXiv 2005.10242), equation 2; t = 2.
+    """
+    x = check_features("features", features)[:max_rows].astype(np.float64)
+    n = len(x)
+    if n < 2:
+        raise InputError("features", features.shape, "uniformity needs at least 2 rows")
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    squared = np.maximum(2.0 - 2.0 * unit @ unit.T, 0.0)
+    kernel = np.exp(-t * squared)
+    return float(np.log((kernel.sum() - np.trace(kernel)) / (n * (n - 1))))
+
+
+def lidar(
+    views: Float[np.ndarray, "_ _ _"], *, delta: float = 1e-4, epsilon: float = 1e-7
+) -> float:
+    """Returns LiDAR: in how many directions images differ by more than their augmented views do.
+
+    With Sigma_b the covariance of the images' mean features and Sigma_w the mean covariance of
+    views around them, it is exp of the entropy of the normalised eigenvalues of
+    Sigma_w^(-1/2) Sigma_b Sigma_w^(-1/2): linear discriminant analysis with images as classes.
+
+    Args:
+      views: features `[n, q, D]` of q >= 2 augmented views of each of n >= 2 images.
+      delta: added to the diagonal of Sigma_w.
+      epsilon: added to each normalised eigenvalue.
+
+    Returns:
+      A value in about [1, min(n - 1, D)]; 0.0 if all images have the same mean features.
+
+    Raises:
+      InputError: if `views` has too few images or views, or is not finite.
+
+    References:
+      Thilak et al. 2023, "LiDAR" (arXiv 2312.04000), equations 1 to 3.
+    """
+    if views.ndim != 3 or min(views.shape[:2]) < 2:
+        raise InputError("views", views.shape, "must be [n >= 2, q >= 2, D]")
+    n, q, d = views.shape
+    x = check_features("views", views.reshape(n * q, d)).astype(np.float64).reshape(n, q, d)
+    means = x.mean(axis=1)
+    between = means - means.mean(axis=0)
+    if np.abs(between).max() <= _RESOLUTION * np.abs(x).max():
+        return 0.0
+    within = (x - means[:, None]).reshape(n * q, d)
+    variance, basis = np.linalg.eigh(within.T @ within / (n * (q - 1)) + delta * np.eye(d))
+    # The nonzero eigenvalues of W^(-1/2) B W^(-1/2) are the squared singular values of this.
+    whitened = between @ (basis / np.sqrt(np.maximum(variance, delta)))
+    eigenvalues = _singular_values(whitened) ** 2
+    return _exp_entropy(eigenvalues / eigenvalues.sum() + epsilon)
+
+
 def collapse_verdict(features: Float[np.ndarray, "_ _"]) -> Verdict:
     """Says whether the features have collapsed, wholly or to a few directions.
 

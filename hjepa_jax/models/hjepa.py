@@ -10,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from hjepa_jax.masking import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
-from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.models.vit import VisionTransformer, dense
+
+REGULARIZED = ("summary", "context", "both")
 
 
 @struct.dataclass
@@ -23,6 +25,8 @@ class Prediction:
       query_valid: per level, which predictions count, bool [B, Q_l].
       context: tokens of the visible patches, float32 [B, K, D].
       summary: summary tokens, float32 [B, R, D].
+      context_mean: mean of the tokens of the visible patches, float32 [B, D].
+      regularized: representations of the image that the regularizer spreads, float32 [B, S, E].
     """
 
     levels: tuple[Any, ...]
@@ -30,6 +34,28 @@ class Prediction:
     query_valid: tuple[Any, ...]
     context: Any
     summary: Any
+    context_mean: Any
+    regularized: Any
+
+
+class Expander(nn.Module):
+    """An MLP between the encoder and the regularizer, thrown away after training.
+
+    Spreading its output needs many different things of its input, but not that the input itself be
+    spread: what the encoder says stays usable by a linear probe.
+
+    References:
+      Bardes, Ponce, LeCun 2022, arXiv 2105.04906, section 4.1, where it is far wider; one hidden
+      layer here, without batch normalisation.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S E"]:
+        x = nn.gelu(dense(self.width, self.dtype, "hidden")(x), approximate=True)
+        return dense(self.width, self.dtype, "out")(x).astype(jnp.float32)
 
 
 class HJEPA(nn.Module):
@@ -40,12 +66,16 @@ class HJEPA(nn.Module):
       predictor: predicts hidden features at every level.
       summary_pass: whether the summary tokens alone must predict everything as well.
       min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
+      regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
+      expander: between those and the regularizer; None for nothing.
     """
 
     context_encoder: VisionTransformer
     predictor: Predictor
     summary_pass: bool = True
     min_coverage: float = 1.0
+    regularized: str = "summary"
+    expander: Expander | None = None
 
     def __call__(self, images: Float[Array, "B H W C"], masks: Masks) -> Prediction:
         """Encodes what is visible and predicts what is not."""
@@ -65,7 +95,17 @@ class HJEPA(nn.Module):
         summary_levels = ()
         if self.summary_pass:
             summary_levels = self.predictor(summary, None, summary_valid, target_index, query_valid)
-        return Prediction(levels, summary_levels, query_valid, context, summary)
+        context_mean = _valid_mean(context, masks.context_valid)
+        regularized = {
+            "summary": summary,
+            "context": context_mean[:, None],
+            "both": jnp.concatenate([summary, context_mean[:, None]], axis=1),
+        }[self.regularized]
+        if self.expander is not None:
+            regularized = self.expander(regularized)
+        return Prediction(
+            levels, summary_levels, query_valid, context, summary, context_mean, regularized
+        )
 
     def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
         """Which level-0 targets are real, then which cells of each level above are hidden."""
@@ -85,3 +125,8 @@ class HJEPA(nn.Module):
     ) -> tuple[Float[Array, "B _ D"], Float[Array, "B R D"]]:
         """Patch and summary tokens of whole images (or of the patches `index`)."""
         return self.context_encoder(images, index, valid)
+
+
+def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
+    weight = valid.astype(jnp.float32)[..., None]
+    return jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)

@@ -171,6 +171,7 @@ class VisionTransformer(nn.Module):
         for i in range(self.depth):
             block = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")
             x = block(x, key_valid)
+            self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
         return x[:, r:], x[:, :r]
 

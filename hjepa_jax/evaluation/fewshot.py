@@ -1,0 +1,97 @@
+"""Few-shot probe: new tasks of a few classes, each told by one or a few examples.
+
+    result = fewshot_probe(train_x, test_x, test_y, num_shots=5)
+    print(f"{result.top1:.3f} +- {result.interval:.3f}")
+
+References:
+  Snell, Swersky, Zemel 2017, "Prototypical networks" (arXiv 1703.05175), eq. 1 and 2: a class is
+  the mean of its examples. Wang et al. 2019, "SimpleShot" (arXiv 1911.04623), section 3: features
+  are centred by the mean of the training set and brought to length 1 first (CL2N).
+"""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.quality import check_features
+
+
+@dataclasses.dataclass(frozen=True)
+class FewshotResult:
+    """Accuracy over episodes.
+
+    Attributes:
+      top1: mean over episodes, fraction in [0, 1].
+      interval: half the width of the 95 % confidence interval of that mean.
+      num_episodes: episodes.
+    """
+
+    top1: float
+    interval: float
+    num_episodes: int
+
+
+def fewshot_probe(
+    train_x: Float[np.ndarray, "_ _"],
+    test_x: Float[np.ndarray, "_ _"],
+    test_y: Integer[np.ndarray, " _"],
+    *,
+    num_shots: int,
+    num_ways: int = 5,
+    num_queries: int = 15,
+    num_episodes: int = 600,
+    seed: int = 0,
+) -> FewshotResult:
+    """Draws episodes from the test set and classifies queries by the nearest prototype.
+
+    Nothing is chosen, so no label outside an episode is read.
+
+    Args:
+      train_x: features `[n, D]` whose mean is taken away.
+      test_x: features `[num_test, D]` from which episodes are drawn.
+      test_y: their classes.
+      num_shots: examples per class that are shown.
+      num_ways: classes per episode; all, where there are fewer.
+      num_queries: images per class to classify; fewer, where a class has not enough.
+      num_episodes: number of episodes.
+      seed: of the draws: the same seed gives every encoder the same episodes.
+
+    Raises:
+      InputError: for features that are not finite, labels that do not match, fewer than two
+        classes, or a class with no more images than `num_shots` ("--fewshot_shots").
+    """
+    check_features("train_x", train_x)
+    check_features("test_x", test_x)
+    if test_y.shape != (len(test_x),):
+        raise InputError("test_y", test_y.shape, f"must be one label per row, {len(test_x)}")
+    classes, counts = np.unique(test_y, return_counts=True)
+    if len(classes) < 2:
+        raise InputError("test_y", classes.tolist(), "must hold at least two classes")
+    num_ways = min(num_ways, len(classes))
+    num_queries = min(num_queries, int(counts.min()) - num_shots)
+    if num_queries < 1:
+        rule = f"must be below the {counts.min()} test images of the smallest class"
+        raise InputError("--fewshot_shots", num_shots, rule)
+
+    x = test_x.astype(np.float64) - train_x.mean(axis=0, dtype=np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    rows_of = {label: np.flatnonzero(test_y == label) for label in classes}
+    rng, accuracies = np.random.default_rng(seed), []
+    for _ in range(num_episodes):
+        ways = rng.choice(classes, size=num_ways, replace=False)
+        drawn = np.stack(
+            [rng.choice(rows_of[c], size=num_shots + num_queries, replace=False) for c in ways]
+        )
+        prototypes = x[drawn[:, :num_shots]].mean(axis=1)
+        queries = x[drawn[:, num_shots:]]  # [ways, queries, D]
+        # Squared distance less the query's own norm, which no class changes.
+        distance = np.sum(prototypes**2, axis=1) - 2 * queries @ prototypes.T
+        accuracies.append((distance.argmin(axis=-1) == np.arange(num_ways)[:, None]).mean())
+    spread = np.std(accuracies, ddof=1) if num_episodes > 1 else 0.0
+    return FewshotResult(
+        top1=float(np.mean(accuracies)),
+        interval=float(1.96 * spread / np.sqrt(num_episodes)),
+        num_episodes=num_episodes,
+    )

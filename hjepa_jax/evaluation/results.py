@@ -1,0 +1,145 @@
+"""Rows of results: as tables for people, as probe.json for programs, as scalars for TensorBoard."""
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+# What tells two results apart; rows that agree in all of these replace each other in probe.json.
+IDENTITY = (
+    "protocol", "encoder", "level", "pool", "labels", "step", "seed", "data", "num_layers",
+)  # fmt: skip
+QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
+
+
+def column(row: Row) -> str:
+    """Heading under which a row's score stands: "linear", "lowshot 5", "fewshot 1"."""
+    return f"{row['protocol']} {row['labels']}" if row.get("labels") else row["protocol"]
+
+
+def format_row(row: Row) -> str:
+    """One result in words, for a line while the next is being computed."""
+    where = f"{row['encoder']} {row['pool']} level {row['level']}"
+    if row["protocol"] == "quality":
+        score = f"rank {row['effective_rank']:.1f} of {row['max_rank']}: {row['verdict']}"
+    else:
+        score = f"{100 * row['top1']:6.2f} %{_spread(row)}"
+    return f"{column(row):<20} {where:<32} {score}"
+
+
+def _spread(row: Row) -> str:
+    for name in ("top1_std", "interval"):
+        if name in row:
+            return f" +- {100 * row[name]:.2f}"
+    return ""
+
+
+def format_tables(rows: list[Row]) -> str:
+    """Top-1 in percent, a line per encoder and representation; then the quality of each."""
+    scored = [row for row in rows if "top1" in row]
+    quality = [row for row in rows if row["protocol"] == "quality"]
+    tables = [_format_scores(scored)] if scored else []
+    tables += [_format_quality(quality)] if quality else []
+    return "\n\n".join(tables)
+
+
+def _format_scores(rows: list[Row]) -> str:
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    widths = [max(8, len(name)) for name in columns]
+    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        key = (row["encoder"], row["pool"], row["level"], row["dim"])
+        cells.setdefault(key, {})[column(row)] = row["top1"]
+    heads = "".join(f"  {name:>{w}}" for name, w in zip(columns, widths, strict=True))
+    lines = [f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}"]
+    for (encoder, pool, level, dim), scores in cells.items():
+        values = "".join(
+            f"  {100 * scores[name]:>{w}.2f}" if name in scores else "  " + " " * w
+            for name, w in zip(columns, widths, strict=True)
+        )
+        lines.append(f"{encoder:<12} {pool:<8} {level!s:>5} {dim:>5}{values}")
+    return "\n".join(lines)
+
+
+def _format_quality(rows: list[Row]) -> str:
+    heads = "".join(f" {name:>14}" for name in QUALITY_COLUMNS)
+    lines = [f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}  verdict"]
+    for row in rows:
+        values = "".join(
+            f" {row[name]:>14.3f}" if row.get(name) is not None else f" {'-':>14}"
+            for name in QUALITY_COLUMNS
+        )
+        start = f"{row['encoder']:<12} {row['pool']:<8} {row['level']!s:>5} {row['dim']:>5}"
+        lines.append(f"{start}{values}  {row['verdict']}")
+    return "\n".join(lines)
+
+
+def format_seeds(runs: list[list[Row]]) -> str:
+    """Mean and standard deviation of the same result over several runs, one line each."""
+    scores: dict[tuple[Any, ...], list[float]] = {}
+    for row in (row for rows in runs for row in rows if "top1" in row):
+        key = (column(row), row["encoder"], row["pool"], row["level"])
+        scores.setdefault(key, []).append(row["top1"])
+    lines = [f"over {len(runs)} runs, top-1 in percent (mean +- standard deviation):"]
+    for (name, encoder, pool, level), values in scores.items():
+        std = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+        where = f"{encoder} {pool} level {level}"
+        mean = 100 * np.mean(values)
+        lines.append(f"{name:<20} {where:<32} {mean:6.2f} +- {100 * std:.2f}  ({len(values)} runs)")
+    return "\n".join(lines)
+
+
+def read_probe_json(path: pathlib.Path) -> list[Row]:
+    """The rows of a probe.json; none where there is no such file, or it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not."""
+    merged = {
+        tuple(str(row.get(name)) for name in IDENTITY): row
+        for row in (*read_probe_json(path), *rows)
+    }
+    partial = path.with_suffix(".json.partial")
+    text = json.dumps({"results": list(merged.values())}, indent=1)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def scalars(rows: list[Row]) -> dict[str, float]:
+    """Scores by name, for TensorBoard: "probe/linear/target_mean_level_0"."""
+    found = {}
+    for row in rows:
+        where = f"{row['encoder']}_{row['pool']}_level_{row['level']}"
+        name = column(row).replace(" ", "_").replace("%", "percent")
+        if "top1" in row:
+            found[f"probe/{name}/{where}"] = row["top1"]
+        else:
+            found |= {
+                f"probe/{metric}/{where}": row[metric]
+                for metric in QUALITY_COLUMNS
+                if row.get(metric) is not None
+            }
+    return found
+
+
+def headline_scores(rows: list[Row]) -> dict[str, float]:
+    """eval/linear_top1 (all levels) and eval/linear_top1_level_{l} of the target encoder."""
+    scores = {}
+    for row in rows:
+        if (row["encoder"], row["protocol"], row["pool"]) != ("target", "linear", "mean"):
+            continue
+        name = "eval/linear_top1"
+        if row["level"] == "all":
+            scores[name] = row["top1"]
+        else:
+            scores[f"{name}_level_{row['level']}"] = row["top1"]
+    scores.setdefault("eval/linear_top1", scores.get("eval/linear_top1_level_0", float("nan")))
+    return scores

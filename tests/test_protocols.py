@@ -1,0 +1,195 @@
+"""The protocol as a whole, with an encoder that is a matrix."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.data.sources import Split
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation import protocols, results
+from hjepa_jax.evaluation.features import FeatureCache, extract_features, representations
+from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
+
+NUM_CLASSES = 4
+ALL = Protocol(protocols=PROTOCOLS, batch_size=64, lowshot_labels=(1, 5))
+
+
+def split(n, seed):
+    """Images of one colour per class, under noise."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % NUM_CLASSES).astype(np.int32)
+    colours = np.random.default_rng(9).integers(60, 200, (NUM_CLASSES, 1, 1, 3))
+    images = colours[labels] + rng.normal(0, 40, (n, 4, 4, 3))
+    return Split(np.clip(images, 0, 255).astype(np.uint8), labels)
+
+
+TRAIN, TEST = split(200, 0), split(80, 1)
+
+
+def embed(params, images):
+    flat = images.reshape(len(images), -1) / 255.0
+    return {"level_0": flat @ params, "level_1": flat @ params[:, :3], "summary": flat @ params}
+
+
+def embed_views(params, images, rngs):
+    return embed(params, images + 3.0 * (rngs[:, :1] % 7).reshape(-1, 1, 1, 1))
+
+
+def encoders():
+    matrix = np.random.default_rng(2).normal(size=(48, 6)).astype(np.float32)
+    return {"target": jnp.asarray(matrix), "random_init": jnp.asarray(matrix[::-1])}
+
+
+def evaluate(protocol=ALL, train=TRAIN, test=TEST, **options):
+    options = {"num_classes": NUM_CLASSES, "step": 7, "data": "colours"} | options
+    return evaluate_encoders(embed, encoders(), train, test, protocol=protocol, **options)
+
+
+def test_every_protocol_judges_every_representation_of_every_encoder():
+    rows = evaluate(embed_views=embed_views)
+    found = {(results.column(r), r["encoder"], r["pool"], r["level"]) for r in rows}
+    columns = ["linear", "knn", "quality", "fewshot 1-shot", "fewshot 5-shot"]
+    columns += ["lowshot 1 per class", "lowshot 5 per class"]
+    places = [("mean", 0), ("mean", 1), ("mean", "all"), ("summary", "all"), ("concat", "all")]
+    expected = {(c, e, *p) for c in columns for e in ("target", "random_init") for p in places}
+    assert found == expected | {(c, "pixels", "concat", 0) for c in columns}
+    assert len(rows) == len(found)
+    for row in rows:
+        assert row["step"] == (7 if row["encoder"] == "target" else 0)
+        assert (row["train_size"], row["test_size"], row["data"]) == (200, 80, "colours")
+    lidar = {row["encoder"]: row.get("lidar") for row in rows if row["protocol"] == "quality"}
+    assert lidar["pixels"] is None
+    assert 1 <= lidar["target"] <= 19
+    json.dumps(rows, allow_nan=False)
+
+
+def test_no_choice_of_any_protocol_reads_the_test_labels():
+    """Every chosen hyper-parameter is the same when the test labels are noise."""
+    noise = np.random.default_rng(5).permutation(TEST.labels)
+    true, false = evaluate(), evaluate(test=Split(TEST.images, noise))
+    assert [row["chosen"] for row in true] == [row["chosen"] for row in false]
+    linear = [[r["top1"] for r in rows if r["protocol"] == "linear"] for rows in (true, false)]
+    assert min(linear[0]) > max(linear[1])
+
+
+def test_levels_and_pools_choose_representations():
+    features = extract_features(embed, encoders()["target"], TEST.images, batch_size=32)
+    names = lambda **options: [(p, lv) for p, lv, _ in representations(features, **options)]
+    assert names(levels=(1,)) == [("mean", 1), ("summary", "all"), ("concat", "all")]
+    assert names(pools=("summary",)) == [("summary", "all")]
+    concat = representations(features, levels=(1,))[-1][2]
+    expected = np.concatenate([features["level_1"], features["summary"]], axis=1)
+    np.testing.assert_array_equal(concat, expected)
+    with pytest.raises(InputError, match=r"^--levels=2: .* 0 to 1"):
+        names(levels=(0, 2))
+    del features["summary"]
+    with pytest.raises(InputError, match=r"^--pools="):
+        names(pools=("summary",))
+
+
+def test_features_are_extracted_once_per_checkpoint_and_data(tmp_path, monkeypatch):
+    calls = []
+
+    def spy(fn, params, images, *extra, what="", **options):
+        calls.extend([what] if what else [])  # raw pixels are not worth keeping
+        return extract_features(fn, params, images, *extra, **options)
+
+    monkeypatch.setattr(protocols, "extract_features", spy)
+
+    def rows(step, train=TRAIN, version="a"):
+        calls.clear()
+        cache = FeatureCache(tmp_path, version=version)
+        return evaluate(Protocol(batch_size=40), train=train, step=step, cache=cache)
+
+    first = rows(7)
+    assert len(calls) == 4  # two encoders, two splits
+    assert rows(7) == first
+    assert not calls
+    rows(8)
+    assert len(calls) == 2  # the trained encoder alone: random-init is at step 0 for ever
+    assert len(list(tmp_path.glob("target_train_*"))) == 1, "the older step is dropped"
+    rows(8, train=split(200, 3))
+    assert len(calls) == 2  # both encoders, on the new training images
+    rows(8, version="b")
+    assert len(calls) == 4
+
+
+def test_a_broken_cache_file_is_made_anew(tmp_path):
+    cache = FeatureCache(tmp_path, version="a")
+    make = lambda: {"level_0": np.ones((3, 2), np.float32)}
+    cache.get("target_train", 1, "data", make)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    np.testing.assert_array_equal(cache.get("target_train", 1, "data", make)["level_0"], 1.0)
+
+
+def test_constant_encoder_gets_a_verdict_and_no_crash():
+    constant = lambda params, images: {"level_0": jnp.ones((len(images), 5))}
+    rows = evaluate_encoders(
+        constant, {"target": None}, TRAIN, TEST, num_classes=NUM_CLASSES, step=1, protocol=ALL
+    )
+    verdicts = {r["encoder"]: r["verdict"] for r in rows if r["protocol"] == "quality"}
+    assert verdicts == {"target": "collapse", "pixels": "healthy"}
+    chance = [r["top1"] for r in rows if r["encoder"] == "target" and r["protocol"] == "linear"]
+    assert chance == [pytest.approx(1 / NUM_CLASSES)]
+    json.dumps(rows, allow_nan=False)
+    assert "collapse" in results.format_tables(rows)
+
+
+def test_nan_features_are_refused():
+    broken = lambda params, images: {"level_0": jnp.full((len(images), 5), jnp.nan)}
+    with pytest.raises(InputError, match="NaN"):
+        evaluate_encoders(
+            broken, {"target": None}, TRAIN, TEST, num_classes=4, step=1, protocol=Protocol()
+        )
+
+
+def test_a_missing_class_and_an_unknown_protocol_are_refused():
+    with pytest.raises(InputError, match="no training image of class 4"):
+        evaluate(num_classes=5)
+    with pytest.raises(InputError, match=r"^--protocols='tarot'"):
+        evaluate(Protocol(protocols=("tarot",)))
+
+
+def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):
+    path = tmp_path / "probe.json"
+    row = {"protocol": "linear", "encoder": "target", "level": 0, "pool": "mean", "step": 1}
+    results.write_probe_json(path, [row | {"top1": 0.1}, row | {"level": 1, "top1": 0.2}])
+    results.write_probe_json(path, [row | {"top1": 0.3}, row | {"step": 2, "top1": 0.4}])
+    assert [r["top1"] for r in results.read_probe_json(path)] == [0.3, 0.2, 0.4]
+
+
+def test_tables_show_every_score_where_it_belongs():
+    rows = evaluate()
+    table = results.format_tables(rows)
+    by_place = {
+        (r["encoder"], r["pool"], str(r["level"])): r for r in rows if r["protocol"] == "knn"
+    }
+    header, *lines = table.split("\n\n")[0].splitlines()
+    knn_ends = header.index("knn") + 3
+    assert len(lines) == len(by_place)
+    for line in lines:
+        row = by_place[tuple(line.split()[:3])]
+        assert line[:knn_ends].split()[-1] == f"{100 * row['top1']:.2f}"
+    assert "verdict" in table
+
+
+def test_seeds_are_summed_up_by_mean_and_standard_deviation():
+    row = {"protocol": "linear", "encoder": "target", "level": 0, "pool": "mean"}
+    text = results.format_seeds([[row | {"top1": 0.2}], [row | {"top1": 0.4}]])
+    assert "30.00 +- 14.14  (2 runs)" in text
+
+
+def test_knn_leaves_out_numbers_of_neighbours_that_the_data_cannot_give():
+    rows = evaluate(Protocol(protocols=("knn",)), train=split(40, 0))
+    assert {row["chosen"]["k"] for row in rows} <= {1, 5, 10, 20}
+
+
+def test_quality_reports_what_the_functions_of_the_module_say():
+    x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+    row = protocols.judge_quality(x)
+    assert row["verdict"] == "healthy"
+    assert row["rankme"] == protocols.quality.rankme(x)
+    assert sum(row["spectrum"]) == pytest.approx(1.0)
