@@ -15,7 +15,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
-from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.models.vit import VisionTransformer, patchify
 from hjepa_jax.optimizer import (
     Schedule,
     interpolation_schedule,
@@ -187,6 +187,14 @@ def build_train_step(
     )
 
 
+def build_preprocess(config: Config) -> Any:
+    """What evaluation does to stored images: resized and normalised, nothing random."""
+    c = config.data
+    return functools.partial(
+        resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
+    )
+
+
 def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
     """`embed(encoder_params, uint8 images)` with this config's size and normalisation.
 
@@ -196,17 +204,33 @@ def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
     depth = model.context_encoder.depth
     if not 1 <= num_layers <= depth:
         raise InputError("--num_layers", num_layers, f"must be from 1 to {depth}, the blocks")
-    c = config.data
-    preprocess = functools.partial(
-        resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
-    )
-    return make_embed_fn(model, preprocess, num_layers=num_layers)
+    return make_embed_fn(model, build_preprocess(config), num_layers=num_layers)
 
 
 def build_embed_views_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
     """`embed_views(encoder_params, uint8 images, keys)`: of images augmented as in training."""
     augment = build_augment(config)
     return make_embed_fn(model, lambda images, rngs: augment(rngs, images), num_layers=num_layers)
+
+
+def build_tokens_fn(config: Config, model: HJEPA) -> Any:
+    """`embed_tokens(encoder_params, uint8 images)`: {"tokens": float16 [B, N, D]}.
+
+    Without parameters (None) the tokens are the raw patches, normalised pixels, [B, N, P * P * C].
+    """
+    preprocess = build_preprocess(config)
+    apply: Any = model.apply
+
+    def embed_tokens(encoder_params: Any, images: Any) -> dict[str, Any]:
+        pixels = preprocess(images)
+        if encoder_params is None:
+            tokens = patchify(pixels, config.model.patch_size)
+        else:
+            variables = {"params": {"context_encoder": encoder_params}}
+            tokens, _ = apply(variables, pixels, method="encode")
+        return {"tokens": tokens.astype(jnp.float16)}
+
+    return embed_tokens
 
 
 def build_create_state(

@@ -144,6 +144,35 @@ class Checkpoints:
         self._manager.close()
 
 
+class NewestCheckpoint:
+    """Keeps the newest of a succession of trees, for work that is to survive an interruption.
+
+    Args:
+      directory: made when something is saved.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
+        )
+
+    def restore(self, state: Any) -> Any:
+        """The newest tree, like `state`; `state` itself where nothing was saved."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(template))
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts saving `state`; what was kept before goes when it is on disk."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def close(self) -> None:
+        """Waits for the save under way and releases the directory."""
+        self._manager.close()
+
+
 def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[HJEPA, Any]:
     """The model of a run and the parameters of its target encoder.
 

@@ -1,9 +1,9 @@
 """Judges the encoder of a finished or running workdir; of several, over their seeds.
 
   python -m hjepa_jax.probe --workdir=DIR[,DIR2,...]
-    [--protocols=linear,knn,lowshot,fewshot,quality] [--encoders=target,online,random_init]
-    [--levels=all|0,1] [--pools=mean,summary,concat] [--step=last|best|N] [--num_layers=1]
-    [--data=SOURCE] [--seed=0]
+    [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
+    [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
+    [--step=last|best|N] [--num_layers=1] [--data=SOURCE] [--seed=0]
 
 Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. Raw pixels are always among
 the rows. Extracted features are kept in DIR/features, so that asking again is quick.
@@ -26,15 +26,17 @@ _NUM_LAYERS = flags.DEFINE_integer("num_layers", 1, "How many of the last blocks
 _DATA = flags.DEFINE_string("data", None, "Judge on another data set: a data.source.")
 _SHOTS = flags.DEFINE_list("lowshot_labels", None, "Labels per class, or fractions such as 0.01.")
 _FEWSHOT = flags.DEFINE_list("fewshot_shots", ["1", "5"], "Examples per class in an episode.")
+_FINETUNE = flags.DEFINE_float("finetune_epochs", 20.0, "Length of a fine-tuning.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the hold-out, of draws and episodes.")
 _KEEP = flags.DEFINE_bool("keep_features", True, "Keep extracted features in the workdir.")
 
 
 def main() -> None:
     """Runs the command."""
+    from hjepa_jax import judge
     from hjepa_jax.evaluation import features, protocols, results
 
-    _check_names("--protocols", _PROTOCOLS.value, protocols.PROTOCOLS)
+    _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
     _check_names("--encoders", _ENCODERS.value, (*protocols.TRAINED_ENCODERS, "random_init"))
     _check_names("--pools", _POOLS.value, features.POOLS)
     options = {
@@ -86,7 +88,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
         config,
         built.model,
         {name: params[name] for name in _ENCODERS.value},
-        source.load(),
+        *source.load(),
         source=source,
         step=step,
         protocol=Protocol(
@@ -94,6 +96,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
         ),
         num_layers=_NUM_LAYERS.value,
         keep_features=_KEEP.value,
+        finetune_epochs=_FINETUNE.value,
     )
     if config.log.tensorboard and not _DATA.value:
         write_tensorboard_scalars(workdir, step, results.scalars(rows))

@@ -46,7 +46,7 @@ def extract_features(
       The same dict for all images, on the host.
     """
     parts = []
-    with _progress(what, len(images)) as bar:
+    with progress(what, len(images), unit=" images") as bar:
         for start in range(0, len(images), batch_size):
             batch = [array[start : start + batch_size] for array in (images, *extra)]
             count = len(batch[0])
@@ -60,12 +60,19 @@ def extract_features(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _progress(what: str, total: int) -> Any:
-    """A bar with the time left, from 5 seconds on; a line every half minute where it is a file."""
+def progress(what: str, total: int, *, unit: str, initial: int = 0) -> Any:
+    """A bar with the time left, from 5 seconds on; seldom where it goes to a file.
+
+    Args:
+      what: name of the work; empty for no bar.
+      total: number of things to do.
+      unit: what they are called.
+      initial: how many of them were done before.
+    """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, desc=what, unit=" images", delay=5, mininterval=interval, disable=not what,
-        leave=False, dynamic_ncols=True,
+        total=total, desc=what, unit=unit, initial=initial, delay=5, mininterval=interval,
+        disable=not what, leave=False, dynamic_ncols=True,
     )  # fmt: skip
 
 

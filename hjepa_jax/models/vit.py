@@ -92,11 +92,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Where it is applied with a key of the name "drop_path", either branch is left out with
+    probability `drop_path`, per image, and scaled up by 1 / (1 - drop_path) where it stays.
+
+    References:
+      Huang et al. 2016, arXiv 1603.09382 (stochastic depth), section 3.
+    """
 
     num_heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -104,10 +112,18 @@ class Block(nn.Module):
     ) -> Float[Array, "B N D"]:
         d = x.shape[-1]
         y = layer_norm("norm_attention")(x)
-        x = x + Attention(self.num_heads, self.dtype, name="attention")(y, key_valid)
+        x = x + self._keep(Attention(self.num_heads, self.dtype, name="attention")(y, key_valid))
         y = layer_norm("norm_mlp")(x)
         y = nn.gelu(dense(int(d * self.mlp_ratio), self.dtype, "mlp_in")(y), approximate=True)
-        return x + dense(d, self.dtype, "mlp_out")(y)
+        return x + self._keep(dense(d, self.dtype, "mlp_out")(y))
+
+    def _keep(self, branch: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        if not self.drop_path or not self.has_rng("drop_path"):
+            return branch
+        keep = jax.random.bernoulli(
+            self.make_rng("drop_path"), 1.0 - self.drop_path, (len(branch), 1, 1)
+        )
+        return branch * keep.astype(branch.dtype) / (1.0 - self.drop_path)
 
 
 class VisionTransformer(nn.Module):
@@ -120,6 +136,8 @@ class VisionTransformer(nn.Module):
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
       positions: "learned" or "sincos2d".
       dtype: dtype of the matrix products; parameters are float32.
+      drop_path: probability to leave out a branch of the last block, see `Block`; it grows linearly
+        from 0 at the first.
     """
 
     grid_size: int
@@ -131,6 +149,7 @@ class VisionTransformer(nn.Module):
     num_summary_tokens: int = 1
     positions: str = "learned"
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -169,7 +188,8 @@ class VisionTransformer(nn.Module):
             key_valid = jnp.concatenate([jnp.ones((len(x), r), bool), valid], axis=1)
 
         for i in range(self.depth):
-            block = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")
+            drop_path = self.drop_path * i / max(1, self.depth - 1)
+            block = Block(self.num_heads, self.mlp_ratio, self.dtype, drop_path, name=f"block_{i}")
             x = block(x, key_valid)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)

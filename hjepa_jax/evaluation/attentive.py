@@ -1,0 +1,200 @@
+"""Attentive probe: a few learned queries pool the patch tokens, a linear layer reads the result.
+
+For features whose patches say more than their mean. Every setting of a grid is trained at once, in
+one vmapped program.
+
+    result = attentive_probe(train_tokens, train_y, test_tokens, test_y, num_classes=10)
+    print(result.top1, result.chosen_learning_rate, result.chosen_weight_decay)
+
+References:
+  Bardes et al. 2024, "V-JEPA" (arXiv 2404.08471), section 4 and appendix: cross-attention with a
+  learned query. Here without value and output projections and without an MLP: the linear layer on
+  the pooled tokens of all queries contains both projections, and attention logits are linear in the
+  token, so nothing is lost but the MLP.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Float32, Int, Int32, Integer
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.labelled import check_labelled, hold_out
+
+DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+DEFAULT_WEIGHT_DECAYS = (1e-3, 1e-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentiveResult:
+    """Outcome of the attentive probe; accuracies are fractions in [0, 1].
+
+    Attributes:
+      top1: accuracy on the test set.
+      chosen_learning_rate, chosen_weight_decay: the setting that scored best on held-out rows.
+      val_top1: held-out scores, in the order of the grid (weight decays within learning rates).
+      test_predictions: predicted classes `[num_test]`.
+    """
+
+    top1: float
+    chosen_learning_rate: float
+    chosen_weight_decay: float
+    val_top1: tuple[float, ...]
+    test_predictions: Int32[np.ndarray, " num_test"]
+
+
+def attentive_probe(
+    train_tokens: Float[np.ndarray, "_ _ _"],
+    train_y: Integer[np.ndarray, " _"],
+    test_tokens: Float[np.ndarray, "_ _ _"],
+    test_y: Integer[np.ndarray, " _"],
+    *,
+    num_classes: int,
+    num_queries: int = 4,
+    learning_rates: Sequence[float] = DEFAULT_LEARNING_RATES,
+    weight_decays: Sequence[float] = DEFAULT_WEIGHT_DECAYS,
+    num_epochs: int = 10,
+    batch_size: int = 256,
+    num_val: int = 5000,
+    seed: int = 0,
+) -> AttentiveResult:
+    """Chooses the setting on held-out training rows, retrains on all, scores the test once.
+
+    Args:
+      train_tokens: frozen tokens `[n, N, D]`; float16 halves the memory.
+      train_y: classes `[n]` in [0, num_classes).
+      test_tokens: tokens `[num_test, N, D]`.
+      test_y: classes `[num_test]`; read only to score the final predictions.
+      num_classes: number of classes.
+      num_queries: learned queries.
+      learning_rates: peaks of Adam's learning rate to choose from; cosine to 0.
+      weight_decays: decoupled weight decays to choose from.
+      num_epochs: passes over the rows.
+      batch_size: rows per update.
+      num_val: training rows held out to choose; at most a fifth of them is taken.
+      seed: of the hold-out, of the first queries and of the order of rows.
+
+    Raises:
+      InputError: for tokens that are empty or not finite, or arrays that do not match.
+    """
+    for name, tokens, y in (("train", train_tokens, train_y), ("test", test_tokens, test_y)):
+        if tokens.ndim != 3 or tokens.shape[1:] != train_tokens.shape[1:]:
+            rule = "must be [n, N, D], N and D as in train_tokens"
+            raise InputError(f"{name}_tokens", tokens.shape, rule)
+        check_labelled(name, tokens.reshape(len(tokens), -1), y, num_classes=num_classes)
+    grid = list(itertools.product(learning_rates, weight_decays))
+    train = functools.partial(
+        _train, num_classes=num_classes, num_queries=num_queries, num_epochs=num_epochs, seed=seed
+    )
+    fit, val = hold_out(len(train_tokens), num_val=num_val, seed=seed)
+    model = train(train_tokens[fit], train_y[fit], grid, batch_size=min(batch_size, len(fit)))
+    predicted = _predict(model, train_tokens[val], batch_size)
+    val_top1 = (predicted == train_y[None, val]).mean(axis=1).tolist()
+    chosen = grid[int(np.argmax(val_top1))]
+
+    model = train(train_tokens, train_y, [chosen], batch_size=min(batch_size, len(train_y)))
+    predictions = _predict(model, test_tokens, batch_size)[0]
+    top1 = float((predictions == test_y).mean())
+    return AttentiveResult(top1, *chosen, tuple(val_top1), predictions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """Probes for S settings on standardised tokens."""
+
+    mean: Float32[np.ndarray, " D"]
+    std: Float32[np.ndarray, " D"]
+    params: Any
+
+
+def _logits(params: Any, x: Float[Array, "B N D"]) -> Float[Array, "B C"]:
+    """Class scores of one setting: softmax pooling by each query, then a linear layer."""
+    weights = jax.nn.softmax(jnp.einsum("bnd,qd->bqn", x, params["queries"]), axis=-1)
+    pooled = jnp.einsum("bqn,bnd->bqd", weights, x)
+    return pooled.reshape(len(x), -1) @ params["kernel"] + params["bias"][None]
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _update(
+    params: Any,
+    opt_state: Any,
+    x: Float[Array, "B N D"],
+    y: Int[Array, " B"],
+    learning_rates: Float[Array, " S"],
+    weight_decays: Float[Array, " S"],
+) -> tuple[Any, Any]:
+    """One step of AdamW for every setting, on the same rows."""
+
+    def update(params: Any, opt_state: Any, learning_rate: Array, decay: Array) -> tuple[Any, Any]:
+        def loss(params: Any) -> Array:
+            losses = optax.softmax_cross_entropy_with_integer_labels(_logits(params, x), y)
+            return jnp.mean(losses)
+
+        updates, opt_state = optax.scale_by_adam().update(jax.grad(loss)(params), opt_state)
+        new = jax.tree.map(lambda p, u: p - learning_rate * (u + decay * p), params, updates)
+        return new, opt_state
+
+    return jax.vmap(update)(params, opt_state, learning_rates, weight_decays)
+
+
+def _train(
+    tokens: Float[np.ndarray, "n N D"],
+    y: Integer[np.ndarray, " n"],
+    grid: Sequence[tuple[float, float]],
+    *,
+    num_classes: int,
+    num_queries: int,
+    num_epochs: int,
+    batch_size: int,
+    seed: int,
+) -> _Model:
+    n, _, d = tokens.shape
+    sample = tokens[:: max(1, n // 2000)].reshape(-1, d).astype(np.float32)
+    std = sample.std(axis=0)
+    mean, std = sample.mean(axis=0), np.where(std > 1e-6, std, 1.0).astype(np.float32)
+    rng, s = np.random.default_rng(seed), len(grid)
+    # Small queries begin near mean pooling, and differ, so that they can learn different things.
+    queries = 0.02 * rng.standard_normal((num_queries, d), np.float32)
+    params = {
+        "queries": np.repeat(queries[None], s, axis=0),
+        "kernel": np.zeros((s, num_queries * d, num_classes), np.float32),
+        "bias": np.zeros((s, num_classes), np.float32),
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    opt_state = jax.vmap(optax.scale_by_adam().init)(params)
+    learning_rates, weight_decays = np.array(grid, np.float32).T
+    num_batches = n // batch_size
+    for epoch in range(num_epochs):
+        order = rng.permutation(n)
+        for i in range(num_batches):
+            rows = np.sort(order[i * batch_size : (i + 1) * batch_size])
+            done = (epoch * num_batches + i) / (num_epochs * num_batches)
+            rates = learning_rates * np.float32(0.5 * (1 + np.cos(np.pi * done)))
+            x = (tokens[rows].astype(np.float32) - mean) / std
+            params, opt_state = _update(
+                params, opt_state, x, y[rows].astype(np.int32), rates, weight_decays
+            )
+    return _Model(mean, std, params)
+
+
+_predict_logits = jax.jit(jax.vmap(_logits, in_axes=(0, None)))
+
+
+def _predict(
+    model: _Model, tokens: Float[np.ndarray, "n N D"], batch_size: int
+) -> Int32[np.ndarray, "S n"]:
+    """The most likely class of each row, for each setting; padded to one shape."""
+    predictions = []
+    for start in range(0, len(tokens), batch_size):
+        x = (tokens[start : start + batch_size].astype(np.float32) - model.mean) / model.std
+        padded = np.pad(x, [(0, batch_size - len(x)), (0, 0), (0, 0)])
+        logits = jax.device_get(_predict_logits(model.params, padded))
+        predictions.append(logits[:, : len(x)].argmax(axis=-1).astype(np.int32))
+    return np.concatenate(predictions, axis=1)

@@ -1,0 +1,223 @@
+"""Fine-tuning: the encoder and a linear head, trained together on labelled images.
+
+    top1 = finetune(encoder, encoder_params, train, test, settings, augment=..., preprocess=...)
+
+References:
+  Clark et al. 2020, "ELECTRA" (arXiv 2003.10555), section 3.1, and Bao et al. 2021, "BEiT"
+  (arXiv 2106.08254), section 3.1: a learning rate that shrinks layer by layer towards the input.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+from hjepa_jax.data.augment import Augment
+from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.sources import Split
+from hjepa_jax.evaluation.features import progress
+from hjepa_jax.models.vit import VisionTransformer, layer_norm
+from hjepa_jax.optimizer import decay_mask, warmup_cosine_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings:
+    """All that decides a fine-tuning, apart from encoder and data. Nothing is chosen by a score.
+
+    Attributes:
+      num_classes: number of classes.
+      num_epochs: passes over the training images; may be a fraction.
+      batch_size: images per update; the training set, where that is smaller.
+      learning_rate: peak of the head's; a tenth of the run is warm-up, then cosine to 0.
+      layer_decay: factor on the learning rate for every block further from the head.
+      weight_decay: decoupled, of kernels.
+      drop_path: see `VisionTransformer`.
+      label_smoothing: share of the target that goes to all classes alike.
+      seed: of head, order, augmentation and drop path.
+    """
+
+    num_classes: int
+    num_epochs: float = 20.0
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    layer_decay: float = 0.75
+    weight_decay: float = 0.05
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    seed: int = 0
+
+
+@runtime_checkable
+class Checkpoints(Protocol):
+    """Where a fine-tuning saves itself, to go on after an interruption."""
+
+    def restore(self, state: Any) -> Any:
+        """The newest state, like the one given; that one where nothing was saved."""
+        ...
+
+    def save(self, step: int, state: Any) -> None:
+        """Keeps `state`, and drops what was kept before."""
+        ...
+
+
+@struct.dataclass
+class FinetuneState:
+    """Parameters {"encoder": ..., "norm": ..., "head": ...}, optimizer state, updates done."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+class Classifier(nn.Module):
+    """Mean of the patch tokens, LayerNorm, linear head."""
+
+    encoder: VisionTransformer
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
+        tokens, _ = self.encoder(images)
+        x = layer_norm("norm")(jnp.mean(tokens, axis=1))
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)
+
+
+def layer_scales(params: Any, *, depth: int, layer_decay: float) -> Any:
+    """Factor on the learning rate of every parameter.
+
+    1 for the head, layer_decay for what follows the last block, one more factor for each block
+    further from the head, and one more again for patch embedding, positions and summary tokens.
+
+    Args:
+      params: of a `Classifier`.
+      depth: blocks of its encoder.
+      layer_decay: factor per layer, in (0, 1].
+    """
+
+    def scale(path: Any, _: Any) -> float:
+        names = [entry.key for entry in path]
+        if names[0] != "encoder":
+            return 1.0
+        if names[1].startswith("block_"):
+            return layer_decay ** (depth - int(names[1].removeprefix("block_")))
+        return layer_decay if names[1] == "norm" else layer_decay ** (depth + 1)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def finetune(
+    encoder: VisionTransformer,
+    encoder_params: Any,
+    train: Split,
+    test: Split,
+    settings: FinetuneSettings,
+    *,
+    augment: Augment,
+    preprocess: Callable[[Any], Any],
+    checkpoints: Checkpoints | None = None,
+    what: str = "",
+) -> dict[str, float]:
+    """Trains encoder and head on all training images; scores the test set once, at the end.
+
+    Args:
+      encoder: the architecture; its own `drop_path` gives way to that of the settings.
+      encoder_params: where it starts from; not changed.
+      train: labelled images to train on.
+      test: labelled images to score.
+      settings: how.
+      augment: from (keys, uint8 images) to normalised pixels, for training.
+      preprocess: from uint8 images to normalised pixels, for the test.
+      checkpoints: saved to once an epoch, and continued from.
+      what: name of the work, for its progress bar.
+
+    Returns:
+      "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch done
+      here (nan when everything had been done before), nats.
+    """
+    batch_size = min(settings.batch_size, len(train.images))
+    order = BatchOrder(len(train.images), batch_size, settings.seed)
+    num_steps = max(1, round(settings.num_epochs * order.steps_per_epoch))
+    model = Classifier(encoder.clone(drop_path=settings.drop_path), settings.num_classes)
+    init_rng, run_rng = jax.random.split(jax.random.PRNGKey(settings.seed))
+
+    def create() -> Any:
+        return model.init(init_rng, preprocess(train.images[:1]))["params"]
+
+    params = {**jax.jit(create)(), "encoder": jax.tree.map(jnp.copy, encoder_params)}
+    scales = layer_scales(params, depth=encoder.depth, layer_decay=settings.layer_decay)
+    tx = _optimizer(settings, scales, num_steps)
+    state = FinetuneState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    if checkpoints is not None:
+        state = checkpoints.restore(state)
+
+    @jax.jit
+    def update(
+        state: FinetuneState, images: UInt8[Array, "B H W C"], labels: Int[Array, " B"]
+    ) -> tuple[FinetuneState, Float[Array, ""]]:
+        augment_rng, drop_rng = jax.random.split(jax.random.fold_in(run_rng, state.step))
+        pixels = augment(jax.random.split(augment_rng, len(images)), images)
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, settings.num_classes), settings.label_smoothing
+        )
+
+        def loss_fn(params: Any) -> Array:
+            logits: Any = model.apply({"params": params}, pixels, rngs={"drop_path": drop_rng})
+            return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return FinetuneState(state.step + 1, params, opt_state), loss
+
+    losses: list[Any] = []
+    with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
+        for step in range(int(state.step), num_steps):
+            (rows,) = order.batches(step, 1, size=1)
+            state, loss = update(state, train.images[rows], train.labels[rows])
+            losses.append(loss)
+            bar.update(1)
+            done = step + 1
+            if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
+                checkpoints.save(done, state)
+    last_epoch = [float(loss) for loss in losses[-order.steps_per_epoch :]]
+
+    predict = jax.jit(
+        lambda params, images: jnp.argmax(model.apply({"params": params}, preprocess(images)), -1)  # pyright: ignore
+    )
+    hits = 0
+    for start in range(0, len(test.images), batch_size):
+        images = test.images[start : start + batch_size]
+        count = len(images)
+        padded = np.pad(images, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)])
+        predicted = np.asarray(predict(state.params, padded))[:count]
+        hits += int(np.sum(predicted == test.labels[start : start + count]))
+    return {
+        "top1": hits / len(test.images),
+        "train_loss": float(np.mean(last_epoch)) if last_epoch else float("nan"),
+    }
+
+
+def _optimizer(
+    settings: FinetuneSettings, scales: Any, num_steps: int
+) -> optax.GradientTransformation:
+    learning_rate_fn = warmup_cosine_schedule(
+        settings.learning_rate, warmup_steps=round(0.1 * num_steps), num_steps=num_steps
+    )
+
+    def scale_layers(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u, s: u * s, updates, scales), state
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b2=0.98),
+        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), scale_layers),
+        optax.scale_by_learning_rate(lambda count: learning_rate_fn(count + 1)),
+    )

@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax.checkpoint import NewestCheckpoint
+from hjepa_jax.data.augment import Augment
+from hjepa_jax.evaluation.finetune import Classifier, FinetuneSettings, finetune, layer_scales
+from hjepa_jax.models.vit import VisionTransformer
+from tests.test_protocols import split
+
+ENCODER = VisionTransformer(2, 2, 16, depth=2, num_heads=2, num_summary_tokens=1)
+AUGMENT = Augment(4, (0.5,) * 3, (0.25,) * 3, horizontal_flip=0.5)
+SETTINGS = FinetuneSettings(num_classes=4, num_epochs=6, batch_size=25, learning_rate=3e-3)
+TRAIN, TEST = split(200, 0), split(80, 1)
+
+
+def preprocess(images):
+    return (jnp.asarray(images) / 255.0 - 0.5) / 0.25
+
+
+@pytest.fixture(scope="module")
+def params():
+    return ENCODER.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
+
+
+def run(params, settings=SETTINGS, test=TEST, **options):
+    options = {"augment": AUGMENT, "preprocess": preprocess} | options
+    return finetune(ENCODER, params, TRAIN, test, settings, **options)
+
+
+def test_learns_what_the_labels_say(params):
+    scores = run(params)
+    assert scores["top1"] > 0.8
+    assert scores["train_loss"] < 1.0 < np.log(4)
+
+
+def test_learning_rates_shrink_by_one_factor_per_layer(params):
+    model = Classifier(ENCODER, 4)
+    tree = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    scales = layer_scales(tree, depth=2, layer_decay=0.5)
+    assert scales["head"]["kernel"] == scales["norm"]["scale"] == 1.0
+    encoder = scales["encoder"]
+    assert encoder["norm"]["scale"] == 0.5
+    assert encoder["block_1"]["mlp_in"]["kernel"] == 0.5
+    assert encoder["block_0"]["attention"]["qkv"]["kernel"] == 0.25
+    assert encoder["patch_embedding"]["kernel"] == encoder["summary_tokens"] == 0.125
+
+
+def test_with_a_layer_decay_of_almost_nothing_the_encoder_stays_as_it_was(params, tmp_path):
+    class Keep:
+        def restore(self, state):
+            return state
+
+        def save(self, step, state):
+            self.state = state
+
+    for decay, stays in ((1e-9, True), (1.0, False)):
+        kept = Keep()
+        run(
+            params, dataclasses.replace(SETTINGS, num_epochs=1, layer_decay=decay), checkpoints=kept
+        )
+        moved = jax.tree.map(
+            lambda a, b: float(jnp.max(jnp.abs(a - b))), kept.state.params["encoder"], params
+        )
+        assert (max(jax.tree.leaves(moved)) < 1e-6) == stays
+        assert np.any(kept.state.params["head"]["kernel"])
+
+
+def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
+    class Cut(NewestCheckpoint):
+        def save(self, step, state):
+            super().save(step, state)
+            if step == 16:
+                raise KeyboardInterrupt
+
+    whole = NewestCheckpoint(tmp_path / "whole")
+    expected = run(params, checkpoints=whole)
+    whole.close()
+    cut = Cut(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(params, checkpoints=cut)
+    cut.close()
+    again = NewestCheckpoint(tmp_path / "parts")
+    assert run(params, checkpoints=again) == expected
+    assert run(params, checkpoints=again)["top1"] == expected["top1"]  # nothing left to do
+    again.close()
+
+
+def test_test_labels_change_the_score_and_nothing_else(params):
+    noise = np.random.default_rng(5).permutation(TEST.labels)
+    settings = dataclasses.replace(SETTINGS, num_epochs=2)
+    true, false = (
+        run(params, settings),
+        run(params, settings, dataclasses.replace(TEST, labels=noise)),
+    )
+    assert true["train_loss"] == false["train_loss"]
+    assert true["top1"] != false["top1"]
+
+
+def test_drop_path_leaves_out_branches_only_where_a_key_is_given(params):
+    dropping = ENCODER.clone(drop_path=0.5)
+    x = jax.random.normal(jax.random.PRNGKey(1), (64, 4, 4, 3))
+    plain, _ = ENCODER.apply({"params": params}, x)
+    without_key, _ = dropping.apply({"params": params}, x)
+    np.testing.assert_array_equal(plain, without_key)
+    rngs = [{"drop_path": jax.random.PRNGKey(i)} for i in (2, 3)]
+    a, b = (dropping.apply({"params": params}, x, rngs=r)[0] for r in rngs)
+    assert np.any(a != b)
+    # The first block drops nothing, the last each of its two branches with probability 1/2: of 64
+    # images about a quarter are left as the first block made them.
+    first, _ = ENCODER.clone(depth=1).apply({"params": params}, x)
+    untouched = np.isclose(a, first, atol=1e-5).all(axis=(1, 2)).mean()
+    assert 0.08 < untouched < 0.45
