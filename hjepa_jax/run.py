@@ -1,10 +1,14 @@
 """A run and its directory: built from a config, refused when the two do not belong together."""
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import math
+import os
 import pathlib
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +22,11 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.platform import select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Resident data beyond this would crowd out the model on a small device.
 MAX_RESIDENT_BYTES = 8 * 1024**3
@@ -145,6 +154,42 @@ def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
     except OSError as error:
         rule = f"must be a directory that can be written ({error.strerror})"
         raise InputError("--workdir", str(workdir), rule) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process: two runs in one directory would spoil each other.
+
+    The lock is the operating system's, on the file `lock`, so that it ends with the process however
+    that ends; the file says who holds it. Where there are no such locks (Windows), nothing is held.
+
+    Raises:
+      InputError: when another live process holds it, or it cannot be written ("--workdir").
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        file = (workdir / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        rule = f"must be a directory that can be written ({error.strerror})"
+        raise InputError("--workdir", str(workdir), rule) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            rule = f"is in use by {owner}; stop that run or choose another --workdir"
+            raise InputError("--workdir", str(workdir), rule) from error
+        started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, flatten, validate
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
@@ -26,7 +26,14 @@ from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
 from hjepa_jax.platform import donates_buffers, select_platform
-from hjepa_jax.run import Run, build_run, num_params, open_config_source, prepare_workdir
+from hjepa_jax.run import (
+    Run,
+    build_run,
+    locked,
+    num_params,
+    open_config_source,
+    prepare_workdir,
+)
 from hjepa_jax.train_state import TrainState
 
 # Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
@@ -61,7 +68,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     run = build_run(config, source)
     train, test = source.load()
     prepare_workdir(config, workdir)
+    with locked(workdir):
+        return _train_and_judge(run, source, train, test, workdir, backend)
 
+
+def _train_and_judge(
+    run: Run, source: Source, train: Split, test: Split, workdir: pathlib.Path, backend: str
+) -> list[dict[str, Any]]:
+    """What `train_and_evaluate` does once everything is built and the workdir is ours."""
+    config = run.config
     checkpoints = Checkpoints(workdir, config=config)
     state, window = run.create()
     if checkpoints.latest_step() is not None:

@@ -89,11 +89,11 @@ def test_uniformity_matches_a_loop_over_pairs():
 def test_lidar_matches_an_independent_discriminant_analysis():
     rng = np.random.default_rng(1)
     views = rng.normal(size=(40, 1, 6)) * np.arange(1, 7) + 0.5 * rng.normal(size=(40, 8, 6))
-    within = np.mean([np.cov(image, rowvar=False) for image in views], axis=0) + 1e-4 * np.eye(6)
+    within = np.mean([np.cov(image, rowvar=False) for image in views], axis=0) + 0.3 * np.eye(6)
     between = np.cov(views.mean(axis=1), rowvar=False)
     eigenvalues = np.linalg.eigvals(np.linalg.solve(within, between)).real
     p = eigenvalues / eigenvalues.sum() + 1e-7
-    assert quality.lidar(views) == pytest.approx(entropy_rank(p), rel=1e-5)
+    assert quality.lidar(views, delta=0.3) == pytest.approx(entropy_rank(p), rel=1e-5)
 
 
 def test_lidar_tells_directions_of_images_from_directions_of_views():

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -166,6 +168,22 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
     with pytest.raises(InputError, match=r"optim.learning_rate 0.001 -> 0.5"):
         train.train_and_evaluate(tiny_config, tmp_path)
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+
+
+def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp_path):
+    code = "import sys, pathlib\nfrom hjepa_jax.run import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == "held\n"
+        owner = f"in use by process {first.pid} on .*, since "
+        with pytest.raises(InputError, match=owner), run.locked(tmp_path):
+            pass
+        first.kill()  # without a chance to tidy up: the lock must be gone all the same
+        first.wait()
+    with run.locked(tmp_path), pytest.raises(InputError, match="in use"), run.locked(tmp_path):
+        pass
 
 
 @pytest.mark.slow
