@@ -168,3 +168,18 @@ def test_bfloat16_computes_close_to_float32():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, a, b)))
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=0.1), a, b)
     assert np.any(np.asarray(a[0]) != np.asarray(b[0]))
+
+
+def test_residual_branches_start_smaller_the_deeper_the_network():
+    """Kernels that write to the residual stream are 1 / sqrt(2 depth) of Xavier's, the rest not."""
+    encoder = VisionTransformer(GRID, PATCH, 64, depth=8, num_heads=2)
+    params = encoder.init(jax.random.PRNGKey(0), images(1))["params"]
+    for block in (params["block_0"], params["block_7"]):
+        for kernel, scale in (
+            (block["attention"]["qkv"]["kernel"], 1.0),
+            (block["attention"]["out"]["kernel"], 0.25),
+            (block["mlp_in"]["kernel"], 1.0),
+            (block["mlp_out"]["kernel"], 0.25),
+        ):
+            xavier = np.sqrt(2 / sum(kernel.shape))
+            np.testing.assert_allclose(np.std(kernel), scale * xavier, rtol=0.05)

@@ -14,7 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.vit import Block, PositionTable, dense, layer_norm, token_init
+from hjepa_jax.models.vit import (
+    Block,
+    PositionTable,
+    dense,
+    layer_norm,
+    residual_scale,
+    token_init,
+)
 
 
 class Predictor(nn.Module):
@@ -44,7 +51,11 @@ class Predictor(nn.Module):
         self.mask_token = self.param("mask_token", token_init, (1, 1, self.width))
         self.level_tokens = self.param("level_tokens", token_init, (self.num_levels, self.width))
         self.project_in = dense(self.width, self.dtype)
-        self.blocks = [Block(self.num_heads, self.mlp_ratio, self.dtype) for _ in range(self.depth)]
+        scale = residual_scale(self.depth)
+        self.blocks = [
+            Block(self.num_heads, self.mlp_ratio, self.dtype, out_scale=scale)
+            for _ in range(self.depth)
+        ]
         self.norm = layer_norm()
         self.heads = [dense(self.out_width, self.dtype) for _ in range(self.num_levels)]
 

@@ -72,6 +72,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Any = jnp.float32
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -88,23 +89,29 @@ class Attention(nn.Module):
             logits = jnp.where(key_valid[:, None, None, :], logits, -1e9)
         weights = jax.nn.softmax(logits).astype(self.dtype)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
-        return dense(d, self.dtype, "out")(out.transpose(0, 2, 1, 3).reshape(b, n, d))
+        out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
+        return dense(d, self.dtype, "out", self.out_scale)(out)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
+    `out_scale` scales what either branch adds at initialisation. With 1 / sqrt(2 depth) the 2 depth
+    branches of a network together add about as much as one, however deep it is.
+
     Where it is applied with a key of the name "drop_path", either branch is left out with
     probability `drop_path`, per image, and scaled up by 1 / (1 - drop_path) where it stays.
 
     References:
-      Huang et al. 2016, arXiv 1603.09382 (stochastic depth), section 3.
+      Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3
+      (`out_scale`); Huang et al. 2016, arXiv 1603.09382, section 3 (stochastic depth).
     """
 
     num_heads: int
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     drop_path: float = 0.0
+    out_scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -112,10 +119,11 @@ class Block(nn.Module):
     ) -> Float[Array, "B N D"]:
         d = x.shape[-1]
         y = layer_norm("norm_attention")(x)
-        x = x + self._keep(Attention(self.num_heads, self.dtype, name="attention")(y, key_valid))
+        attention = Attention(self.num_heads, self.dtype, self.out_scale, name="attention")
+        x = x + self._keep(attention(y, key_valid))
         y = layer_norm("norm_mlp")(x)
         y = nn.gelu(dense(int(d * self.mlp_ratio), self.dtype, "mlp_in")(y), approximate=True)
-        return x + self._keep(dense(d, self.dtype, "mlp_out")(y))
+        return x + self._keep(dense(d, self.dtype, "mlp_out", self.out_scale)(y))
 
     def _keep(self, branch: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         if not self.drop_path or not self.has_rng("drop_path"):
@@ -188,8 +196,14 @@ class VisionTransformer(nn.Module):
             key_valid = jnp.concatenate([jnp.ones((len(x), r), bool), valid], axis=1)
 
         for i in range(self.depth):
-            drop_path = self.drop_path * i / max(1, self.depth - 1)
-            block = Block(self.num_heads, self.mlp_ratio, self.dtype, drop_path, name=f"block_{i}")
+            block = Block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.dtype,
+                drop_path=self.drop_path * i / max(1, self.depth - 1),
+                out_scale=residual_scale(self.depth),
+                name=f"block_{i}",
+            )
             x = block(x, key_valid)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
@@ -201,6 +215,12 @@ def layer_norm(name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
 
 
-def dense(features: int, dtype: Any, name: str | None = None) -> nn.Dense:
-    """Dense layer with Xavier-uniform kernel; `dtype` is that of the product."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+def dense(features: int, dtype: Any, name: str | None = None, scale: float = 1.0) -> nn.Dense:
+    """Dense layer with Xavier-uniform kernel times `scale`; `dtype` is that of the product."""
+    kernel_init = nn.initializers.variance_scaling(scale**2, "fan_avg", "uniform")
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+def residual_scale(depth: int) -> float:
+    """1 / sqrt(2 depth), the `out_scale` of the blocks of a network."""
+    return (2 * depth) ** -0.5
