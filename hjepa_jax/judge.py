@@ -101,6 +101,7 @@ def judge_run(
             result = attentive_probe(
                 tokens, train.labels, test_tokens, test.labels,
                 num_classes=num_classes, num_val=protocol.num_val, seed=protocol.seed,
+                what=f"{encoder} attentive probe",
             )  # fmt: skip
             chosen = {
                 "learning_rate": result.chosen_learning_rate,

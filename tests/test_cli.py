@@ -70,7 +70,8 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     assert {row["encoder"] for row in rows} == {"target", "online", "random_init", "pixels"}
     assert rows[: len(first)] == first, "the probe must find what the end of the run found"
 
-    arguments = ["--protocols=lowshot,fewshot,quality", "--encoders=target", "--levels=1"]
+    arguments = ["--protocols=lowshot,fewshot,quality,attentive,finetune", "--encoders=target"]
+    arguments += ["--levels=1", "--finetune_epochs=0.5"]
     result = run_module(
         "hjepa_jax.probe", f"--workdir={workdir},{workdir}", *arguments, "--lowshot_labels=1,0.1"
     )
@@ -79,6 +80,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     rows = json.loads((workdir / "probe.json").read_text())["results"]
     found = {(r["protocol"], r["level"], r.get("labels")) for r in rows if r["encoder"] == "target"}
     assert found >= {("lowshot", 1, "10 %"), ("fewshot", 1, "5-shot"), ("quality", 1, None)}
+    assert found >= {("attentive", 0, None), ("finetune", 0, None)}
     assert not found & {("lowshot", 0, "10 %")}
 
     output = tmp_path / "features.npz"

@@ -26,6 +26,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -64,6 +65,7 @@ def attentive_probe(
     batch_size: int = 256,
     num_val: int = 5000,
     seed: int = 0,
+    what: str = "",
 ) -> AttentiveResult:
     """Chooses the setting on held-out training rows, retrains on all, scores the test once.
 
@@ -80,6 +82,7 @@ def attentive_probe(
       batch_size: rows per update.
       num_val: training rows held out to choose; at most a fifth of them is taken.
       seed: of the hold-out, of the first queries and of the order of rows.
+      what: name of the work, for a progress bar; empty for none.
 
     Raises:
       InputError: for tokens that are empty or not finite, or arrays that do not match.
@@ -91,7 +94,12 @@ def attentive_probe(
         check_labelled(name, tokens.reshape(len(tokens), -1), y, num_classes=num_classes)
     grid = list(itertools.product(learning_rates, weight_decays))
     train = functools.partial(
-        _train, num_classes=num_classes, num_queries=num_queries, num_epochs=num_epochs, seed=seed
+        _train,
+        num_classes=num_classes,
+        num_queries=num_queries,
+        num_epochs=num_epochs,
+        seed=seed,
+        what=what,
     )
     fit, val = hold_out(len(train_tokens), num_val=num_val, seed=seed)
     model = train(train_tokens[fit], train_y[fit], grid, batch_size=min(batch_size, len(fit)))
@@ -154,6 +162,7 @@ def _train(
     num_epochs: int,
     batch_size: int,
     seed: int,
+    what: str,
 ) -> _Model:
     n, _, d = tokens.shape
     sample = tokens[:: max(1, n // 2000)].reshape(-1, d).astype(np.float32)
@@ -171,7 +180,7 @@ def _train(
     opt_state = jax.vmap(optax.scale_by_adam().init)(params)
     learning_rates, weight_decays = np.array(grid, np.float32).T
     num_batches = n // batch_size
-    for epoch in range(num_epochs):
+    for epoch in progress(what, num_epochs, unit=" epochs", iterable=range(num_epochs)):
         order = rng.permutation(n)
         for i in range(num_batches):
             rows = np.sort(order[i * batch_size : (i + 1) * batch_size])

@@ -60,7 +60,7 @@ def extract_features(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def progress(what: str, total: int, *, unit: str, initial: int = 0) -> Any:
+def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: Any = None) -> Any:
     """A bar with the time left, from 5 seconds on; seldom where it goes to a file.
 
     Args:
@@ -68,10 +68,11 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0) -> Any:
       total: number of things to do.
       unit: what they are called.
       initial: how many of them were done before.
+      iterable: the things themselves, to loop over; None where `update` tells how many are done.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=total, desc=what, unit=unit, initial=initial, delay=5, mininterval=interval,
+        iterable, total=total, desc=what, unit=unit, initial=initial, delay=5, mininterval=interval,
         disable=not what, leave=False, dynamic_ncols=True,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
@@ -52,6 +53,7 @@ def knn_probe(
     num_val: int = 5000,
     seed: int = 0,
     block_size: int = 512,
+    what: str = "",
 ) -> KnnResult:
     """Chooses k on held-out training rows, then scores the test set once with all training rows.
 
@@ -66,6 +68,7 @@ def knn_probe(
       num_val: training rows held out to choose k; at most a fifth of them is taken.
       seed: of the hold-out.
       block_size: queries at a time; see `knn_predict`.
+      what: name of the work, for a progress bar; empty for none.
 
     Raises:
       InputError: for features that are empty or not finite, arrays that do not match, labels out
@@ -74,6 +77,7 @@ def knn_probe(
     check_labelled("train", train_x, train_y, num_classes=num_classes)
     check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
     options = {"num_classes": num_classes, "temperature": temperature, "block_size": block_size}
+    options["what"] = what
 
     fit, val = hold_out(len(train_x), num_val=num_val, seed=seed)
     predicted = knn_predict(train_x[fit], train_y[fit], train_x[val], ks=ks, **options)
@@ -94,6 +98,7 @@ def knn_predict(
     num_classes: int,
     temperature: float = 0.07,
     block_size: int = 512,
+    what: str = "",
 ) -> Int32[np.ndarray, "num_ks Q"]:
     """Classifies each query by the weighted vote of its k most similar bank rows, for every k.
 
@@ -109,6 +114,7 @@ def knn_predict(
       num_classes: number of classes.
       temperature: > 0; smaller values weigh the nearest neighbours more.
       block_size: queries at a time: bounds memory, about 10 * block_size * n bytes.
+      what: name of the work, for a progress bar; empty for none.
 
     Returns:
       Predicted classes, one row per k in the order given.
@@ -121,7 +127,8 @@ def knn_predict(
         raise InputError("eval.knn_ks", tuple(ks), f"must lie in [1, {n}], the rows in the bank")
     bank = _unit_rows(bank_x)
     predictions = np.empty((len(ks), len(query_x)), np.int32)
-    for start in range(0, len(query_x), block_size):
+    starts = range(0, len(query_x), block_size)
+    for start in progress(what, len(starts), unit=" blocks", iterable=starts):
         block = slice(start, start + block_size)
         similarity = _unit_rows(query_x[block]) @ bank.T
         neighbours = _nearest(similarity, max(ks))

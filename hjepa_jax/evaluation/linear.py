@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 # Half-decades, from next to no penalty to one that leaves little but the class frequencies.
@@ -75,6 +76,7 @@ def linear_probe(
     num_val: int = 5000,
     seed: int = 0,
     num_iterations: int = 300,
+    what: str = "",
 ) -> LinearProbeResult:
     """Chooses the penalty on held-out training rows, refits on all of them, scores the test once.
 
@@ -88,6 +90,7 @@ def linear_probe(
       num_val: training rows held out to choose; at most a fifth of them is taken.
       seed: of the hold-out.
       num_iterations: upper limit; see `fit`.
+      what: name of the work, for a progress bar; empty for none.
 
     Raises:
       InputError: for features that are empty or not finite, arrays that do not match, labels out
@@ -104,9 +107,15 @@ def linear_probe(
         num_val=num_val,
         seed=seed,
         num_iterations=num_iterations,
+        what=what,
     )
     model = fit(
-        train_x, train_y, num_classes=num_classes, l2s=[chosen_l2], num_iterations=num_iterations
+        train_x,
+        train_y,
+        num_classes=num_classes,
+        l2s=[chosen_l2],
+        num_iterations=num_iterations,
+        what=what,
     )
     train_top1 = float((predict(model, train_x)[0] == train_y).mean())
     predictions = predict(model, test_x)[0]
@@ -123,6 +132,7 @@ def select(
     num_val: int = 5000,
     seed: int = 0,
     num_iterations: int = 300,
+    what: str = "",
 ) -> tuple[float, tuple[float, ...]]:
     """Chooses the penalty that classifies held-out training rows best; the largest, of equals.
 
@@ -134,6 +144,7 @@ def select(
       num_val: rows to hold out; at most a fifth of `n` is taken.
       seed: of the hold-out.
       num_iterations: upper limit; see `fit`.
+      what: name of the work, for a progress bar; empty for none.
 
     Returns:
       The chosen penalty, and the held-out accuracy of each in the order of the grid.
@@ -148,6 +159,7 @@ def select(
         num_classes=num_classes,
         l2s=l2_grid,
         num_iterations=num_iterations,
+        what=what,
     )
     val_top1 = (predict(model, x[val_rows]) == y[None, val_rows]).mean(axis=1).tolist()
     _, chosen_l2 = max(zip(val_top1, l2_grid, strict=True))
@@ -161,6 +173,7 @@ def fit(
     num_classes: int,
     l2s: Sequence[float],
     num_iterations: int = 300,
+    what: str = "",
 ) -> LinearModel:
     """Minimises mean cross-entropy + l2 / 2 * ||W||^2 for each l2, on standardised features.
 
@@ -174,6 +187,7 @@ def fit(
       l2s: the G penalties, > 0.
       num_iterations: upper limit. Stops earlier once the curvature bound promises less than 1e-8
         nats per step for every penalty.
+      what: name of the work, for a progress bar; empty for none.
 
     Raises:
       InputError: if there is no penalty, or one is not positive ("eval.linear_l2_grid").
@@ -201,7 +215,8 @@ def fit(
         )
     )
     # A Python loop, for Metal handles `lax.while_loop` poorly; a step dwarfs its dispatch.
-    for _ in range(num_iterations):
+    steps = range(num_iterations)
+    for _ in progress(what, num_iterations, unit=" steps at most", iterable=steps):
         state, decrease = _step(features, labels, penalty, step_size, state)
         if jax.device_get(decrease).max() < _TOLERANCE:
             break

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int, Integer
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 # Labels per class, as whole numbers, and fractions of all training labels.
@@ -60,6 +61,7 @@ def lowshot_probe(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     num_val: int = 5000,
     seed: int = 0,
+    what: str = "",
 ) -> list[LowshotResult]:
     """Fits ridge regression to a few labels, several times, and scores the test set.
 
@@ -79,6 +81,7 @@ def lowshot_probe(
       alphas: penalties to choose from, > 0; see `fit_ridge`.
       num_val: training rows held out to choose; at most a fifth of them is taken.
       seed: of the hold-out and of the first draw.
+      what: name of the work, for a progress bar; empty for none.
 
     Returns:
       One result per entry of `shots`, in order.
@@ -96,7 +99,7 @@ def lowshot_probe(
     train_z, test_z = (((x - mean) / std).astype(np.float32) for x in (train_x, test_x))
 
     results = []
-    for shot in shots:
+    for shot in progress(what, len(shots), unit=" sizes", iterable=shots):
         val_top1, test_top1, num_labels = [], [], 0
         for draw in range(num_draws):
             rows = draw_labels(train_y, fit_rows, shot, num_classes=num_classes, seed=seed + draw)

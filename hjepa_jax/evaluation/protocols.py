@@ -198,16 +198,17 @@ def _score(
     """What one protocol says of one representation; low-shot and few-shot say several things."""
     train_x, train_y, test_x, test_y = arrays
     chooses = {"num_val": protocol.num_val, "seed": protocol.seed}
+    shown = {"what": f"{name}, {train_x.shape[1]} features"}
     if name == "linear":
         # Half of the penalties where the features are wide, raw pixels above all: time is D x G.
         grid = DEFAULT_L2_GRID[:: 1 if train_x.shape[1] <= 1024 else 2]
-        result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses)
+        result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses, **shown)
         chosen = {"l2": result.chosen_l2, "val_top1": max(result.val_top1)}
         return [{"top1": result.top1, "chosen": chosen}]
     if name == "knn":
         fit, _ = hold_out(len(train_x), **chooses)
         ks = [k for k in DEFAULT_KS if k <= len(fit)]
-        result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses)
+        result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses, **shown)
         chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
         return [{"top1": result.top1, "chosen": chosen}]
     if name == "lowshot":
