@@ -61,7 +61,7 @@ def base_config() -> Config:
     c.model.patch_size = 4  # pixels per side of a patch
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R
-    c.model.positions = "learned"  # learned | sincos2d
+    c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed)
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
     c.model.predictor_width = 96
     c.model.predictor_depth = 4
@@ -176,13 +176,12 @@ def validate(config: Config) -> None:
     positive("model.predictor_width", "model.predictor_depth", "model.predictor_num_heads")
     at_least(0, "model.num_summary_tokens", "model.expander_width")
     width, _, num_heads = encoder_size(config)
-    head_rule = "must be a multiple of the number of heads, {}, and of 4 with sincos2d positions"
+    head_rule = "must be a multiple of the number of heads, {}, and of 4, for the positions"
     for field, w, heads in (
         ("model.width", width, num_heads),
         ("model.predictor_width", config.model.predictor_width, config.model.predictor_num_heads),
     ):
-        fits = w % heads == 0 and (config.model.positions != "sincos2d" or w % 4 == 0)
-        check(fits, field, head_rule.format(heads))
+        check(w % heads == 0 and w % 4 == 0, field, head_rule.format(heads))
     check(
         config.data.image_size % config.model.patch_size == 0,
         "data.image_size",

@@ -170,6 +170,21 @@ def test_bfloat16_computes_close_to_float32():
     assert np.any(np.asarray(a[0]) != np.asarray(b[0]))
 
 
+def test_learned_positions_start_from_the_sine_cosine_table(model_and_params):
+    _, variables = model_and_params
+    params = variables["params"]
+    for network, width in (("context_encoder", WIDTH), ("predictor", 8)):
+        tables = params[network]
+        table = tables["positions" if network == "context_encoder" else "position_table"]
+        np.testing.assert_array_equal(table["embedding"], sincos2d_positions(GRID, width))
+    fixed = make_model()
+    fixed = fixed.clone(context_encoder=fixed.context_encoder.clone(positions="sincos2d"))
+    assert (
+        "positions"
+        not in fixed.init(jax.random.PRNGKey(0), images(), MASKS)["params"]["context_encoder"]
+    )
+
+
 def test_residual_branches_start_smaller_the_deeper_the_network():
     """Kernels that write to the residual stream are 1 / sqrt(2 depth) of Xavier's, the rest not."""
     encoder = VisionTransformer(GRID, PATCH, 64, depth=8, num_heads=2)

@@ -54,7 +54,11 @@ def sincos2d_positions(grid_size: int, width: int) -> Float[np.ndarray, "N D"]:
 
 
 class PositionTable(nn.Module):
-    """Position embeddings of all patches of the grid, [N, D], learned or fixed."""
+    """Position embeddings of all patches of the grid, [N, D], learned or fixed.
+
+    Learned ones start from the sine-cosine table, not from small noise: beside patch embeddings of
+    full size, small positions stay invisible for most of a short run (experiments/recipes).
+    """
 
     kind: str
     grid_size: int
@@ -62,9 +66,10 @@ class PositionTable(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "N D"]:
+        table = jnp.asarray(sincos2d_positions(self.grid_size, self.width))
         if self.kind == "sincos2d":
-            return jnp.asarray(sincos2d_positions(self.grid_size, self.width))
-        return self.param("embedding", token_init, (self.grid_size**2, self.width))
+            return table
+        return self.param("embedding", lambda _: table)
 
 
 class Attention(nn.Module):
