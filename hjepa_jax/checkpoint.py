@@ -148,7 +148,7 @@ class NewestCheckpoint:
     """Keeps the newest of a succession of trees, for work that is to survive an interruption.
 
     Args:
-      directory: made when something is saved.
+      directory: made at once.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -187,15 +187,29 @@ def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[
     Raises:
       InputError: when the directory holds no run or no such checkpoint.
     """
-    workdir = pathlib.Path(workdir)
+    which = "last" if step is None else str(step)
+    model, state, _ = load_state(pathlib.Path(workdir), which)
+    return model, state.target_params
+
+
+def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, TrainState, TrainState]:
+    """The model of a run, its state at a checkpoint, and its state at step 0.
+
+    Args:
+      workdir: the run's directory. The data set it was trained on is not needed.
+      which: "last", "best" (by k-NN) or the step of a checkpoint.
+
+    Raises:
+      InputError: when the directory holds no run or no such checkpoint.
+    """
     config = load_config(workdir)
     model = build.build_model(config)
     # Schedules decide no shape, so any length will do.
     tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
-    state = jax.jit(build.build_create_state(config, model, tx))()
+    initial = jax.jit(build.build_create_state(config, model, tx))()
     checkpoints = Checkpoints(workdir, config=config)
     try:
-        return model, checkpoints.restore_state(state, step).target_params
+        return model, checkpoints.restore_state(initial, checkpoints.find_step(which)), initial
     finally:
         checkpoints.close()
 

@@ -1,6 +1,7 @@
 """Judges the encoders of a run: every protocol, told on the terminal and kept in its workdir."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any
 
@@ -10,9 +11,10 @@ from hjepa_jax import __version__, build
 from hjepa_jax.checkpoint import NewestCheckpoint
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint
+from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
-from hjepa_jax.evaluation.features import FeatureCache, extract_features
+from hjepa_jax.evaluation.features import FeatureCache, extract_features, params_digest
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.models.hjepa import HJEPA
 
@@ -35,7 +37,7 @@ def judge_run(
     keep_features: bool = True,
     finetune_epochs: float = 20.0,
 ) -> list[results.Row]:
-    """Runs the protocols, prints rows and tables, and adds the rows to probe.json.
+    """Runs the protocols, prints rows and tables, and adds each row to probe.json as it is done.
 
     Args:
       workdir: the run's directory; features are kept in its folder `features`, fine-tunings in
@@ -53,21 +55,36 @@ def judge_run(
       finetune_epochs: length of a fine-tuning.
 
     Raises:
-      InputError: see `evaluate_encoders`.
+      InputError: see `evaluate_encoders`; and for a workdir that cannot be written ("--workdir").
     """
     wanted, rows = protocol.protocols, []
-    num_classes = len(source.info.class_names)
+    num_classes, num_levels = len(source.info.class_names), config.model.num_levels
+    protocols.check_classes(train, num_classes)
+    for level in protocol.levels or ():
+        if level >= num_levels:
+            raise InputError(
+                "--levels", level, f"must be levels of the model, 0 to {num_levels - 1}"
+            )
+    embed = build.build_embed_fn(config, model, num_layers=num_layers)
+    augment = build.build_augment(config)
 
     def add(row: results.Row) -> None:
-        row["num_layers"] = num_layers
+        layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
+        row["num_layers"] = num_layers if layered else 1
         rows.append(row)
         print(results.format_row(row), flush=True)
+        try:
+            results.write_probe_json(workdir / "probe.json", [row])
+        except OSError as error:
+            rule = f"must be a directory that can be written ({error.strerror})"
+            raise InputError("--workdir", str(workdir), rule) from error
 
     plain = tuple(name for name in wanted if name in protocols.PROTOCOLS)
     if plain:
-        version = f"{__version__} {config.data.image_size} {config.seed} {num_layers}"
+        # The augmentation decides what LiDAR's views are.
+        version = f"{__version__} {config.data.image_size} {num_layers} {augment}"
         protocols.evaluate_encoders(
-            build.build_embed_fn(config, model, num_layers=num_layers),
+            embed,
             encoders,
             train,
             test,
@@ -90,10 +107,10 @@ def judge_run(
             "test_size": len(test.labels),
         }
         if "attentive" in wanted:
-            embed = jax.jit(build.build_tokens_fn(config, model))
+            embed_tokens = jax.jit(build.build_tokens_fn(config, model))
             tokens, test_tokens = (
                 extract_features(
-                    embed, params, split.images, batch_size=protocol.batch_size,
+                    embed_tokens, params, split.images, batch_size=protocol.batch_size,
                     what=f"{encoder} tokens, {name}",
                 )["tokens"]
                 for name, split in (("train", train), ("test", test))
@@ -109,22 +126,24 @@ def judge_run(
                 "val_top1": max(result.val_top1),
             }
             where = {"level": 0, "pool": "tokens", "dim": tokens.shape[2]}
+            del tokens, test_tokens  # gigabytes, before the next encoder's
             add({"protocol": "attentive", **where, "top1": result.top1, "chosen": chosen, **common})
         if "finetune" in wanted and encoder != "pixels":  # random-init: training from scratch
             settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
-            name = f"{encoder}_{common['step']}_{fingerprint(train)}_{finetune_epochs:g}"
-            newest = NewestCheckpoint(workdir / "finetune" / f"{name}_{protocol.seed}")
+            made_from = f"{__version__} {fingerprint(train)} {settings} {augment}"
+            made_from = hashlib.sha256(f"{params_digest(params)} {made_from}".encode()).hexdigest()
+            newest = NewestCheckpoint(workdir / "finetune" / f"{encoder}_{made_from[:16]}")
             try:
                 scores = finetune(
                     model.context_encoder, params, train, test, settings,
-                    augment=build.build_augment(config), preprocess=build.build_preprocess(config),
+                    augment=augment, preprocess=build.build_preprocess(config),
                     checkpoints=newest, what=f"{encoder} fine-tuning",
                 )  # fmt: skip
             finally:
                 newest.close()
             where = {"level": 0, "pool": "mean", "dim": model.context_encoder.width}
+            where["labels"] = f"{finetune_epochs:g} epochs"
             how = {"settings": dataclasses.asdict(settings), "chosen": {}}
             add({"protocol": "finetune", **where, **scores, **how, **common})
     print(results.format_tables(rows))
-    results.write_probe_json(workdir / "probe.json", rows)
     return rows

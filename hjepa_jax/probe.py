@@ -24,10 +24,13 @@ _POOLS = flags.DEFINE_list("pools", ["mean", "summary", "concat"], "Features to 
 _STEP = flags.DEFINE_string("step", "last", "Checkpoint to judge: last, best (by k-NN) or a step.")
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 1, "How many of the last blocks give features.")
 _DATA = flags.DEFINE_string("data", None, "Judge on another data set: a data.source.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps prepared data.")
 _SHOTS = flags.DEFINE_list("lowshot_labels", None, "Labels per class, or fractions such as 0.01.")
 _FEWSHOT = flags.DEFINE_list("fewshot_shots", ["1", "5"], "Examples per class in an episode.")
-_FINETUNE = flags.DEFINE_float("finetune_epochs", 20.0, "Length of a fine-tuning.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the hold-out, of draws and episodes.")
+_FINETUNE = flags.DEFINE_float("finetune_epochs", 20.0, "Length of a fine-tuning.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the hold-out, of draws and episodes.", lower_bound=0
+)
 _KEEP = flags.DEFINE_bool("keep_features", True, "Keep extracted features in the workdir.")
 
 
@@ -39,6 +42,8 @@ def main() -> None:
     _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
     _check_names("--encoders", _ENCODERS.value, (*protocols.TRAINED_ENCODERS, "random_init"))
     _check_names("--pools", _POOLS.value, features.POOLS)
+    if not 0 < _FINETUNE.value < float("inf"):
+        raise InputError("--finetune_epochs", _FINETUNE.value, "must be a number above 0")
     options = {
         "protocols": tuple(_PROTOCOLS.value),
         "levels": None if _LEVELS.value == ["all"] else _numbers("--levels", _LEVELS.value),
@@ -63,13 +68,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
 
     config = run.load_config(workdir)
     select_platform(config.platform)
-    built = run.build_run(config, run.open_config_source(config))
-    initial, _ = built.create()
-    checkpoints = checkpoint.Checkpoints(workdir, config=config)
-    try:
-        state = checkpoints.restore_state(initial, checkpoints.find_step(_STEP.value))
-    finally:
-        checkpoints.close()
+    model, state, initial = checkpoint.load_state(workdir, _STEP.value)
     params = {
         "target": state.target_params,
         "online": state.params["context_encoder"],
@@ -77,7 +76,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     }
     source = open_source(
         _DATA.value or config.data.source,
-        data_dir=config.data.dir,
+        data_dir=_DATA_DIR.value or config.data.dir,
         image_size=config.data.image_size,
         seed=config.seed,
     )
@@ -86,7 +85,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     rows = judge_run(
         workdir,
         config,
-        built.model,
+        model,
         {name: params[name] for name in _ENCODERS.value},
         *source.load(),
         source=source,
@@ -98,8 +97,9 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
         keep_features=_KEEP.value,
         finetune_epochs=_FINETUNE.value,
     )
-    if config.log.tensorboard and not _DATA.value:
-        write_tensorboard_scalars(workdir, step, results.scalars(rows))
+    if config.log.tensorboard:
+        group = f"probe_{source.name}" if _DATA.value else "probe"
+        write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
     return rows
 
 
@@ -115,15 +115,16 @@ def _numbers(flag: str, values: list[str]) -> tuple[int | float, ...]:
     for value in values:
         try:
             number = float(value)
-        except ValueError:
+            whole = int(number)
+        except (ValueError, OverflowError):
             raise InputError(flag, value, "must be numbers, separated by commas") from None
         is_fraction = flag == "--lowshot_labels" and 0 < number < 1
-        is_count = number == int(number) and number >= (0 if flag == "--levels" else 1)
+        is_count = number == whole and number >= (0 if flag == "--levels" else 1)
         if not (is_fraction or is_count):
             raise InputError(
                 flag, value, "must be whole numbers, or fractions where they make sense"
             )
-        numbers.append(number if is_fraction else int(number))
+        numbers.append(number if is_fraction else whole)
     return tuple(numbers)
 
 

@@ -161,7 +161,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this process: two runs in one directory would spoil each other.
 
     The lock is the operating system's, on the file `lock`, so that it ends with the process however
-    that ends; the file says who holds it. Where there are no such locks (Windows), nothing is held.
+    that ends; the file says who holds it. Where there are no such locks (Windows,
+    some network file systems), nothing is held.
 
     Raises:
       InputError: when another live process holds it, or it cannot be written ("--workdir").
@@ -177,11 +178,14 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip() or "another process"
             rule = f"is in use by {owner}; stop that run or choose another --workdir"
             raise InputError("--workdir", str(workdir), rule) from error
+        except OSError:  # a file system without such locks
+            yield
+            return
         started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")

@@ -47,14 +47,15 @@ def test_the_setting_is_chosen_on_held_out_rows_and_no_test_label_changes_it():
 
 def test_training_settings_together_equals_training_each_alone():
     (x, y), (test_x, test_y) = needles(200), needles(50, seed=1)
-    both = attentive_probe(x, y, test_x, test_y, **OPTIONS, weight_decays=(1e-3,))
+    rates = (1e-5, 3e-2)  # one that learns next to nothing, and one that does
+    options = OPTIONS | {"weight_decays": (1e-3,)}
+    both = attentive_probe(x, y, test_x, test_y, **(options | {"learning_rates": rates}))
     alone = [
-        attentive_probe(
-            x, y, test_x, test_y, **(OPTIONS | {"learning_rates": (rate,)}), weight_decays=(1e-3,)
-        ).val_top1[0]
-        for rate in OPTIONS["learning_rates"]
+        attentive_probe(x, y, test_x, test_y, **(options | {"learning_rates": (rate,)})).val_top1[0]
+        for rate in rates
     ]
     assert both.val_top1 == pytest.approx(alone, abs=0.03)
+    assert alone[1] > alone[0] + 0.2
 
 
 @pytest.mark.parametrize(

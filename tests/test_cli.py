@@ -63,8 +63,9 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     first = json.loads((workdir / "probe.json").read_text())["results"]
 
     result = run_module(
-        "hjepa_jax.probe", f"--workdir={workdir}", "--protocols=knn", "--encoders=target,online"
-    )
+        "hjepa_jax.probe", f"--workdir={workdir}", "--protocols=knn", "--encoders=target,online",
+        "--nokeep_features",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = json.loads((workdir / "probe.json").read_text())["results"]
     assert {row["encoder"] for row in rows} == {"target", "online", "random_init", "pixels"}
@@ -206,6 +207,10 @@ def trained(tmp_path_factory, shapes_npz):
         (["--encoders=teacher"], ["--encoders", "teacher"]),
         (["--levels=7"], ["--levels=7", "0 to 1"]),
         (["--levels=top"], ["--levels", "top"]),
+        (["--levels=nan"], ["--levels", "nan"]),
+        (["--protocols=attentive", "--levels=7"], ["--levels=7", "0 to 1"]),
+        (["--protocols=finetune", "--finetune_epochs=inf"], ["--finetune_epochs=inf"]),
+        (["--seed=-1"], ["seed", "-1"]),
         (["--pools=max"], ["--pools", "max"]),
         (["--step=99"], ["--step=99", "[4]"]),
         (["--step=best"], ["--step", "best", "k-NN"]),

@@ -7,6 +7,7 @@ import pytest
 
 from hjepa_jax.checkpoint import NewestCheckpoint
 from hjepa_jax.data.augment import Augment
+from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.finetune import Classifier, FinetuneSettings, finetune, layer_scales
 from hjepa_jax.models.vit import VisionTransformer
 from tests.test_protocols import split
@@ -70,7 +71,16 @@ def test_with_a_layer_decay_of_almost_nothing_the_encoder_stays_as_it_was(params
 
 
 def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
-    class Cut(NewestCheckpoint):
+    class Spy(NewestCheckpoint):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.saved = []
+
+        def save(self, step, state):
+            self.saved.append(step)
+            super().save(step, state)
+
+    class Cut(Spy):
         def save(self, step, state):
             super().save(step, state)
             if step == 16:
@@ -83,10 +93,17 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(params, checkpoints=cut)
     cut.close()
-    again = NewestCheckpoint(tmp_path / "parts")
+    again = Spy(tmp_path / "parts")
     assert run(params, checkpoints=again) == expected
-    assert run(params, checkpoints=again)["top1"] == expected["top1"]  # nothing left to do
+    assert again.saved == [24, 32, 40, 48]  # not 8 and 16: those epochs are not done again
+    assert run(params, checkpoints=again) == expected
+    assert again.saved == [24, 32, 40, 48]  # nothing was left to do
     again.close()
+
+
+def test_a_loss_that_is_not_finite_is_refused_by_name(params):
+    with pytest.raises(InputError, match=r"^finetune\.learning_rate=1e\+30"):
+        run(params, dataclasses.replace(SETTINGS, learning_rate=1e30))
 
 
 def test_test_labels_change_the_score_and_nothing_else(params):

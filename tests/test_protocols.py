@@ -37,14 +37,15 @@ def embed_views(params, images, rngs):
     return embed(params, images + 3.0 * (rngs[:, :1] % 7).reshape(-1, 1, 1, 1))
 
 
-def encoders():
-    matrix = np.random.default_rng(2).normal(size=(48, 6)).astype(np.float32)
+def encoders(seed=2):
+    matrix = np.random.default_rng(seed).normal(size=(48, 6)).astype(np.float32)
     return {"target": jnp.asarray(matrix), "random_init": jnp.asarray(matrix[::-1])}
 
 
-def evaluate(protocol=ALL, train=TRAIN, test=TEST, **options):
+def evaluate(protocol=ALL, train=TRAIN, test=TEST, params=None, **options):
     options = {"num_classes": NUM_CLASSES, "step": 7, "data": "colours"} | options
-    return evaluate_encoders(embed, encoders(), train, test, protocol=protocol, **options)
+    params = encoders() if params is None else params
+    return evaluate_encoders(embed, params, train, test, protocol=protocol, **options)
 
 
 def test_every_protocol_judges_every_representation_of_every_encoder():
@@ -77,7 +78,11 @@ def test_no_choice_of_any_protocol_reads_the_test_labels():
 def test_levels_and_pools_choose_representations():
     features = extract_features(embed, encoders()["target"], TEST.images, batch_size=32)
     names = lambda **options: [(p, lv) for p, lv, _ in representations(features, **options)]
-    assert names(levels=(1,)) == [("mean", 1), ("summary", "all"), ("concat", "all")]
+    assert names(levels=(1, 1)) == [("mean", 1), ("summary", "all"), ("concat", 1)]
+    assert names(levels=(1, 0)) == names()
+    features["level_2"] = features["level_1"]
+    assert ("mean", "0+2") in names(levels=(2, 0))
+    del features["level_2"]
     assert names(pools=("summary",)) == [("summary", "all")]
     concat = representations(features, levels=(1,))[-1][2]
     expected = np.concatenate([features["level_1"], features["summary"]], axis=1)
@@ -98,31 +103,35 @@ def test_features_are_extracted_once_per_checkpoint_and_data(tmp_path, monkeypat
 
     monkeypatch.setattr(protocols, "extract_features", spy)
 
-    def rows(step, train=TRAIN, version="a"):
+    def rows(step, train=TRAIN, version="a", seed=2):
         calls.clear()
         cache = FeatureCache(tmp_path, version=version)
-        return evaluate(Protocol(batch_size=40), train=train, step=step, cache=cache)
+        options = {"train": train, "step": step, "cache": cache, "params": encoders(seed)}
+        return evaluate(Protocol(batch_size=40), **options)
 
     first = rows(7)
     assert len(calls) == 4  # two encoders, two splits
     assert rows(7) == first
     assert not calls
-    rows(8)
-    assert len(calls) == 2  # the trained encoder alone: random-init is at step 0 for ever
-    assert len(list(tmp_path.glob("target_train_*"))) == 1, "the older step is dropped"
-    rows(8, train=split(200, 3))
+    other = rows(7, seed=3)
+    assert len(calls) == 4  # other weights at the same step: nothing of the old may be served
+    assert [r["top1"] for r in other] == [
+        r["top1"] for r in evaluate(params=encoders(3)) if r["protocol"] in ("linear", "knn")
+    ]
+    assert len(list(tmp_path.glob("target_train_*"))) == 1, "new features replace the old"
+    rows(7, train=split(200, 3), seed=3)
     assert len(calls) == 2  # both encoders, on the new training images
-    rows(8, version="b")
+    rows(7, version="b", seed=3)
     assert len(calls) == 4
 
 
 def test_a_broken_cache_file_is_made_anew(tmp_path):
     cache = FeatureCache(tmp_path, version="a")
     make = lambda: {"level_0": np.ones((3, 2), np.float32)}
-    cache.get("target_train", 1, "data", make)
+    cache.get("target_train", None, make)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:40])
-    np.testing.assert_array_equal(cache.get("target_train", 1, "data", make)["level_0"], 1.0)
+    np.testing.assert_array_equal(cache.get("target_train", None, make)["level_0"], 1.0)
 
 
 def test_constant_encoder_gets_a_verdict_and_no_crash():
@@ -151,6 +160,24 @@ def test_a_missing_class_and_an_unknown_protocol_are_refused():
         evaluate(num_classes=5)
     with pytest.raises(InputError, match=r"^--protocols='tarot'"):
         evaluate(Protocol(protocols=("tarot",)))
+
+
+def test_quality_looks_at_images_of_all_classes_of_a_sorted_source(monkeypatch):
+    """A folder lists its images class by class: the first rows would be of one class only."""
+    monkeypatch.setattr(protocols, "QUALITY_ROWS", 50)
+    monkeypatch.setattr(protocols, "LIDAR_IMAGES", 20)
+    order = np.argsort(TRAIN.labels, kind="stable")
+    sorted_train = Split(TRAIN.images[order], TRAIN.labels[order])
+    one_hot = lambda params, images: {"level_0": jnp.eye(4)[images[:, 0, 0, 0]]}
+    marked = Split(sorted_train.images.copy(), sorted_train.labels)
+    marked.images[:, 0, 0, 0] = marked.labels
+    rows = evaluate_encoders(
+        one_hot, {"target": None}, marked, TEST, num_classes=4, step=1,
+        protocol=Protocol(protocols=("quality",)), embed_views=lambda p, x, r: one_hot(p, x),
+    )  # fmt: skip
+    target = next(row for row in rows if row["encoder"] == "target")
+    assert target["verdict"] == "healthy"
+    assert target["lidar"] > 2.5
 
 
 def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):

@@ -1,6 +1,7 @@
 """Features of whole data sets from a frozen encoder: in batches of one shape, kept on disk."""
 
 import hashlib
+import os
 import pathlib
 import sys
 import zipfile
@@ -45,7 +46,7 @@ def extract_features(
     Returns:
       The same dict for all images, on the host.
     """
-    parts = []
+    found: dict[str, np.ndarray] = {}
     with progress(what, len(images), unit=" images") as bar:
         for start in range(0, len(images), batch_size):
             batch = [array[start : start + batch_size] for array in (images, *extra)]
@@ -54,10 +55,12 @@ def extract_features(
                 np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
                 for array in batch
             ]
-            features = jax.device_get(embed(encoder_params, *padded))
-            parts.append({name: value[:count] for name, value in features.items()})
+            for name, value in jax.device_get(embed(encoder_params, *padded)).items():
+                if name not in found:
+                    found[name] = np.empty((len(images), *value.shape[1:]), value.dtype)
+                found[name][start : start + count] = value[:count]
             bar.update(count)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return found
 
 
 def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: Any = None) -> Any:
@@ -78,44 +81,52 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: An
 
 
 class FeatureCache:
-    """Extracted features in a directory, one file per encoder, checkpoint, split and data.
+    """Extracted features in a directory: one file per encoder, split and data set.
+
+    A file knows what it was made from. When that changes (other weights, another version), it is
+    made anew and replaces the old one.
 
     Args:
       directory: made when something is kept.
-      version: what else the features depend on (package version, image size); part of the name.
+      version: what else the features depend on: package version, preprocessing, augmentation.
     """
 
     def __init__(self, directory: pathlib.Path, *, version: str):
-        self._directory = directory
-        self._version = hashlib.sha256(version.encode()).hexdigest()[:8]
+        self._directory, self._version = directory, version
 
-    def get(self, name: str, step: int, data: str, make: Callable[[], Features]) -> Features:
+    def get(self, name: str, encoder_params: Any, make: Callable[[], Features]) -> Features:
         """Reads the features, or makes and keeps them.
 
         Args:
-          name: encoder and split.
-          step: checkpoint step; files of the same name and data at other steps are removed when
-            new ones are written, so that a directory does not grow with every checkpoint.
-          data: fingerprint of the images.
+          name: name of the file: encoder, split and fingerprint of the images.
+          encoder_params: parameters of the encoder.
           make: extracts the features.
         """
-        prefix = f"{name}_{data}_{self._version}_step_"
-        path = self._directory / f"{prefix}{step}.npz"
+        made_from = f"{self._version} {params_digest(encoder_params)}"
+        path = self._directory / f"{name}.npz"
         if path.exists():
             try:
                 with path.open("rb") as file, np.load(file) as stored:
-                    return dict(stored)
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-                path.unlink()  # damaged on disk: made anew below
+                    if str(stored["made_from"]) == made_from:
+                        return {key: stored[key] for key in stored.files if key != "made_from"}
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                pass  # damaged on disk: made anew
         features = make()
         self._directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **features)  # pyright: ignore[reportArgumentType]
+        partial = self._directory / f"{name}.{os.getpid()}.partial.npz"
+        np.savez(partial, made_from=np.array(made_from), **features)  # pyright: ignore[reportArgumentType]
         partial.replace(path)
-        for old in self._directory.glob(f"{prefix}*.npz"):
-            if old != path:
-                old.unlink()
         return features
+
+
+def params_digest(params: Any) -> str:
+    """16 hexadecimal digits over the names, shapes and values of a tree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def embed_pixels(_: Any, images: UInt8[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:
@@ -131,6 +142,7 @@ def representations(
     """What of an encoder's features a probe is tried on, as (pool, level, array).
 
     Every level by itself, the levels concatenated, the summary tokens, and everything together.
+    Where not all levels are taken, what is concatenated of them is called "0+1", not "all".
 
     Args:
       features: `level_{l}` and perhaps `summary`; or `pixels`, which is always taken.
@@ -143,21 +155,24 @@ def representations(
     if "pixels" in features:
         return [("concat", 0, features["pixels"])]
     names = [name for name in features if name.startswith("level_")]
-    if levels is not None:
+    everything: int | str = "all"
+    if levels is not None and set(levels) != set(range(len(names))):
         for level in levels:
             if f"level_{level}" not in names:
                 rule = f"must be levels of the model, 0 to {len(names) - 1}"
                 raise InputError("--levels", level, rule)
-        names = [f"level_{level}" for level in levels]
+        chosen = sorted(set(levels))
+        names = [f"level_{level}" for level in chosen]
+        everything = chosen[0] if len(chosen) == 1 else "+".join(map(str, chosen))
     found: list[Representation] = [
         ("mean", int(name.removeprefix("level_")), features[name]) for name in names
     ]
     if len(names) > 1:
-        found.append(("mean", "all", np.concatenate([features[n] for n in names], axis=1)))
+        found.append(("mean", everything, np.concatenate([features[n] for n in names], axis=1)))
     if "summary" in features:
         found.append(("summary", "all", features["summary"]))
-        everything = [features[name] for name in (*names, "summary")]
-        found.append(("concat", "all", np.concatenate(everything, axis=1)))
+        parts = [features[name] for name in (*names, "summary")]
+        found.append(("concat", everything, np.concatenate(parts, axis=1)))
     found = [entry for entry in found if entry[0] in pools]
     if not found:
         raise InputError("--pools", ",".join(pools), "leaves nothing: the model has no such tokens")

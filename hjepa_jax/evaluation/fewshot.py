@@ -26,11 +26,15 @@ class FewshotResult:
       top1: mean over episodes, fraction in [0, 1].
       interval: half the width of the 95 % confidence interval of that mean.
       num_episodes: episodes.
+      num_ways: classes in an episode.
+      num_queries: images per class that were classified.
     """
 
     top1: float
     interval: float
     num_episodes: int
+    num_ways: int
+    num_queries: int
 
 
 def fewshot_probe(
@@ -94,4 +98,6 @@ def fewshot_probe(
         top1=float(np.mean(accuracies)),
         interval=float(1.96 * spread / np.sqrt(num_episodes)),
         num_episodes=num_episodes,
+        num_ways=num_ways,
+        num_queries=num_queries,
     )

@@ -8,6 +8,7 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split
+from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
 from hjepa_jax.models.vit import VisionTransformer, layer_norm
 from hjepa_jax.optimizer import decay_mask, warmup_cosine_schedule
@@ -69,11 +71,12 @@ class Checkpoints(Protocol):
 
 @struct.dataclass
 class FinetuneState:
-    """Parameters {"encoder": ..., "norm": ..., "head": ...}, optimizer state, updates done."""
+    """Updates done, {"encoder", "norm", "head"}, optimizer, loss summed over the epoch so far."""
 
     step: Any
     params: Any
     opt_state: Any
+    epoch_loss: Any
 
 
 class Classifier(nn.Module):
@@ -138,8 +141,10 @@ def finetune(
       what: name of the work, for its progress bar.
 
     Returns:
-      "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch done
-      here (nan when everything had been done before), nats.
+      "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch, nats.
+
+    Raises:
+      InputError: when the loss is not finite ("finetune.learning_rate").
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
@@ -153,14 +158,14 @@ def finetune(
     params = {**jax.jit(create)(), "encoder": jax.tree.map(jnp.copy, encoder_params)}
     scales = layer_scales(params, depth=encoder.depth, layer_decay=settings.layer_decay)
     tx = _optimizer(settings, scales, num_steps)
-    state = FinetuneState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = FinetuneState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
     if checkpoints is not None:
         state = checkpoints.restore(state)
 
     @jax.jit
     def update(
         state: FinetuneState, images: UInt8[Array, "B H W C"], labels: Int[Array, " B"]
-    ) -> tuple[FinetuneState, Float[Array, ""]]:
+    ) -> FinetuneState:
         augment_rng, drop_rng = jax.random.split(jax.random.fold_in(run_rng, state.step))
         pixels = augment(jax.random.split(augment_rng, len(images)), images)
         targets = optax.smooth_labels(
@@ -174,19 +179,22 @@ def finetune(
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return FinetuneState(state.step + 1, params, opt_state), loss
+        begins = state.step % order.steps_per_epoch == 0
+        epoch_loss = jnp.where(begins, 0.0, state.epoch_loss) + loss
+        return FinetuneState(state.step + 1, params, opt_state, epoch_loss)
 
-    losses: list[Any] = []
     with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
         for step in range(int(state.step), num_steps):
             (rows,) = order.batches(step, 1, size=1)
-            state, loss = update(state, train.images[rows], train.labels[rows])
-            losses.append(loss)
+            state = update(state, train.images[rows], train.labels[rows])
             bar.update(1)
             done = step + 1
             if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
                 checkpoints.save(done, state)
-    last_epoch = [float(loss) for loss in losses[-order.steps_per_epoch :]]
+    train_loss = float(state.epoch_loss) / ((num_steps - 1) % order.steps_per_epoch + 1)
+    if not math.isfinite(train_loss):
+        rule = "is too large: the loss is not finite"
+        raise InputError("finetune.learning_rate", settings.learning_rate, rule)
 
     predict = jax.jit(
         lambda params, images: jnp.argmax(model.apply({"params": params}, preprocess(images)), -1)  # pyright: ignore
@@ -198,10 +206,7 @@ def finetune(
         padded = np.pad(images, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)])
         predicted = np.asarray(predict(state.params, padded))[:count]
         hits += int(np.sum(predicted == test.labels[start : start + count]))
-    return {
-        "top1": hits / len(test.images),
-        "train_loss": float(np.mean(last_epoch)) if last_epoch else float("nan"),
-    }
+    return {"top1": hits / len(test.images), "train_loss": train_loss}
 
 
 def _optimizer(

@@ -22,6 +22,7 @@ from hjepa_jax.evaluation.features import progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURE = 0.07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def knn_probe(
     *,
     num_classes: int,
     ks: Sequence[int] = DEFAULT_KS,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     num_val: int = 5000,
     seed: int = 0,
     block_size: int = 512,
@@ -96,7 +97,7 @@ def knn_predict(
     *,
     ks: Sequence[int],
     num_classes: int,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     block_size: int = 512,
     what: str = "",
 ) -> Int32[np.ndarray, "num_ks Q"]:

@@ -93,10 +93,16 @@ def lowshot_probe(
     check_labelled("train", train_x, train_y, num_classes=num_classes)
     check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
     fit_rows, val_rows = hold_out(len(train_x), num_val=num_val, seed=seed)
-    mean = train_x.mean(axis=0, dtype=np.float64)
-    std = train_x.std(axis=0, dtype=np.float64)
-    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 1.0)
-    train_z, test_z = (((x - mean) / std).astype(np.float32) for x in (train_x, test_x))
+    mean = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # Row by row of the mean square, so that no copy of all rows in float64 is made.
+    variance = sum(np.mean((part - mean) ** 2, axis=0) * len(part) for part in _parts(train_x))
+    std = np.sqrt(variance / len(train_x))
+    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, np.float32(1))
+
+    def standardized(x: np.ndarray) -> np.ndarray:
+        return (x - mean) / std
+
+    val_z, test_z = standardized(train_x[val_rows]), standardized(test_x)
 
     results = []
     for shot in progress(what, len(shots), unit=" sizes", iterable=shots):
@@ -105,9 +111,9 @@ def lowshot_probe(
             rows = draw_labels(train_y, fit_rows, shot, num_classes=num_classes, seed=seed + draw)
             num_labels = len(rows)
             kernels, biases = fit_ridge(
-                train_z[rows], train_y[rows], num_classes=num_classes, alphas=alphas
+                standardized(train_x[rows]), train_y[rows], num_classes=num_classes, alphas=alphas
             )
-            val_top1.append(_scores(kernels, biases, train_z[val_rows], train_y[val_rows]))
+            val_top1.append(_scores(kernels, biases, val_z, train_y[val_rows]))
             test_top1.append(_scores(kernels, biases, test_z, test_y))
         mean_val = np.mean(val_top1, axis=0)
         _, chosen = max((value, i) for i, value in enumerate(mean_val))
@@ -167,7 +173,8 @@ def fit_ridge(
 ) -> tuple[Float64[np.ndarray, "A D C"], Float64[np.ndarray, "A C"]]:
     """Minimises ||Y - X W - b||^2 + alpha ||W||^2 over W and b, Y one-hot, for each alpha.
 
-    One singular value decomposition serves all penalties. The bias is not penalised.
+    One eigendecomposition, of the smaller of X^T X and X X^T, serves all penalties. The bias is not
+    penalised.
 
     Args:
       x: features.
@@ -180,11 +187,23 @@ def fit_ridge(
     """
     mean, targets = x.mean(axis=0, dtype=np.float64), np.eye(num_classes)[y]
     prior = targets.mean(axis=0)
-    u, sigma, vt = np.linalg.svd(x - mean, full_matrices=False)
-    projected = u.T @ (targets - prior)
-    shrink = sigma / (sigma**2 + np.asarray(alphas)[:, None])  # [A, r]
-    kernels = np.einsum("rd,ar,rc->adc", vt, shrink, projected, optimize=True)
+    centred = x - mean
+    n, d = x.shape
+    # (X^T X + alpha)^-1 X^T Y = X^T (X X^T + alpha)^-1 Y
+    if n <= d:
+        squares, basis = np.linalg.eigh(centred @ centred.T)
+        left, right = centred.T @ basis, basis.T @ (targets - prior)
+    else:
+        squares, basis = np.linalg.eigh(centred.T @ centred)
+        left, right = basis, basis.T @ (centred.T @ (targets - prior))
+    shrink = 1.0 / (np.maximum(squares, 0.0) + np.asarray(alphas)[:, None])  # [A, r]
+    kernels = np.einsum("dr,ar,rc->adc", left, shrink, right, optimize=True)
     return kernels, prior - mean @ kernels
+
+
+def _parts(x: Float[np.ndarray, "n D"]) -> list[Float[np.ndarray, "_ D"]]:
+    """The rows in parts of bounded size."""
+    return [x[start : start + 4096] for start in range(0, len(x), 4096)]
 
 
 def _scores(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hjepa_jax.data.sources import Split, fingerprint
 from hjepa_jax.errors import InputError
@@ -26,10 +26,10 @@ from hjepa_jax.evaluation.features import (
     representations,
 )
 from hjepa_jax.evaluation.fewshot import fewshot_probe
-from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
+from hjepa_jax.evaluation.knn import DEFAULT_KS, TEMPERATURE, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
-from hjepa_jax.evaluation.lowshot import DEFAULT_SHOTS, lowshot_probe
+from hjepa_jax.evaluation.lowshot import DEFAULT_ALPHAS, DEFAULT_SHOTS, draw_labels, lowshot_probe
 from hjepa_jax.evaluation.results import Row
 
 PROTOCOLS = ("linear", "knn", "lowshot", "fewshot", "quality")
@@ -106,8 +106,9 @@ def evaluate_encoders(
     for name in protocol.protocols:
         if name not in PROTOCOLS:
             raise InputError("--protocols", name, f"must be some of {', '.join(PROTOCOLS)}")
-    _check_classes(train, num_classes)
-    extract = _Extractor(embed, protocol, step, cache)
+    check_classes(train, num_classes)
+    _check_shots(protocol, train, test, num_classes)
+    extract = _Extractor(embed, protocol, cache)
     rows = []
     for encoder, params in {**encoders, "pixels": None}.items():
         train_x, test_x = (
@@ -151,7 +152,6 @@ class _Extractor:
 
     embed: EmbedFn
     protocol: Protocol
-    step: int
     cache: FeatureCache | None
 
     def features(self, encoder: str, params: Any, name: str, split: Split) -> Features:
@@ -164,28 +164,28 @@ class _Extractor:
         if encoder == "pixels":
             size = self.protocol.batch_size
             return extract_features(jax.jit(embed_pixels), params, split.images, batch_size=size)
-        return self._cached(f"{encoder}_{name}", encoder, split, extract)
+        return self._cached(f"{encoder}_{name}", params, split, extract)
 
     def views(self, embed_views: EmbedFn, encoder: str, params: Any, split: Split) -> Features:
         """Features of augmented views: the rows of one image follow each other."""
 
         def extract() -> Features:
-            images = np.repeat(split.images[:LIDAR_IMAGES], LIDAR_VIEWS, axis=0)
+            rows = _sample(len(split.images), LIDAR_IMAGES)
+            images = np.repeat(split.images[rows], LIDAR_VIEWS, axis=0)
             rngs = jax.random.split(jax.random.PRNGKey(self.protocol.seed), len(images))
             return extract_features(
                 jax.jit(embed_views), params, images, np.asarray(rngs),
                 batch_size=self.protocol.batch_size, what=f"{encoder} features, augmented views",
             )  # fmt: skip
 
-        return self._cached(f"{encoder}_views_{self.protocol.seed}", encoder, split, extract)
+        return self._cached(f"{encoder}_views_{self.protocol.seed}", params, split, extract)
 
     def _cached(
-        self, name: str, encoder: str, split: Split, make: Callable[[], Features]
+        self, name: str, params: Any, split: Split, make: Callable[[], Features]
     ) -> Features:
         if self.cache is None:
             return make()
-        step = self.step if encoder in TRAINED_ENCODERS else 0
-        return self.cache.get(name, step, fingerprint(split), make)
+        return self.cache.get(f"{name}_{fingerprint(split)}", params, make)
 
 
 def _score(
@@ -204,19 +204,23 @@ def _score(
         grid = DEFAULT_L2_GRID[:: 1 if train_x.shape[1] <= 1024 else 2]
         result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses, **shown)
         chosen = {"l2": result.chosen_l2, "val_top1": max(result.val_top1)}
-        return [{"top1": result.top1, "chosen": chosen}]
+        how = {"l2_grid": list(grid), "num_val": protocol.num_val}
+        return [{"top1": result.top1, "chosen": chosen, "settings": how}]
     if name == "knn":
         fit, _ = hold_out(len(train_x), **chooses)
         ks = [k for k in DEFAULT_KS if k <= len(fit)]
         result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses, **shown)
         chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
-        return [{"top1": result.top1, "chosen": chosen}]
+        how = {"ks": ks, "temperature": TEMPERATURE, "num_val": protocol.num_val}
+        return [{"top1": result.top1, "chosen": chosen, "settings": how}]
     if name == "lowshot":
         shots = protocol.lowshot_labels
         if shots is None:
             fit, _ = hold_out(len(train_x), **chooses)
             smallest = np.bincount(train_y[fit], minlength=num_classes).min()
             shots = [shot for shot in DEFAULT_SHOTS if shot <= smallest]
+        found = lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses, **shown)
+        how = {"alphas": list(DEFAULT_ALPHAS), "num_val": protocol.num_val}
         return [
             {
                 "labels": result.labels,
@@ -225,8 +229,9 @@ def _score(
                 "top1_std": result.top1_std,
                 "per_seed": list(result.per_seed),
                 "chosen": {"alpha": result.chosen_alpha, "val_top1": result.val_top1},
+                "settings": how,
             }
-            for result in lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses)
+            for result in found
         ]
     if name == "fewshot":
         found = []
@@ -235,7 +240,7 @@ def _score(
             labels = f"{shots}-shot"
             found.append({"labels": labels, **dataclasses.asdict(result), "chosen": {}})
         return found
-    return [judge_quality(train_x[:QUALITY_ROWS], views)]
+    return [judge_quality(train_x[_sample(len(train_x), QUALITY_ROWS)], views)]
 
 
 def judge_quality(
@@ -272,7 +277,26 @@ def judge_quality(
     }
 
 
-def _check_classes(train: Split, num_classes: int) -> None:
+def _sample(n: int, size: int) -> Int[np.ndarray, " rows"]:
+    """At most `size` of n rows, the same for every encoder: a source may be sorted by class."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:size])
+
+
+def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int) -> None:
+    """Refuses examples per class that some class cannot give, before anything is computed."""
+    if "lowshot" in protocol.protocols:
+        fit, _ = hold_out(len(train.labels), num_val=protocol.num_val, seed=protocol.seed)
+        for shot in protocol.lowshot_labels or ():
+            draw_labels(train.labels, fit, shot, num_classes=num_classes, seed=0)
+    if "fewshot" in protocol.protocols:
+        smallest = np.unique(test.labels, return_counts=True)[1].min()
+        for shots in protocol.fewshot_shots:
+            if shots >= smallest:
+                rule = f"must be below the {smallest} test images of the smallest class"
+                raise InputError("--fewshot_shots", shots, rule)
+
+
+def check_classes(train: Split, num_classes: int) -> None:
     """Refuses training labels in which a class is missing: no probe could ever predict it."""
     missing: Sequence[int] = sorted(set(range(num_classes)) - set(train.labels.tolist()))
     if missing:

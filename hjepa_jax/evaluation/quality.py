@@ -159,8 +159,8 @@ def uniformity(
 ) -> float:
     """Returns how evenly directions are used: log of the mean of exp(-t |u - v|^2) over pairs.
 
-    u and v are features of length 1; the pairs are all pairs of different rows among the first
-    `max_rows`.
+    u and v are features of length 1; the pairs are all pairs of different rows among at most
+    `max_rows`, taken at even distances.
 
     Returns:
       A value in [-4 t, 0]: 0 when all rows point one way, about -2 t for even directions in many
@@ -172,7 +172,8 @@ def uniformity(
     References:
       Wang and Isola 2020 (arXiv 2005.10242), equation 2; t = 2.
     """
-    x = check_features("features", features)[:max_rows].astype(np.float64)
+    stride = -(-len(check_features("features", features)) // max_rows)
+    x = features[::stride].astype(np.float64)
     n = len(x)
     if n < 2:
         raise InputError("features", features.shape, "uniformity needs at least 2 rows")

@@ -1,6 +1,7 @@
 """Rows of results: as tables for people, as probe.json for programs, as scalars for TensorBoard."""
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,7 @@ Row = dict[str, Any]
 
 # What tells two results apart; rows that agree in all of these replace each other in probe.json.
 IDENTITY = (
-    "protocol", "encoder", "level", "pool", "labels", "step", "seed", "data", "num_layers",
+    "protocol", "encoder", "level", "pool", "dim", "labels", "step", "seed", "data", "num_layers",
 )  # fmt: skip
 QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
 
@@ -107,23 +108,23 @@ def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
         tuple(str(row.get(name)) for name in IDENTITY): row
         for row in (*read_probe_json(path), *rows)
     }
-    partial = path.with_suffix(".json.partial")
-    text = json.dumps({"results": list(merged.values())}, indent=1)
+    partial = path.with_suffix(f".json.{os.getpid()}.partial")
+    text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def scalars(rows: list[Row]) -> dict[str, float]:
+def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
     """Scores by name, for TensorBoard: "probe/linear/target_mean_level_0"."""
     found = {}
     for row in rows:
         where = f"{row['encoder']}_{row['pool']}_level_{row['level']}"
         name = column(row).replace(" ", "_").replace("%", "percent")
         if "top1" in row:
-            found[f"probe/{name}/{where}"] = row["top1"]
+            found[f"{group}/{name}/{where}"] = row["top1"]
         else:
             found |= {
-                f"probe/{metric}/{where}": row[metric]
+                f"{group}/{metric}/{where}": row[metric]
                 for metric in QUALITY_COLUMNS
                 if row.get(metric) is not None
             }
