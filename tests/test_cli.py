@@ -81,7 +81,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     rows = json.loads((workdir / "probe.json").read_text())["results"]
     found = {(r["protocol"], r["level"], r.get("labels")) for r in rows if r["encoder"] == "target"}
     assert found >= {("lowshot", 1, "10 %"), ("fewshot", 1, "5-shot"), ("quality", 1, None)}
-    assert found >= {("attentive", 0, None), ("finetune", 0, None)}
+    assert found >= {("attentive", 0, None), ("finetune", 0, "0.5 epochs")}
     assert not found & {("lowshot", 0, "10 %")}
 
     output = tmp_path / "features.npz"
