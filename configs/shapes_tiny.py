@@ -17,7 +17,7 @@ def get_config() -> Config:
     c.model.num_heads = 3
     c.model.positions = "sincos2d"
     c.model.predictor_width = 64
-    c.model.predictor_depth = 2
+    c.model.predictor_depth = 1
     c.model.predictor_num_heads = 2
 
     c.mask.align_level = 0
@@ -27,6 +27,8 @@ def get_config() -> Config:
     c.optim.learning_rate = 2e-3
     c.optim.warmup_epochs = 0.2
     c.train.batch_size = 64
-    c.train.num_epochs = 2.0
-    c.eval.knn_bank_size = 5_000
+    c.train.num_epochs = 3.0
+    c.eval.every_epochs = 1.5
+    c.eval.knn_bank_size = 2_000
+    c.parallel.cpu_devices = 2
     return c.lock()

@@ -24,6 +24,7 @@ FREE_FIELDS = (
     "data.dir",
     "eval.",
     "log.",
+    "parallel.",
     "platform",
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
@@ -116,6 +117,9 @@ def base_config() -> Config:
     c.eval.num_val = 5_000  # training images held out from probes for choosing (fixed seed)
     c.eval.batch_size = 256
     c.eval.probe_at_end = True  # linear and k-NN on the test set after the last step
+
+    c.parallel = ConfigDict()
+    c.parallel.cpu_devices = 1  # devices that the CPU poses as; a batch is split over all devices
 
     c.log = ConfigDict()
     c.log.every_steps = 50
@@ -250,6 +254,7 @@ def validate(config: Config) -> None:
         "train.batch_size",
         "must leave at least 2 images per part, whose variance loss.regularizer='vicreg' needs",
     )
+    positive("parallel.cpu_devices")
     at_least(0, "eval.every_epochs")
     positive("eval.knn_bank_size", "eval.num_val", "eval.batch_size", "log.every_steps")
 

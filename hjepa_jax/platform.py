@@ -11,8 +11,13 @@ from hjepa_jax.errors import InputError
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
 
 
-def select_platform(platform: str) -> str:
+def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     """Makes `platform` ("auto", "cpu", "cuda", "metal" or "mps") JAX's default backend.
+
+    Args:
+      platform: which backend; "auto" leaves the choice to JAX.
+      cpu_devices: devices that the CPU poses as. A small model keeps several cores busier when each
+        works on a part of the batch than when all work on one operation.
 
     Returns:
       The name of the backend in use, lower case.
@@ -24,6 +29,8 @@ def select_platform(platform: str) -> str:
         # Both Apple plugins keep the CPU backend beside them only when it is asked for.
         jax.config.update("jax_platforms", ",".join(dict.fromkeys((BACKENDS[platform], "cpu"))))
     try:
+        if cpu_devices > 1:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
         backend = jax.default_backend()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hjepa_jax import build, metrics
 from hjepa_jax.config import Config, base_config, differing_fields, flatten, validate
@@ -33,6 +35,34 @@ MAX_RESIDENT_BYTES = 8 * 1024**3
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays live, as `jax.device_put` takes it.
+
+    Attributes:
+      whole: NamedSharding; a full copy on every device; None where there is but one device.
+      batches: NamedSharding; rows of batches, int32 [S, B], split along B over the devices.
+      single: the first device, for what is not worth splitting (probes).
+    """
+
+    whole: Any
+    batches: Any
+    single: jax.Device
+
+
+def place_on_devices(devices: list[jax.Device]) -> Placement:
+    """Batches split over all devices, everything else copied to each.
+
+    XLA partitions the training step by itself, so statistics over a batch (VICReg) remain those of
+    the whole batch.
+    """
+    if len(devices) == 1:
+        return Placement(None, None, devices[0])
+    mesh = Mesh(np.array(devices), ("data",))
+    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
+    return Placement(NamedSharding(mesh, PartitionSpec()), batches, devices[0])
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """The parts of a run, built; nothing is computed yet.
 
@@ -42,6 +72,7 @@ class Run:
       create: makes state and metrics window at step 0.
       lower: (steps_per_call, donate) to the lowered program
         `(state, window, images, index, count) -> (state, window)`.
+      placement: where the arguments of that program live.
     """
 
     config: Config
@@ -49,6 +80,7 @@ class Run:
     schedules: build.Schedules
     create: Callable[[], tuple[TrainState, metrics.LogWindow]]
     lower: Callable[..., Any]
+    placement: Placement
 
 
 def build_run(config: Config, source: Source) -> Run:
@@ -58,6 +90,10 @@ def build_run(config: Config, source: Source) -> Run:
       InputError: for a config that cannot work.
     """
     batch_size, info = config.train.batch_size, source.info
+    placement = place_on_devices(jax.devices())
+    if batch_size % len(jax.devices()):
+        rule = f"must be a multiple of the number of devices, {len(jax.devices())}"
+        raise InputError("train.batch_size", batch_size, rule)
     num_bytes = info.num_train * math.prod(info.image_shape)
     if num_bytes > MAX_RESIDENT_BYTES:
         size = f"{num_bytes / 2**30:.1f} GiB"
@@ -83,7 +119,15 @@ def build_run(config: Config, source: Source) -> Run:
         return metrics.empty_window(averages, batch_size=batch_size, width=width)
 
     def lower(*, steps_per_call: int, donate: bool) -> Any:
-        run_steps = jax.jit(make_run_steps(train_step), donate_argnums=(0, 1) if donate else ())
+        donated = (0, 1) if donate else ()
+        whole, split = placement.whole, placement.batches
+        if whole is None:
+            run_steps = jax.jit(make_run_steps(train_step), donate_argnums=donated)
+        else:
+            run_steps = jax.jit(
+                make_run_steps(train_step), donate_argnums=donated,
+                in_shardings=(whole, whole, whole, split, whole), out_shardings=(whole, whole),
+            )  # fmt: skip
         index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         window = jax.eval_shape(create_window)
@@ -95,6 +139,7 @@ def build_run(config: Config, source: Source) -> Run:
         schedules=schedules,
         create=lambda: (jax.jit(create_state)(), create_window()),
         lower=lower,
+        placement=placement,
     )
 
 
@@ -111,7 +156,7 @@ def open_config_source(config: Config) -> Source:
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry_run` prints: sizes and length of the run, without running it."""
     validate(config)
-    platform = select_platform(config.platform)
+    platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     run = build_run(config, open_config_source(config))
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)

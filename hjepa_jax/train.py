@@ -63,7 +63,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
     validate(config)
-    backend = select_platform(config.platform)
+    backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     source = open_config_source(config)
     run = build_run(config, source)
     train, test = source.load()
@@ -78,7 +78,7 @@ def _train_and_judge(
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
     checkpoints = Checkpoints(workdir, config=config)
-    state, window = run.create()
+    state, window = jax.device_put(run.create(), run.placement.whole)
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
     logger = RunLogger(workdir, tensorboard=config.log.tensorboard, resume_step=int(state.step))
@@ -91,7 +91,10 @@ def _train_and_judge(
             workdir,
             config,
             run.model,
-            {"target": state.target_params, "random_init": run.create()[0].target_params},
+            {
+                "target": jax.device_put(state.target_params, run.placement.single),
+                "random_init": run.create()[0].target_params,
+            },
             train,
             test,
             source=source,
@@ -144,7 +147,8 @@ class _Loop:
         started = time.perf_counter()
         donate = donates_buffers(self._backend)
         run_steps = self._run.lower(steps_per_call=size, donate=donate).compile()
-        images = jax.device_put(self._train.images)
+        place = self._run.placement
+        images = jax.device_put(self._train.images, place.whole)
         if step == 0:
             self._preview(state)
         print(
@@ -158,7 +162,7 @@ class _Loop:
             while step < num_steps:
                 count = min(size, self._next_stop(step) - step)
                 before = time.perf_counter()
-                index = jax.device_put(self._order.batches(step, count, size=size))
+                index = jax.device_put(self._order.batches(step, count, size=size), place.batches)
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, jnp.int32(count))
                 step += count
@@ -234,10 +238,9 @@ class _Loop:
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
+        params = jax.device_put(state.target_params, self._run.placement.single)
         bank_x, query_x = (
-            extract_features(
-                self._embed, state.target_params, images[rows], batch_size=c.batch_size
-            )["level_0"]
+            extract_features(self._embed, params, images[rows], batch_size=c.batch_size)["level_0"]
             for rows in (bank, queries)
         )
         (predictions,) = knn_predict(
