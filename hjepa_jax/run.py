@@ -46,10 +46,10 @@ class Placement:
 
     whole: Any
     batches: Any
-    single: jax.Device
+    single: Any
 
 
-def place_on_devices(devices: list[jax.Device]) -> Placement:
+def place_on_devices(devices: list[Any]) -> Placement:
     """Batches split over all devices, everything else copied to each.
 
     XLA partitions the training step by itself, so statistics over a batch (VICReg) remain those of
