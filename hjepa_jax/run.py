@@ -91,9 +91,6 @@ def build_run(config: Config, source: Source) -> Run:
     """
     batch_size, info = config.train.batch_size, source.info
     placement = place_on_devices(jax.devices())
-    if batch_size % len(jax.devices()):
-        rule = f"must be a multiple of the number of devices, {len(jax.devices())}"
-        raise InputError("train.batch_size", batch_size, rule)
     num_bytes = info.num_train * math.prod(info.image_shape)
     if num_bytes > MAX_RESIDENT_BYTES:
         size = f"{num_bytes / 2**30:.1f} GiB"
@@ -102,6 +99,9 @@ def build_run(config: Config, source: Source) -> Run:
         )
         raise InputError("data.source", config.data.source, limit)
     schedules = build.build_schedules(config, info.num_train)
+    if batch_size % len(jax.devices()):
+        rule = f"must be a multiple of the number of devices, {len(jax.devices())}"
+        raise InputError("train.batch_size", batch_size, rule)
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
     train_step = build.build_train_step(config, model, tx, schedules)
