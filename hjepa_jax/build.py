@@ -12,6 +12,7 @@ import optax
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import MAX_NUMBER, get_field
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
@@ -22,6 +23,7 @@ from hjepa_jax.optimizer import (
     make_optimizer,
     warmup_cosine_schedule,
 )
+from hjepa_jax.platform import current_rules
 from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
 from hjepa_jax.train_state import TrainState, create_train_state
 
@@ -38,8 +40,15 @@ class Schedules:
 
 
 def build_model(config: Config) -> HJEPA:
-    """Context encoder and predictor."""
+    """Context encoder and predictor.
+
+    Raises:
+      InputError: for a `model.dtype` that the backend is not trusted with.
+    """
     c = config.model
+    if c.dtype == "bfloat16" and not current_rules().bfloat16:
+        rule = f"must be float32 on {jax.default_backend().lower()}"
+        raise InputError("model.dtype", c.dtype, rule)
     width, depth, num_heads = encoder_size(config)
     grid_size = config.data.image_size // c.patch_size
     shared = {
@@ -127,7 +136,7 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
     """Length and schedules for a training set of `num_images`.
 
     Raises:
-      InputError: when the training set does not fill one batch.
+      InputError: when the training set does not fill one batch, or the steps are too many to count.
     """
     c = config.optim
     steps_per_epoch = num_images // config.train.batch_size
@@ -137,9 +146,15 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
             config.train.batch_size,
             f"must be at most the number of training images, {num_images}",
         )
-    num_steps = config.train.num_steps
-    if num_steps is None:
-        num_steps = max(1, round(config.train.num_epochs * steps_per_epoch))
+
+    def in_steps(field: str) -> int:
+        num_epochs = get_field(config, field)
+        steps = round(num_epochs * steps_per_epoch)
+        if steps > MAX_NUMBER:
+            raise InputError(field, num_epochs, f"must be at most {MAX_NUMBER} steps, not {steps}")
+        return steps
+
+    num_steps = config.train.num_steps or max(1, in_steps("train.num_epochs"))
     final_weight_decay = c.final_weight_decay
     start, end, kind = c.ema_momentum
     return Schedules(
@@ -147,7 +162,7 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
         num_steps=num_steps,
         learning_rate_fn=warmup_cosine_schedule(
             c.learning_rate,
-            warmup_steps=round(c.warmup_epochs * steps_per_epoch),
+            warmup_steps=in_steps("optim.warmup_epochs"),
             num_steps=num_steps,
             end=c.final_learning_rate,
         ),

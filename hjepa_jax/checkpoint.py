@@ -1,12 +1,15 @@
 """Saving and restoring runs. The only module that imports Orbax.
 
 A checkpoint is a folder `checkpoints/<step>/` with three items: `state` (the TrainState),
-`window` (metrics accumulated since the last log line) and `meta` (config, versions, scores).
+`window` (metrics accumulated since the last log line) and `meta` (config, versions, commit,
+fingerprint of the data, scores, and the table of all arrays with their checksums).
 """
 
-import importlib.metadata
+import contextlib
+import itertools
 import pathlib
-import platform as python_platform
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,28 +17,46 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from hjepa_jax import build
+from hjepa_jax.array_table import changed, describe_arrays, differences, json_checksum
 from hjepa_jax.config import Config
+from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import is_a
 from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.platform import initialise
+from hjepa_jax.provenance import source_commit, versions
 from hjepa_jax.run import load_config
 from hjepa_jax.train_state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BEST_METRIC = "eval/knn_top1"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is there but cannot be trusted; the message says why."""
 
 
 class Checkpoints:
     """The checkpoints of one workdir: the newest few and the best by k-NN.
 
+    Beside the arrays, each holds a table of their shapes, types and checksums: Orbax would restore
+    a part of a tree, or bits that have flipped, without a word.
+
     Args:
       workdir: the run's directory.
       config: the run's config, stored in each checkpoint; its `train.keep_checkpoints` says how
         many of the newest are kept.
+      data: fingerprint of the training images, stored as well; a differing one warns on restore.
+      owner: whether the workdir is locked by this process, so that what an interrupted save left
+        behind may go and a damaged checkpoint may be set aside.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, config: Config):
-        self._workdir, self._config = workdir, config.to_dict()
+    def __init__(
+        self, workdir: pathlib.Path, *, config: Config, data: str | None = None, owner: bool = False
+    ):
+        self._workdir, self._config, self._data = workdir, config.to_dict(), data
+        self._owner = owner
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
         best = preservation_policy.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC],
@@ -43,12 +64,16 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            self._directory(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+                cleanup_tmp_directories=owner,
             ),
             item_names=("state", "window", "meta"),
         )
+
+    def _directory(self) -> pathlib.Path:
+        return (self._workdir / "checkpoints").absolute()
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint."""
@@ -63,12 +88,10 @@ class Checkpoints:
         if which == "last":
             return None
         if which == "best":
-            meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            scores = {
-                step: self._manager.restore(step, args=meta)["meta"]["scores"].get(BEST_METRIC)
-                for step in self._manager.all_steps()
-            }
-            scored = {step: score for step, score in scores.items() if score is not None}
+            scored = {}
+            for step in self._manager.all_steps():
+                with contextlib.suppress(DamagedCheckpoint, KeyError):  # it has no score to offer
+                    scored[step] = self._meta(step)["scores"][BEST_METRIC]
             if not scored:
                 rule = "needs a checkpoint with a k-NN score (eval.every_epochs)"
                 raise InputError("--step", which, rule)
@@ -84,64 +107,182 @@ class Checkpoints:
           state: the state to save.
           window: metrics since the last log line.
           scores: evaluation results at this step; with "eval/knn_top1" it may become the best.
+
+        Raises:
+          InputError: when this save, or the one before, cannot be written ("--workdir").
         """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
         meta = {
             "format_version": FORMAT_VERSION,
             "config": self._config,
             "versions": versions(),
+            "commit": source_commit(),
+            "data": self._data,
             "scores": scores,
+            "arrays": {"state": describe_arrays(state), "window": describe_arrays(window)},
         }
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                window=ocp.args.StandardSave(window),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics={k: float(v) for k, v in scores.items()} if BEST_METRIC in scores else None,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    window=ocp.args.StandardSave(window),
+                    meta=ocp.args.JsonSave({**meta, "checksum": json_checksum(meta)}),
+                ),
+                metrics={k: float(v) for k, v in scores.items()} if BEST_METRIC in scores else None,
+            )
 
     def restore(self, state: TrainState, window: LogWindow) -> tuple[TrainState, LogWindow]:
-        """Reads the newest checkpoint into trees like the ones given.
+        """Reads the newest checkpoint that is whole into trees like the ones given.
+
+        Damaged ones are named and moved to the folder `damaged` of the workdir.
 
         Raises:
-          InputError: when there is none.
+          InputError: when there is none, or it is of another model or version.
         """
-        restored = self._restore(None, state=state, window=window)
-        return restored["state"], restored["window"]
+        while True:
+            step = self._find(None)
+            try:
+                restored = self._read(step, state=state, window=window)
+                return restored["state"], restored["window"]
+            except DamagedCheckpoint as error:
+                print(f"checkpoint {step} is damaged: {error}", file=sys.stderr, flush=True)
+                self._set_aside(step)
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Reads the state alone, of the newest checkpoint or of the one at `step`.
 
         Raises:
-          InputError: when there is no such checkpoint.
+          InputError: when there is no such checkpoint, or it is damaged, or it is of another model
+            or version.
         """
-        return self._restore(step, state=state)["state"]
+        found = self._find(step)
+        try:
+            return self._read(found, state=state)["state"]
+        except DamagedCheckpoint as error:
+            others = [other for other in sorted(self._manager.all_steps()) if other != found]
+            rule = f"is damaged ({error}); the others are {others}"
+            raise InputError("--step", found, rule) from error
 
-    def _restore(self, step: int | None, **templates: Any) -> Any:
+    def _find(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise InputError("--workdir", str(self._workdir), "holds no checkpoint yet")
+            raise InputError(
+                "--workdir", str(self._workdir), "holds no checkpoint that can be read"
+            )
         if step is not None and step not in steps:
             raise InputError("--step", step, f"must be one of the checkpoints, {steps}")
+        return steps[-1] if step is None else step
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        with _reading():
+            meta = self._manager.restore(step, args=args)["meta"]
+        if not isinstance(meta, dict) or not is_a(int, meta.get("format_version")):
+            raise DamagedCheckpoint("meta has no format_version")
+        checksum = meta.pop("checksum", None)
+        if checksum != json_checksum(meta) and meta.get("format_version") != 1:
+            raise DamagedCheckpoint("the checksum of meta differs")
+        return meta
+
+    def _read(self, step: int, **templates: Any) -> dict[str, Any]:
+        """The trees of a checkpoint, like the templates in structure, shapes and types.
+
+        Raises:
+          DamagedCheckpoint: when it cannot be read, or not as it was written.
+          InputError: when it was written for other trees, or in a format of another version.
+        """
+        meta = self._meta(step)
+        version = meta["format_version"]
+        if version > FORMAT_VERSION:
+            rule = f"is in format {version}; this version reads up to {FORMAT_VERSION}"
+            raise InputError("--step", step, rule)
+        if version == 1:  # the window was another then, and there was no table
+            tables, kept = {}, {"window"} & set(templates)
+        else:
+            tables, kept = meta["arrays"], set()
+        for name, tree in templates.items():
+            if name in tables and (differing := differences(tables[name], tree)):
+                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+                rule = f"does not fit this model: {'; '.join(differing[:3])}{more}"
+                raise InputError("--step", step, rule)
+        if self._data and meta.get("data") not in (None, self._data):
+            message = f"warning: the training images differ from those of step {step} (fingerprint "
+            print(f"{message}{meta['data']} -> {self._data})", file=sys.stderr, flush=True)
+
         args = {
             name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
             for name, tree in templates.items()
+            if name not in kept
         }
-        return self._manager.restore(
-            steps[-1] if step is None else step, args=ocp.args.Composite(**args)
-        )
+        with _reading():
+            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        for name, table in tables.items():
+            if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
+                raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
+        return {name: templates[name] if name in kept else found[name] for name in templates}
+
+    def _set_aside(self, step: int) -> None:
+        if not self._owner:
+            raise InputError("--step", step, "is damaged")
+        source, folder = self._directory() / str(step), self._workdir / "damaged"
+        folder.mkdir(exist_ok=True)
+        numbers = itertools.count(1)
+        target = folder / str(step)
+        while target.exists():
+            target = folder / f"{step}_{next(numbers)}"
+        source.rename(target)
+        self._manager.reload()
+        print(f"moved it to {target}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise when they cannot write into one line."""
+        try:
+            yield
+        except Exception as error:  # OSError, ValueError, RuntimeError ..., as the layer has it
+            self._manager.reload()
+            rule = (
+                f"a checkpoint cannot be written ({first_line(error)}); the last good one is "
+                f"step {self._manager.latest_step()}"
+            )
+            raise InputError("--workdir", str(self._workdir), rule) from error
 
     def wait(self) -> None:
-        """Blocks until the save under way, if any, is on disk."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way, if any, is on disk.
+
+        Raises:
+          InputError: when it cannot be written ("--workdir").
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save under way and releases the directory."""
-        self._manager.close()
+        """Waits for the save under way and releases the directory.
+
+        Raises:
+          InputError: when that save cannot be written ("--workdir").
+        """
+        with self._writing():
+            self._manager.close()
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Lets go of one complaint: TensorStore still reports to a reader that has given up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turns whatever Orbax and TensorStore raise on damaged files into DamagedCheckpoint."""
+    sys.unraisablehook = _unraisable
+    try:
+        yield
+    except Exception as error:
+        raise DamagedCheckpoint(first_line(error)) from error
 
 
 class NewestCheckpoint:
@@ -206,16 +347,9 @@ def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, Train
     model = build.build_model(config)
     # Schedules decide no shape, so any length will do.
     tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
-    initial = jax.jit(build.build_create_state(config, model, tx))()
+    initial = initialise(build.build_create_state(config, model, tx))
     checkpoints = Checkpoints(workdir, config=config)
     try:
         return model, checkpoints.restore_state(initial, checkpoints.find_step(which)), initial
     finally:
         checkpoints.close()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
-    packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": python_platform.python_version(), **found}

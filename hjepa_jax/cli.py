@@ -10,15 +10,22 @@ from absl import app, flags, logging
 
 from hjepa_jax.errors import InputError
 
+# What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
+CONFIG_FLAGS_ERRORS = (
+    AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
+)  # fmt: skip
+MAX_LINE = 2000  # characters of a message: it may quote thousands of what it was given
+
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags, calls `main`, and exits: 0 done, 2 bad input, 130 or 143 interrupted.
 
     Bad input of any kind becomes one line on stderr, without a traceback.
     """
-    logging.set_verbosity(logging.WARNING)  # Orbax and TFDS narrate at INFO; --verbosity=0 shows it
+    # Orbax and TFDS narrate, and log with a traceback what they raise; --verbosity=0 shows it.
+    logging.set_verbosity(logging.FATAL)
     try:
-        app.run(lambda _: main(), flags_parser=_parse_flags)
+        app.run(lambda _: main(), flags_parser=parse_flags)
     except InputError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -28,16 +35,23 @@ def run(main: Callable[[], None]) -> None:
 
 def fail(message: str) -> NoReturn:
     """Prints one line on stderr and exits with status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    print("error: " + line[:MAX_LINE] + "..." * (len(line) > MAX_LINE), file=sys.stderr)
     sys.exit(2)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Sets the flags in `values` from a command line; one that cannot be set ends the program.
+
+    Args:
+      argv: the command line, the program's name first.
+      values: the flags that are defined.
+    """
     try:
-        rest = flags.FLAGS(argv)
+        rest = values(argv)
     except flags.Error as error:
         fail(str(error))
-    except (AttributeError, KeyError, ValueError, TypeError) as error:  # from config_flags
+    except CONFIG_FLAGS_ERRORS as error:
         fail(f"{type(error).__name__}: {error}")
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")

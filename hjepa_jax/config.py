@@ -5,12 +5,14 @@ ConfigDict, so that a misspelt override is refused. Durations end in `_steps` or
 both exist, None leaves the choice to the other.
 """
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import check_types, flatten, get_field, is_a
 from hjepa_jax.losses import PREDICTION_LOSSES
 from hjepa_jax.models.hjepa import REGULARIZED
 from hjepa_jax.models.vit import POSITIONS, SIZES
@@ -29,6 +31,8 @@ FREE_FIELDS = (
     "train.checkpoint_every_epochs",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "train.max_nonfinite_steps",
+    "train.on_collapse",
     "train.steps_per_call",
 )
 
@@ -110,6 +114,8 @@ def base_config() -> Config:
     c.train.checkpoint_every_epochs = 1.0
     c.train.checkpoint_every_steps = placeholder(int)  # wins over checkpoint_every_epochs
     c.train.keep_checkpoints = 2  # newest kept, beside the best by k-NN
+    c.train.max_nonfinite_steps = 10  # of a run: left out and counted; one more ends the run
+    c.train.on_collapse = "warn"  # of the target features: warn | stop | ignore
 
     c.eval = ConfigDict()
     c.eval.every_epochs = 1.0  # k-NN on held-out training images; 0: never
@@ -141,10 +147,12 @@ def validate(config: Config) -> None:
     def one_of(field: str, options: tuple[str, ...]) -> None:
         check(get_field(config, field) in options, field, f"must be one of {', '.join(options)}")
 
-    def at_least(low: float, *fields: str) -> None:
+    def at_least(low: float, *fields: str, at_most: float = math.inf) -> None:
+        rule = f"must be at least {low:g}"
+        rule += f" and at most {at_most}" if at_most < math.inf else ""
         for field in fields:
             value = get_field(config, field)
-            check(value is None or value >= low, field, f"must be at least {low:g}")
+            check(value is None or low <= value <= at_most, field, rule)
 
     def positive(*fields: str) -> None:
         for field in fields:
@@ -155,17 +163,24 @@ def validate(config: Config) -> None:
         for field in fields:
             check(0 <= get_field(config, field) <= 1, field, "must be in [0, 1]")
 
-    def increasing(field: str, low: float, high: float) -> None:
+    def numbers(field: str, count: int, rule: str) -> None:
         value = get_field(config, field)
-        rule = f"must be two numbers with {low:g} < first <= second <= {high:g}"
-        check(len(value) == 2 and all(isinstance(v, int | float) for v in value), field, rule)
-        check(low < value[0] <= value[1] <= high, field, rule)
+        check(len(value) == count and all(is_a(float, v) for v in value), field, rule)
 
+    def increasing(field: str, low: float, high: float) -> None:
+        rule = f"must be two numbers with {low:g} < first <= second <= {high:g}"
+        numbers(field, 2, rule)
+        first, second = get_field(config, field)
+        check(low < first <= second <= high, field, rule)
+
+    check_types(config, base_config())
+    at_least(0, "seed")
     one_of("platform", ("auto", "cpu", "cuda", "metal", "mps"))
 
-    positive("data.image_size")
+    # Sizes end far above any use, and before what they size would fill the memory.
+    at_least(1, "data.image_size", at_most=4096)
     for field in ("data.mean", "data.std"):
-        check(len(get_field(config, field)) == 3, field, "must be three numbers, one per channel")
+        numbers(field, 3, "must be three numbers, one per channel")
     check(min(config.data.std) > 0, "data.std", "must be greater than 0")
     increasing("data.crop_scale", 0, 1)
     increasing("data.crop_ratio", 0, 100)
@@ -175,10 +190,13 @@ def validate(config: Config) -> None:
     one_of("model.name", tuple(SIZES))
     one_of("model.positions", POSITIONS)
     one_of("model.dtype", ("float32", "bfloat16"))
-    positive("model.width", "model.depth", "model.num_heads", "model.mlp_ratio")
-    positive("model.patch_size", "model.num_levels")
-    positive("model.predictor_width", "model.predictor_depth", "model.predictor_num_heads")
-    at_least(0, "model.num_summary_tokens", "model.expander_width")
+    at_least(1, "model.width", "model.predictor_width", "model.patch_size", at_most=8192)
+    at_least(1, "model.depth", "model.predictor_depth", at_most=256)
+    at_least(1, "model.num_heads", "model.predictor_num_heads", at_most=256)
+    at_least(0.25, "model.mlp_ratio", at_most=64)  # of a width of at least 4: one unit
+    at_least(1, "model.num_levels", at_most=16)
+    at_least(0, "model.num_summary_tokens", at_most=1024)
+    at_least(0, "model.expander_width", at_most=65_536)
     width, _, num_heads = encoder_size(config)
     head_rule = "must be a multiple of the number of heads, {}, and of 4, for the positions"
     for field, w, heads in (
@@ -192,6 +210,7 @@ def validate(config: Config) -> None:
         f"must be a multiple of model.patch_size={config.model.patch_size}",
     )
     grid_size = config.data.image_size // config.model.patch_size
+    check(grid_size <= 128, "model.patch_size", "must leave at most 128 patches per side")
     check(
         2 ** (config.model.num_levels - 1) <= grid_size,
         "model.num_levels",
@@ -204,11 +223,12 @@ def validate(config: Config) -> None:
     increasing("mask.context_scale", 0, 1)
     increasing("mask.aspect_ratio", 0, 100)
     increasing("mask.context_aspect_ratio", 0, 100)
-    positive("mask.num_blocks", "mask.num_context")
+    at_least(1, "mask.num_blocks", at_most=256)
+    positive("mask.num_context")
     check(0 < config.mask.min_coverage <= 1, "mask.min_coverage", "must be in (0, 1]")
-    align = config.mask.align_level
+    at_least(0, "mask.align_level", at_most=16)
     check(
-        align is None or (align >= 0 and 2**align <= grid_size),
+        2 ** (config.mask.align_level or 0) <= grid_size,
         "mask.align_level",
         f"must be a level whose cells fit the {grid_size}x{grid_size} grid",
     )
@@ -219,11 +239,10 @@ def validate(config: Config) -> None:
     at_least(0, "loss.summary_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     weights = config.loss.level_weights
-    check(
-        weights is None or (len(weights) == config.model.num_levels and min(weights) >= 0),
-        "loss.level_weights",
-        f"must be {config.model.num_levels} numbers >= 0, one per level",
-    )
+    weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
+    if weights is not None:
+        numbers("loss.level_weights", config.model.num_levels, weights_rule)
+        check(min(weights) >= 0, "loss.level_weights", weights_rule)
     if config.model.num_summary_tokens == 0:
         rule = "needs model.num_summary_tokens of at least 1"
         check(config.loss.summary_weight == 0, "loss.summary_weight", rule)
@@ -238,11 +257,14 @@ def validate(config: Config) -> None:
     ema_rule = "must be (start, end, constant | linear | cosine), start and end in [0, 1]"
     check(len(ema) == 3, "optim.ema_momentum", ema_rule)
     check(ema[2] in ("constant", "linear", "cosine"), "optim.ema_momentum", ema_rule)
-    numbers = all(isinstance(m, int | float) and 0 <= m <= 1 for m in ema[:2])
-    check(numbers, "optim.ema_momentum", ema_rule)
-    positive("optim.accumulation_steps", "train.batch_size", "train.num_epochs")
-    positive("train.num_steps", "train.steps_per_call", "train.keep_checkpoints")
+    momenta = all(is_a(float, m) and 0 <= m <= 1 for m in ema[:2])
+    check(momenta, "optim.ema_momentum", ema_rule)
+    at_least(1, "train.batch_size", "optim.accumulation_steps", at_most=2**20)
+    at_least(1, "train.steps_per_call", at_most=10_000)  # whose rows of batches are made at once
+    positive("train.num_epochs", "train.num_steps", "train.keep_checkpoints")
     positive("train.checkpoint_every_epochs", "train.checkpoint_every_steps")
+    at_least(0, "train.max_nonfinite_steps")
+    one_of("train.on_collapse", ("warn", "stop", "ignore"))
     check(
         config.train.batch_size % config.optim.accumulation_steps == 0,
         "optim.accumulation_steps",
@@ -254,17 +276,10 @@ def validate(config: Config) -> None:
         "train.batch_size",
         "must leave at least 2 images per part, whose variance loss.regularizer='vicreg' needs",
     )
-    positive("parallel.cpu_devices")
+    at_least(1, "parallel.cpu_devices", at_most=256)
     at_least(0, "eval.every_epochs")
-    positive("eval.knn_bank_size", "eval.num_val", "eval.batch_size", "log.every_steps")
-
-
-def get_field(config: Config, field: str) -> Any:
-    """The value of a dotted field name."""
-    value: Any = config
-    for name in field.split("."):
-        value = value[name]
-    return value
+    at_least(1, "eval.batch_size", at_most=65_536)
+    positive("eval.knn_bank_size", "eval.num_val", "log.every_steps")
 
 
 def encoder_size(config: Config) -> tuple[int, int, int]:
@@ -272,17 +287,6 @@ def encoder_size(config: Config) -> tuple[int, int, int]:
     given = (config.model.width, config.model.depth, config.model.num_heads)
     named = SIZES[config.model.name]
     return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"name": ...}} as {"model.name": ...}."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -3,7 +3,9 @@
   python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=features.npz
 
 The input is read like `data.source` folder:<path> or npz:<path>. The output holds, for the train
-and the test split, `<split>_level_<l>` [n, D], `<split>_summary` [n, R * D] and `<split>_labels`.
+and the test split, `<split>_level_<l>` [n, D], `<split>_summary` [n, R * D], `<split>_labels` and,
+of a folder, `<split>_files`: which file, by its name within the folder, each row is of. A file that
+is no image is told on stderr and has no row.
 """
 
 import pathlib
@@ -40,6 +42,8 @@ def main() -> None:
         features = extract_features(embed, params, split.images, batch_size=config.eval.batch_size)
         arrays |= {f"{name}_{key}": value for key, value in features.items()}
         arrays[f"{name}_labels"] = split.labels
+        if split.names:
+            arrays[f"{name}_files"] = np.array(split.names)
     try:
         np.savez(_OUTPUT.value, **arrays)
     except OSError as error:

@@ -14,4 +14,11 @@ class InputError(Exception):
 
     def __init__(self, field: str, value: object, rule: str):
         self.field, self.value, self.rule = field, value, rule
-        super().__init__(f"{field}={value!r}: {rule}")
+        super().__init__(f"{field}={_show(value)}: {rule}")
+
+
+def _show(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"<{type(value).__name__}>"

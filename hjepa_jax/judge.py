@@ -11,10 +11,14 @@ from hjepa_jax import __version__, build
 from hjepa_jax.checkpoint import NewestCheckpoint
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint
-from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
-from hjepa_jax.evaluation.features import FeatureCache, extract_features, params_digest
+from hjepa_jax.evaluation.features import (
+    FeatureCache,
+    check_levels,
+    extract_features,
+    params_digest,
+)
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.models.hjepa import HJEPA
 
@@ -55,16 +59,13 @@ def judge_run(
       finetune_epochs: length of a fine-tuning.
 
     Raises:
-      InputError: see `evaluate_encoders`; and for a workdir that cannot be written ("--workdir").
+      InputError: see `evaluate_encoders`.
+      OSError: when the workdir cannot be written.
     """
     wanted, rows = protocol.protocols, []
-    num_classes, num_levels = len(source.info.class_names), config.model.num_levels
+    num_classes = len(source.info.class_names)
     protocols.check_classes(train, num_classes)
-    for level in protocol.levels or ():
-        if level >= num_levels:
-            raise InputError(
-                "--levels", level, f"must be levels of the model, 0 to {num_levels - 1}"
-            )
+    check_levels(protocol.levels or (), config.model.num_levels)
     embed = build.build_embed_fn(config, model, num_layers=num_layers)
     augment = build.build_augment(config)
 
@@ -73,11 +74,7 @@ def judge_run(
         row["num_layers"] = num_layers if layered else 1
         rows.append(row)
         print(results.format_row(row), flush=True)
-        try:
-            results.write_probe_json(workdir / "probe.json", [row])
-        except OSError as error:
-            rule = f"must be a directory that can be written ({error.strerror})"
-            raise InputError("--workdir", str(workdir), rule) from error
+        results.write_probe_json(workdir / "probe.json", [row])
 
     plain = tuple(name for name in wanted if name in protocols.PROTOCOLS)
     if plain:
@@ -98,14 +95,7 @@ def judge_run(
         )
 
     for encoder, params in {**encoders, "pixels": None}.items():
-        common = {
-            "encoder": encoder,
-            "step": step if encoder in protocols.TRAINED_ENCODERS else 0,
-            "seed": protocol.seed,
-            "data": source.name,
-            "train_size": len(train.labels),
-            "test_size": len(test.labels),
-        }
+        common = protocols.origin(encoder, step, protocol.seed, source.name, train, test)
         if "attentive" in wanted:
             embed_tokens = jax.jit(build.build_tokens_fn(config, model))
             tokens, test_tokens = (

@@ -1,12 +1,11 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
-import io
 import json
 import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -27,13 +26,9 @@ class RunLogger:
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._last: dict[str, Any] = kept[-1] if kept else {"step": -1}
-        self._last_start = path.stat().st_size - (len(json.dumps(self._last)) + 1 if kept else 0)
+        self._path, self._last = path, kept[-1] if kept else {"step": -1}
         self._pending: dict[str, Any] = {}
+        self._file = self._rewrite(kept)
         self._writer = None
         if tensorboard:
             self._writer = _tensorboard_writer(workdir)
@@ -51,12 +46,22 @@ class RunLogger:
         if not self._pending:
             return
         if self._pending["step"] == self._last["step"]:
-            self._file.truncate(self._last_start)
             self._pending = {**self._last, **self._pending}
-        self._last_start = self._file.seek(0, io.SEEK_END)
-        self._file.write(json.dumps(self._pending) + "\n")
-        self._file.flush()
+            self._file.close()
+            self._file = self._rewrite([*read_metrics(self._path)[:-1], self._pending])
+        else:
+            self._file.write(json.dumps(self._pending) + "\n")
+            _to_disk(self._file)
         self._last, self._pending = self._pending, {}
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> IO[str]:
+        """Puts a whole new file in the place of metrics.jsonl; returns it, open at its end."""
+        partial = self._path.with_suffix(".jsonl.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            _to_disk(file)
+        partial.replace(self._path)
+        return self._path.open("a", encoding="utf-8")
 
     def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:
         """Sends pictures, pixels in [0, 1], to TensorBoard."""
@@ -74,6 +79,12 @@ class RunLogger:
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def _to_disk(file: IO[str]) -> None:
+    """So that no checkpoint outlives the lines before it, should the power fail."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _tensorboard_writer(workdir: pathlib.Path) -> Any:

@@ -4,12 +4,13 @@ CLU metrics are tiny pure structs with `merge` and `compute`; a window of them i
 the training step next to the state, so that the host does nothing between logs, and is saved
 with it, so that a resumed run writes the same lines.
 
-  window = empty_window(metric_class, feature_rows=512, width=192)
-  window = update_window(window, scalars, features, step)      # inside jit, every step
-  values = summarize(window, step)                             # on the host, every n steps
+  window = empty_window(metric_class, batch_size=64, width=192)
+  window = update_window(window, scalars, features, step, finite)  # inside jit, every step
+  verdict = spread(window, step=100, batch_size=64)                # on the host, every n steps
+  values = summarize(window, verdict)
 """
 
-import math
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,11 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from hjepa_jax.evaluation.quality import effective_rank
+from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 
 FEATURE_ROWS = 512
+
+
+@struct.dataclass
+class NonfiniteSteps:
+    """Steps of a run whose update was left out because their loss or gradient was not finite.
+
+    Attributes:
+      count: int32 [], how many, over the whole run.
+      newest: int32 [], number of the newest of them, from 1; 0 for none.
+      terms: bool [S], which scalars, in the order of their names, were not finite then.
+    """
+
+    count: Any
+    newest: Any
+    terms: Any
 
 
 @struct.dataclass
@@ -29,12 +45,14 @@ class LogWindow:
     """Running means since the last log line, and the newest target features.
 
     Attributes:
-      averages: a CLU collection of means over the steps of the window.
+      averages: a CLU collection of means over the finite steps of the window.
       features: float32 [F, D], mean-pooled target features of the newest F images.
+      nonfinite: the steps that were not.
     """
 
     averages: Any
     features: Any
+    nonfinite: Any
 
 
 def make_averages(names: list[str]) -> type[clu_metrics.Collection]:
@@ -49,9 +67,15 @@ def empty_window(
 ) -> LogWindow:
     """A window before its first step, for batches of `batch_size` and features of `width`."""
     rows = min(batch_size, FEATURE_ROWS)
+    num_terms = len(averages.empty().compute())
     return LogWindow(
         averages=averages.empty(),
         features=jnp.zeros((rows * (FEATURE_ROWS // rows), width), jnp.float32),
+        nonfinite=NonfiniteSteps(
+            count=jnp.zeros((), jnp.int32),
+            newest=jnp.zeros((), jnp.int32),
+            terms=jnp.zeros((num_terms,), bool),
+        ),
     )
 
 
@@ -60,37 +84,63 @@ def update_window(
     scalars: dict[str, Float[Array, ""]],
     features: Float[Array, "B D"],
     step: Int[Array, ""],
+    finite: Bool[Array, ""],
 ) -> LogWindow:
-    """Merges the outputs of one step.
+    """Merges the outputs of one step; of a step that is not finite, only that it was not.
 
     Args:
       window: the window so far.
       scalars: the step's value of every metric of the collection.
       features: one feature vector per image; the newest overwrite the oldest.
-      step: updates done before this one.
+      step: steps done before this one.
+      finite: whether the step's loss and gradient are.
     """
     rows = min(len(features), FEATURE_ROWS)
     slot = step % (len(window.features) // rows)
+    averages = window.averages.merge(window.averages.single_from_model_output(**scalars))
+    newest = jax.lax.dynamic_update_slice(window.features, features[:rows], (slot * rows, 0))
+    terms = jnp.stack([~jnp.isfinite(scalars[name]) for name in sorted(scalars)])
+    old = window.nonfinite
     return LogWindow(
-        averages=window.averages.merge(window.averages.single_from_model_output(**scalars)),
-        features=jax.lax.dynamic_update_slice(window.features, features[:rows], (slot * rows, 0)),
+        averages=select(finite, averages, window.averages),
+        features=jnp.where(finite, newest, window.features),
+        nonfinite=NonfiniteSteps(
+            count=old.count + ~finite,
+            newest=jnp.where(finite, old.newest, step + 1),
+            terms=jnp.where(finite, old.terms, terms),
+        ),
     )
+
+
+def select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`new` where the condition holds, else `old`, for trees of arrays."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def reset_averages(window: LogWindow) -> LogWindow:
     """The window after a log line: means start anew, features stay."""
-    return LogWindow(averages=type(window.averages).empty(), features=window.features)
+    return dataclasses.replace(window, averages=type(window.averages).empty())
 
 
-def summarize(window: LogWindow, *, step: int, batch_size: int) -> dict[str, float]:
-    """The window's means by name, and `effective_rank` of the features collected.
-
-    The rank is computed on the host (Apple's plugins have no SVD), from at most 512 images; it
-    cannot exceed their number.
-    """
+def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
+    """The window's means by name, nan where no step was finite, and the rank of its features."""
     values = {name: float(value) for name, value in window.averages.compute().items()}
+    return {**values, "effective_rank": verdict.effective_rank if verdict else 0.0}
+
+
+def spread(window: LogWindow, *, step: int, batch_size: int) -> Verdict | None:
+    """Whether the features collected have collapsed; None while there are fewer than two.
+
+    Computed on the host (Apple's plugins have no SVD), from at most 512 images; the rank cannot
+    exceed their number.
+    """
     num_collected = min(step * batch_size, len(window.features))
-    features = np.asarray(window.features)[:num_collected]
-    finite = bool(np.isfinite(features).all())
-    values["effective_rank"] = effective_rank(features) if finite else math.nan
-    return values
+    if num_collected < 2:
+        return None
+    return collapse_verdict(np.asarray(window.features)[:num_collected])
+
+
+def nonfinite_terms(window: LogWindow) -> list[str]:
+    """Names of the scalars that were not finite in the newest step that was not."""
+    names = sorted(window.averages.compute())
+    return [name for name, bad in zip(names, window.nonfinite.terms, strict=True) if bad]

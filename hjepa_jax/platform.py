@@ -1,7 +1,12 @@
 """Which backend runs, and what it cannot do."""
 
 import ctypes
+import dataclasses
+import importlib.metadata
+import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -9,6 +14,58 @@ from hjepa_jax.errors import InputError
 
 # Config value -> name that JAX knows the backend by.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
+
+# Apple's GPUs have two plugins, each for versions of jax that the other cannot run with:
+# backend -> its package, the first jax that it runs with, and the first that it does not.
+PLUGINS = {"metal": ("jax-metal", (0, 4, 34), (0, 5, 1)), "mps": ("jax-mps", (0, 10), (0, 12))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a backend can do; `str()` names what it cannot.
+
+    Attributes:
+      donates: it can reuse the memory of a program's arguments for its results.
+      loops: a loop within a program is safe and fast; else one training step per call.
+      initialises: it can make parameters (orthogonal matrices, long random draws); else the CPU
+        makes them.
+      bfloat16: it computes in bfloat16; else `model.dtype` must be float32.
+    """
+
+    donates: bool = True
+    loops: bool = True
+    initialises: bool = True
+    bfloat16: bool = True
+
+    def __str__(self) -> str:
+        missing = (
+            (self.donates, "no donated buffers"),
+            (self.loops, "one step per call"),
+            (self.initialises, "parameters made on the CPU"),
+            (self.bfloat16, "float32 only"),
+        )
+        return ", ".join(text for able, text in missing if not able)
+
+
+# jax-metal is frozen, and its early versions crashed on bfloat16; jax-mps has it.
+_RULES = {
+    "metal": Rules(donates=False, loops=False, initialises=False, bfloat16=False),
+    "mps": Rules(donates=False, loops=False, initialises=False),
+}
+
+
+def current_rules() -> Rules:
+    """The rules of JAX's default backend."""
+    return _RULES.get(jax.default_backend().lower(), Rules())
+
+
+def initialise(create: Callable[[], Any]) -> Any:
+    """Calls `create`, compiled, where parameters may be made; its arrays on the default device."""
+    if current_rules().initialises:
+        return jax.jit(create)()
+    with jax.default_device(jax.devices("cpu")[0]):
+        made = jax.jit(create)()
+    return jax.device_put(made, jax.devices()[0])
 
 
 def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
@@ -23,8 +80,10 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
       The name of the backend in use, lower case.
 
     Raises:
-      InputError: when the backend is not installed or does not start.
+      InputError: when the backend is not installed, does not go with the installed jax, or does
+        not start.
     """
+    _check_plugins(platform)
     if platform != "auto":
         # Both Apple plugins keep the CPU backend beside them only when it is asked for.
         jax.config.update("jax_platforms", ",".join(dict.fromkeys((BACKENDS[platform], "cpu"))))
@@ -32,6 +91,8 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
         if cpu_devices > 1:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         backend = jax.default_backend()
+        if not current_rules().initialises:
+            jax.devices("cpu")  # JAX_PLATFORMS=METAL, without ",cpu", would leave us none
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError("platform", platform, f"this backend does not start: {reason}") from error
@@ -40,9 +101,39 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     return backend.lower()
 
 
-def donates_buffers(backend: str) -> bool:
-    """Whether the backend can reuse the memory of its arguments (Apple's plugins cannot)."""
-    return backend not in ("metal", "mps")
+def _check_plugins(platform: str) -> None:
+    """Refuses an Apple plugin that is absent, has a rival, or cannot run with this jax.
+
+    Each would otherwise end in a message from deep within JAX, or in a silent run on the CPU.
+    """
+    installed = [name for name, (package, _, _) in PLUGINS.items() if version(package)]
+    if platform in PLUGINS:
+        wanted = platform
+    elif platform == "auto" and installed:
+        wanted = installed[0]
+    else:
+        return
+    package, first, beyond = PLUGINS[wanted]
+    remedy = f"in an environment of its own: pip install 'hjepa-jax[{wanted}]'"
+    if len(installed) > 1:
+        both = " and ".join(PLUGINS[name][0] for name in installed)
+        remedy = " or ".join(f"pip install 'hjepa-jax[{name}]'" for name in installed)
+        rule = f"{both} exclude each other; install one, in an environment of its own: {remedy}"
+        raise InputError("platform", platform, rule)
+    if wanted not in installed:
+        raise InputError("platform", platform, f"needs {package}, {remedy}")
+    found = version("jax")
+    if not first <= tuple(int(n) for n in re.findall(r"\d+", found)[:3]) < beyond:
+        rule = f"{package} cannot run with jax {found}; install the pair {remedy}"
+        raise InputError("platform", platform, rule)
+
+
+def version(package: str) -> str:
+    """The installed version of a package; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _keep_freed_memory() -> None:

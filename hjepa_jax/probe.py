@@ -59,7 +59,6 @@ def main() -> None:
 
 def _judge(workdir: pathlib.Path, options: dict) -> list:
     from hjepa_jax import checkpoint, run
-    from hjepa_jax.data.sources import open_source
     from hjepa_jax.evaluation import results
     from hjepa_jax.evaluation.protocols import Protocol
     from hjepa_jax.judge import judge_run
@@ -74,32 +73,28 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
         "online": state.params["context_encoder"],
         "random_init": initial.target_params,
     }
-    source = open_source(
-        _DATA.value or config.data.source,
-        data_dir=_DATA_DIR.value or config.data.dir,
-        image_size=config.data.image_size,
-        seed=config.seed,
-    )
+    source = run.open_config_source(config, source=_DATA.value, data_dir=_DATA_DIR.value)
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
-    rows = judge_run(
-        workdir,
-        config,
-        model,
-        {name: params[name] for name in _ENCODERS.value},
-        *source.load(),
-        source=source,
-        step=step,
-        protocol=Protocol(
-            num_val=config.eval.num_val, batch_size=config.eval.batch_size, **options
-        ),
-        num_layers=_NUM_LAYERS.value,
-        keep_features=_KEEP.value,
-        finetune_epochs=_FINETUNE.value,
-    )
-    if config.log.tensorboard:
-        group = f"probe_{source.name}" if _DATA.value else "probe"
-        write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
+    with run.writing(workdir):
+        rows = judge_run(
+            workdir,
+            config,
+            model,
+            {name: params[name] for name in _ENCODERS.value},
+            *source.load(),
+            source=source,
+            step=step,
+            protocol=Protocol(
+                num_val=config.eval.num_val, batch_size=config.eval.batch_size, **options
+            ),
+            num_layers=_NUM_LAYERS.value,
+            keep_features=_KEEP.value,
+            finetune_epochs=_FINETUNE.value,
+        )
+        if config.log.tensorboard:
+            group = f"probe_{source.name}" if _DATA.value else "probe"
+            write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
     return rows
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hjepa_jax import build, metrics
-from hjepa_jax.config import Config, base_config, differing_fields, flatten, validate
-from hjepa_jax.data.sources import Source, open_source
+from hjepa_jax.config import FREE_FIELDS, Config, base_config, differing_fields, validate
+from hjepa_jax.data.sources import Source, check_size, first_line, open_source
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import flatten
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.platform import select_platform
+from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
 
@@ -29,9 +30,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-# Resident data beyond this would crowd out the model on a small device.
-MAX_RESIDENT_BYTES = 8 * 1024**3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,8 @@ class Run:
       schedules: length, learning rate, weight decay, EMA momentum.
       create: makes state and metrics window at step 0.
       lower: (steps_per_call, donate) to the lowered program
-        `(state, window, images, index, count) -> (state, window)`.
+        `(state, window, images, index, count) -> (state, window)`; for other backends than this
+        process has, by their names in `platforms`.
       placement: where the arguments of that program live.
     """
 
@@ -90,17 +89,12 @@ def build_run(config: Config, source: Source) -> Run:
       InputError: for a config that cannot work.
     """
     batch_size, info = config.train.batch_size, source.info
-    placement = place_on_devices(jax.devices())
-    num_bytes = info.num_train * math.prod(info.image_shape)
-    if num_bytes > MAX_RESIDENT_BYTES:
-        size = f"{num_bytes / 2**30:.1f} GiB"
-        limit = (
-            f"must fit the device as uint8, {MAX_RESIDENT_BYTES / 2**30:.0f} GiB; this is {size}"
-        )
-        raise InputError("data.source", config.data.source, limit)
+    devices = jax.devices()
+    placement = place_on_devices(devices)
+    check_size(config.data.source, (info.num_train, *info.image_shape))
     schedules = build.build_schedules(config, info.num_train)
-    if batch_size % len(jax.devices()):
-        rule = f"must be a multiple of the number of devices, {len(jax.devices())}"
+    if batch_size % len(devices):
+        rule = f"must be a multiple of the number of devices, {len(devices)}"
         raise InputError("train.batch_size", batch_size, rule)
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
@@ -118,7 +112,9 @@ def build_run(config: Config, source: Source) -> Run:
         width = outputs.features.shape[-1]
         return metrics.empty_window(averages, batch_size=batch_size, width=width)
 
-    def lower(*, steps_per_call: int, donate: bool) -> Any:
+    def lower(
+        *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
+    ) -> Any:
         donated = (0, 1) if donate else ()
         whole, split = placement.whole, placement.batches
         if whole is None:
@@ -131,23 +127,26 @@ def build_run(config: Config, source: Source) -> Run:
         index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         window = jax.eval_shape(create_window)
-        return run_steps.lower(state, window, batch(info.num_train), index, count)
+        traced = run_steps.trace(state, window, batch(info.num_train), index, count)
+        return traced.lower(lowering_platforms=platforms)
 
     return Run(
         config=config,
         model=model,
         schedules=schedules,
-        create=lambda: (jax.jit(create_state)(), create_window()),
+        create=lambda: (initialise(create_state), create_window()),
         lower=lower,
         placement=placement,
     )
 
 
-def open_config_source(config: Config) -> Source:
-    """The data source that the config names."""
+def open_config_source(
+    config: Config, *, source: str | None = None, data_dir: str | None = None
+) -> Source:
+    """The data source that the config names; `source` and `data_dir` take precedence."""
     return open_source(
-        config.data.source,
-        data_dir=config.data.dir,
+        source or config.data.source,
+        data_dir=data_dir or config.data.dir,
         image_size=config.data.image_size,
         seed=config.seed,
     )
@@ -188,7 +187,7 @@ def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
         field that matters; nothing is changed then.
     """
     path = workdir / "config.json"
-    try:
+    with writing(workdir):
         if path.exists():
             _check_same_run(load_config(workdir), config, workdir)
             return
@@ -196,6 +195,13 @@ def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
         partial = path.with_suffix(".json.partial")
         partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns an error of the file system within the block into an InputError ("--workdir")."""
+    try:
+        yield
     except OSError as error:
         rule = f"must be a directory that can be written ({error.strerror})"
         raise InputError("--workdir", str(workdir), rule) from error
@@ -215,11 +221,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    try:
+    with writing(workdir):
         file = (workdir / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        rule = f"must be a directory that can be written ({error.strerror})"
-        raise InputError("--workdir", str(workdir), rule) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,9 +231,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             owner = file.read().strip() or "another process"
             rule = f"is in use by {owner}; stop that run or choose another --workdir"
             raise InputError("--workdir", str(workdir), rule) from error
-        except OSError:  # a file system without such locks
-            yield
-            return
+        except OSError:
+            pass  # a file system without such locks
         started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
@@ -261,11 +263,23 @@ def load_config(workdir: pathlib.Path) -> Config:
         raise InputError("--workdir", str(workdir), "holds no run (there is no config.json)")
     config = base_config().lock()
     try:
-        config.update(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            "--workdir", str(workdir), f"its config.json is no config: {reason}"
-        ) from error
-    validate(config)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        _check_same_fields(saved, config.to_dict())
+        config.update(saved)
+        validate(config)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            InputError) as error:  # fmt: skip
+        rule = f"its config.json is no config of this version: {first_line(error)}"
+        raise InputError("--workdir", str(workdir), rule) from error
     return config
+
+
+def _check_same_fields(saved: Any, defaults: dict[str, Any]) -> None:
+    """A run is described by all fields: what another version lacks must not be guessed."""
+    if not isinstance(saved, dict):
+        raise TypeError("not an object")
+    found, expected = flatten(saved).keys(), flatten(defaults).keys()
+    missing = [field for field in expected - found if not field.startswith(FREE_FIELDS)]
+    for which, fields in (("unknown", found - expected), ("missing", missing)):
+        if fields:
+            raise ValueError(f"{which} {', '.join(sorted(fields))}")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax import losses
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MultiBlockMask, gather_tokens
-from hjepa_jax.metrics import LogWindow, update_window
+from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Prediction
 from hjepa_jax.optimizer import Schedule, global_norm
@@ -26,10 +26,17 @@ from hjepa_jax.train_state import TrainState, ema_update
 
 @struct.dataclass
 class StepOutputs:
-    """What a step reports: scalars by metric name, and a feature vector per image."""
+    """What a step reports.
+
+    Attributes:
+      scalars: by metric name, float32 [].
+      features: float32 [B, D], of each image.
+      finite: bool [], whether loss and gradient are; where not, the update was left out.
+    """
 
     scalars: dict[str, Any]
     features: Any
+    finite: Any = None
 
 
 TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]
@@ -193,6 +200,15 @@ def make_train_step(
         outputs.scalars["grad_norm"] = global_norm(grads)
         outputs.scalars["update_norm"] = global_norm(updates)
         outputs.scalars["param_norm"] = global_norm(params)
+
+        # A step that is not finite leaves all as it was, but for its number: masks, augmentation
+        # and data of the next one differ, so that it may do better.
+        finite = jnp.isfinite(outputs.scalars["loss"]) & jnp.isfinite(outputs.scalars["grad_norm"])
+        params, target_params, opt_state = select(
+            finite,
+            (params, target_params, opt_state),
+            (state.params, state.target_params, state.opt_state),
+        )
         new_state = TrainState(
             step=state.step + 1,
             params=params,
@@ -200,7 +216,7 @@ def make_train_step(
             opt_state=opt_state,
             rng=state.rng,
         )
-        return new_state, outputs
+        return new_state, dataclasses.replace(outputs, finite=finite)
 
     return train_step
 
@@ -223,7 +239,9 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
         def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:
             state, window = carry
             new_state, outputs = train_step(state, images[index[i]])
-            return new_state, update_window(window, outputs.scalars, outputs.features, state.step)
+            return new_state, update_window(
+                window, outputs.scalars, outputs.features, state.step, outputs.finite
+            )
 
         if len(index) == 1:  # no loop in the program where there is nothing to repeat
             return body(0, (state, window))
@@ -247,11 +265,8 @@ def make_embed_fn(
       num_layers: n, how many of the last blocks give features. 1 is the output of the encoder;
         of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
     """
-    grid_size, num_levels, apply = (
-        model.predictor.grid_size,
-        model.predictor.num_levels,
-        _untyped_apply(model),
-    )
+    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    apply = _untyped_apply(model)
 
     def embed(
         encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array

@@ -1,5 +1,6 @@
 """train_and_evaluate(config, workdir): build, restore, loop, log, probe, save."""
 
+import dataclasses
 import math
 import pathlib
 import signal
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hjepa_jax import build, metrics
+from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, flatten, validate
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Source, Split
-from hjepa_jax.errors import InputError
+from hjepa_jax.data.sources import Source, Split, fingerprint
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
@@ -25,7 +26,7 @@ from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
-from hjepa_jax.platform import donates_buffers, select_platform
+from hjepa_jax.platform import current_rules, select_platform
 from hjepa_jax.run import (
     Run,
     build_run,
@@ -33,6 +34,7 @@ from hjepa_jax.run import (
     num_params,
     open_config_source,
     prepare_workdir,
+    writing,
 )
 from hjepa_jax.train_state import TrainState
 
@@ -67,8 +69,12 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     source = open_config_source(config)
     run = build_run(config, source)
     train, test = source.load()
+    if len(train.images) != source.info.num_train:  # a folder's files that are no images
+        counts = {"num_train": len(train.images), "num_test": len(test.images)}
+        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
+        run = build_run(config, source)
     prepare_workdir(config, workdir)
-    with locked(workdir):
+    with locked(workdir), writing(workdir):
         return _train_and_judge(run, source, train, test, workdir, backend)
 
 
@@ -77,7 +83,7 @@ def _train_and_judge(
 ) -> list[dict[str, Any]]:
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
-    checkpoints = Checkpoints(workdir, config=config)
+    checkpoints = Checkpoints(workdir, config=config, data=fingerprint(train), owner=True)
     state, window = jax.device_put(run.create(), run.placement.whole)
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
@@ -126,6 +132,12 @@ class _Loop:
         self._order = BatchOrder(len(train.images), c.train.batch_size, c.seed)
         self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
         self._timer = StepTimer()
+        self._alarms = Alarms(
+            max_nonfinite_steps=c.train.max_nonfinite_steps,
+            on_collapse=c.train.on_collapse,
+            say=self._progress.note,
+            newest_checkpoint=checkpoints.latest_step,
+        )
         self._embed = jax.jit(build.build_embed_fn(c, run.model))
         self._save_every = c.train.checkpoint_every_steps or max(
             1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
@@ -143,17 +155,18 @@ class _Loop:
         if step >= num_steps:
             print(f"already trained: step {step} of {num_steps}")
             return state
-        size = min(self._config.train.steps_per_call, num_steps)
+        rules = current_rules()
+        size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
         started = time.perf_counter()
-        donate = donates_buffers(self._backend)
-        run_steps = self._run.lower(steps_per_call=size, donate=donate).compile()
+        run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
         place = self._run.placement
         images = jax.device_put(self._train.images, place.whole)
         if step == 0:
             self._preview(state)
         print(
-            f"{num_params(state.params):,} trainable parameters on {self._backend}, compiled in "
-            f"{time.perf_counter() - started:.1f} s, "
+            f"{num_params(state.params):,} trainable parameters on {self._backend}"
+            + (f" ({rules})" if str(rules) else "")
+            + f", compiled in {time.perf_counter() - started:.1f} s, "
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
@@ -191,6 +204,7 @@ class _Loop:
         saves = step % self._save_every == 0 or last or evaluates or signum
         if evaluates or saves:
             jax.block_until_ready(state)  # the steps under way belong to training time
+            self._alarms.check_finite(window, step)  # before a save could replace a good one
         paused = time.perf_counter()
         scores = self._evaluate(state, step) if evaluates else {}
         self._logger.end_line()
@@ -202,14 +216,16 @@ class _Loop:
         return window
 
     def _log(self, window: metrics.LogWindow, step: int) -> metrics.LogWindow:
-        """Writes the window's metrics; refuses to go on from a loss that is not finite."""
+        """Writes the window's metrics, and says what is wrong with them."""
         batch_size = self._config.train.batch_size
-        values = metrics.summarize(window, step=step, batch_size=batch_size)
+        verdict = metrics.spread(window, step=step, batch_size=batch_size)
+        values = metrics.summarize(window, verdict)
         rates = self._timer.rates(batch_size)
         self._logger.scalars(
             step,
             {
-                **{f"train/{name}": value for name, value in values.items()},
+                **{f"train/{k}": v for k, v in values.items() if math.isfinite(v)},
+                "train/nonfinite_steps": int(window.nonfinite.count),
                 "train/learning_rate": float(self._schedules.learning_rate_fn(step)),
                 "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
                 "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
@@ -223,13 +239,9 @@ class _Loop:
             images_per_sec=rates["perf/images_per_sec"],
             steps_per_sec=rates["perf/steps_per_sec"],
         )
-        if not math.isfinite(values["loss"]):
-            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-            rule = (
-                f"not finite by step {step} ({bad}); lower optim.learning_rate. The last good "
-                f"checkpoint is step {self._checkpoints.latest_step()}"
-            )
-            raise InputError("train/loss", values["loss"], rule)
+        self._alarms.check_finite(window, step)
+        if verdict:
+            self._alarms.check_spread(verdict, step)
         self._timer.restart()
         return metrics.reset_averages(window)
 

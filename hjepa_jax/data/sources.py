@@ -17,11 +17,10 @@ TensorFlow is imported only when a `tfds:` source is really read.
 
 import dataclasses
 import hashlib
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +30,17 @@ from PIL import Image, ImageOps
 from hjepa_jax.errors import InputError
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-TEST_FOLDERS = ("test", "val", "validation")
+# A split beyond this would crowd out the model on a small device.
+MAX_RESIDENT_BYTES = 8 * 1024**3
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels of one split, on the host."""
+    """Images and labels of one split, on the host, and their files where each has its own."""
 
     images: UInt8[np.ndarray, "n H W C"]
     labels: Int32[np.ndarray, " n"]
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,9 @@ class SourceInfo:
     """What is known of a source before its images are decoded.
 
     Attributes:
-      num_train: training images, the ones held out for validation included.
-      num_test: test images.
+      num_train: training images, the ones held out for validation included. Of a folder, files:
+        those that turn out to be no images are missing from what `load` returns.
+      num_test: test images, or files.
       image_shape: (H, W, C) of every image that `load` returns; C is 3.
       class_names: indexed by label.
     """
@@ -83,6 +84,16 @@ def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int
     Raises:
       InputError: the source does not exist, cannot be had or breaks a rule of its format.
     """
+    try:
+        found = _open(source, data_dir, image_size, seed)
+    except (OSError, RuntimeError, ValueError) as error:  # no home, no rights, no such characters
+        raise InputError("data.source", source, first_line(error)) from error
+    for num_images in (found.info.num_train, found.info.num_test):
+        check_size(source, (num_images, *found.info.image_shape))
+    return found
+
+
+def _open(source: str, data_dir: str | None, image_size: int, seed: int) -> Source:
     kind, _, rest = source.partition(":")
     if source == "shapes":
         return _open_shapes(seed)
@@ -93,9 +104,24 @@ def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int
     if kind == "npz" and rest:
         return _open_npz(source, Path(rest).expanduser(), seed)
     if kind == "folder" and rest:
-        return _open_folder(source, Path(rest).expanduser(), image_size, seed)
+        from hjepa_jax.data import folder_source  # it needs Split from here
+
+        return folder_source.open_folder(source, Path(rest).expanduser(), image_size, seed)
     rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
     raise InputError("data.source", source, rule)
+
+
+def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
+    """Refuses an array that would not fit, before anything of its size is made.
+
+    Raises:
+      InputError: for more than `MAX_RESIDENT_BYTES`.
+    """
+    num_bytes = math.prod(shape) * itemsize
+    if num_bytes > MAX_RESIDENT_BYTES:
+        limit = f"{MAX_RESIDENT_BYTES / 2**30:.0f} GiB"
+        rule = f"must fit the device as uint8, {limit}; this is {num_bytes / 2**30:.1f} GiB"
+        raise InputError("data.source", source, rule)
 
 
 def fingerprint(split: Split) -> str:
@@ -115,12 +141,14 @@ def hold_out(
     return np.sort(order[:num_kept]), np.sort(order[num_kept:])
 
 
-def hold_out_test(split: Split, seed: int) -> tuple[Split, Split]:
-    train, test = (
-        Split(split.images[index], split.labels[index])
-        for index in hold_out(len(split.labels), num_held_out(len(split.labels)), seed)
-    )
-    return train, test
+def hold_out_test(source: str, split: Split, seed: int) -> tuple[Split, Split]:
+    def part(rows: Int[np.ndarray, " rows"]) -> Split:
+        names = tuple(split.names[i] for i in rows) if split.names else ()
+        return Split(split.images[rows], split.labels[rows], names)
+
+    num_images = len(split.labels)
+    kept, held = hold_out(num_images, num_held_out(source, num_images), seed)
+    return part(kept), part(held)
 
 
 def first_line(error: BaseException) -> str:
@@ -129,7 +157,14 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, lines), type(error).__name__)
 
 
-def num_held_out(num_examples: int) -> int:
+def num_held_out(source: str, num_examples: int) -> int:
+    """How many images are held out for the test, where a source has none for it.
+
+    Raises:
+      InputError: when none would be left to train on.
+    """
+    if num_examples < 2:
+        raise InputError("data.source", source, "one image cannot be split into train and test")
     return max(1, num_examples // 10)
 
 
@@ -160,10 +195,8 @@ def _open_npz(source: str, path: Path, seed: int) -> Source:
             raise InputError(
                 "data.source", source, f"train and test images differ in shape: {shapes}"
             )
-    elif len(train.labels) < 2:
-        raise InputError("data.source", source, "one image cannot be split into train and test")
     else:
-        train, test = hold_out_test(train, seed)
+        train, test = hold_out_test(source, train, seed)
     num_classes = 1 + max(train.labels.max(), test.labels.max())
     info = SourceInfo(
         num_train=len(train.labels),
@@ -176,19 +209,42 @@ def _open_npz(source: str, path: Path, seed: int) -> Source:
 
 def _read_npz(source: str, path: Path) -> dict[str, np.ndarray]:
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file):  # .npy, pickle, HTML: not a zip
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {key: np.asarray(archive[key]) for key in archive.files}
-    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        if not path.is_file():  # to open a pipe would be to wait
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [member.filename.removesuffix(".npy") for member in members]
+            if sorted(names) not in (sorted(NPZ_KEYS), sorted(NPZ_KEYS[:2])):
+                rule = (
+                    f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none), not "
+                    + (", ".join(names) or "nothing")
+                )
+                raise InputError("data.source", source, rule)
+            arrays = [_read_npy(source, archive, member) for member in members]
+            return dict(zip(names, arrays, strict=True))
+    except InputError:
+        raise
+    except Exception as error:  # on corrupt data zipfile and NumPy raise almost anything
         rule = f"must name a readable .npz file: {first_line(error)}"
         raise InputError("data.source", source, rule) from error
-    if set(arrays) not in ({*NPZ_KEYS}, {*NPZ_KEYS[:2]}):
-        rule = f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none), not " + (
-            ", ".join(arrays) or "nothing"
-        )
-        raise InputError("data.source", source, rule)
-    return arrays
+
+
+def _read_npy(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Reads one array, once it is known that it is of the size that it says.
+
+    NumPy alone would make room for whatever shape the header names.
+    """
+    with archive.open(member) as file:
+        major, _ = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0
+        if major > 1:
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+    check_size(source, shape, dtype.itemsize)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} is shorter than its shape {shape}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _check_split(source: str, name: str, arrays: dict[str, np.ndarray]) -> Split:
@@ -203,9 +259,10 @@ def _check_split(source: str, name: str, arrays: dict[str, np.ndarray]) -> Split
     channels_fit = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
     require(channels_fit, "images must be [n, H, W, 3], [n, H, W, 1] or [n, H, W]")
     require(images.size, "images must not be empty")
-    require(np.issubdtype(labels.dtype, np.integer), "labels must be integers")
+    require(labels.dtype.kind in "iu", "labels must be integers")
     require(labels.shape == images.shape[:1], "labels must hold one label per image")
     require(labels.min() >= 0 and labels.max() < 2**16, "labels must lie in [0, 65535]")
+    check_size(source, (*images.shape[:3], 3))
     return Split(as_rgb(images), labels.astype(np.int32))
 
 
@@ -216,91 +273,6 @@ def as_rgb(images: Shaped[np.ndarray, "n H W *C"]) -> UInt8[np.ndarray, "n H W 3
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
-def decode_image(path: Path, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Reads one file: upright by its EXIF tag, RGB, shorter side resized, centre crop.
-
-    Args:
-      path: a file in any format that Pillow reads; of an animation, the first frame.
-      image_size: S, the side of the result in pixels.
-
-    Raises:
-      InputError: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would clip 16-bit grey to white
-                raise ValueError("more than 8 bits per channel")
-            return square(ImageOps.exif_transpose(image), image_size)
-    except Exception as error:  # on corrupt data Pillow's decoders raise almost anything
-        rule = f"cannot be decoded as an image: {first_line(error)}"
-        raise InputError("data.source", str(path), rule) from error
-
-
 def square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
     size = (image_size, image_size)
     return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
-
-
-def _open_folder(source: str, root: Path, image_size: int, seed: int) -> Source:
-    if not root.is_dir():
-        raise InputError("data.source", source, "must name a folder that exists")
-    test_root = None
-    if _sub_folders(root / "train"):  # else "train" may be a class, beside "car" and "plane"
-        test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-        root = root / "train"
-    class_names, train_files, train_labels = _list_classes(source, root)
-    if test_root is None:
-        if len(train_files) < 2:
-            raise InputError("data.source", source, "one image cannot be split into train and test")
-        kept, held = hold_out(len(train_files), num_held_out(len(train_files)), seed)
-        test_files, test_labels = [train_files[i] for i in held], train_labels[held]
-        train_files, train_labels = [train_files[i] for i in kept], train_labels[kept]
-    else:
-        test_names, test_files, test_labels = _list_classes(source, test_root)
-        if test_names != class_names:
-            differing = ", ".join(sorted({*test_names} ^ {*class_names}))
-            rule = f"train and {test_root.name} must have the same classes; one lacks {differing}"
-            raise InputError("data.source", source, rule)
-
-    def load() -> tuple[Split, Split]:
-        train_images = _decode_images(train_files, image_size)
-        test_images = _decode_images(test_files, image_size)
-        return Split(train_images, train_labels), Split(test_images, test_labels)
-
-    info = SourceInfo(
-        len(train_files), len(test_files), (image_size, image_size, 3), tuple(class_names)
-    )
-    return Source(source, info, load)
-
-
-def _list_classes(source: str, root: Path) -> tuple[list[str], list[Path], Int32[np.ndarray, " n"]]:
-    """Returns the class names, the files in order of class and name, and their labels."""
-    folders = _sub_folders(root)
-    if {folder.name for folder in folders} <= {"train", *TEST_FOLDERS}:
-        raise InputError("data.source", source, f"{root} must hold one sub-folder per class")
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        images = [path for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not images:
-            raise InputError("data.source", source, f"there is no image in {folder}")
-        files += images
-        labels += [label] * len(images)
-    return [folder.name for folder in folders], files, np.array(labels, np.int32)
-
-
-def _sub_folders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()] if folder.is_dir() else []
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Lists a folder by name, without hidden entries such as the `._*` files of macOS."""
-    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(paths, key=lambda path: path.name)
-
-
-def _decode_images(files: list[Path], image_size: int) -> UInt8[np.ndarray, "n S S 3"]:
-    images = np.empty((len(files), image_size, image_size, 3), np.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
-        for i, image in enumerate(pool.map(lambda path: decode_image(path, image_size), files)):
-            images[i] = image
-    return images

@@ -64,11 +64,11 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
     def load() -> tuple[Split, Split]:
         train = _read_split(source, builder, "train", shape)
         if test_name is None:
-            return hold_out_test(train, seed)
+            return hold_out_test(source, train, seed)
         return train, _read_split(source, builder, test_name, shape)
 
     num_train = splits["train"].num_examples
-    num_test = splits[test_name].num_examples if test_name else num_held_out(num_train)
+    num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
     return Source(source, SourceInfo(num_train, num_test, shape, tuple(label.names)), load)
 

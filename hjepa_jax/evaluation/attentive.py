@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.features import progress
+from hjepa_jax.evaluation.features import map_batches, progress
 from hjepa_jax.evaluation.labelled import check_labelled, hold_out
 
 DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -129,7 +129,7 @@ def _logits(params: Any, x: Float[Array, "B N D"]) -> Float[Array, "B C"]:
     return pooled.reshape(len(x), -1) @ params["kernel"] + params["bias"][None]
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
+@jax.jit
 def _update(
     params: Any,
     opt_state: Any,
@@ -193,17 +193,17 @@ def _train(
     return _Model(mean, std, params)
 
 
-_predict_logits = jax.jit(jax.vmap(_logits, in_axes=(0, None)))
+_predict_logits = jax.jit(jax.vmap(_logits, in_axes=(0, None), out_axes=1))
 
 
 def _predict(
     model: _Model, tokens: Float[np.ndarray, "n N D"], batch_size: int
 ) -> Int32[np.ndarray, "S n"]:
-    """The most likely class of each row, for each setting; padded to one shape."""
-    predictions = []
-    for start in range(0, len(tokens), batch_size):
-        x = (tokens[start : start + batch_size].astype(np.float32) - model.mean) / model.std
-        padded = np.pad(x, [(0, batch_size - len(x)), (0, 0), (0, 0)])
-        logits = jax.device_get(_predict_logits(model.params, padded))
-        predictions.append(logits[:, : len(x)].argmax(axis=-1).astype(np.int32))
-    return np.concatenate(predictions, axis=1)
+    """The most likely class of each row, for each setting."""
+
+    def logits(x: np.ndarray) -> dict[str, Any]:
+        x = (x.astype(np.float32) - model.mean) / model.std
+        return {"logits": _predict_logits(model.params, x)}
+
+    found = map_batches(logits, tokens, batch_size=batch_size)["logits"]  # [n, S, C]
+    return found.argmax(axis=-1).T.astype(np.int32)

@@ -1,5 +1,6 @@
 """Features of whole data sets from a frozen encoder: in batches of one shape, kept on disk."""
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -46,18 +47,39 @@ def extract_features(
     Returns:
       The same dict for all images, on the host.
     """
-    found: dict[str, np.ndarray] = {}
-    with progress(what, len(images), unit=" images") as bar:
-        for start in range(0, len(images), batch_size):
-            batch = [array[start : start + batch_size] for array in (images, *extra)]
+    fn = functools.partial(embed, encoder_params)
+    return map_batches(fn, images, *extra, batch_size=batch_size, what=what)
+
+
+def map_batches(
+    fn: Callable[..., dict[str, Any]],
+    *arrays: Shaped[np.ndarray, "n ..."],
+    batch_size: int,
+    what: str = "",
+) -> dict[str, np.ndarray]:
+    """Applies `fn` to the rows of the arrays in batches; the last is padded, so it compiles once.
+
+    Args:
+      fn: from `batch_size` rows of each array to a dict of arrays with as many rows.
+      *arrays: of one length.
+      batch_size: rows per call.
+      what: name of the work, for a progress bar; empty for none.
+
+    Returns:
+      The dict for all rows, on the host.
+    """
+    n, found = len(arrays[0]), {}
+    with progress(what, n, unit=" images") as bar:
+        for start in range(0, n, batch_size):
+            batch = [array[start : start + batch_size] for array in arrays]
             count = len(batch[0])
             padded = [
                 np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
                 for array in batch
             ]
-            for name, value in jax.device_get(embed(encoder_params, *padded)).items():
+            for name, value in jax.device_get(fn(*padded)).items():
                 if name not in found:
-                    found[name] = np.empty((len(images), *value.shape[1:]), value.dtype)
+                    found[name] = np.empty((n, *value.shape[1:]), value.dtype)
                 found[name][start : start + count] = value[:count]
             bar.update(count)
     return found
@@ -136,6 +158,14 @@ def embed_pixels(_: Any, images: UInt8[jax.Array, "B H W C"]) -> dict[str, Float
     return {"pixels": pixels.reshape(len(images), -1)}
 
 
+def check_levels(levels: Sequence[int], num_levels: int) -> None:
+    """Refuses levels that a model of `num_levels` has not ("--levels")."""
+    for level in levels:
+        if not 0 <= level < num_levels:
+            rule = f"must be levels of the model, 0 to {num_levels - 1}"
+            raise InputError("--levels", level, rule)
+
+
 def representations(
     features: Features, *, levels: Sequence[int] | None = None, pools: Sequence[str] = POOLS
 ) -> list[Representation]:
@@ -157,10 +187,7 @@ def representations(
     names = [name for name in features if name.startswith("level_")]
     everything: int | str = "all"
     if levels is not None and set(levels) != set(range(len(names))):
-        for level in levels:
-            if f"level_{level}" not in names:
-                rule = f"must be levels of the model, 0 to {len(names) - 1}"
-                raise InputError("--levels", level, rule)
+        check_levels(levels, len(names))
         chosen = sorted(set(levels))
         names = [f"level_{level}" for level in chosen]
         everything = chosen[0] if len(chosen) == 1 else "+".join(map(str, chosen))

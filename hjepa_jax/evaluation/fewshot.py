@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.quality import check_features
+from hjepa_jax.evaluation.quality import check_features, unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +70,13 @@ def fewshot_probe(
     check_features("test_x", test_x)
     if test_y.shape != (len(test_x),):
         raise InputError("test_y", test_y.shape, f"must be one label per row, {len(test_x)}")
-    classes, counts = np.unique(test_y, return_counts=True)
+    classes = np.unique(test_y)
     if len(classes) < 2:
         raise InputError("test_y", classes.tolist(), "must hold at least two classes")
     num_ways = min(num_ways, len(classes))
-    num_queries = min(num_queries, int(counts.min()) - num_shots)
-    if num_queries < 1:
-        rule = f"must be below the {counts.min()} test images of the smallest class"
-        raise InputError("--fewshot_shots", num_shots, rule)
+    num_queries = min(num_queries, check_shots(test_y, num_shots) - num_shots)
 
-    x = test_x.astype(np.float64) - train_x.mean(axis=0, dtype=np.float64)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    x = unit_rows(test_x.astype(np.float64) - train_x.mean(axis=0, dtype=np.float64))
     rows_of = {label: np.flatnonzero(test_y == label) for label in classes}
     rng, accuracies = np.random.default_rng(seed), []
     for _ in range(num_episodes):
@@ -101,3 +97,16 @@ def fewshot_probe(
         num_ways=num_ways,
         num_queries=num_queries,
     )
+
+
+def check_shots(test_y: Integer[np.ndarray, " _"], num_shots: int) -> int:
+    """Returns the number of images of the smallest class, of which some must remain to classify.
+
+    Raises:
+      InputError: where none would ("--fewshot_shots").
+    """
+    smallest = int(np.unique(test_y, return_counts=True)[1].min())
+    if num_shots >= smallest:
+        rule = f"must be below the {smallest} test images of the smallest class"
+        raise InputError("--fewshot_shots", num_shots, rule)
+    return smallest

@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
@@ -24,9 +23,10 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.features import progress
+from hjepa_jax.evaluation.features import extract_features, progress
 from hjepa_jax.models.vit import VisionTransformer, layer_norm
-from hjepa_jax.optimizer import decay_mask, warmup_cosine_schedule
+from hjepa_jax.optimizer import make_optimizer, warmup_cosine_schedule
+from hjepa_jax.platform import initialise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def finetune(
     def create() -> Any:
         return model.init(init_rng, preprocess(train.images[:1]))["params"]
 
-    params = {**jax.jit(create)(), "encoder": jax.tree.map(jnp.copy, encoder_params)}
+    params = {**initialise(create), "encoder": jax.tree.map(jnp.copy, encoder_params)}
     scales = layer_scales(params, depth=encoder.depth, layer_decay=settings.layer_decay)
     tx = _optimizer(settings, scales, num_steps)
     state = FinetuneState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
@@ -196,17 +196,13 @@ def finetune(
         rule = "is too large: the loss is not finite"
         raise InputError("finetune.learning_rate", settings.learning_rate, rule)
 
-    predict = jax.jit(
-        lambda params, images: jnp.argmax(model.apply({"params": params}, preprocess(images)), -1)  # pyright: ignore
-    )
-    hits = 0
-    for start in range(0, len(test.images), batch_size):
-        images = test.images[start : start + batch_size]
-        count = len(images)
-        padded = np.pad(images, [(0, batch_size - count), (0, 0), (0, 0), (0, 0)])
-        predicted = np.asarray(predict(state.params, padded))[:count]
-        hits += int(np.sum(predicted == test.labels[start : start + count]))
-    return {"top1": hits / len(test.images), "train_loss": train_loss}
+    @jax.jit
+    def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
+        return {"logits": model.apply({"params": params}, preprocess(images))}
+
+    logits = extract_features(embed, state.params, test.images, batch_size=batch_size)["logits"]
+    top1 = float((logits.argmax(axis=-1) == test.labels).mean())
+    return {"top1": top1, "train_loss": train_loss}
 
 
 def _optimizer(
@@ -219,10 +215,12 @@ def _optimizer(
     def scale_layers(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return jax.tree.map(lambda u, s: u * s, updates, scales), state
 
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b2=0.98),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
-        optax.GradientTransformation(lambda params: optax.EmptyState(), scale_layers),
-        optax.scale_by_learning_rate(lambda count: learning_rate_fn(count + 1)),
+    adamw = make_optimizer(
+        learning_rate_fn=learning_rate_fn,
+        weight_decay_fn=lambda _: settings.weight_decay,
+        b2=0.98,
+        clip_norm=1.0,
     )
+    # The learning rate is a factor of all of AdamW's update, so that of the layer may follow it.
+    layers = optax.GradientTransformation(lambda params: optax.EmptyState(), scale_layers)
+    return optax.chain(adamw, layers)

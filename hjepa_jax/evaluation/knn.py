@@ -19,7 +19,8 @@ from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_labelled, hold_out
+from hjepa_jax.evaluation.labelled import check_splits, hold_out
+from hjepa_jax.evaluation.quality import unit_rows
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -75,8 +76,7 @@ def knn_probe(
       InputError: for features that are empty or not finite, arrays that do not match, labels out
         of range, or a k that is too large ("eval.knn_ks").
     """
-    check_labelled("train", train_x, train_y, num_classes=num_classes)
-    check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
+    check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
     options = {"num_classes": num_classes, "temperature": temperature, "block_size": block_size}
     options["what"] = what
 
@@ -126,12 +126,12 @@ def knn_predict(
     n = len(bank_x)
     if not ks or min(ks) < 1 or max(ks) > n:
         raise InputError("eval.knn_ks", tuple(ks), f"must lie in [1, {n}], the rows in the bank")
-    bank = _unit_rows(bank_x)
+    bank = unit_rows(bank_x.astype(np.float32))
     predictions = np.empty((len(ks), len(query_x)), np.int32)
     starts = range(0, len(query_x), block_size)
     for start in progress(what, len(starts), unit=" blocks", iterable=starts):
         block = slice(start, start + block_size)
-        similarity = _unit_rows(query_x[block]) @ bank.T
+        similarity = unit_rows(query_x[block].astype(np.float32)) @ bank.T
         neighbours = _nearest(similarity, max(ks))
         similarity = np.take_along_axis(similarity, neighbours, axis=1).astype(np.float64)
         # Relative to the nearest neighbour: the same vote, but safe from overflow.
@@ -147,12 +147,6 @@ def knn_predict(
             votes, counted = votes + new.reshape(votes.shape), ks[row]
             predictions[row, block] = votes.argmax(axis=1)
     return predictions
-
-
-def _unit_rows(x: Float[np.ndarray, "n D"]) -> Float32[np.ndarray, "n D"]:
-    x = x.astype(np.float32)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return x
 
 
 def _nearest(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:

@@ -33,6 +33,19 @@ def check_labelled(
         )
 
 
+def check_splits(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    *,
+    num_classes: int,
+) -> None:
+    """`check_labelled` of both splits, which must be of one width."""
+    check_labelled("train", train_x, train_y, num_classes=num_classes)
+    check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
+
+
 def hold_out(
     n: int, *, num_val: int, seed: int = 0
 ) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:

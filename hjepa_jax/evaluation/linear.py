@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_labelled, hold_out
+from hjepa_jax.evaluation.labelled import check_splits, hold_out
 
 # Half-decades, from next to no penalty to one that leaves little but the class frequencies.
 DEFAULT_L2_GRID = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(-12, 3))
@@ -96,8 +96,7 @@ def linear_probe(
       InputError: for features that are empty or not finite, arrays that do not match, labels out
         of range, or a bad grid ("eval.linear_l2_grid").
     """
-    check_labelled("train", train_x, train_y, num_classes=num_classes)
-    check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
+    check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
 
     chosen_l2, val_top1 = select(
         train_x,
@@ -199,7 +198,7 @@ def fit(
     # The last feature is the constant 1 of the bias. The others are centred, hence orthogonal to
     # it, so the curvature bound stays diagonal.
     features = np.ones((n, d + 1), np.float32)
-    for rows in _chunks(n):
+    for rows in row_chunks(n):
         np.matmul(x[rows] - mean, basis, out=features[rows, :d])
     variance = np.append(variance, 1.0)
     penalty = np.outer(np.arange(d + 1) < d, l2s)
@@ -228,7 +227,7 @@ def predict(model: LinearModel, x: Float[np.ndarray, "n D"]) -> Int32[np.ndarray
     """Returns the most likely class of each row, for each penalty of the model."""
     d, c, g = model.kernel.shape
     predictions = np.empty((g, len(x)), np.int32)
-    for rows in _chunks(len(x)):
+    for rows in row_chunks(len(x)):
         logits = (x[rows] - model.mean) @ model.kernel.reshape(d, c * g)
         predictions[:, rows] = (logits.reshape(-1, c, g) + model.bias).argmax(axis=1).T
     return predictions
@@ -291,16 +290,23 @@ def _pca(
     """
     mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     covariance = np.zeros((x.shape[1], x.shape[1]), np.float32)
-    for rows in _chunks(len(x)):
+    for rows in row_chunks(len(x)):
         centred = (x[rows] - mean).astype(np.float32)
         covariance += centred.T @ centred
     covariance /= len(x)
     std = np.sqrt(np.diag(covariance))
-    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, np.float32(1))
+    std = divisible_std(std, mean)
     variance, basis = np.linalg.eigh(covariance / std[:, None] / std)
     return mean, basis / std[:, None], np.maximum(variance, 1e-6 * variance[-1])
 
 
-def _chunks(n: int) -> list[slice]:
+def divisible_std(
+    std: Float[np.ndarray, " D"], mean: Float[np.ndarray, " D"]
+) -> Float[np.ndarray, " D"]:
+    """1 in place of standard deviations that are rounding errors of a constant feature."""
+    return np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, np.float32(1))
+
+
+def row_chunks(n: int) -> list[slice]:
     """Cuts n rows into slices of bounded size."""
     return [slice(start, start + _CHUNK_ROWS) for start in range(0, n, _CHUNK_ROWS)]

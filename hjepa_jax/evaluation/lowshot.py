@@ -19,7 +19,8 @@ from jaxtyping import Float, Float64, Int, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_labelled, hold_out
+from hjepa_jax.evaluation.labelled import check_splits, hold_out
+from hjepa_jax.evaluation.linear import divisible_std, row_chunks
 
 # Labels per class, as whole numbers, and fractions of all training labels.
 DEFAULT_SHOTS: tuple[int | float, ...] = (1, 5, 10, 50, 0.01, 0.1)
@@ -90,14 +91,12 @@ def lowshot_probe(
       InputError: for arrays that do not match, or a class with fewer rows than asked for
         ("--lowshot_labels").
     """
-    check_labelled("train", train_x, train_y, num_classes=num_classes)
-    check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
+    check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
     fit_rows, val_rows = hold_out(len(train_x), num_val=num_val, seed=seed)
     mean = train_x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    # Row by row of the mean square, so that no copy of all rows in float64 is made.
-    variance = sum(np.mean((part - mean) ** 2, axis=0) * len(part) for part in _parts(train_x))
-    std = np.sqrt(variance / len(train_x))
-    std = np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, np.float32(1))
+    # In chunks, so that no second copy of all rows is made.
+    squares = sum(np.sum((train_x[c] - mean) ** 2, axis=0) for c in row_chunks(len(train_x)))
+    std = divisible_std(np.sqrt(squares / len(train_x)), mean)
 
     def standardized(x: np.ndarray) -> np.ndarray:
         return (x - mean) / std
@@ -199,11 +198,6 @@ def fit_ridge(
     shrink = 1.0 / (np.maximum(squares, 0.0) + np.asarray(alphas)[:, None])  # [A, r]
     kernels = np.einsum("dr,ar,rc->adc", left, shrink, right, optimize=True)
     return kernels, prior - mean @ kernels
-
-
-def _parts(x: Float[np.ndarray, "n D"]) -> list[Float[np.ndarray, "_ D"]]:
-    """The rows in parts of bounded size."""
-    return [x[start : start + 4096] for start in range(0, len(x), 4096)]
 
 
 def _scores(

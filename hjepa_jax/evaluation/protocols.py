@@ -25,7 +25,7 @@ from hjepa_jax.evaluation.features import (
     extract_features,
     representations,
 )
-from hjepa_jax.evaluation.fewshot import fewshot_probe
+from hjepa_jax.evaluation.fewshot import check_shots, fewshot_probe
 from hjepa_jax.evaluation.knn import DEFAULT_KS, TEMPERATURE, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
@@ -130,20 +130,27 @@ def evaluate_encoders(
                 for scored in _score(name, arrays, views.get((pool, level)), num_classes, protocol):
                     row = {
                         "protocol": name,
-                        "encoder": encoder,
                         "level": level,
                         "pool": pool,
                         "dim": x.shape[1],
                         **scored,
-                        "step": step if encoder in TRAINED_ENCODERS else 0,
-                        "seed": protocol.seed,
-                        "data": data,
-                        "train_size": len(train.labels),
-                        "test_size": len(test.labels),
+                        **origin(encoder, step, protocol.seed, data, train, test),
                     }
                     rows.append(row)
                     report(row)
     return rows
+
+
+def origin(encoder: str, step: int, seed: int, data: str, train: Split, test: Split) -> Row:
+    """What a row says of the encoder and the data it comes from; `step` is the checkpoint's."""
+    return {
+        "encoder": encoder,
+        "step": step if encoder in TRAINED_ENCODERS else 0,
+        "seed": seed,
+        "data": data,
+        "train_size": len(train.labels),
+        "test_size": len(test.labels),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +162,17 @@ class _Extractor:
     cache: FeatureCache | None
 
     def features(self, encoder: str, params: Any, name: str, split: Split) -> Features:
-        def extract() -> Features:
-            return extract_features(
-                jax.jit(self.embed), params, split.images,
-                batch_size=self.protocol.batch_size, what=f"{encoder} features, {name}",
-            )  # fmt: skip
+        embed = embed_pixels if encoder == "pixels" else self.embed
+        what = "" if encoder == "pixels" else f"{encoder} features, {name}"
 
-        if encoder == "pixels":
+        def extract() -> Features:
             size = self.protocol.batch_size
-            return extract_features(jax.jit(embed_pixels), params, split.images, batch_size=size)
+            return extract_features(
+                jax.jit(embed), params, split.images, batch_size=size, what=what
+            )
+
+        if encoder == "pixels":  # quicker made than read
+            return extract()
         return self._cached(f"{encoder}_{name}", params, split, extract)
 
     def views(self, embed_views: EmbedFn, encoder: str, params: Any, split: Split) -> Features:
@@ -256,12 +265,12 @@ def judge_quality(
       The numbers of `evaluation.quality` by name, None where one is not defined; the verdict with
       its thresholds; the 100 largest singular values of the centred features over their sum.
     """
-    verdict = quality.collapse_verdict(features)
     sigma = quality.singular_values(features)
+    verdict = quality.collapse_verdict(features, spectrum=sigma)
     numbers = {
         "feature_std": quality.feature_std(features),
         "rankme": quality.rankme(features),
-        "alpha_req": quality.alpha_req(features),
+        "alpha_req": quality.alpha_req(features, spectrum=sigma),
         "uniformity": quality.uniformity(features),
     }
     if views is not None and len(views) >= 2 * LIDAR_VIEWS:
@@ -289,11 +298,8 @@ def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int
         for shot in protocol.lowshot_labels or ():
             draw_labels(train.labels, fit, shot, num_classes=num_classes, seed=0)
     if "fewshot" in protocol.protocols:
-        smallest = np.unique(test.labels, return_counts=True)[1].min()
         for shots in protocol.fewshot_shots:
-            if shots >= smallest:
-                rule = f"must be below the {smallest} test images of the smallest class"
-                raise InputError("--fewshot_shots", shots, rule)
+            check_shots(test.labels, shots)
 
 
 def check_classes(train: Split, num_classes: int) -> None:

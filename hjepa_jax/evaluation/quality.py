@@ -60,6 +60,11 @@ def check_features(field: str, features: np.ndarray) -> Float[np.ndarray, "n D"]
     return features
 
 
+def unit_rows(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+    """Rows brought to length 1, in the dtype they have; rows of zeros stay."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
 def feature_std(features: Float[np.ndarray, "_ _"]) -> float:
     """Returns the standard deviation over rows, averaged over dimensions; 0 means collapse.
 
@@ -72,7 +77,9 @@ def feature_std(features: Float[np.ndarray, "_ _"]) -> float:
     return float(np.std(check_features("features", features), axis=0, dtype=np.float64).mean())
 
 
-def effective_rank(features: Float[np.ndarray, "_ _"]) -> float:
+def effective_rank(
+    features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
+) -> float:
     """Returns how many directions the features use: exp of the entropy of their spectrum.
 
     With singular values sigma_k of the centred features and p_k = sigma_k / sum(sigma), this is
@@ -80,6 +87,7 @@ def effective_rank(features: Float[np.ndarray, "_ _"]) -> float:
 
     Args:
       features: `[n, D]`.
+      spectrum: their `singular_values`, where those are known.
 
     Returns:
       A value in [1, min(n - 1, D)]; exactly 0.0 if all rows are equal to float32 rounding.
@@ -95,7 +103,7 @@ def effective_rank(features: Float[np.ndarray, "_ _"]) -> float:
     centred = x - x.mean(axis=0)
     if np.abs(centred).max() <= _RESOLUTION * np.abs(x).max():
         return 0.0
-    sigma = _singular_values(centred)
+    sigma = _singular_values(centred) if spectrum is None else spectrum
     p = sigma / sigma.sum()
     return _exp_entropy(p[p > 0])
 
@@ -132,12 +140,15 @@ def singular_values(features: Float[np.ndarray, "_ _"]) -> Float64[np.ndarray, "
     return _singular_values(x - x.mean(axis=0))[::-1]
 
 
-def alpha_req(features: Float[np.ndarray, "_ _"]) -> float:
+def alpha_req(
+    features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
+) -> float:
     """Returns how fast the spectrum of the covariance decays: alpha in lambda_j ~ j^-alpha.
 
     0 is a flat spectrum; good representations are reported near 1; large values mean few
     directions. The slope is a least-squares fit in log-log, over the eigenvalues that stand above
-    float32 rounding; nan where fewer than two do.
+    float32 rounding; nan where fewer than two do. `spectrum` is their `singular_values`, where
+    those are known.
 
     Raises:
       InputError: if `features` is empty or not finite.
@@ -145,7 +156,7 @@ def alpha_req(features: Float[np.ndarray, "_ _"]) -> float:
     References:
       Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2.
     """
-    sigma = singular_values(features)
+    sigma = singular_values(features) if spectrum is None else spectrum
     sigma = sigma[sigma > _RESOLUTION * max(sigma[0], np.abs(features).max())]
     if len(sigma) < 2:
         return float("nan")
@@ -177,7 +188,7 @@ def uniformity(
     n = len(x)
     if n < 2:
         raise InputError("features", features.shape, "uniformity needs at least 2 rows")
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    unit = unit_rows(x)
     squared = np.maximum(2.0 - 2.0 * unit @ unit.T, 0.0)
     kernel = np.exp(-t * squared)
     return float(np.log((kernel.sum() - np.trace(kernel)) / (n * (n - 1))))
@@ -222,13 +233,16 @@ def lidar(
     return _exp_entropy(eigenvalues / eigenvalues.sum() + epsilon)
 
 
-def collapse_verdict(features: Float[np.ndarray, "_ _"]) -> Verdict:
+def collapse_verdict(
+    features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
+) -> Verdict:
     """Says whether the features have collapsed, wholly or to a few directions.
 
     The thresholds are conventions, meant to catch plain failures; features that pass may be poor.
 
     Args:
       features: `[n, D]` with n >= 2; n well above D, or `max_rank` is the number of rows.
+      spectrum: their `singular_values`, where those are known.
 
     Raises:
       InputError: if `features` is empty, not finite, or a single row.
@@ -239,7 +253,7 @@ def collapse_verdict(features: Float[np.ndarray, "_ _"]) -> Verdict:
     max_rank = min(n - 1, d)
     scale = float(np.sqrt(np.mean(np.square(features, dtype=np.float64))))
     relative_std = feature_std(features) / scale if scale > 0 else 0.0
-    rank = effective_rank(features)
+    rank = effective_rank(features, spectrum=spectrum)
     if relative_std < MIN_RELATIVE_STD:
         label = "collapse"
     elif rank < MIN_RANK_FRACTION * max_rank:

@@ -1,0 +1,69 @@
+"""Fields of nested dicts by their dotted names ("model.width"), and the types of their values."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hjepa_jax.errors import InputError
+
+# No number of a config lies beyond: steps are counted in int32.
+MAX_NUMBER = 2**31 - 1
+
+RULES = {
+    bool: "must be true or false",
+    int: f"must be a whole number, at most {MAX_NUMBER} in size",
+    float: f"must be a number, finite and at most {MAX_NUMBER} in size",
+    str: "must be a string",
+    tuple: f"must be a tuple of numbers, finite and at most {MAX_NUMBER} in size",
+}
+
+
+def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Checks that the fields are those of `defaults`, each of the type that it has there.
+
+    Only a field that is None in `defaults` may be None. Rules that come after can compare and count
+    without a thought for what they are given.
+
+    Raises:
+      InputError: naming the first field that is not so.
+    """
+    expected, found = flatten(defaults.to_dict()), flatten(config.to_dict())
+    for field in sorted(expected.keys() ^ found.keys()):
+        rule = "is missing" if field in expected else "is not a field of a config"
+        raise InputError(field, found.get(field), rule)
+    for field, default in expected.items():
+        section, _, name = field.rpartition(".")
+        kind = (get_field(defaults, section) if section else defaults).get_type(name)
+        value = get_field(config, field)
+        if not (is_a(kind, value) or (value is None and default is None)):
+            raise InputError(field, value, RULES[kind])
+
+
+def is_a(kind: type, value: Any) -> bool:
+    """Whether a field of type `kind` may hold `value`."""
+    if kind is tuple:  # the name of a schedule may be among the numbers
+        return isinstance(value, tuple) and all(is_a(float, v) or is_a(str, v) for v in value)
+    if kind in (int, float):  # bool is an int to Python, and not to us; NaN compares false
+        allowed = (int, float) if kind is float else int
+        is_number = isinstance(value, allowed) and not isinstance(value, bool)
+        return is_number and abs(value) <= MAX_NUMBER
+    return isinstance(value, kind)
+
+
+def get_field(config: Any, field: str) -> Any:
+    """The value of a dotted field name."""
+    value = config
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"name": ...}} as {"model.name": ...}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

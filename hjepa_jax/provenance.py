@@ -1,0 +1,30 @@
+"""Which code made a result: versions of packages, commit of the source."""
+
+import functools
+import importlib.metadata
+import pathlib
+import platform as python_platform
+import subprocess
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": python_platform.python_version(), **found}
+
+
+@functools.cache
+def source_commit() -> str | None:
+    """Commit of the package's own repository, marked when files differ; None where it has none."""
+    repository = pathlib.Path(__file__).parent.parent
+    if not (repository / ".git").exists():
+        return None
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=False
+        )
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() or None
