@@ -1,6 +1,7 @@
 # Everything runs in an environment of its own; `make help` lists what there is.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_JAX050 ?= .venv-jax050
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
@@ -10,10 +11,10 @@ PINNED := $(shell $(PYTHON) -c "import platform as p; \
 	p.machine() == 'x86_64' and p.python_version().startswith('3.11.') else '')")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types check format clean
+.PHONY: help demo test test-slow test-jax050 lint types check format clean
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
 $(VENV)/.runtime: pyproject.toml constraints/jax-0.10.2-py311-linux.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +32,19 @@ test: $(VENV)/.dev  ## Quick tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: $(VENV)/.dev  ## Tests that take minutes
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	HJEPA_OTHER_PYTHON="$$(ls $(CURDIR)/$(VENV_JAX050)/bin/python 2>/dev/null)" \
+		$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+# What jax-metal runs with; the set is that of the extra `metal`, and has wheels for Python 3.11.
+$(VENV_JAX050)/.dev: pyproject.toml constraints/jax-0.5.0-py311-linux.txt
+	$(PYTHON) -m venv $(VENV_JAX050)
+	$(VENV_JAX050)/bin/pip install --quiet --disable-pip-version-check \
+		-c constraints/jax-0.5.0-py311-linux.txt -e ".[dev,metal]"
+	touch $@
+
+test-jax050: $(VENV_JAX050)/.dev  ## Quick tests, and all of tests/metal, with jax 0.5.0
+	$(VENV_JAX050)/bin/python -m pytest -n $(WORKERS)
+	$(VENV_JAX050)/bin/python -m pytest -n $(WORKERS) -m slow tests/metal
 
 lint: $(VENV)/.dev  ## Style and common mistakes
 	$(BIN)/ruff format --check .
@@ -40,11 +53,11 @@ lint: $(VENV)/.dev  ## Style and common mistakes
 types: $(VENV)/.dev  ## Static types
 	$(BIN)/basedpyright
 
-check: lint types test test-slow  ## Everything that CI runs
+check: lint types test test-slow  ## All tests, style and types (CI also runs test-jax050)
 
 format: $(VENV)/.dev  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_JAX050) .pytest_cache .ruff_cache .hypothesis

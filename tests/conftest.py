@@ -1,5 +1,6 @@
 """Test set-up: CPU, shape checks at run time, strict rank promotion, a shared compilation cache."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -8,9 +9,12 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Tiny programs spend their time in the compiler: let it try less hard.
+# Tiny programs spend their time in the compiler: let it try less hard. At level 0 the compiler of
+# jaxlib 0.5.0 gets integers wrong: masks then overlap and hold patches that there are not.
+LEVEL = 1 if importlib.metadata.version("jaxlib") == "0.5.0" else 0
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "XLA_FLAGS",
+    f"--xla_backend_optimization_level={LEVEL} --xla_llvm_disable_expensive_passes=true",
 )
 # Programs that several tests (and the commands they start) compile alike are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hjepa_jax_cache_"))

@@ -103,41 +103,6 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     )
 
 
-@pytest.mark.slow
-def test_devices_share_a_batch_and_change_no_result(run_module, tiny_flags, tmp_path):
-    """One device, two and eight: the same losses, gradients and VICReg statistics."""
-    lines = {}
-    for devices in (1, 2, 8):
-        workdir = tmp_path / str(devices)
-        flags = [f for f in tiny_flags if "cpu_devices" not in f]
-        result = run_module(
-            MAIN, *flags, f"--workdir={workdir}", f"--config.parallel.cpu_devices={devices}",
-            "--config.log.every_steps=1", "--config.eval.every_epochs=0.25",
-            "--config.eval.probe_at_end=False",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        lines[devices] = read_metrics(workdir / "metrics.jsonl")
-    assert len(lines[1]) == 4
-    for devices in (2, 8):
-        for one, several in zip(lines[1], lines[devices], strict=True):
-            for name, value in one.items():
-                if not name.startswith("perf/"):
-                    np.testing.assert_allclose(several[name], value, rtol=2e-3, err_msg=name)
-
-    # A checkpoint of eight devices is continued on one.
-    flags = [f for f in tiny_flags if "num_steps" not in f]
-    result = run_module(
-        MAIN, *flags, f"--workdir={tmp_path / '8'}", "--config.train.num_steps=4",
-        "--config.log.every_steps=1", "--config.eval.every_epochs=0.25",
-        "--config.eval.probe_at_end=False",
-    )  # fmt: skip
-    assert "already trained: step 4" in result.stdout, result.stderr
-
-    flags = [f for f in tiny_flags if "cpu_devices" not in f]
-    result = run_module(MAIN, *flags, "--config.parallel.cpu_devices=3", f"--workdir={tmp_path}/3")
-    assert_refused(result, "train.batch_size=16", "number of devices, 3")
-
-
 def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
     result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
     assert result.returncode == 0, result.stderr

@@ -1,12 +1,15 @@
 """Configs: every file builds, every rule is enforced, misspelt fields are refused."""
 
 import importlib
+import json
 import pathlib
 
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from hjepa_jax import build, run
+from hjepa_jax import build, cli, run
 from hjepa_jax.config import base_config, differing_fields, flatten, validate
 from hjepa_jax.data.sources import Source, SourceInfo
 from hjepa_jax.errors import InputError
@@ -110,6 +113,36 @@ def test_every_field_has_a_reader():
         ("train.num_steps", 0),
         ("log.every_steps", 0),
         ("eval.num_val", 0),
+        ("seed", -1),
+        ("seed", True),
+        ("seed", None),
+        ("platform", None),
+        ("data.image_size", 10**18),
+        ("data.mean", (0.1, 0.2, "a")),
+        ("data.std", (0.1, float("nan"), 0.1)),
+        ("data.crop_scale", ((1, 2), 1)),
+        ("data.horizontal_flip", float("nan")),
+        ("model.width", 10**18),
+        ("model.depth", 10**9),
+        ("model.num_levels", 99_999),
+        ("model.mlp_ratio", 1e-9),
+        ("model.patch_size", 10**18),
+        ("mask.align_level", 10**9),
+        ("mask.num_blocks", 10**9),
+        ("mask.scale", (0.1, float("inf"))),
+        ("loss.level_weights", ("a", "b")),
+        ("loss.level_weights", (1, (2, 3))),
+        ("loss.level_weights", (float("nan"), 1.0)),
+        ("optim.learning_rate", float("inf")),
+        ("optim.learning_rate", 1e30),
+        ("optim.b1", float("nan")),
+        ("optim.ema_momentum", (0.9, 1.0, 1.0)),
+        ("optim.ema_momentum", (float("nan"), 1.0, "cosine")),
+        ("train.batch_size", 2**40),
+        ("train.num_steps", 2**31),
+        ("train.steps_per_call", 10**9),
+        ("eval.batch_size", 10**9),
+        ("parallel.cpu_devices", 10**9),
     ],
 )
 def test_a_broken_rule_is_named(field, value):
@@ -119,6 +152,104 @@ def test_a_broken_rule_is_named(field, value):
         validate(config)
     assert error.value.field == field
     assert repr(value) in str(error.value)
+
+
+def test_a_section_that_lost_its_fields_is_refused():
+    """`--config.optim={}` replaces a whole section."""
+    config = base_config()
+    config.optim = {"learning_rate": 1.0}
+    with pytest.raises(InputError, match=r"optim.accumulation_steps=None: is missing"):
+        validate(config)
+
+
+def test_a_number_that_python_does_not_print_is_still_refused_in_a_line():
+    config = base_config()
+    config.mask.scale = (1 << 99_999, 1.0)
+    with pytest.raises(InputError, match=r"^mask.scale=<tuple>: must be a tuple of numbers"):
+        validate(config)
+
+
+@pytest.mark.parametrize("field", ["train.num_epochs", "optim.warmup_epochs"])
+def test_epochs_of_more_steps_than_can_be_counted_are_refused(field):
+    config = base_config()
+    config.update_from_flattened_dict({field: 2e9})
+    validate(config)
+    with pytest.raises(InputError, match=rf"{field}=2000000000.0: must be at most 2147483647 step"):
+        build.build_schedules(config, 50_000)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.seed[0]=1", "seed[0]"),
+        ("--config.data.mean[9]=1", "out of range"),
+        ("--config.seed.x=1", "seed.x"),
+        ("--config.=1", "invalid syntax"),
+        ("--config.mask.scale=" + "-" * 9_999 + "1", ""),
+        ("--config.optim=3", "not a dict"),
+        ("--config.model.width=" + "9" * 5_000, "model.width=999"),
+    ],
+    ids=range(7),
+)
+def test_an_override_that_cannot_be_set_ends_in_one_line(override, words, capsys):
+    values, argv = flags.FlagValues(), ["main", "--config=configs/shapes_tiny.py", override]
+    config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
+
+    def parse_and_check() -> None:
+        try:
+            cli.parse_flags(argv, values)
+            validate(values.config)  # how deep Python's parser goes is the platform's
+        except InputError as error:
+            cli.fail(str(error))
+
+    with pytest.raises(SystemExit) as stop:
+        parse_and_check()
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert words in line
+    assert len(line) < 2_020
+
+
+def edited(edit) -> str:
+    config = base_config().to_dict()
+    edit(config)
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "Expecting value"),
+        ("[]", "not an object"),
+        ("{}", "missing data.brightness"),
+        ("[" * 99_999, "recursion"),
+        (edited(lambda c: c.update(colour="red")), "unknown colour"),
+        (edited(lambda c: c["model"].update(teacher={"width": 3})), "unknown model.teacher.width"),
+        (edited(lambda c: c["model"].pop("expander_width")), "missing model.expander_width"),
+        (edited(lambda c: c.update(model=3)), "unknown model"),
+        (edited(lambda c: c.update(seed="a")), "seed"),
+        (edited(lambda c: c.update(seed=None)), "seed=None"),
+        (edited(lambda c: c["mask"].update(scale=[{"a": 1}, [2]])), "mask.scale"),
+        (edited(lambda c: c["optim"].update(learning_rate=float("nan"))), "optim.learning_rate"),
+    ],
+    ids=range(12),
+)
+def test_a_config_json_of_another_version_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"its config.json is no config of this version") as error:
+        run.load_config(tmp_path)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_json_comes_back_as_saved_and_lacks_only_what_changes_no_result(tmp_path):
+    config = load("m1_max_quick_val")
+    saved = config.to_dict()
+    saved.pop("log")
+    saved["parallel"].pop("cpu_devices")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert differing_fields(run.load_config(tmp_path).to_dict(), config.to_dict()) == []
 
 
 def test_summary_losses_need_summary_tokens():

@@ -10,8 +10,9 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
     ["errors"],
-    ["masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
-     "data.tfds_source", "data.augment", "data.pipeline", "platform"],
+    ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
+     "data.folder_source", "data.tfds_source", "data.augment", "data.pipeline", "platform",
+     "array_table", "provenance"],
     ["models.hierarchy", "models.vit", "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
      "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],
@@ -19,13 +20,14 @@ LAYERS = [
     ["evaluation.results"],
     ["evaluation.protocols"],
     ["config", "metrics", "logging"],
+    ["alarms"],
     ["steps"],
     ["build"],
     ["run"],
     ["checkpoint"],
     ["judge"],
     ["train"],
-    ["cli", "main", "probe", "embed"],
+    ["cli", "main", "probe", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(
@@ -72,4 +74,5 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "checkpoint", "judge", "train", "main", "probe", "embed",
+        "selftest",
     }  # fmt: skip

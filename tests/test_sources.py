@@ -1,21 +1,20 @@
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax.data.sources import (
-    Split,
-    decode_image,
-    fingerprint,
-    open_source,
-    save_npz,
-)
+from hjepa_jax.data import sources
+from hjepa_jax.data.folder_source import decode_image
+from hjepa_jax.data.sources import Split, fingerprint, open_source, save_npz
 from hjepa_jax.errors import InputError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -205,6 +204,50 @@ def test_npz_that_cannot_be_read_is_refused(tmp_path, content):
     assert_refused(f"npz:{path}", "must name a readable .npz file")
 
 
+def write_npz(path, headers, data=b"\0" * 1000):
+    """An npz file whose arrays are said to be what `headers` (name, literal dict) say."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, header in headers:
+            text = header.encode().ljust(200) + b"\n"
+            magic = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text))
+            archive.writestr(f"{name}.npy", magic + text + data)
+
+
+def header(shape, dtype="|u1"):
+    return f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}}}"
+
+
+LABELS = ("train_labels", header("(4,)"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "rule"),
+    [
+        ([("train_images", header("(99999, 999, 999, 3)")), LABELS], "this is 278.8 GiB"),
+        ([("train_images", header("(1, 99999999, 9, 3)")), LABELS], "is shorter than its shape"),
+        ([("train_images", header(f"({2**32}, {2**32})")), LABELS], "GiB"),
+        ([("train_images", header("(-4, -2, 2, 3)")), LABELS], "must name a readable .npz"),
+        ([("train_images", header("((9,),)")), LABELS], "must name a readable .npz"),
+        ([("train_images", "(" * 190), LABELS], "must name a readable .npz"),
+        ([("train_images", header("(4, 2, 2, 3)", "|O")), LABELS], "must name a readable .npz"),
+        ([("train_images", header("(4, 2, 2, 3)")), LABELS, LABELS], "must hold the arrays"),
+        ([("train_images", header("(4, 2, 2, 3)")), ("train_labels", header("(4,)", "<m8[s]"))],
+         "labels must be integers"),
+    ],
+)  # fmt: skip
+def test_npz_whose_headers_lie_is_refused_before_room_is_made(tmp_path, headers, rule):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, of the duplicate name
+        write_npz(tmp_path / "bad.npz", headers)
+    assert_refused(f"npz:{tmp_path}/bad.npz", rule)
+
+
+def test_grey_images_that_are_too_large_as_rgb_are_refused(tmp_path, monkeypatch):
+    write_npz(tmp_path / "grey.npz", [("train_images", header("(4, 15, 15)")), LABELS])
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 3 * 900 - 1)
+    assert_refused(f"npz:{tmp_path}/grey.npz", "must fit the device as uint8")
+
+
 # folder
 
 
@@ -290,20 +333,141 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     np.testing.assert_array_equal(decode_image(tmp_path / "image.tiff", 8), np.uint8(255))
 
 
-def test_corrupt_image_is_refused_by_its_name(tmp_path):
-    for i in range(3):
-        save_image(tmp_path / "x" / f"{i}.jpg", size=(64, 64))
-    bad = tmp_path / "x" / "1.jpg"
-    bad.write_bytes(bad.read_bytes()[:400])
-    assert_refused(f"folder:{tmp_path}", "cannot be decoded as an image", value=str(bad))
+def bitmap_header(side):
+    """The head of a bitmap that promises side x side pixels and holds none."""
+    fields = 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0
+    return b"BM" + struct.pack("<IIIIIIHHIIIIII", *fields)
 
 
-def test_sixteen_bit_image_is_refused_rather_than_clipped(tmp_path):
-    path = tmp_path / "x" / "deep.png"
-    path.parent.mkdir()
-    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path)
-    save_image(path.with_name("0.png"))
-    assert_refused(f"folder:{tmp_path}", "more than 8 bits", value=str(path))
+def make_bad(path, kind):
+    match kind:
+        case "truncated":
+            save_image(path, size=(64, 64))
+            path.write_bytes(path.read_bytes()[:400])
+        case "empty":
+            path.touch()
+        case "text":
+            path.write_text("<html>404</html>")
+        case "16 bit":
+            Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path)
+        case "postscript":  # Pillow would start Ghostscript
+            path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+        case "suspected bomb":
+            assert Image.MAX_IMAGE_PIXELS < 10_000**2 < 2 * Image.MAX_IMAGE_PIXELS
+            path.write_bytes(bitmap_header(10_000))
+        case "bomb":
+            path.write_bytes(bitmap_header(40_000))
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link to nothing":
+            path.symlink_to(path.parent / "absent.png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("truncated", "Truncated File Read"),
+        ("empty", "is none of BMP, GIF"),
+        ("text", "is none of BMP, GIF"),
+        ("16 bit", "more than 8 bits per channel"),
+        ("postscript", "is none of BMP, GIF"),
+        ("suspected bomb", "10000 x 10000 are more than 89478485 pixels"),
+        ("bomb", "could be decompression bomb"),
+        ("folder", "is no file"),
+        ("pipe", "is no file"),
+        ("link to nothing", "is no file"),
+    ],
+)
+def test_a_bad_image_is_skipped_and_listed_and_the_rest_is_read(tmp_path, capsys, kind, reason):
+    for i, colour in enumerate((RED, BLUE, GREEN)):
+        save_image(tmp_path / "x" / f"{2 * i}.png", colour)
+    bad = tmp_path / "x" / ("1.jpg" if kind == "truncated" else "1.png")
+    make_bad(bad, kind)
+    train, test = open_here(f"folder:{tmp_path}").load()
+    assert sorted([*train.names, *test.names]) == ["x/0.png", "x/2.png", "x/4.png"]
+    shown = {name: tuple(image[0, 0]) for split in (train, test)
+             for name, image in zip(split.names, split.images, strict=True)}  # fmt: skip
+    assert shown == {"x/0.png": RED, "x/2.png": BLUE, "x/4.png": GREEN}
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith(f"folder:{tmp_path}: 1 of 4 files skipped: {bad} ")
+    assert reason in line
+
+
+def test_many_bad_images_are_counted_and_three_are_named(tmp_path, capsys):
+    for i in range(2):
+        save_image(tmp_path / "train" / "x" / f"{i}.png")
+        save_image(tmp_path / "test" / "x" / f"{i}.png")
+    for split in ("train", "test"):
+        for i in range(5, 9):
+            (tmp_path / split / "x" / f"{i}.png").touch()
+    source = open_here(f"folder:{tmp_path}")
+    assert (source.info.num_train, source.info.num_test) == (6, 6)
+    train, test = source.load()
+    assert (len(train.images), len(test.images)) == (len(train.labels), len(test.labels)) == (2, 2)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "8 of 12 files skipped" in line
+    assert line.count("is none of") == 3
+    assert "; and 5 more" in line
+
+
+def test_links_out_of_the_folder_are_skipped_and_those_within_are_read(tmp_path, capsys):
+    root = tmp_path / "photos"
+    for i in range(2):
+        save_image(root / "x" / f"{i}.png")
+    save_image(tmp_path / "private.png")
+    (root / "x" / "in.png").symlink_to(root / "x" / "0.png")
+    (root / "x" / "out.png").symlink_to(tmp_path / "private.png")
+    (root / "y").symlink_to(root / "x")
+    source = open_here(f"folder:{root}")
+    assert source.info.num_train + source.info.num_test == 6
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"2 of 8 files skipped: {root}/x/out.png is a link out of the folder; " in line
+    (tmp_path / "link").symlink_to(root)  # the folder itself may be reached by a link
+    assert open_here(f"folder:{tmp_path}/link").info == source.info
+
+    (root / "y").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (root / "x" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
+    (root / "y").symlink_to(tmp_path / "elsewhere")
+    assert_refused(f"folder:{root}", f"no image in {root}/y ({root}/y/0.png is a link out")
+
+
+@pytest.mark.parametrize("split", ["train", "test", "."])
+def test_a_class_of_which_no_image_is_left_is_refused(tmp_path, split):
+    for folder in ("train", "test") if split != "." else (".",):
+        for name in ("x", "y"):
+            save_image(tmp_path / folder / name / "0.png")
+    (tmp_path / split / "y" / "0.png").write_text("not an image")
+    assert_refused(f"folder:{tmp_path}", "there is no image left in class y")
+
+
+def test_one_image_that_is_left_cannot_be_split(tmp_path):
+    save_image(tmp_path / "x" / "0.png")
+    (tmp_path / "x" / "1.png").touch()
+    assert_refused(f"folder:{tmp_path}", "one image cannot be split")
+
+
+def test_a_folder_too_large_for_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    for i in range(5):
+        save_image(tmp_path / "x" / f"{i}.png")
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 5 * 8 * 8 * 3 - 1)
+    open_here(f"folder:{tmp_path}").load()  # four and one
+    save_image(tmp_path / "x" / "5.png")
+    assert_refused(f"folder:{tmp_path}", "must fit the device as uint8")
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+@pytest.mark.parametrize("path", ["a\0b", "~nobody.at.all/x", "a" * 300, "loop", "pipe"])
+def test_a_path_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, kind, path):
+    monkeypatch.chdir(tmp_path)
+    os.symlink("loop", "loop")
+    os.mkfifo("pipe")
+    assert_refused(f"{kind}:{path}", "")
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_several_steps_in_one_program_are_the_same_steps(count):
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, state.params
     )
     assert int(together.step) == count
-    values = metrics.summarize(summed, step=count, batch_size=BATCH)
+    values = metrics.summarize(summed, metrics.spread(summed, step=count, batch_size=BATCH))
     np.testing.assert_allclose(values["loss"], np.mean(losses_seen), rtol=1e-5)
     assert 1 <= values["effective_rank"] <= min(WIDTH, count * BATCH)
 
@@ -228,10 +228,10 @@ def test_log_window_keeps_the_newest_features():
     for step in range(3):
         features = jnp.full((256, 2), step + 1.0)
         window = metrics.update_window(
-            window, {"loss": jnp.float32(step)}, features, jnp.int32(step)
+            window, {"loss": jnp.float32(step)}, features, jnp.int32(step), jnp.bool_(True)
         )
     assert sorted({float(x) for x in np.asarray(window.features)[:, 0]}) == [2.0, 3.0]
-    assert metrics.summarize(window, step=3, batch_size=256)["loss"] == 1.0
+    assert metrics.summarize(window, None)["loss"] == 1.0
     emptied = metrics.reset_averages(window)
     np.testing.assert_array_equal(emptied.features, window.features)
 
@@ -293,3 +293,43 @@ def test_expander_stands_between_the_encoder_and_the_regularizer_only():
     np.testing.assert_allclose(without.regularized[:, 2], without.context_mean, atol=1e-6)
     for a, b in zip(with_it.levels, without.levels, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class Spoiled(Augment):
+    """Pixels that are not finite where an image begins with 255."""
+
+    def __call__(self, rngs, images):
+        return jnp.where(images[:, :1, :1, :1] == 255, jnp.nan, super().__call__(rngs, images))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(parts):
+    tx = adamw()
+    step = make_step(tx, augment=Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3), parts=parts)
+    good, bad = IMAGES.at[:, 0, 0, 0].set(0), IMAGES.at[3, 0, 0, 0].set(255)
+    state, outputs = step(make_state(tx), good)
+    assert outputs.finite
+    after, outputs = step(state, bad)
+    assert not outputs.finite
+    assert int(after.step) == int(state.step) + 1
+    for name in ("params", "target_params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+    moved, outputs = step(after, good)
+    assert outputs.finite
+    moves = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), moved.params, state.params)
+    assert min(jax.tree.leaves(moves)) > 0
+
+
+def test_log_window_counts_steps_that_are_not_finite_and_averages_the_others():
+    window = metrics.empty_window(metrics.make_averages(["loss", "x"]), batch_size=4, width=2)
+    for step, loss in enumerate([1.0, np.nan, 3.0, np.inf]):
+        scalars = {"loss": jnp.float32(loss), "x": jnp.float32(step)}
+        features = jnp.full((4, 2), loss)
+        finite = jnp.isfinite(scalars["loss"])
+        window = metrics.update_window(window, scalars, features, jnp.int32(step), finite)
+    values = metrics.summarize(window, None)
+    assert (values["loss"], values["x"]) == (2.0, 1.0)
+    assert np.isfinite(window.features).all()
+    assert (int(window.nonfinite.count), int(window.nonfinite.newest)) == (2, 4)
+    assert metrics.nonfinite_terms(window) == ["loss"]
+    assert int(metrics.reset_averages(window).nonfinite.count) == 2

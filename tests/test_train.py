@@ -10,9 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from hjepa_jax import checkpoint, run, steps, train
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
 
 TRAIN_METRICS = {
@@ -31,6 +33,7 @@ TRAIN_METRICS = {
     "train/context_std",
     "train/target_std",
     "train/effective_rank",
+    "train/nonfinite_steps",
     "train/pred_target_cosine",
     "perf/images_per_sec",
     "perf/steps_per_sec",
@@ -212,12 +215,27 @@ def test_newest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
     assert len(kept) <= 2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_by_name(tiny_config, tmp_path):
-    tiny_config.optim.learning_rate = 1e30
-    tiny_config.optim.clip_norm = 0.0
-    tiny_config.optim.warmup_epochs = 0.0
-    with pytest.raises(InputError, match=r"train/loss.*not finite by step"):
+def test_too_many_steps_that_are_not_finite_end_the_run_by_name(tiny_config, tmp_path):
+    tiny_config.data.std = (1e-38,) * 3  # pixels that overflow
+    tiny_config.train.max_nonfinite_steps = 2
+    rule = r"max_nonfinite_steps=2: .* 3 of 3 steps.* is step 3: .*loss_level_0.*No checkpoint yet"
+    with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(tiny_config, tmp_path)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["train/nonfinite_steps"]) == (2, 2)
+    assert "train/loss" not in line  # JSON has no NaN
+
+
+def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    """Thresholds that no features meet: every run has collapsed."""
+    monkeypatch.setattr(quality, "MIN_RANK_FRACTION", 2.0)
+    train.train_and_evaluate(tiny_config, tmp_path / "warns")
+    assert capsys.readouterr().out.count("WARNING: target features at step 2: partial coll") == 1
+    tiny_config.train.on_collapse = "stop"
+    with pytest.raises(InputError, match=r"on_collapse='stop': .*partial collapse"):
+        train.train_and_evaluate(tiny_config, tmp_path / "stops")
 
 
 def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp_path):
@@ -253,3 +271,19 @@ def test_tensorboard_gets_scalars_hparams_and_the_mask_preview(tiny_config, tmp_
     assert tags >= TRAIN_METRICS
     assert "masks/image_context_targets" in " ".join(tags)
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_images_that_cannot_be_read(tiny_config, tmp_path, capsys):
+    """Shapes are static: the run is built again for the images that are left."""
+    for i in range(24):
+        path = tmp_path / "photos" / "x" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(path)
+    path.write_bytes(path.read_bytes()[:50])
+    tiny_config.data.source = f"folder:{tmp_path / 'photos'}"
+    tiny_config.train.num_steps = 1
+    tiny_config.eval.every_epochs = 0
+    train.train_and_evaluate(tiny_config, tmp_path / "run")
+    assert f"1 of 24 files skipped: {path} cannot be decoded" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]

@@ -1,0 +1,135 @@
+"""Disks that fill up or turn read-only under a run, and data that vanish."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, run, train
+from hjepa_jax.errors import InputError
+from hjepa_jax.logging import Progress, read_metrics
+
+pytestmark = [
+    pytest.mark.slow,
+    # TensorStore reports to event loops that Orbax has closed on an error, and threads of its own.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path):
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"there is no mount command: {error}")
+    if mounted.returncode:
+        pytest.skip(f"may not mount a small disk: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act):
+    """Calls `act` once the log shows `step`."""
+    show = Progress.show
+
+    def show_and_act(self, at, **kwargs):
+        show(self, at, **kwargs)
+        if at == step:
+            act()
+
+    monkeypatch.setattr(Progress, "show", show_and_act)
+
+
+def fill(place: pathlib.Path) -> None:
+    with (place / "ballast").open("wb", buffering=0) as file:
+        for size in (65536, 512, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def state_of(config, workdir):
+    built = run.build_run(config, run.open_config_source(config))
+    checkpoints = checkpoint.Checkpoints(workdir, config=config)
+    state, _ = checkpoints.restore(*built.create())
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def long_run(config):
+    config.train.num_steps = 20
+    config.log.every_steps = 1
+    config.eval.every_epochs = 0.0
+
+
+def test_a_full_disk_ends_the_run_and_a_freed_one_lets_it_finish(
+    tiny_config, small_disk, tmp_path, monkeypatch
+):
+    long_run(tiny_config)
+    train.train_and_evaluate(tiny_config, tmp_path / "whole")
+    workdir = small_disk / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: fill(small_disk))
+        with pytest.raises(InputError, match=r"--workdir=.*(No space left|RESOURCE_EXHAUSTED)"):
+            train.train_and_evaluate(tiny_config, workdir)
+    (small_disk / "ballast").unlink()
+    assert int(state_of(tiny_config, workdir).step) >= 3  # the save of 6 may have been under way
+    train.train_and_evaluate(tiny_config, workdir)
+    once, twice = (state_of(tiny_config, place) for place in (tmp_path / "whole", workdir))
+    jax.tree.map(np.testing.assert_array_equal, once.params, twice.params)
+    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, 21))
+
+
+def test_a_read_only_disk_is_one_line_and_nothing_is_lost(
+    tiny_config, small_disk, tmp_path, monkeypatch, run_module
+):
+    """The kernel lets no disk turn read-only under open files, so it does between two starts."""
+    long_run(tiny_config)
+    workdir = small_disk / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train.Interrupted):
+            train.train_and_evaluate(tiny_config, workdir)
+
+    def remount(mode: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)
+
+    remount("ro")
+    with pytest.raises(InputError, match=r"--workdir=.*Read-only file system"):
+        train.train_and_evaluate(tiny_config, workdir)
+    result = run_module("hjepa_jax.probe", f"--workdir={workdir}", "--protocols=knn")
+    assert result.returncode == 2, result.stderr
+    assert "Read-only file system" in result.stderr
+    assert "Traceback" not in result.stderr
+    remount("rw")
+    train.train_and_evaluate(tiny_config, workdir)
+    assert int(state_of(tiny_config, workdir).step) == 20
+
+
+def test_data_that_vanish_during_a_run_do_not_matter_until_it_is_resumed(
+    tiny_config, tmp_path, monkeypatch
+):
+    long_run(tiny_config)
+    data = tmp_path / "data.npz"
+    shutil.copy(tiny_config.data.source.removeprefix("npz:"), data)
+    before = tiny_config.copy_and_resolve_references()
+    tiny_config.data.source = f"npz:{data}"
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.remove(data))
+        train.train_and_evaluate(tiny_config, tmp_path / "run")
+    assert int(state_of(before, tmp_path / "run").step) == 20
+    with pytest.raises(InputError, match=r"data.source=.*no such file"):
+        train.train_and_evaluate(tiny_config, tmp_path / "run")

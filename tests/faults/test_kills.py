@@ -1,0 +1,99 @@
+"""SIGKILL at random moments of training and saving: nothing is lost but the steps since a save."""
+
+import json
+import pathlib
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, run, train
+from hjepa_jax.logging import read_metrics
+from tests import processes
+
+NUM_KILLS = 40
+NUM_STEPS, SAVE_EVERY = 40, 3
+
+pytestmark = pytest.mark.slow
+
+
+def newest_line(workdir: pathlib.Path) -> int:
+    return max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=0)
+
+
+def newest_checkpoint(workdir: pathlib.Path) -> int:
+    folder = workdir / "checkpoints"
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdecimal()] if folder.exists() else []
+    return max(steps, default=0)
+
+
+def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
+    """Starts or resumes the run, kills it at a random moment; "killed" or "finished"."""
+    process = processes.start(config, workdir)
+    if rng.random() < 0.2:  # anywhere from the first import on
+        time.sleep(rng.uniform(0, 2))
+    else:  # among the steps and the saves beside them; 2 * SAVE_EVERY steps on, one is done
+        goal = newest_checkpoint(workdir) + rng.randint(1, 5 * SAVE_EVERY)
+        while process.is_alive() and newest_line(workdir) < min(goal, NUM_STEPS):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -9), processes.printed(workdir)
+    return "finished" if process.exitcode == 0 else "killed"
+
+
+def state_and_lines(config, workdir: pathlib.Path):
+    """All arrays of the newest checkpoint by their paths, and the log without timings."""
+    built = run.build_run(config, run.open_config_source(config))
+    checkpoints = checkpoint.Checkpoints(workdir, config=config)
+    trees = jax.device_get(checkpoints.restore(*built.create()))
+    arrays = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(trees)}
+    checkpoints.close()
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith("perf/")}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+    return arrays, lines
+
+
+def test_forty_kills_change_nothing(tiny_config, tmp_path, record_property):
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict(
+            {
+                "train.num_steps": NUM_STEPS,
+                "train.checkpoint_every_steps": SAVE_EVERY,
+                "eval.every_epochs": 1.0,  # 15 steps: the best by k-NN is kept as well
+                "log.every_steps": 1,
+            }
+        )
+    train.train_and_evaluate(tiny_config, tmp_path / "whole")
+    whole_arrays, whole_lines = state_and_lines(tiny_config, tmp_path / "whole")
+
+    rng = random.Random(0)
+    num_kills, num_runs, resumed_at = 0, 0, []
+    while num_kills < NUM_KILLS:
+        num_runs += 1
+        workdir = tmp_path / f"run_{num_runs}"
+        outcome = "killed"
+        while outcome == "killed":
+            before = newest_checkpoint(workdir)
+            if num_kills < NUM_KILLS:
+                outcome = run_and_kill(tiny_config, workdir, rng)
+                num_kills += outcome == "killed"
+                resumed_at.append(before)
+            else:
+                assert processes.finish(tiny_config, workdir) == 0, processes.printed(workdir)
+                outcome = "finished"
+            assert newest_checkpoint(workdir) >= before  # what was saved is never lost
+            # No step is further from its checkpoint than one save under way and one to come.
+            assert newest_line(workdir) - newest_checkpoint(workdir) <= 2 * SAVE_EVERY
+        arrays, lines = state_and_lines(tiny_config, workdir)
+        jax.tree.map(np.testing.assert_array_equal, arrays, whole_arrays)
+        assert lines == whole_lines
+        assert not (workdir / "damaged").exists()
+    assert len(set(resumed_at)) >= 5, f"the kills fell on the same few places, {resumed_at}"
+    record_property("kills", json.dumps({"kills": num_kills, "runs": num_runs}))
+    print(f"{num_kills} kills over {num_runs} runs, resumed from steps {sorted(set(resumed_at))}")

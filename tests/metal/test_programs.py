@@ -1,0 +1,84 @@
+"""Every config, as Apple's plugins would get it: training step, parameters, features; and probes.
+
+jax-metal is judged where jax is the one that it runs with (0.5.0), jax-mps on newer ones.
+"""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hjepa_jax import build, run
+from hjepa_jax.data.sources import Source, SourceInfo
+from hjepa_jax.evaluation import attentive, linear
+from tests.metal.judge import refusals
+
+PLATFORM = "METAL" if jax.__version__ == "0.5.0" else "mps"
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("[a-z]*.py"))
+QUICK = "shapes_tiny"  # the others are slow
+
+
+class Step:
+    """The training program of a run, which `refusals` lowers as it would a traced function."""
+
+    def __init__(self, config):
+        size = 32 if "cifar" in config.data.source else config.data.image_size
+        num = 10 * config.train.batch_size
+        info = SourceInfo(num, num, (size, size, 3), tuple("0123456789"))
+        built = run.build_run(config, Source("none", info, load=tuple))
+        self._lower = built.lower
+
+    def lower(self, *, lowering_platforms):
+        return self._lower(steps_per_call=1, donate=False, platforms=lowering_platforms)
+
+
+def create_state(config):
+    schedules = build.build_schedules(config, 10 * config.train.batch_size)
+    tx = build.build_optimizer(config, schedules)
+    return build.build_create_state(config, build.build_model(config), tx)
+
+
+def create(config):
+    return jax.jit(create_state(config)).trace()
+
+
+def embed(config):
+    size, batch = config.data.image_size, config.eval.batch_size
+    fn = build.build_embed_fn(config, build.build_model(config))
+    params = jax.eval_shape(create_state(config)).target_params
+    return jax.jit(fn).trace(params, jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("program", [Step, create, embed])
+@pytest.mark.parametrize(
+    "name", [pytest.param(c, marks=() if c == QUICK else pytest.mark.slow) for c in CONFIGS]
+)
+def test_the_plugin_takes_every_program_of_every_config(name, program, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY)
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert refusals(program(config), PLATFORM) == []
+
+
+def test_the_plugin_takes_accumulation(tiny_config):
+    tiny_config.optim.accumulation_steps = 2
+    assert refusals(Step(tiny_config), PLATFORM) == []
+
+
+def test_the_plugin_takes_the_linear_probe():
+    features, labels = jnp.zeros((8, 5)), jnp.zeros(8, jnp.int32)
+    weights, per_penalty = jnp.zeros((5, 3, 2)), jnp.ones((5, 1, 2))
+    state = (weights, weights, jnp.ones(2))
+    traced = linear._step.trace(features, labels, per_penalty, per_penalty, state)
+    assert refusals(traced, PLATFORM) == []
+
+
+def test_the_plugin_takes_the_attentive_probe():
+    x, y, grid = jnp.zeros((4, 6, 8)), jnp.zeros(4, jnp.int32), jnp.ones(2)
+    shapes = {"queries": (2, 3, 8), "kernel": (2, 24, 5), "bias": (2, 5)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    opt_state = jax.vmap(attentive.optax.scale_by_adam().init)(params)
+    traced = attentive._update.trace(params, opt_state, x, y, grid, grid)
+    assert refusals(traced, PLATFORM) == []

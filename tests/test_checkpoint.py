@@ -1,0 +1,153 @@
+"""Checkpoints: what is read is what was written, or it is refused by name."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, metrics, run, train
+from hjepa_jax.array_table import describe_arrays, differences
+from hjepa_jax.errors import InputError
+from hjepa_jax.train_state import TrainState
+
+
+def make_state(step: int, *, width: int = 3) -> TrainState:
+    """The arrays of a training state, without a model."""
+    weights = jnp.arange(width * 4, dtype=jnp.float32).reshape(width, 4) + step
+    return TrainState(
+        step=jnp.int32(step),
+        params={"context_encoder": {"kernel": weights}},
+        target_params={"kernel": weights / 2},
+        opt_state={"mu": weights.astype(jnp.bfloat16)},
+        rng=jnp.array([1, step], jnp.uint32),
+    )
+
+
+def make_window():
+    return metrics.empty_window(metrics.make_averages(["loss"]), batch_size=4, width=2)
+
+
+@pytest.fixture
+def workdir(tmp_path: pathlib.Path, tiny_config) -> pathlib.Path:
+    """Checkpoints at steps 1 and 2."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config, data="abc", owner=True)
+    for step in (1, 2):
+        checkpoints.save(make_state(step), make_window(), scores={})
+        checkpoints.wait()
+    checkpoints.close()
+    return tmp_path
+
+
+def restore(workdir, config, *, data="abc", width=3) -> TrainState:
+    checkpoints = checkpoint.Checkpoints(workdir, config=config, data=data, owner=True)
+    try:
+        return checkpoints.restore(make_state(0, width=width), make_window())[0]
+    finally:
+        checkpoints.close()
+
+
+def assert_same_tree(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_newest_checkpoint_comes_back_bit_for_bit(workdir, tiny_config):
+    assert_same_tree(restore(workdir, tiny_config), make_state(2))
+
+
+def test_a_table_tells_every_leaf_by_type_shape_and_bits():
+    state = make_state(1)
+    table = json.loads(json.dumps(describe_arrays(state)))
+    assert differences(table, state) == []
+    assert table[".params['context_encoder']['kernel']"][:2] == ["float32", [3, 4]]
+    nudged = make_state(1)
+    nudged.target_params["kernel"] = jnp.nextafter(nudged.target_params["kernel"], 9.0)
+    assert describe_arrays(nudged)[".target_params['kernel']"] != table[".target_params['kernel']"]
+    assert differences(table, nudged) == []
+
+
+def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_config):
+    rule = r"does not fit this model: .*float32\[3, 4\] there, float32\[5, 4\] here"
+    with pytest.raises(InputError, match=rule):
+        restore(workdir, tiny_config, width=5)
+    assert not (workdir / "damaged").exists()
+
+
+def test_other_training_images_warn(workdir, tiny_config, capsys):
+    restore(workdir, tiny_config)
+    assert "warning" not in capsys.readouterr().err
+    restore(workdir, tiny_config, data="xyz")
+    assert "fingerprint abc -> xyz" in capsys.readouterr().err
+
+
+def test_a_checkpoint_names_its_code_and_data(workdir, tiny_config):
+    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
+    assert meta["format_version"] == 2
+    assert meta["data"] == "abc"
+    assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
+    assert meta["config"]["train"]["batch_size"] == tiny_config.train.batch_size
+    assert "commit" in meta
+
+
+def rewrite_meta(workdir, step, **changes):
+    path = workdir / f"checkpoints/{step}/meta/metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(workdir, tiny_config):
+    from hjepa_jax.array_table import json_checksum
+
+    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
+    meta = {k: v for k, v in meta.items() if k != "checksum"} | {"format_version": 3}
+    rewrite_meta(workdir, 2, format_version=3, checksum=json_checksum(meta))
+    with pytest.raises(InputError, match="is in format 3; this version reads up to 2"):
+        restore(workdir, tiny_config)
+    assert (workdir / "checkpoints/2").is_dir()
+
+
+def test_the_previous_format_is_read(tiny_config, tmp_path):
+    """Format 1 had no table, and a window without the count of non-finite steps."""
+    train.train_and_evaluate(tiny_config, tmp_path)
+    built = run.build_run(tiny_config, run.open_config_source(tiny_config))
+    state, _ = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
+    shutil.rmtree(tmp_path / "checkpoints/6/window")
+    path = tmp_path / "checkpoints/6/meta/metadata"
+    meta = json.loads(path.read_text())
+    old = {k: meta[k] for k in ("config", "versions", "scores")} | {"format_version": 1}
+    path.write_text(json.dumps(old))
+    again, window = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
+    assert_same_tree(state, again)
+    assert int(window.nonfinite.count) == 0
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, tiny_config, capsys):
+    rewrite_meta(workdir, 2, data="abd")
+    assert_same_tree(restore(workdir, tiny_config), make_state(1))
+    assert "checkpoint 2 is damaged: the checksum of meta differs" in capsys.readouterr().err
+    assert (workdir / "damaged/2").is_dir()
+    assert not (workdir / "checkpoints/2").exists()
+
+
+def test_readers_leave_a_damaged_checkpoint_where_it_is(workdir, tiny_config):
+    rewrite_meta(workdir, 2, data="abd")
+    checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config)
+    with pytest.raises(InputError, match=r"--step=2: is damaged .*the others are \[1\]"):
+        checkpoints.restore_state(make_state(0))
+    assert int(checkpoints.restore_state(make_state(0), 1).step) == 1
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format_version": "2"}', "{", ""])
+def test_meta_that_is_none_is_damage(workdir, tiny_config, content):
+    (workdir / "checkpoints/2/meta/metadata").write_text(content)
+    assert_same_tree(restore(workdir, tiny_config), make_state(1))
+
+
+def test_nothing_left_to_read_is_one_error(workdir, tiny_config):
+    for step in (1, 2):
+        rewrite_meta(workdir, step, data="abd")
+    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+        restore(workdir, tiny_config)

@@ -1,0 +1,168 @@
+"""The rules of backends that this machine has not: their names and versions are pretended."""
+
+import importlib.metadata
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hjepa_jax import build, platform, run, train
+from hjepa_jax.errors import InputError
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Pretends a default backend, and which packages of which version are installed."""
+
+    def pretend(backend: str, **versions: str) -> dict[str, object]:
+        def version(package: str) -> str:
+            try:
+                return versions[package.replace("-", "_")]
+            except KeyError:
+                raise importlib.metadata.PackageNotFoundError(package) from None
+
+        settings = {}
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+        return settings
+
+    return pretend
+
+
+METAL = {"jax": "0.5.0", "jax_metal": "0.1.1"}
+MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "versions", "backend", "jax_platforms"),
+    [
+        ("metal", METAL, "METAL", "METAL,cpu"),  # parameters are made on the CPU beside it
+        ("mps", MPS, "mps", "mps,cpu"),
+        ("cpu", METAL, "cpu", "cpu"),
+        ("cpu", METAL | MPS, "cpu", "cpu"),  # plugins that are not asked for do no harm
+        ("auto", METAL, "METAL", None),
+        ("auto", MPS | {"jax": "0.11.2"}, "mps", None),
+        ("auto", {"jax": "0.10.2"}, "cpu", None),
+    ],
+)
+def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, backend, jax_platforms):
+    settings = pretend(backend, **versions)
+    assert platform.select_platform(choice) == backend.lower()
+    assert settings.get("jax_platforms") == jax_platforms
+
+
+@pytest.mark.parametrize("choice", ["metal", "auto"])
+@pytest.mark.parametrize("version", ["0.5.1", "0.10.2"])
+def test_jax_metal_with_a_jax_it_cannot_run_with_names_the_extra(pretend, choice, version):
+    pretend("METAL", jax=version, jax_metal="0.1.1")
+    rule = rf"jax-metal cannot run with jax {version}.*pip install 'hjepa-jax\[metal\]'$"
+    with pytest.raises(InputError, match=rule):
+        platform.select_platform(choice)
+
+
+def test_jax_mps_with_an_old_jax_names_the_extra(pretend):
+    pretend("mps", jax="0.5.0", jax_mps="0.10.11")
+    rule = r"jax-mps cannot run with jax 0.5.0.*pip install 'hjepa-jax\[mps\]'$"
+    with pytest.raises(InputError, match=rule):
+        platform.select_platform("mps")
+
+
+@pytest.mark.parametrize("choice", ["metal", "mps", "auto"])
+def test_both_plugins_at_once_are_refused(pretend, choice):
+    pretend("METAL", **(MPS | METAL))
+    with pytest.raises(InputError, match=r"jax-metal and jax-mps exclude each other.*\[metal\]"):
+        platform.select_platform(choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "versions"),
+    [("metal", MPS), ("mps", METAL), ("metal", {"jax": "0.5.0"}), ("mps", {"jax": "0.10.2"})],
+)
+def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions):
+    pretend("cpu", **versions)
+    with pytest.raises(InputError, match=rf"needs jax-{choice}.*'hjepa-jax\[{choice}\]'$"):
+        platform.select_platform(choice)
+
+
+def test_a_backend_that_does_not_start_is_an_input_error(pretend, monkeypatch):
+    pretend("METAL", **METAL)
+
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'METAL'\nat length")
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    with pytest.raises(InputError, match=r"does not start: Unable to initialize backend 'METAL'$"):
+        platform.select_platform("metal")
+
+
+def test_metal_without_the_cpu_beside_it_is_refused(pretend, monkeypatch):
+    """As with JAX_PLATFORMS=METAL: then nothing could make the parameters."""
+    pretend("METAL", **METAL)
+
+    def devices(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(InputError, match="Unknown backend cpu"):
+        platform.select_platform("auto")
+
+
+def test_rules_of_the_backends_say_what_each_cannot_do(monkeypatch):
+    told = {}
+    for backend in ("cpu", "gpu", "METAL", "mps"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        told[backend] = str(platform.current_rules())
+    mps = "no donated buffers, one step per call, parameters made on the CPU"
+    assert told == {"cpu": "", "gpu": "", "METAL": f"{mps}, float32 only", "mps": mps}
+
+
+@pytest.mark.parametrize(("backend", "on_cpu"), [("cpu", False), ("METAL", True), ("mps", True)])
+def test_parameters_are_made_on_the_cpu_and_then_moved(monkeypatch, backend, on_cpu):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    seen = []
+
+    def create():
+        seen.append(jax.config.jax_default_device)
+        return {"kernel": jnp.ones((2, 2))}
+
+    made = platform.initialise(create)
+    assert seen == [jax.devices("cpu")[0] if on_cpu else None]
+    assert made["kernel"].devices() == {jax.devices()[0]}
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("cpu", False), ("mps", False), ("METAL", True)])
+def test_bfloat16_is_refused_on_metal_only(tiny_config, monkeypatch, backend, refused):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tiny_config.model.dtype = "bfloat16"
+    if not refused:
+        build.build_model(tiny_config)
+        return
+    with pytest.raises(InputError, match=r"model.dtype='bfloat16': must be float32 on metal"):
+        build.build_model(tiny_config)
+
+
+def test_a_run_on_metal_obeys_the_rules_and_logs_them(tiny_config, tmp_path, monkeypatch, capsys):
+    asked, build_run = [], run.build_run
+
+    def spying(config, source):
+        built = build_run(config, source)
+
+        def lower(**kwargs):
+            asked.append(kwargs)
+            return built.lower(**kwargs)
+
+        return run.dataclasses.replace(built, lower=lower)
+
+    monkeypatch.setattr(train, "build_run", spying)
+    monkeypatch.setattr(train, "select_platform", lambda *_, **__: "metal")
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    tiny_config.train.steps_per_call = 4
+    tiny_config.train.num_steps = 2
+    tiny_config.eval.every_epochs = 0.0
+    train.train_and_evaluate(tiny_config, tmp_path)
+    assert asked == [{"steps_per_call": 1, "donate": False}]
+    assert (
+        "on metal (no donated buffers, one step per call, parameters made on the CPU, float32 only)"
+        in capsys.readouterr().out
+    )

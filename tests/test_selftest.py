@@ -1,0 +1,116 @@
+"""The self-test that a Mac owner runs: here the CPU against itself, and against a spoiled copy."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from hjepa_jax import selftest
+from tests.conftest import REPOSITORY
+
+
+def result(**changes):
+    grads = {"['a']": np.full(4, 1.0), "['b']": np.full(2, 1e-9)}
+    masks = {"context_index": np.arange(6)}
+    return selftest.StepResult(**{"masks": masks, "loss": 2.0, "grads": grads} | changes)
+
+
+def failures(found):
+    return [check.quantity for check in selftest.compare(result(), found) if not check.passes]
+
+
+def test_equal_results_pass():
+    assert failures(result()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantity"),
+    [
+        ({"masks": {"context_index": np.array([0, 1, 2, 3, 4, 6])}}, "masks"),
+        ({"loss": 2.0 * (1 + 2e-4)}, "loss"),
+        ({"loss": float("nan")}, "loss"),
+        ({"grads": {"['a']": np.array([1, 1, 1, 1.01]), "['b']": np.full(2, 1e-9)}}, "['a']"),
+        ({"grads": {"['a']": np.full(4, 1.0), "['b']": np.full(2, 1e-4)}}, "['b']"),
+        ({"grads": {"['a']": np.full(4, np.nan), "['b']": np.full(2, 1e-9)}}, "['a']"),
+    ],
+)
+def test_a_quantity_out_of_tolerance_is_named(changes, quantity):
+    (failure,) = failures(result(**changes))
+    assert quantity in failure
+
+
+def test_rounding_passes_also_where_the_gradient_is_nothing_but_rounding():
+    grads = {"['a']": np.full(4, 1.0 + 1e-5), "['b']": np.full(2, -1e-9)}
+    assert failures(result(loss=2.0 * (1 + 1e-6), grads=grads)) == []
+
+
+def test_a_perturbed_weight_fails_with_the_first_quantity_that_is_off(tiny_config, monkeypatch):
+    report = selftest.self_test(tiny_config, num_steps=1)
+    assert report["passed"], report["verdict"]
+    assert {check["quantity"] for check in report["checks"]} >= {"masks", "loss"}
+    assert sum(check["quantity"].startswith("gradient of ") for check in report["checks"]) > 10
+    assert report["images_per_sec"] > 0
+
+    honest, calls = selftest.run_step, []
+
+    def spoiled(config, train_step, state, images):
+        calls.append(1)
+        if len(calls) == 2:  # the first is on the CPU, the second on the device
+            nudge = lambda path, x: x * 1.1 if "mask_token" in str(path) else x
+            state = state.replace(params=jax.tree_util.tree_map_with_path(nudge, state.params))
+        return honest(config, train_step, state, images)
+
+    monkeypatch.setattr(selftest, "run_step", spoiled)
+    report = selftest.self_test(tiny_config, num_steps=1)
+    assert not report["passed"]
+    assert report["verdict"].startswith(("loss on cpu is off from the CPU's by", "gradient of "))
+
+
+def command(tmp_path, code=""):
+    """Runs the command, on a smaller config, after `code`; returns the process and its report."""
+    code = (
+        "from hjepa_jax import cli, selftest\n"
+        f"selftest.CONFIG = 'configs/shapes_tiny.py'\n{code}\ncli.run(selftest.main)\n"
+    )
+    output = tmp_path / "selftest.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--steps=1", f"--output={output}"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done, json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_the_command_passes_on_the_cpu_and_writes_a_report(tmp_path):
+    done, report = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "PASS: masks equal, loss and gradients agree (the CPU against itself" in done.stdout
+    assert report["verdict"] == "pass"
+    assert {"python", "jax", "jaxlib", "flax", "hjepa-jax"} <= set(report["versions"])
+    assert report["steps"] == 1
+    assert report["peak_memory_bytes"] > 1e7
+
+
+@pytest.mark.slow
+def test_the_command_fails_with_status_1_and_says_why(tmp_path):
+    spoil = """
+import dataclasses
+honest, calls = selftest.run_step, []
+def spoiled(*args):
+    calls.append(1)
+    result = honest(*args)
+    return dataclasses.replace(result, loss=result.loss * len(calls))
+selftest.run_step = spoiled
+"""
+    done, report = command(tmp_path, spoil)
+    assert done.returncode == 1
+    assert "FAIL: loss on cpu is off from the CPU's by 1, more than 0.0001" in done.stderr
+    assert "loss on cpu" in report["verdict"]
+
+
+def test_the_config_it_trains_is_there():
+    assert selftest.CONFIG == REPOSITORY / "configs" / "cifar10_tiny.py"
+    assert selftest.CONFIG.exists()
