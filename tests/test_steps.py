@@ -198,7 +198,7 @@ def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_several_steps_in_one_program_are_the_same_steps(count):
-    tx = adamw()
+    tx = optax.sgd(0.1)  # Adam would blow up the rounding of a gradient near zero
     step = make_step(tx, augment=RANDOM)
     rng = np.random.default_rng(1)
     data = jnp.asarray(rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8))
