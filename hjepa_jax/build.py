@@ -16,6 +16,7 @@ from hjepa_jax.fields import MAX_NUMBER, get_field
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.products import Precision
 from hjepa_jax.models.vit import VisionTransformer, patchify
 from hjepa_jax.optimizer import (
     Schedule,
@@ -55,7 +56,7 @@ def build_model(config: Config) -> HJEPA:
         "grid_size": grid_size,
         "mlp_ratio": c.mlp_ratio,
         "positions": c.positions,
-        "dtype": jnp.dtype(c.dtype),
+        "precision": _precision(c.dtype),
     }
     return HJEPA(
         context_encoder=VisionTransformer(
@@ -77,8 +78,14 @@ def build_model(config: Config) -> HJEPA:
         summary_pass=config.loss.summary_weight > 0,
         min_coverage=config.mask.min_coverage,
         regularized=config.loss.regularized,
-        expander=Expander(c.expander_width, shared["dtype"]) if c.expander_width else None,
+        expander=Expander(c.expander_width, shared["precision"]) if c.expander_width else None,
     )
+
+
+def _precision(dtype: str) -> Precision:
+    """Products of `dtype`; of their results where the backend is fastest so."""
+    wide = current_rules().wide_results
+    return Precision(jnp.dtype(dtype), jnp.dtype("float32" if wide else dtype))
 
 
 def build_masks(config: Config) -> MultiBlockMask:

@@ -30,12 +30,14 @@ class Rules:
       initialises: it can make parameters (orthogonal matrices, long random draws); else the CPU
         makes them.
       bfloat16: it computes in bfloat16; else `model.dtype` must be float32.
+      wide_results: products of bfloat16 numbers are fastest where their results are float32.
     """
 
     donates: bool = True
     loops: bool = True
     initialises: bool = True
     bfloat16: bool = True
+    wide_results: bool = False
 
     def __str__(self) -> str:
         missing = (
@@ -49,6 +51,7 @@ class Rules:
 
 # jax-metal is frozen, and its early versions crashed on bfloat16; jax-mps has it.
 _RULES = {
+    "cpu": Rules(wide_results=True),
     "metal": Rules(donates=False, loops=False, initialises=False, bfloat16=False),
     "mps": Rules(donates=False, loops=False, initialises=False),
 }

@@ -13,7 +13,7 @@ LAYERS = [
     ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance"],
-    ["models.hierarchy", "models.vit", "models.predictor", "models.hjepa"],
+    ["models.hierarchy", "models.products", "models.vit", "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
      "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],
     ["evaluation.attentive", "evaluation.finetune"],

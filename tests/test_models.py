@@ -10,6 +10,7 @@ import pytest
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.products import Precision
 from hjepa_jax.models.vit import VisionTransformer, patchify, sincos2d_positions
 
 GRID, PATCH, WIDTH = 4, 4, 16
@@ -157,13 +158,12 @@ def test_a_grid_of_14_works_with_any_number_of_levels(num_levels):
     assert cells == [masks.target_index[0].size, 49, 16][:num_levels]
 
 
-def test_bfloat16_computes_close_to_float32():
+@pytest.mark.parametrize("results", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_computes_close_to_float32(results):
     x = images()
     encoder = make_model().context_encoder
     params = jax.jit(encoder.init)(jax.random.PRNGKey(0), x)
-    low = VisionTransformer(
-        GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2, dtype=jnp.bfloat16
-    )
+    low = encoder.clone(precision=Precision(jnp.bfloat16, results))
     a, b = encoder.apply(params, x), low.apply(params, x)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, a, b)))
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=0.1), a, b)

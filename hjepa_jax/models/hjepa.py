@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from hjepa_jax.masking import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
-from hjepa_jax.models.vit import VisionTransformer, dense
+from hjepa_jax.models.products import Dense, Precision
+from hjepa_jax.models.vit import VisionTransformer
 
 REGULARIZED = ("summary", "context", "both")
 
@@ -50,12 +51,12 @@ class Expander(nn.Module):
     """
 
     width: int
-    dtype: Any = jnp.float32
+    precision: Precision = Precision()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S E"]:
-        x = nn.gelu(dense(self.width, self.dtype, "hidden")(x), approximate=True)
-        return dense(self.width, self.dtype, "out")(x).astype(jnp.float32)
+        x = nn.gelu(Dense(self.width, self.precision, name="hidden")(x), approximate=True)
+        return Dense(self.width, self.precision, name="out")(x).astype(jnp.float32)
 
 
 class HJEPA(nn.Module):

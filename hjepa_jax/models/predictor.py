@@ -6,18 +6,16 @@ References:
   query is mask token + mean position of its cell, each + an embedding of its level.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
 from hjepa_jax.models import hierarchy
+from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.vit import (
     Block,
     PositionTable,
-    dense,
     layer_norm,
     residual_scale,
     token_init,
@@ -33,7 +31,7 @@ class Predictor(nn.Module):
       out_width: width of the encoder's tokens, D.
       width, depth, num_heads, mlp_ratio: size of the predictor.
       positions: "learned" or "sincos2d".
-      dtype: dtype of the matrix products; parameters are float32.
+      precision: of the matrix products; parameters are float32.
     """
 
     grid_size: int
@@ -44,20 +42,20 @@ class Predictor(nn.Module):
     num_heads: int
     mlp_ratio: float = 4.0
     positions: str = "learned"
-    dtype: Any = jnp.float32
+    precision: Precision = Precision()
 
     def setup(self):
         self.position_table = PositionTable(self.positions, self.grid_size, self.width)
         self.mask_token = self.param("mask_token", token_init, (1, 1, self.width))
         self.level_tokens = self.param("level_tokens", token_init, (self.num_levels, self.width))
-        self.project_in = dense(self.width, self.dtype)
+        self.project_in = Dense(self.width, self.precision)
         scale = residual_scale(self.depth)
         self.blocks = [
-            Block(self.num_heads, self.mlp_ratio, self.dtype, out_scale=scale)
+            Block(self.num_heads, self.mlp_ratio, self.precision, out_scale=scale)
             for _ in range(self.depth)
         ]
         self.norm = layer_norm()
-        self.heads = [dense(self.out_width, self.dtype) for _ in range(self.num_levels)]
+        self.heads = [Dense(self.out_width, self.precision) for _ in range(self.num_levels)]
 
     def __call__(
         self,
@@ -85,7 +83,7 @@ class Predictor(nn.Module):
         if context_index is not None:
             position = gather_tokens(table, context_index)
             num_summary = x.shape[1] - position.shape[1]
-            x = x + jnp.pad(position, ((0, 0), (num_summary, 0), (0, 0))).astype(self.dtype)
+            x = x + jnp.pad(position, ((0, 0), (num_summary, 0), (0, 0))).astype(x.dtype)
 
         queries = []
         for level in range(self.num_levels):
@@ -97,7 +95,7 @@ class Predictor(nn.Module):
             queries.append(jnp.broadcast_to(query, (len(x), *query.shape[1:])))
 
         num_queries = [q.shape[1] for q in queries]
-        x = jnp.concatenate([x, *(q.astype(self.dtype) for q in queries)], axis=1)
+        x = jnp.concatenate([x, *(q.astype(x.dtype) for q in queries)], axis=1)
         key_valid = jnp.concatenate([context_valid, *query_valid], axis=1)
         for block in self.blocks:
             x = block(x, key_valid)

@@ -6,10 +6,8 @@ embedding, so hidden pixels cannot leak and cost nothing.
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
   backend), the patch embedding a Dense layer on flattened patches (the same function as the
-  strided convolution), and softmax and LayerNorm are computed in float32 whatever `dtype` is.
+  strided convolution), and softmax and LayerNorm are computed in float32 whatever the precision is.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
+from hjepa_jax.models.products import Dense, Precision, product
 
 # name -> width, depth, heads
 SIZES = {
@@ -76,7 +75,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, explicit in [B, h, N, d], the layout every backend likes."""
 
     num_heads: int
-    dtype: Any = jnp.float32
+    precision: Precision = Precision()
     out_scale: float = 1.0
 
     @nn.compact
@@ -84,18 +83,21 @@ class Attention(nn.Module):
         self, x: Float[Array, "B N D"], key_valid: Bool[Array, "B N"] | None = None
     ) -> Float[Array, "B N D"]:
         b, n, d = x.shape
-        qkv = dense(3 * d, self.dtype, "qkv")(x)
+        qkv = Dense(3 * d, self.precision, name="qkv")(x)
         qkv = qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads)
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)
         scale = (d // self.num_heads) ** -0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", query * scale, key).astype(jnp.float32)
+        logits = product("bhqd,bhkd->bhqk", query * scale, key, self.precision)
+        logits = logits.astype(jnp.float32)
         if key_valid is not None:
             # Finite, so that a row without one valid key gives a mean and not NaN.
             logits = jnp.where(key_valid[:, None, None, :], logits, -1e9)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        # The softmax's division comes after the product: over d numbers a row instead of N.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        out = product("bhqk,bhkd->bhqd", weights, value, self.precision)
+        out = out / jnp.sum(weights, axis=-1, keepdims=True).astype(out.dtype)
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
-        return dense(d, self.dtype, "out", self.out_scale)(out)
+        return Dense(d, self.precision, self.out_scale, name="out")(out)
 
 
 class Block(nn.Module):
@@ -114,7 +116,7 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_ratio: float = 4.0
-    dtype: Any = jnp.float32
+    precision: Precision = Precision()
     drop_path: float = 0.0
     out_scale: float = 1.0
 
@@ -124,11 +126,12 @@ class Block(nn.Module):
     ) -> Float[Array, "B N D"]:
         d = x.shape[-1]
         y = layer_norm("norm_attention")(x)
-        attention = Attention(self.num_heads, self.dtype, self.out_scale, name="attention")
+        attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
         x = x + self._keep(attention(y, key_valid))
         y = layer_norm("norm_mlp")(x)
-        y = nn.gelu(dense(int(d * self.mlp_ratio), self.dtype, "mlp_in")(y), approximate=True)
-        return x + self._keep(dense(d, self.dtype, "mlp_out", self.out_scale)(y))
+        y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
+        y = nn.gelu(y, approximate=True)
+        return x + self._keep(Dense(d, self.precision, self.out_scale, name="mlp_out")(y))
 
     def _keep(self, branch: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         if not self.drop_path or not self.has_rng("drop_path"):
@@ -148,7 +151,7 @@ class VisionTransformer(nn.Module):
       width, depth, num_heads, mlp_ratio: size of the transformer.
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
       positions: "learned" or "sincos2d".
-      dtype: dtype of the matrix products; parameters are float32.
+      precision: of the matrix products; parameters are float32.
       drop_path: probability to leave out a branch of the last block, see `Block`; it grows linearly
         from 0 at the first.
     """
@@ -161,7 +164,7 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     num_summary_tokens: int = 1
     positions: str = "learned"
-    dtype: Any = jnp.float32
+    precision: Precision = Precision()
     drop_path: float = 0.0
 
     @nn.compact
@@ -188,13 +191,13 @@ class VisionTransformer(nn.Module):
         else:
             patches = gather_tokens(patches, index)
             positions = gather_tokens(positions, index)
-        x = dense(self.width, self.dtype, "patch_embedding")(patches)
-        x = x + positions.astype(self.dtype)
+        x = Dense(self.width, self.precision, name="patch_embedding")(patches)
+        x = x + positions.astype(x.dtype)
 
         r = self.num_summary_tokens
         if r:
             summary = self.param("summary_tokens", token_init, (1, r, self.width))
-            summary = jnp.broadcast_to(summary, (len(x), r, self.width)).astype(self.dtype)
+            summary = jnp.broadcast_to(summary, (len(x), r, self.width)).astype(x.dtype)
             x = jnp.concatenate([summary, x], axis=1)
         key_valid = None
         if valid is not None:
@@ -204,7 +207,7 @@ class VisionTransformer(nn.Module):
             block = Block(
                 self.num_heads,
                 self.mlp_ratio,
-                self.dtype,
+                self.precision,
                 drop_path=self.drop_path * i / max(1, self.depth - 1),
                 out_scale=residual_scale(self.depth),
                 name=f"block_{i}",
@@ -218,12 +221,6 @@ class VisionTransformer(nn.Module):
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
     """LayerNorm with the affine parameters and the epsilon used throughout, in float32."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
-
-
-def dense(features: int, dtype: Any, name: str | None = None, scale: float = 1.0) -> nn.Dense:
-    """Dense layer with Xavier-uniform kernel times `scale`; `dtype` is that of the product."""
-    kernel_init = nn.initializers.variance_scaling(scale**2, "fan_avg", "uniform")
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def residual_scale(depth: int) -> float:

@@ -1,0 +1,105 @@
+"""Matrix products: the fast formulations are the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from hjepa_jax.losses import prediction_loss
+from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.models import hjepa, predictor, vit
+from hjepa_jax.models.products import Dense, Precision, product
+
+LOW = Precision(jnp.bfloat16, jnp.float32)
+rng = np.random.default_rng(0)
+
+
+def random(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def rounded(x):
+    return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+
+@pytest.mark.parametrize("spec", ["nd,df->nf", "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"])
+def test_operands_are_rounded_and_sums_are_float32_in_both_directions(spec):
+    sizes = dict(zip("nbhqkdf", (5, 2, 3, 4, 6, 8, 7), strict=True))
+    in_a, in_b, out = spec.replace("->", ",").split(",")
+    a, b, grad = (random(*(sizes[axis] for axis in axes)) for axes in (in_a, in_b, out))
+    result, pullback = jax.vjp(lambda a, b: product(spec, a, b, LOW), a, b)
+    grads = pullback(grad)
+    expected = [
+        np.einsum(spec, rounded(a), rounded(b)),
+        np.einsum(f"{out},{in_b}->{in_a}", rounded(grad), rounded(b)),
+        np.einsum(f"{in_a},{out}->{in_b}", rounded(a), rounded(grad)),
+    ]
+    for got, value in zip((result, *grads), expected, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5)
+
+
+def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_are_of():
+    precision = Precision(jnp.bfloat16, jnp.bfloat16)
+    x, w = random(4, 8).astype(jnp.bfloat16), random(8, 3)
+    result, pullback = jax.vjp(lambda x, w: product("nd,df->nf", x, w, precision), x, w)
+    assert [result.dtype, *(g.dtype for g in pullback(result))] == ["bfloat16"] * 2 + ["float32"]
+
+
+class PlainAttention(nn.Module):
+    """As in the paper: softmax, then the product."""
+
+    num_heads: int
+    precision: Precision
+    out_scale: float
+
+    @nn.compact
+    def __call__(self, x, key_valid=None):
+        b, n, d = x.shape
+        qkv = nn.Dense(3 * d, name="qkv")(x).reshape(b, n, 3, self.num_heads, -1)
+        query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        logits = query @ key.transpose(0, 1, 3, 2) / (d / self.num_heads) ** 0.5
+        if key_valid is not None:
+            logits = jnp.where(key_valid[:, None, None], logits, -1e9)
+        out = (jax.nn.softmax(logits) @ value).transpose(0, 2, 1, 3).reshape(b, n, d)
+        return nn.Dense(d, name="out")(out)
+
+
+def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
+    """Flax's own Dense and a textbook attention in place of ours: equal to float32 rounding."""
+    sizes = {"grid_size": 4, "width": 16, "depth": 2, "num_heads": 2}
+    model = hjepa.HJEPA(
+        vit.VisionTransformer(patch_size=2, num_summary_tokens=2, **sizes),
+        predictor.Predictor(num_levels=2, out_width=16, **sizes),
+    )
+    masks = MultiBlockMask(4, 2, (0.2, 0.3), align_level=0)(
+        jax.random.split(jax.random.PRNGKey(1), 3)
+    )
+    images = random(3, 8, 8, 3)
+    params = model.init(jax.random.PRNGKey(0), images, masks)
+    params = jax.tree.map(lambda x: x + 0.1 * random(*x.shape), params)
+
+    def loss_and_grads():
+        def loss(params):
+            out = model.apply(params, images, masks)
+            passes = zip((*out.levels, *out.summary_levels), out.query_valid * 2, strict=True)
+            return sum(prediction_loss(p, jnp.ones_like(p), v, "mse") for p, v in passes)
+
+        return jax.value_and_grad(loss)(params)
+
+    fast = loss_and_grads()
+    plain_dense = lambda features, precision, scale=1.0, name=None: nn.Dense(features, name=name)
+    monkeypatch.setattr(vit, "Attention", PlainAttention)
+    monkeypatch.setattr(vit, "Dense", plain_dense)
+    monkeypatch.setattr(predictor, "Dense", plain_dense)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), fast, loss_and_grads()
+    )
+
+
+def test_dense_starts_within_xavier_bounds_times_its_scale():
+    params = Dense(300, scale=0.5).init(jax.random.PRNGKey(0), random(2, 100))["params"]
+    bound = 0.5 * (6 / 400) ** 0.5
+    assert 0.95 * bound < np.abs(params["kernel"]).max() <= bound
+    assert not params["bias"].any()
