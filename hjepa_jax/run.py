@@ -243,6 +243,21 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
 
 
+def lock_owner(workdir: pathlib.Path) -> str:
+    """Who holds the workdir, see `locked`; empty where no living process does."""
+    path = workdir / "lock"
+    if fcntl is None or not path.exists():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+        except OSError:  # a file system without such locks
+            pass
+    return ""
+
+
 def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:
     differing = differing_fields(old.to_dict(), new.to_dict())
     if differing:

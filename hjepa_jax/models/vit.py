@@ -93,6 +93,7 @@ class Attention(nn.Module):
             # Finite, so that a row without one valid key gives a mean and not NaN.
             logits = jnp.where(key_valid[:, None, None, :], logits, -1e9)
         weights = jax.nn.softmax(logits).astype(self.dtype)
+        self.sow("intermediates", "weights", weights)  # for who asks; nothing in training
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
         return dense(d, self.dtype, "out", self.out_scale)(out)
