@@ -39,6 +39,7 @@ class Panel:
       lines: (x, y) by label; y may hold NaN, where the line is broken.
       limits: horizontal lines by label, such as a threshold.
       log: whether the y axis is logarithmic.
+      from_zero: whether it begins at 0.
     """
 
     title: str
@@ -46,13 +47,14 @@ class Panel:
     lines: Mapping[str, Line]
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log: bool = False
+    from_zero: bool = False
 
 
 def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
-    """Lines over training steps, one panel beside the other, at most two in a row."""
-    columns = min(2, len(panels))
+    """Lines over training steps, one panel beside the other, two in a row, or three."""
+    columns = 3 if len(panels) == 3 else min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(5.4 * columns, 3.1 * rows)
+    figure = new_figure(5.4 if columns == 1 else 10.0, 3.1 * rows)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
         for j, (label, (x, y)) in enumerate(panel.lines.items()):
@@ -64,9 +66,13 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
             axes.axhline(value, color=GREY, linestyle=":", linewidth=1.4, label=label)
         if panel.log and all(np.nanmin(y, initial=1.0) > 0 for _, y in panel.lines.values()):
             axes.set_yscale("log")
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
         finish(axes, panel.title, xlabel, panel.ylabel)
         if len(panel.lines) + len(panel.limits) > 1:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(
+                fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+            )
     return figure
 
 
@@ -151,7 +157,9 @@ def confusion_matrix(
     ticks = range(0, k, max(1, k // 25))
     axes.set_xticks(ticks, [class_names[i] for i in ticks], rotation=60, ha="right")
     axes.set_yticks(ticks, [class_names[i] for i in ticks])
-    figure.colorbar(image, ax=axes, label="percent of the true class", shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("percent of the true class", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     finish(axes, "Confusion matrix", "predicted class", "true class", grid=False)
     return figure
 
@@ -192,7 +200,7 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = Tru
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
-    axes.tick_params(labelsize=8, color=GREY)
+    axes.tick_params(labelsize=8, color=GREY, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     for spine in axes.spines.values():
         spine.set_color(GREY)

@@ -1,7 +1,7 @@
 """Figures over images: masks, features, predictions, similarity, attention, neighbours.
 
 Pure functions from arrays to matplotlib figures, like `figures`. Every one is a table of pictures:
-a row per image, a column per thing to see.
+a column per image, a row per thing to see.
 """
 
 import dataclasses
@@ -19,14 +19,13 @@ Pictures = Float[np.ndarray, "B H W 3"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
-    """One column of a table of pictures.
+class Row:
+    """One row of a table of pictures.
 
     Attributes:
       title: what it shows.
-      pictures: [B, H, W, 3] in [0, 1], or values [B, G, G] (NaN: nothing), drawn over the images.
-      limits: lowest and highest value of the colour bar; None for those of each picture, drawn
-        without a bar.
+      pictures: [B, H, W, 3] in [0, 1], or values [B, G, G]; NaN is left empty.
+      limits: lowest and highest value of the colour bar of values.
       unit: label of the bar.
     """
 
@@ -36,28 +35,25 @@ class Column:
     unit: str = ""
 
 
-def picture_table(columns: Sequence[Column], *, rows: Sequence[str] = ()) -> Figure:
-    """Pictures side by side: a row per image, a column per `Column`; `axes` in reading order."""
-    num_rows = len(columns[0].pictures)
-    figure = new_figure(1.75 * len(columns) + 0.7, 1.55 * num_rows + 0.5)
-    axes = figure.subplots(num_rows, len(columns), squeeze=False)
-    for j, column in enumerate(columns):
-        drawn = None
-        for i, picture in enumerate(column.pictures):
-            low, high = column.limits or (None, None)
-            drawn = axes[i, j].imshow(picture, cmap="cividis", vmin=low, vmax=high)
-            axes[i, j].set_xticks([])
-            axes[i, j].set_yticks([])
-            for spine in axes[i, j].spines.values():
+def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
+    """Pictures in rows, a column per image; `axes` of the figure are in reading order."""
+    num_images = len(rows[0].pictures)
+    figure = new_figure(1.3 * num_images + 1.3, 1.35 * len(rows) + 0.4)
+    axes = figure.subplots(len(rows), num_images, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        low, high = row.limits or (None, None)
+        for cell, picture in zip(line, row.pictures, strict=True):
+            cell.imshow(picture, cmap="cividis", vmin=low, vmax=high)
+            cell.set(xticks=[], yticks=[], facecolor="none")
+            for spine in cell.spines.values():
                 spine.set_color(GREY)
-            axes[i, j].set_facecolor("none")
-        axes[0, j].set_title(column.title, fontsize=8)
-        if column.limits and drawn is not None:
-            bar = figure.colorbar(drawn, ax=list(axes[:, j]), location="bottom", pad=0.01)
-            bar.set_label(column.unit, fontsize=7)
+        line[0].set_ylabel(row.title, fontsize=8)
+        if row.limits:
+            bar = figure.colorbar(line[-1].images[0], ax=list(line), pad=0.01, aspect=12)
+            bar.set_label(row.unit, fontsize=7)
             bar.ax.tick_params(labelsize=6)
-    for i, label in enumerate(rows):
-        axes[i, 0].set_ylabel(label, fontsize=8)
+    for cell, head in zip(axes[0], heads, strict=False):
+        cell.set_title(head, fontsize=8)
     return figure
 
 
@@ -69,13 +65,13 @@ def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figur
       states: per level [B, G_l, G_l], `CONTEXT`, `TARGET` or `DROPPED` of each patch or cell.
     """
     orange = np.array([0.9, 0.6, 0.0])
-    columns = [Column("image", images)]
+    rows = [Row("image", images)]
     for level, state in enumerate(states):
         whole = enlarge(state, images.shape[1])[..., None]
         picture = np.where(whole == DROPPED, 0.12 * images, images)
         picture = np.where(whole == TARGET, 0.35 * images + 0.65 * orange, picture)
-        columns.append(Column(f"level {level}", picture.astype(np.float32)))
-    figure = picture_table(columns)
+        rows.append(Row(f"level {level}", picture.astype(np.float32)))
+    figure = picture_table(rows)
     handles = [
         Patch(facecolor="white", edgecolor=GREY, label="context (seen)"),
         Patch(facecolor=tuple(orange), label="target (predicted)"),
@@ -94,14 +90,14 @@ def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> 
       images: in [0, 1].
       tokens: per level [B, N_l, D].
     """
-    columns = [Column("image", images)]
+    rows = [Row("image", images)]
     for level, x in enumerate(tokens):
         side = round(x.shape[1] ** 0.5)
         flat = principal_components(x.reshape(-1, x.shape[-1]), 3)
         low, high = np.percentile(flat, (2, 98), axis=0)
         rgb = np.clip((flat - low) / np.maximum(high - low, 1e-12), 0, 1)
-        columns.append(Column(f"level {level}, {side}x{side}", rgb.reshape(-1, side, side, 3)))
-    return picture_table(columns)
+        rows.append(Row(f"level {level}, {side}x{side}", rgb.reshape(-1, side, side, 3)))
+    return picture_table(rows)
 
 
 def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) -> Figure:
@@ -111,10 +107,10 @@ def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) 
       images: in [0, 1].
       cosine: per level [B, G_l, G_l], in [-1, 1]; NaN where nothing was predicted.
     """
-    columns = [Column("image", images)]
+    rows = [Row("image", images)]
     for level, values in enumerate(cosine):
-        columns.append(Column(f"level {level}", values, (-1.0, 1.0), "cosine"))
-    return picture_table(columns)
+        rows.append(Row(f"level {level}", values, (-1.0, 1.0), "cosine"))
+    return picture_table(rows)
 
 
 def similarity_maps(
@@ -125,21 +121,21 @@ def similarity_maps(
     Args:
       images: in [0, 1].
       tokens: features of all patches.
-      patches: numbers of the patches to compare with, a column each.
+      patches: numbers of the patches to compare with, a row each.
     """
     side = round(tokens.shape[1] ** 0.5)
     unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
-    columns = [Column("image", images)]
+    rows = [Row("image", images)]
     for patch in patches:
         similarity = np.einsum("bnd,bd->bn", unit, unit[:, patch]).reshape(-1, side, side)
-        title = f"to row {patch // side}, column {patch % side}"
-        columns.append(Column(title, similarity, (-1.0, 1.0), "cosine"))
-    figure = picture_table(columns)
+        title = f"to patch {patch // side}, {patch % side}"
+        rows.append(Row(title, similarity, (-1.0, 1.0), "cosine"))
+    figure = picture_table(rows)
     for i in range(len(images)):
         for j, patch in enumerate(patches):
             corner = (patch % side - 0.5, patch // side - 0.5)
             frame = Rectangle(corner, 1, 1, fill=False, color=COLOURS[1], linewidth=2)
-            figure.axes[i * len(columns) + j + 1].add_patch(frame)
+            figure.axes[(j + 1) * len(images) + i].add_patch(frame)
     return figure
 
 
@@ -150,11 +146,11 @@ def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B G G
       images: in [0, 1].
       maps: attention by name (a head, the rollout), non-negative.
     """
-    columns = [Column("image", images)]
+    rows = [Row("image", images)]
     for name, values in maps.items():
         share = 100 * values / np.maximum(values.sum(axis=(1, 2), keepdims=True), 1e-12)
-        columns.append(Column(name, share, (0.0, float(share.max())), "percent"))
-    return picture_table(columns)
+        rows.append(Row(name, share, (0.0, float(share.max())), "percent"))
+    return picture_table(rows)
 
 
 def neighbours(
@@ -171,12 +167,12 @@ def neighbours(
       query_names: class of each query.
       same_class: whether each found image is of the class of its query.
     """
-    columns = [Column("query", queries)]
-    columns += [Column(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
-    figure = picture_table(columns, rows=query_names)
-    for row, sames in enumerate(same_class):
-        for column, same in enumerate(sames):
-            for spine in figure.axes[row * len(columns) + column + 1].spines.values():
+    rows = [Row("query", queries)]
+    rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
+    figure = picture_table(rows, heads=query_names)
+    for i, sames in enumerate(same_class):
+        for j, same in enumerate(sames):
+            for spine in figure.axes[(j + 1) * len(queries) + i].spines.values():
                 spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
                 spine.set_linestyle("-" if same else (0, (2, 1)))
     handles = [

@@ -244,7 +244,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def lock_owner(workdir: pathlib.Path) -> str:
-    """Who holds the workdir, see `locked`; empty where no living process does."""
+    """Which other process holds the workdir, see `locked`; empty where none does."""
     path = workdir / "lock"
     if fcntl is None or not path.exists():
         return ""
@@ -252,9 +252,10 @@ def lock_owner(workdir: pathlib.Path) -> str:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read().strip() or "another process"
+            owner = file.read().strip() or "another process"
+            return "" if owner.startswith(f"process {os.getpid()} ") else owner
         except OSError:  # a file system without such locks
-            pass
+            return ""
     return ""
 
 

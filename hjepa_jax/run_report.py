@@ -117,7 +117,8 @@ def _speed(facts: Facts) -> Section | None:
         rows.append(("peak memory (CPU: of the process)", f"{memory.max() / 2**30:.2f} GiB"))
     text = table(["", "value"], rows)
     text += "\n\nEvaluation, saving and compiling are not counted."
-    panel = Panel("Speed", "images per second", {"": thin(history.series("perf/images_per_sec"))})
+    speed = {"": thin(history.series("perf/images_per_sec"))}
+    panel = Panel("Speed", "images per second", speed, from_zero=True)
     return "Speed and memory", text, {"speed": (curves([panel]), "Speed over training")}
 
 
@@ -198,7 +199,9 @@ def _collapse(facts: Facts) -> Section | None:
         for name in ("target_std", "context_std")
         if history.last(f"train/{name}") is not None
     }
-    panels = [Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits)]
+    panels = [
+        Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits, from_zero=True)
+    ]
     panels += [Panel("Spread of the features", "standard deviation", spread)] if spread else []
     figure = curves(panels)
     return "Collapse indicators", text, {"collapse": (figure, "Collapse indicators over training")}
@@ -230,9 +233,9 @@ def _probes(facts: Facts) -> Section | None:
     scored = [row for row in facts.probes if "top1" in row]
     steps, knn = facts.history.series("eval/knn_top1")
     if len(steps):
-        panel = Panel(
-            "k-NN on held-out training images", "top-1, percent", {"": (steps, 100 * knn)}
-        )
+        line = {"": (steps, 100 * knn)}
+        title = "k-NN on held-out training images"
+        panel = Panel(title, "top-1, percent", line, from_zero=True)
         figures["knn"] = (curves([panel]), "k-NN accuracy over training")
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
@@ -338,7 +341,9 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
     except ImportError:
         return maps
     if len(x) > 30:
-        tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0)
+        tsne = TSNE(
+            perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0
+        )
         maps["t-SNE"] = tsne.fit_transform(x)
     return maps
 

@@ -3,7 +3,7 @@
 Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them.
 """
 
-from hjepa_jax.evaluation.results import Row
+from hjepa_jax.evaluation.results import best_score
 from hjepa_jax.run_facts import Facts
 
 # One entry: whether it holds (None: not known), what, and the numbers that say so.
@@ -12,16 +12,6 @@ Check = tuple[bool | None, str, str]
 MARGIN = 0.01  # of top-1: what is less is taken for noise
 EASY_COSINE = 0.95
 SLOW_DATA = 0.1
-
-
-def best_score(rows: list[Row], protocol: str, encoder: str) -> float | None:
-    """The best top-1 of an encoder over levels and pools; None where it was not judged."""
-    scores = [
-        row["top1"]
-        for row in rows
-        if row["protocol"] == protocol and row["encoder"] == encoder and "top1" in row
-    ]
-    return max(scores, default=None)
 
 
 def checklist(facts: Facts) -> list[Check]:
@@ -73,7 +63,9 @@ def checklist(facts: Facts) -> list[Check]:
             if ours is None or theirs is None:
                 checks.append((None, what, "not probed"))
             else:
-                checks.append((ours > theirs + MARGIN, what, f"{pct(ours)} to {pct(theirs)} %"))
+                checks.append(
+                    (ours > theirs + MARGIN, what, f"{pct(ours)} against {pct(theirs)} %")
+                )
 
     newest = max(facts.checkpoints, default=None)
     checks.append(

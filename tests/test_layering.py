@@ -24,7 +24,7 @@ LAYERS = [
     ["steps"],
     ["build"],
     ["run"],
-    ["checkpoint"],
+    ["checkpoint", "showcase"],
     ["judge", "run_facts"],
     ["verdicts"],
     ["run_report"],
