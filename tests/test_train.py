@@ -299,6 +299,7 @@ def test_a_run_goes_on_without_the_images_that_cannot_be_read(tiny_config, tmp_p
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
 
 
+@pytest.mark.slow  # it loads TensorFlow
 def test_pictures_change_nothing_that_is_computed(tiny_config, tmp_path):
     """What is logged of the steps is the same with and without them."""
     tiny_config.unlock()
