@@ -25,6 +25,7 @@ from hjepa_jax.optimizer import (
     warmup_cosine_schedule,
 )
 from hjepa_jax.platform import current_rules
+from hjepa_jax.snapshot import make_snapshot_fn
 from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
 from hjepa_jax.train_state import TrainState, create_train_state
 
@@ -253,6 +254,17 @@ def build_tokens_fn(config: Config, model: HJEPA) -> Any:
         return {"tokens": tokens.astype(jnp.float16)}
 
     return embed_tokens
+
+
+def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
+    """`snapshot(params, target_params, uint8 images)`, see `snapshot.Snapshot`."""
+    c = config.data
+    as_pixels = functools.partial(
+        resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    return make_snapshot_fn(
+        model, build_masks(config), preprocess=build_preprocess(config), as_pixels=as_pixels
+    )
 
 
 def build_create_state(

@@ -166,6 +166,18 @@ class Checkpoints:
             rule = f"is damaged ({error}); the others are {others}"
             raise InputError("--step", found, rule) from error
 
+    def meta(self, step: int | None) -> dict[str, Any]:
+        """What is kept beside the arrays of a checkpoint (None: the newest), but for their table.
+
+        Raises:
+          InputError: when there is no such checkpoint, or it is damaged ("--step").
+        """
+        found = self._find(step)
+        try:
+            return {name: value for name, value in self._meta(found).items() if name != "arrays"}
+        except DamagedCheckpoint as error:
+            raise InputError("--step", found, f"is damaged ({error})") from error
+
     def _find(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
@@ -312,6 +324,28 @@ class NewestCheckpoint:
     def close(self) -> None:
         """Waits for the save under way and releases the directory."""
         self._manager.close()
+
+
+def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
+    """Bytes on disk of each checkpoint of a run, by its step."""
+    folders = (workdir / "checkpoints").glob("*")
+    sizes = {int(f.name): list(f.rglob("*")) for f in folders if f.name.isdecimal()}
+    with contextlib.suppress(FileNotFoundError):  # a run that goes on may delete the oldest
+        return {s: sum(f.stat().st_size for f in sizes[s] if f.is_file()) for s in sorted(sizes)}
+    return {}
+
+
+def read_meta(workdir: pathlib.Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself: commit, versions, scores and more.
+
+    Raises:
+      InputError: when there is none that can be read.
+    """
+    checkpoints = Checkpoints(workdir, config=load_config(workdir))
+    try:
+        return checkpoints.meta(None)
+    finally:
+        checkpoints.close()
 
 
 def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[HJEPA, Any]:

@@ -130,6 +130,8 @@ def base_config() -> Config:
     c.log = ConfigDict()
     c.log.every_steps = 50
     c.log.tensorboard = True
+    c.log.figures_every_epochs = 5.0  # pictures of what the model sees, in TensorBoard; 0: never
+    c.log.report = True  # write report.md and report.html when the run ends
     return c
 
 
@@ -277,7 +279,7 @@ def validate(config: Config) -> None:
         "must leave at least 2 images per part, whose variance loss.regularizer='vicreg' needs",
     )
     at_least(1, "parallel.cpu_devices", at_most=256)
-    at_least(0, "eval.every_epochs")
+    at_least(0, "eval.every_epochs", "log.figures_every_epochs")
     at_least(1, "eval.batch_size", at_most=65_536)
     positive("eval.knn_bank_size", "eval.num_val", "log.every_steps")
 

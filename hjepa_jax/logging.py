@@ -10,8 +10,6 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float
 
-from hjepa_jax.masking import Masks
-
 
 class RunLogger:
     """Writes one run's metrics.
@@ -67,6 +65,16 @@ class RunLogger:
         """Sends pictures, pixels in [0, 1], to TensorBoard."""
         if self._writer:
             self._writer.write_images(step, images)
+
+    def histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        """Sends the distributions of arrays to TensorBoard."""
+        if self._writer:
+            self._writer.write_histograms(step, arrays)
+
+    def texts(self, step: int, texts: dict[str, str]) -> None:
+        """Sends texts, in Markdown, to TensorBoard."""
+        if self._writer:
+            self._writer.write_texts(step, texts)
 
     def hparams(self, values: dict[str, Any]) -> None:
         """Sends the configuration to TensorBoard's HPARAMS tab."""
@@ -195,32 +203,10 @@ def peak_memory_bytes(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def mask_preview(
-    images: Float[np.ndarray, "B H W 3"], masks: Masks, *, grid_size: int
-) -> Float[np.ndarray, "B H2 W2 3"]:
-    """Pictures of masks: the image, what the context encoder sees of it, what is to be predicted.
-
-    Args:
-      images: square images, pixels in [0, 1].
-      masks: their masks.
-      grid_size: patches per side; must divide the images.
-
-    Returns:
-      Three panels side by side for each image, what a panel leaves out in grey; images of fewer
-      than 64 pixels a side are enlarged.
-    """
-    b, size, _, _ = images.shape
-    shown = np.zeros((b, 3, grid_size**2), bool)
-    shown[:, 0] = True
-    for row in range(b):
-        shown[
-            row, 1, np.asarray(masks.context_index[row])[np.asarray(masks.context_valid[row])]
-        ] = 1
-        shown[row, 2, np.asarray(masks.target_index[row])[np.asarray(masks.target_valid[row])]] = 1
-    patch = size // grid_size
-    pixels = shown.reshape(b, 3, grid_size, grid_size).repeat(patch, 2).repeat(patch, 3)
-    panels = np.where(pixels[..., None], images[:, None], 0.5)
-    border = np.ones((b, size, max(1, size // 32), 3))
-    row = np.concatenate([panels[:, 0], border, panels[:, 1], border, panels[:, 2]], axis=2)
-    zoom = max(1, 128 // size)  # small images are hard to see
-    return row.repeat(zoom, 1).repeat(zoom, 2).astype(np.float32)
+def summary_box(title: str, lines: dict[str, str]) -> str:
+    """A frame of plain characters around a title and named lines."""
+    width = max(map(len, lines), default=0)
+    rows = [title, *(f"{name:<{width}}  {text}" for name, text in lines.items())]
+    side = max(map(len, rows))
+    rule = "+" + "-" * (side + 2) + "+"
+    return "\n".join([rule, *(f"| {row:<{side}} |" for row in rows), rule])

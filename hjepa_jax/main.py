@@ -41,7 +41,26 @@ def main() -> None:
     except train.Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
         sys.exit(128 + signal.Signals(stop.signum))
-    print(f"done: {workdir}  (tensorboard --logdir {workdir})")
+    print(summary(workdir))
+
+
+def summary(workdir: pathlib.Path) -> str:
+    """Where everything of a run is, and the commands to look at it."""
+    from hjepa_jax.evaluation.results import best_score, read_probe_json
+    from hjepa_jax.logging import summary_box
+
+    rows, lines = read_probe_json(workdir / "probe.json"), {}
+    for protocol in ("linear", "knn"):
+        scores = {e: best_score(rows, protocol, e) for e in ("target", "random_init", "pixels")}
+        known = [f"{e.replace('_', '-')} {100 * s:.1f} %" for e, s in scores.items() if s]
+        if known:
+            lines[f"best {protocol}"] = ", ".join(known)
+    if (workdir / "report.html").exists():
+        lines["report"] = str(workdir / "report.html")
+    lines["curves"] = f"tensorboard --logdir {workdir}"
+    lines["judge"] = f"python -m hjepa_jax.probe --workdir={workdir}"
+    lines["features"] = f"python -m hjepa_jax.embed --workdir={workdir} --input=... --output=..."
+    return summary_box(f"done: {workdir}", lines)
 
 
 if __name__ == "__main__":

@@ -134,10 +134,15 @@ def spread(window: LogWindow, *, step: int, batch_size: int) -> Verdict | None:
     Computed on the host (Apple's plugins have no SVD), from at most 512 images; the rank cannot
     exceed their number.
     """
-    num_collected = min(step * batch_size, len(window.features))
-    if num_collected < 2:
-        return None
-    return collapse_verdict(np.asarray(window.features)[:num_collected])
+    features = collected_features(window, step=step, batch_size=batch_size)
+    return collapse_verdict(features) if len(features) > 1 else None
+
+
+def collected_features(
+    window: LogWindow, *, step: int, batch_size: int
+) -> Float[np.ndarray, "n D"]:
+    """The target features that the window holds after `step` steps, at most 512, on the host."""
+    return np.asarray(window.features)[: step * batch_size]
 
 
 def nonfinite_terms(window: LogWindow) -> list[str]:

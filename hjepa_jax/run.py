@@ -243,6 +243,22 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
 
 
+def lock_owner(workdir: pathlib.Path) -> str:
+    """Which other process holds the workdir, see `locked`; empty where none does."""
+    path = workdir / "lock"
+    if fcntl is None or not path.exists():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read().strip() or "another process"
+            return "" if owner.startswith(f"process {os.getpid()} ") else owner
+        except OSError:  # a file system without such locks
+            return ""
+    return ""
+
+
 def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:
     differing = differing_fields(old.to_dict(), new.to_dict())
     if differing:

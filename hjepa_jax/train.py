@@ -4,28 +4,28 @@ import dataclasses
 import math
 import pathlib
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hjepa_jax import build, metrics
 from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
-from hjepa_jax.config import Config, flatten, validate
-from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.config import Config, validate
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Source, Split, fingerprint
+from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
+from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
-from hjepa_jax.logging import Progress, RunLogger, StepTimer, mask_preview, peak_memory_bytes
+from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules, select_platform
 from hjepa_jax.run import (
     Run,
@@ -36,6 +36,7 @@ from hjepa_jax.run import (
     prepare_workdir,
     writing,
 )
+from hjepa_jax.showcase import Showcase
 from hjepa_jax.train_state import TrainState
 
 # Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
@@ -75,7 +76,26 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         run = build_run(config, source)
     prepare_workdir(config, workdir)
     with locked(workdir), writing(workdir):
-        return _train_and_judge(run, source, train, test, workdir, backend)
+        try:
+            rows = _train_and_judge(run, source, train, test, workdir, backend)
+        except InputError:  # too many steps that are not finite, a collapse, a full disk
+            _report(config, workdir, (train, test))
+            raise
+        _report(config, workdir, (train, test))
+        return rows
+
+
+def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
+    """Writes the run's report. Whatever goes wrong with it, the run has ended as it has."""
+    if not config.log.report:
+        return
+    try:
+        from hjepa_jax.publish import write_report  # matplotlib takes its time to load
+
+        write_report([workdir], workdir, splits=splits)
+    except Exception as error:
+        message = f"warning: no report could be written: {first_line(error)}; try python -m"
+        print(f"{message} hjepa_jax.report --workdir={workdir}", file=sys.stderr, flush=True)
 
 
 def _train_and_judge(
@@ -144,6 +164,9 @@ class _Loop:
         )
         # 0 for never; a fraction of a short epoch is still one step.
         self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
+        shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
+        self._show_every = math.ceil(shows_every * steps_per_epoch)
+        self._showcase = Showcase(run, train.images, logger)
 
     def run(self, state: TrainState, window: metrics.LogWindow) -> TrainState:
         """Runs from the state's step to the last one.
@@ -161,8 +184,6 @@ class _Loop:
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
         place = self._run.placement
         images = jax.device_put(self._train.images, place.whole)
-        if step == 0:
-            self._preview(state)
         print(
             f"{num_params(state.params):,} trainable parameters on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
@@ -170,6 +191,10 @@ class _Loop:
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
+        if step == 0:
+            self._showcase.introduce(state)
+            if self._show_every:
+                self._showcase.show(state, window)
         with _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
@@ -189,7 +214,9 @@ class _Loop:
 
     def _next_stop(self, step: int) -> int:
         """The next step after which the host has something to do."""
-        periods = (self._config.log.every_steps, self._save_every, self._eval_every)
+        periods = (
+            self._config.log.every_steps, self._save_every, self._eval_every, self._show_every,
+        )  # fmt: skip
         stops = [step + period - step % period for period in periods if period]
         return min(*stops, self._schedules.num_steps)
 
@@ -202,7 +229,8 @@ class _Loop:
             window = self._log(window, step)
         evaluates = self._eval_every and (step % self._eval_every == 0 or last)
         saves = step % self._save_every == 0 or last or evaluates or signum
-        if evaluates or saves:
+        shows = self._show_every and (step % self._show_every == 0 or last)
+        if evaluates or saves or shows:
             jax.block_until_ready(state)  # the steps under way belong to training time
             self._alarms.check_finite(window, step)  # before a save could replace a good one
         paused = time.perf_counter()
@@ -212,6 +240,8 @@ class _Loop:
             self._checkpoints.save(state, window, scores=scores)
             if last or signum:
                 self._checkpoints.wait()
+        if shows and not signum:
+            self._showcase.show(state, window)
         self._timer.add_pause(time.perf_counter() - paused)
         return window
 
@@ -266,23 +296,6 @@ class _Loop:
         self._logger.scalars(step, {BEST_METRIC: top1})
         self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
         return {BEST_METRIC: top1}
-
-    def _preview(self, state: TrainState) -> None:
-        """Sends the configuration, and eight training images with masks, to TensorBoard."""
-        hparams = flatten(self._config.to_dict())
-        self._logger.hparams(
-            {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
-        )
-        sample_masks = build.build_masks(self._config)
-        pixels = resize_and_normalize(
-            jnp.asarray(self._train.images[:8]),
-            image_size=self._config.data.image_size,
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
-        )
-        masks = sample_masks(jax.random.split(state.rng, len(pixels)))
-        picture = mask_preview(np.asarray(pixels), masks, grid_size=sample_masks.grid_size)
-        self._logger.images(0, {"masks/image_context_targets": picture})
 
 
 class _StopSignals:

@@ -65,6 +65,7 @@ def tiny_config(shapes_npz: str) -> Config:
     c.eval.probe_at_end = False
     c.log.every_steps = 2
     c.log.tensorboard = False
+    c.log.report = False
     return c.lock()
 
 

@@ -36,6 +36,7 @@ def tiny_overrides(shapes_npz: str) -> dict[str, object]:
         "eval.every_epochs": 0,
         "log.every_steps": 2,
         "log.tensorboard": False,
+        "log.report": False,
     }
 
 

@@ -112,6 +112,7 @@ def test_every_field_has_a_reader():
         ("train.batch_size", 0),
         ("train.num_steps", 0),
         ("log.every_steps", 0),
+        ("log.figures_every_epochs", -1.0),
         ("eval.num_val", 0),
         ("seed", -1),
         ("seed", True),

@@ -19,15 +19,18 @@ LAYERS = [
     ["evaluation.attentive", "evaluation.finetune"],
     ["evaluation.results"],
     ["evaluation.protocols"],
-    ["config", "metrics", "logging"],
-    ["alarms"],
+    ["config", "metrics", "logging", "history", "page", "figures", "snapshot"],
+    ["alarms", "image_figures"],
     ["steps"],
     ["build"],
     ["run"],
-    ["checkpoint"],
-    ["judge"],
+    ["checkpoint", "showcase"],
+    ["judge", "run_facts"],
+    ["verdicts"],
+    ["run_report"],
+    ["publish"],
     ["train"],
-    ["cli", "main", "probe", "embed", "selftest"],
+    ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(
@@ -74,5 +77,5 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "checkpoint", "judge", "train", "main", "probe", "embed",
-        "selftest",
+        "selftest", "run_facts", "run_report", "publish",
     }  # fmt: skip

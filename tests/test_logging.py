@@ -1,9 +1,6 @@
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from hjepa_jax.logging import RunLogger, format_duration, mask_preview, read_metrics
-from hjepa_jax.masking import Masks
+from hjepa_jax.logging import RunLogger, format_duration, read_metrics, summary_box
 
 
 def test_values_of_one_step_share_a_line(tmp_path):
@@ -44,22 +41,8 @@ def test_durations_are_read_at_a_glance(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_mask_preview_shows_context_and_targets_and_greys_the_rest():
-    image = np.full((1, 64, 64, 3), 0.8, np.float32)
-    masks = Masks(
-        context_index=jnp.array([[0, 5]]),
-        context_valid=jnp.array([[True, False]]),
-        target_index=jnp.array([[[3, 0]]]),
-        target_valid=jnp.array([[[True, False]]]),
-    )
-    picture = mask_preview(image, masks, grid_size=2)[0]
-    scale, border = picture.shape[0] // 64, picture.shape[0] // 32
-    width = 64 * scale
-    panels = [picture[:, i * (width + border) :][:, :width] for i in range(3)]
-    lit = [
-        [[bool(p[r, c, 0] > 0.7) for c in (width // 4, -width // 4)] for r in (16, -16)]
-        for p in panels
-    ]
-    assert lit[0] == [[True, True], [True, True]]
-    assert lit[1] == [[True, False], [False, False]]
-    assert lit[2] == [[False, False], [False, True]]
+def test_the_summary_box_is_a_closed_frame_around_every_line():
+    box = summary_box("done", {"report": "runs/a/report.html", "look": "tensorboard"}).splitlines()
+    assert len({len(line) for line in box}) == 1
+    assert box[0] == box[-1] == "+" + "-" * (len(box[0]) - 2) + "+"
+    assert "report  runs/a/report.html" in box[2]

@@ -260,16 +260,26 @@ def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_scalars_hparams_and_the_mask_preview(tiny_config, tmp_path):
+def test_tensorboard_gets_scalars_hparams_texts_and_pictures_at_their_cadence(
+    tiny_config, tmp_path
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tiny_config.log.tensorboard = True
+    tiny_config.log.figures_every_epochs = 0.2  # 15 steps an epoch: every third step
     train.train_and_evaluate(tiny_config, tmp_path)
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()
     tags = set(events.Tags()["tensors"])
     assert tags >= TRAIN_METRICS
-    assert "masks/image_context_targets" in " ".join(tags)
+    pictures = {"masks", "pca", "cosine", "similarity", "attention"}
+    for name in pictures:
+        assert [e.step for e in events.Tensors(f"figures/{name}/0")] == [0, 3, 6]
+    assert [e.step for e in events.Tensors("figures/spectrum/0")] == [3, 6], "no features at step 0"
+    assert [e.step for e in events.Tensors("features/target")] == [3, 6]
+    assert tags >= {"config", "parameters", "environment"}
+    (text,) = events.Tensors("parameters")
+    assert b"patch_embedding" in text.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
@@ -287,3 +297,49 @@ def test_a_run_goes_on_without_the_images_that_cannot_be_read(tiny_config, tmp_p
     train.train_and_evaluate(tiny_config, tmp_path / "run")
     assert f"1 of 24 files skipped: {path} cannot be decoded" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.slow  # it loads TensorFlow
+def test_pictures_change_nothing_that_is_computed(tiny_config, tmp_path):
+    """What is logged of the steps is the same with and without them."""
+    tiny_config.unlock()
+    tiny_config.train.num_steps = 2
+    tiny_config.eval.every_epochs = 0.0
+    lines = []
+    for every in (0.0, 0.1):
+        tiny_config.log.tensorboard = bool(every)
+        tiny_config.log.figures_every_epochs = every
+        workdir = tmp_path / str(every)
+        train.train_and_evaluate(tiny_config, workdir)
+        lines.append(
+            [
+                {name: value for name, value in line.items() if not name.startswith("perf/")}
+                for line in read_metrics(workdir / "metrics.jsonl")
+            ]
+        )
+    assert lines[0] == lines[1]
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_path, capsys):
+    tiny_config.log.report = True
+    tiny_config.train.num_steps = 1
+    tiny_config.eval.every_epochs = 0
+    (tmp_path / "figures").write_text("in the way")
+    train.train_and_evaluate(tiny_config, tmp_path)
+    errors = capsys.readouterr().err
+    assert "no report could be written" in errors
+    assert f"python -m hjepa_jax.report --workdir={tmp_path}" in errors
+
+
+def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):
+    tiny_config.log.report = True
+    tiny_config.log.every_steps = 1
+    tiny_config.optim.learning_rate = 1e6  # the first update leaves the range of float32
+    tiny_config.optim.clip_norm = 0.0
+    tiny_config.optim.warmup_epochs = 0.0
+    tiny_config.train.max_nonfinite_steps = 1
+    with pytest.raises(InputError, match="max_nonfinite_steps"):
+        train.train_and_evaluate(tiny_config, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "**Status: stopped**" in report
+    assert "Lower `optim.learning_rate`" in report

@@ -149,6 +149,14 @@ def knn_predict(
     return predictions
 
 
+def nearest_rows(
+    bank_x: Float[np.ndarray, "n D"], query_x: Float[np.ndarray, "q D"], *, k: int
+) -> Integer[np.ndarray, "q k"]:
+    """Rows of the bank that are most similar to each query by cosine, the nearest first."""
+    bank, queries = (unit_rows(x.astype(np.float32)) for x in (bank_x, query_x))
+    return _nearest(queries @ bank.T, k)
+
+
 def _nearest(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:
     """Returns the columns of the k largest similarities, largest first, equals by lower column."""
     top = np.argpartition(similarity, -k, axis=1)[:, -k:]

@@ -131,6 +131,16 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
     return found
 
 
+def best_score(rows: list[Row], protocol: str, encoder: str) -> float | None:
+    """The best top-1 of an encoder over levels and pools; None where it was not judged."""
+    scores = [
+        row["top1"]
+        for row in rows
+        if row["protocol"] == protocol and row["encoder"] == encoder and "top1" in row
+    ]
+    return max(scores, default=None)
+
+
 def headline_scores(rows: list[Row]) -> dict[str, float]:
     """eval/linear_top1 (all levels) and eval/linear_top1_level_{l} of the target encoder."""
     scores = {}

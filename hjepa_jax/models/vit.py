@@ -94,8 +94,10 @@ class Attention(nn.Module):
             logits = jnp.where(key_valid[:, None, None, :], logits, -1e9)
         # The softmax's division comes after the product: over d numbers a row instead of N.
         weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        self.sow("intermediates", "weights", weights / total)  # for who asks; nothing in training
         out = product("bhqk,bhkd->bhqd", weights, value, self.precision)
-        out = out / jnp.sum(weights, axis=-1, keepdims=True).astype(out.dtype)
+        out = out / total.astype(out.dtype)
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
         return Dense(d, self.precision, self.out_scale, name="out")(out)
 

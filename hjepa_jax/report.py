@@ -1,0 +1,38 @@
+"""Writes the report of a run: finished, interrupted, or going on.
+
+  python -m hjepa_jax.report --workdir=DIR [--workdir=DIR2 ...] [--output=DIR] [--noimages]
+
+Writes report.md, report.html (one file that needs no other) and figures/ into DIR; of several
+workdirs, a comparison side by side into --output. Every number is from metrics.jsonl, probe.json,
+config.json or the newest checkpoint.
+"""
+
+import pathlib
+
+from absl import flags
+
+from hjepa_jax import cli
+
+_WORKDIR = flags.DEFINE_multi_string(
+    "workdir", None, "The run's directory; given several times, runs to compare.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; of several, report).")
+_IMAGES = flags.DEFINE_bool("images", True, "Read checkpoint and images too, not only numbers.")
+
+
+def main() -> None:
+    """Runs the command."""
+    from hjepa_jax import publish, run
+    from hjepa_jax.platform import select_platform
+
+    workdirs = [pathlib.Path(value) for value in _WORKDIR.value]
+    output = pathlib.Path(_OUTPUT.value or (workdirs[0] if len(workdirs) == 1 else "report"))
+    config = run.load_config(workdirs[0])
+    select_platform(config.platform)
+    with run.writing(output):
+        for path in publish.write_report(workdirs, output, images=_IMAGES.value):
+            print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

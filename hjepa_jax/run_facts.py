@@ -1,0 +1,222 @@
+"""What is known of a run, read from its workdir and nowhere else."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from hjepa_jax import build, checkpoint
+from hjepa_jax.config import Config
+from hjepa_jax.data.sources import Split
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.quality import MIN_RANK_FRACTION, Verdict, collapse_verdict
+from hjepa_jax.evaluation.results import Row, read_probe_json
+from hjepa_jax.history import History, read_history
+from hjepa_jax.metrics import FEATURE_ROWS
+from hjepa_jax.run import load_config, lock_owner, num_params, open_config_source
+from hjepa_jax.snapshot import Snapshot, fixed_images
+
+# Training images whose features a report looks at: those compared with, and held-out ones.
+BANK_SIZE, NUM_QUERIES = 2000, 500
+KNN_K = 20
+NUM_NEIGHBOURS, NUM_SHOWN = 6, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the newest checkpoint makes of some training images.
+
+    Attributes:
+      step: of the checkpoint.
+      snapshot: of a few images.
+      features: by name, of the held-out images, [Q, D].
+      verdict: whether those of level 0 have collapsed.
+      labels, predictions: of the held-out images, [Q]; by k-NN on level 0.
+      class_names: by label.
+      queries: some held-out images, uint8 [S, H, W, 3].
+      neighbours: those of the bank with the most similar features, uint8 [S, k, H, W, 3].
+      same_class: bool [S, k].
+      bank_size: how many images they were compared with.
+    """
+
+    step: int
+    snapshot: Snapshot
+    features: dict[str, Float[np.ndarray, "Q _"]]
+    verdict: Verdict
+    labels: Int[np.ndarray, " Q"]
+    predictions: Int[np.ndarray, " Q"]
+    class_names: tuple[str, ...]
+    queries: Any
+    neighbours: Any
+    same_class: Any
+    bank_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """A run as its workdir shows it.
+
+    Attributes:
+      name: of the workdir.
+      config: what it was started with.
+      history: its metrics.jsonl.
+      probes: the rows of its probe.json.
+      status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or
+        "not started".
+      num_steps, steps_per_epoch: None where the number of training images is not known.
+      params: number of parameters by part.
+      checkpoints: bytes by step.
+      meta: what the newest checkpoint says of its origin; empty without one.
+      look: None where there is no checkpoint, or its images are not to be had; `no_look` says why.
+      width: of the encoder.
+    """
+
+    name: str
+    config: Config
+    history: History
+    probes: list[Row]
+    status: str
+    num_steps: int | None
+    steps_per_epoch: int | None
+    params: dict[str, int]
+    checkpoints: dict[int, int]
+    meta: dict[str, Any]
+    look: Look | None
+    no_look: str
+    width: int
+
+    @property
+    def max_rank(self) -> int:
+        """Largest value that train/effective_rank can have."""
+        batch = min(self.config.train.batch_size, FEATURE_ROWS)
+        return min(batch * (FEATURE_ROWS // batch) - 1, self.width)
+
+    @property
+    def min_rank(self) -> float:
+        """Effective rank below which features count as collapsed."""
+        return MIN_RANK_FRACTION * self.max_rank
+
+
+def read_facts(
+    workdir: pathlib.Path, *, images: bool, splits: tuple[Split, Split] | None = None
+) -> Facts:
+    """Reads a workdir: finished, interrupted, or of a run that goes on.
+
+    Args:
+      workdir: the run's directory.
+      images: whether to read the newest checkpoint and the training images.
+      splits: the run's images, where they are in memory.
+
+    Raises:
+      InputError: when the directory holds no run of this version ("--workdir").
+    """
+    config = load_config(workdir)
+    history = read_history(workdir / "metrics.jsonl")
+    probes = read_probe_json(workdir / "probe.json")
+    model = build.build_model(config)
+    state = jax.eval_shape(
+        build.build_create_state(
+            config,
+            model,
+            build.build_optimizer(config, build.build_schedules(config, config.train.batch_size)),
+        )
+    )
+    params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
+    sizes = checkpoint.checkpoint_sizes(workdir)
+    look, meta, num_images, reason = None, {}, None, ""
+    if not sizes:
+        reason = "there is no checkpoint yet"
+    elif not images:
+        reason = "not asked for (--noimages)"
+    try:
+        if sizes:
+            meta = checkpoint.read_meta(workdir)
+        if images:
+            source = open_config_source(config)
+            num_images = source.info.num_train
+            if sizes:
+                train, _ = splits or source.load()
+                num_images = len(train.images)
+                look = _look(workdir, config, model, train, source.info.class_names)
+    except InputError as error:
+        reason = str(error)
+    if num_images is None:
+        num_images = next((row["train_size"] for row in probes if "train_size" in row), None)
+    schedules = build.build_schedules(config, num_images) if num_images else None
+    num_steps = schedules.num_steps if schedules else config.train.num_steps
+    return Facts(
+        name=workdir.resolve().name,
+        config=config,
+        history=history,
+        probes=probes,
+        status=_status(workdir, config, history, num_steps),
+        num_steps=num_steps,
+        steps_per_epoch=schedules.steps_per_epoch if schedules else None,
+        params={**params, "target_encoder": num_params(state.target_params)},
+        checkpoints=sizes,
+        meta=meta,
+        look=look,
+        no_look=reason,
+        width=model.context_encoder.width,
+    )
+
+
+def _status(workdir: pathlib.Path, config: Config, history: History, num_steps: int | None) -> str:
+    if lock_owner(workdir):
+        return "running"
+    if num_steps and history.last_step() >= num_steps:
+        return "finished"
+    if (history.last("train/nonfinite_steps") or 0) > config.train.max_nonfinite_steps:
+        return "stopped"
+    return "interrupted" if history.lines else "not started"
+
+
+def _look(
+    workdir: pathlib.Path, config: Config, model: Any, train: Split, class_names: tuple[str, ...]
+) -> Look:
+    _, state, _ = checkpoint.load_state(workdir)
+    snapshot = jax.jit(build.build_snapshot_fn(config, model))
+    embed = jax.jit(build.build_embed_fn(config, model))
+    bank, queries = hold_out(len(train.images), num_val=config.eval.num_val)
+    bank, queries = (
+        rows[:: max(1, math.ceil(len(rows) / count))]
+        for rows, count in ((bank, BANK_SIZE), (queries, NUM_QUERIES))
+    )
+    bank_x, query_x = (
+        extract_features(
+            embed, state.target_params, train.images[rows], batch_size=config.eval.batch_size
+        )
+        for rows in (bank, queries)
+    )
+    k = min(KNN_K, len(bank))
+    (predictions,) = knn_predict(
+        bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
+        num_classes=int(train.labels.max()) + 1,
+    )  # fmt: skip
+    found = bank[
+        nearest_rows(
+            bank_x["level_0"], query_x["level_0"][:NUM_SHOWN], k=min(NUM_NEIGHBOURS, len(bank))
+        )
+    ]
+    return Look(
+        step=int(state.step),
+        snapshot=jax.device_get(
+            snapshot(state.params, state.target_params, fixed_images(train.images))
+        ),
+        features=query_x,
+        verdict=collapse_verdict(query_x["level_0"]),
+        labels=train.labels[queries],
+        predictions=predictions,
+        class_names=class_names,
+        queries=train.images[queries[:NUM_SHOWN]],
+        neighbours=train.images[found],
+        same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
+        bank_size=len(bank),
+    )

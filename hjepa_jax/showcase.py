@@ -1,0 +1,79 @@
+"""What TensorBoard shows of a run beside its scalars: pictures, distributions, texts."""
+
+import platform as python_platform
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from hjepa_jax import build
+from hjepa_jax.evaluation.quality import singular_values
+from hjepa_jax.fields import flatten
+from hjepa_jax.logging import RunLogger
+from hjepa_jax.metrics import LogWindow, collected_features
+from hjepa_jax.page import table
+from hjepa_jax.provenance import source_commit, versions
+from hjepa_jax.run import Run, num_params
+from hjepa_jax.snapshot import fixed_images
+from hjepa_jax.train_state import TrainState
+
+
+class Showcase:
+    """Shows a few training images, always the same, as the model of the moment sees them.
+
+    It is a program beside the training step, compiled when it is first used.
+
+    Args:
+      run: the run.
+      images: its training images.
+      logger: where to show.
+    """
+
+    def __init__(self, run: Run, images: UInt8[np.ndarray, "n H W C"], logger: RunLogger):
+        self._run, self._images, self._logger = run, fixed_images(images), logger
+        self._snapshot = jax.jit(build.build_snapshot_fn(run.config, run.model))
+
+    def introduce(self, state: TrainState) -> None:
+        """The configuration as hparams and text, the parameters, the environment."""
+        fields = flatten(self._run.config.to_dict())
+        self._logger.hparams(
+            {k: v if isinstance(v, int | float | str) else str(v) for k, v in fields.items()}
+        )
+        parts = {**state.params, "target encoder": state.target_params}
+        leaves = [
+            (name + jax.tree_util.keystr(path), str(leaf.shape), f"{leaf.size:,}")
+            for name, tree in parts.items()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        sizes = [(name, "", f"{num_params(tree):,}") for name, tree in parts.items()]
+        where = {
+            **versions(),
+            "commit": source_commit(),
+            "platform": python_platform.platform(),
+            "devices": ", ".join(map(str, jax.devices())),
+        }
+        self._logger.texts(
+            0,
+            {
+                "config": table(["field", "value"], list(fields.items())),
+                "parameters": table(["part", "shape", "parameters"], sizes + leaves),
+                "environment": table(["", "version"], list(where.items())),
+            },
+        )
+
+    def show(self, state: TrainState, window: LogWindow) -> None:
+        """Pictures of masks, features, predictions and attention; spectrum and histogram."""
+        from hjepa_jax import figures, image_figures  # matplotlib takes its time to load
+
+        step, single = int(state.step), self._run.placement.single
+        params, target_params = jax.device_put((state.params, state.target_params), single)
+        snapshot = jax.device_get(self._snapshot(params, target_params, self._images))
+        drawn = image_figures.snapshot_figures(snapshot)
+        batch_size = self._run.config.train.batch_size
+        features = collected_features(window, step=step, batch_size=batch_size)
+        if len(features) > 1:
+            drawn["spectrum"] = figures.spectrum({"target": singular_values(features)})
+            self._logger.histograms(step, {"features/target": features})
+        self._logger.images(
+            step, {f"figures/{name}": figures.pixels(figure) for name, figure in drawn.items()}
+        )

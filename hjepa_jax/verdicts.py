@@ -1,0 +1,128 @@
+"""What the facts of a run amount to: a checklist and next steps, each by a rule that is stated.
+
+Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them.
+"""
+
+from hjepa_jax.evaluation.results import best_score
+from hjepa_jax.run_facts import Facts
+
+# One entry: whether it holds (None: not known), what, and the numbers that say so.
+Check = tuple[bool | None, str, str]
+
+MARGIN = 0.01  # of top-1: what is less is taken for noise
+EASY_COSINE = 0.95
+SLOW_DATA = 0.1
+
+
+def checklist(facts: Facts) -> list[Check]:
+    """What one wants of a run, each ticked from its numbers."""
+    history, checks = facts.history, []
+    step, num_steps = history.last_step(), facts.num_steps
+    done = step >= num_steps if num_steps else None
+    evidence = f"step {step} of {num_steps if num_steps else 'an unknown number'}"
+    checks.append((done, "Training reached its last step", evidence))
+
+    bad = history.last("train/nonfinite_steps")
+    evidence = "not recorded" if bad is None else f"{bad:.0f} steps left out"
+    checks.append((None if bad is None else bad == 0, "Every step was finite", evidence))
+
+    _, loss = history.series("train/loss")
+    checks.append(
+        (
+            bool(loss[-1] < loss[0]),
+            "The loss ended below its first value",
+            f"{num(loss[0])} to {num(loss[-1])}",
+        )
+        if len(loss) > 1
+        else (None, "The loss ended below its first value", "fewer than two values")
+    )
+
+    rank = history.last("train/effective_rank")
+    checks.append(
+        (None, "Features have not collapsed", "no effective rank recorded")
+        if rank is None
+        else (
+            rank >= facts.min_rank,
+            "Features have not collapsed",
+            f"effective rank {rank:.1f}, threshold {facts.min_rank:.1f} of {facts.max_rank}",
+        )
+    )
+
+    _, knn = history.series("eval/knn_top1")
+    checks.append(
+        (bool(knn[-1] > knn[0]), "k-NN accuracy rose", f"{pct(knn[0])} to {pct(knn[-1])} %")
+        if len(knn) > 1
+        else (None, "k-NN accuracy rose", "fewer than two evaluations")
+    )
+
+    for protocol in ("linear", "knn"):
+        ours = best_score(facts.probes, protocol, "target")
+        for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
+            theirs = best_score(facts.probes, protocol, encoder)
+            what = f"Trained features beat {name} by more than {pct(MARGIN)} points ({protocol})"
+            if ours is None or theirs is None:
+                checks.append((None, what, "not probed"))
+            else:
+                checks.append(
+                    (ours > theirs + MARGIN, what, f"{pct(ours)} against {pct(theirs)} %")
+                )
+
+    newest = max(facts.checkpoints, default=None)
+    checks.append(
+        (None, "The last step has a checkpoint", "no checkpoint")
+        if newest is None
+        else (newest == step, "The last step has a checkpoint", f"newest is step {newest}")
+    )
+    return checks
+
+
+def next_steps(facts: Facts) -> list[tuple[str, str]]:
+    """Suggestions, each with the rule that led to it; none where no rule applies."""
+    history, found = facts.history, []
+    if facts.status == "interrupted":
+        found.append(("Run the same command again: it goes on.", "not at the last step"))
+    if facts.status == "not started":
+        found.append(("Start it.", "metrics.jsonl has no line"))
+    if facts.checkpoints and not facts.probes:
+        what = "Judge it: `python -m hjepa_jax.probe --workdir=...`."
+        found.append((what, "a checkpoint, and no rows in probe.json"))
+    if bad := history.last("train/nonfinite_steps"):
+        rule = f"train/nonfinite_steps is {bad:.0f}, above 0"
+        found.append(("Lower `optim.learning_rate`, or `optim.clip_norm`.", rule))
+    rank = history.last("train/effective_rank")
+    if rank is not None and rank < facts.min_rank:
+        what = "Raise `loss.regularizer_weight`, or bring `loss.regularizer` into use."
+        found.append((what, f"effective rank {rank:.1f} is below {facts.min_rank:.1f}"))
+    cosine = history.last("train/pred_target_cosine")
+    if cosine is not None and cosine > EASY_COSINE:
+        what = "Make prediction harder: larger `mask.scale`, smaller `mask.context_scale`."
+        found.append((what, f"train/pred_target_cosine {cosine:.3f} is above {EASY_COSINE}"))
+    wait = history.last("perf/data_wait_fraction")
+    if wait is not None and wait > SLOW_DATA:
+        rule = f"perf/data_wait_fraction {wait:.3f} is above {SLOW_DATA}"
+        found.append(("Raise `train.steps_per_call`.", rule))
+    steps, knn = history.series("eval/knn_top1")
+    if len(knn) > 2:
+        before = knn[steps <= 2 / 3 * steps[-1]]
+        if len(before) and knn[-1] > before[-1] + MARGIN:
+            rule = (
+                f"eval/knn_top1 rose from {pct(before[-1])} to {pct(knn[-1])} % in the last third"
+            )
+            found.append(("Train longer: `train.num_epochs`.", rule))
+    ours, random = (best_score(facts.probes, "linear", e) for e in ("target", "random_init"))
+    if ours is not None and random is not None and ours <= random + MARGIN:
+        rule = f"linear: {pct(ours)} %, random-init {pct(random)} %"
+        found.append(("Do not trust this representation yet: see the checklist.", rule))
+    if facts.status == "finished" and not found:
+        found.append(("Repeat with other values of `seed` before comparing.", "no rule applies"))
+    return found
+
+
+def num(value: float | None) -> str:
+    """Four significant digits; a dash for None."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def pct(value: float | None) -> str:
+    """A fraction in percent, two decimals; a dash for None."""
+    return "-" if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,143 @@
+"""The report and TensorBoard as a user sees them: in a real browser, without a network."""
+
+import json
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--window-size=1300,1000",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def workdir(run_module, shapes_npz, tmp_path) -> pathlib.Path:
+    """What the README's first command leaves behind, of a run shrunk to seconds."""
+    from tests.test_cli import SHAPES, tiny_overrides
+
+    overrides = tiny_overrides(shapes_npz)
+    overrides |= {"log.tensorboard": True, "log.report": True, "eval.every_epochs": 0.2}
+    flags = [f"--config.{field}={value}" for field, value in overrides.items()]
+    result = run_module("hjepa_jax.main", SHAPES, *flags, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path / "run" / "report.html") in result.stdout, "the summary names the report"
+    return tmp_path / "run"
+
+
+def requests(browser) -> list[str]:
+    """Addresses asked for since the last call, but for those within the page itself."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [e["params"]["request"]["url"] for e in events
+            if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
+    return [url for url in sent if not url.startswith(("data:", "blob:", "chrome"))]
+
+
+def errors(browser) -> list[str]:
+    return [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "ERROR")]
+
+
+def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, workdir):
+    address = (workdir / "report.html").as_uri()
+    browser.get(address)
+    assert requests(browser) == [address]
+    assert errors(browser) == []
+    assert browser.title == "Run run"
+    heads = [e.text for e in browser.find_elements("css selector", "h2")]
+    assert heads[0] == "What was reached"
+    assert "Next steps" in heads
+    complete = "return [...document.images].every(i => i.complete && i.naturalWidth > 50)"
+    assert browser.execute_script(complete)
+    assert browser.execute_script("return document.images.length") >= 15
+    wide = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
+    assert not browser.execute_script(wide), "nothing sticks out of the page"
+
+    background = "return getComputedStyle(document.body).backgroundColor"
+    chosen = "return document.images[0].currentSrc"
+    light = browser.execute_script(background), browser.execute_script(chosen)
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    dark = browser.execute_script(background), browser.execute_script(chosen)
+    assert light[0] == "rgb(255, 255, 255)"
+    assert dark[0] == "rgb(13, 17, 23)"
+    assert light[1] != dark[1], "pictures follow the page"
+
+
+@pytest.fixture
+def tensorboard(workdir):
+    """The address of a TensorBoard that shows the workdir."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", f"--logdir={workdir}", f"--port={port}",
+         "--host=127.0.0.1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    yield f"http://127.0.0.1:{port}/"
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+
+
+# All text of a page of web components, shadow trees included.
+ALL_TEXT = """
+const texts = [];
+const walk = (node) => {
+  if (node.nodeType === Node.TEXT_NODE) texts.push(node.textContent);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  node.childNodes.forEach(walk);
+};
+walk(document.body);
+return texts.join(' ');
+"""
+
+
+@pytest.mark.parametrize(
+    ("tab", "words"),
+    [
+        ("timeseries", ["train/loss", "eval/knn_top1"]),
+        ("images", ["masks", "attention"]),
+        ("hparams", ["optim.learning_rate", "train/loss"]),
+        ("text", ["environment", "parameters"]),
+    ],
+)
+def test_tensorboard_shows(browser, tensorboard, tab, words):
+    deadline, text = time.monotonic() + 120, ""
+    while time.monotonic() < deadline and not all(word in text for word in words):
+        try:
+            browser.get(f"{tensorboard}#{tab}")
+            browser.refresh()
+            time.sleep(3)
+            text = browser.execute_script(ALL_TEXT)
+        except Exception as error:  # it has not started yet
+            text = str(error)
+            time.sleep(1)
+    for word in words:
+        assert word in text, f"{tab}: {word}"

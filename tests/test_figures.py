@@ -1,0 +1,190 @@
+"""Figures: that they show the numbers they are given, and can be read."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hjepa_jax import figures, image_figures
+from hjepa_jax.figures import DARK_INK, DARK_PAPER, INK, PAPER, Panel
+from hjepa_jax.snapshot import CONTEXT, DROPPED, TARGET
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def read(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def test_curves_draw_the_values_with_units_and_limits():
+    x, y = np.arange(20), np.linspace(3.0, 1.0, 20)
+    panels = [
+        Panel("Loss", "nats", {"a": (x, y), "b": (x, 2 * y)}, log=True),
+        Panel("Rank", "directions", {"rank": (x, y)}, {"collapse below": 0.5}, from_zero=True),
+    ]
+    left, right = figures.curves(panels).axes
+    np.testing.assert_array_equal(left.lines[0].get_xydata(), np.stack([x, y], 1))
+    np.testing.assert_array_equal(left.lines[1].get_ydata(), 2 * y)
+    assert [t.get_text() for t in left.get_legend().get_texts()] == ["a", "b"]
+    assert (left.get_xlabel(), left.get_ylabel(), left.get_yscale()) == ("step", "nats", "log")
+    assert list(right.lines[1].get_ydata()) == [0.5, 0.5]
+    assert right.get_ylim()[0] == 0
+
+
+def test_lines_differ_in_colour_and_in_dash():
+    x = np.arange(3.0)
+    (axes,) = figures.curves([Panel("t", "u", {str(i): (x, x + i) for i in range(4)})]).axes
+    assert len({line.get_color() for line in axes.lines}) == 4
+    assert len({line.get_linestyle() for line in axes.lines}) == 4
+
+
+def test_a_log_axis_is_not_asked_of_values_that_have_no_logarithm():
+    line = (np.arange(3), np.array([1.0, 0.0, 2.0]))
+    (axes,) = figures.curves([Panel("t", "u", {"a": line}, log=True)]).axes
+    assert axes.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("ink", "paper"), [(INK, PAPER), (DARK_INK, DARK_PAPER)])
+def test_text_stands_out_and_lines_can_be_seen_on_light_and_dark(ink, paper):
+    assert contrast(ink, paper) >= 7
+    assert contrast(figures.GREY, paper) >= 3
+    distinct = [colour for colour in figures.COLOURS[:3] if contrast(colour, paper) >= 3]
+    assert len(distinct) == 3
+
+
+def test_the_dark_png_is_dark_and_the_light_one_afterwards_as_it_was():
+    figure = figures.curves([Panel("t", "u", {"a": (np.arange(3), np.arange(3.0))})])
+    light, dark = figures.png(figure), figures.png(figure, dark=True)
+    assert tuple(read(light)[0, 0]) == (255, 255, 255)
+    assert tuple(read(dark)[0, 0]) == (0x0D, 0x11, 0x17)
+    assert read(dark).max() > 200, "text is light"
+    np.testing.assert_array_equal(read(figures.png(figure)), read(light))
+
+
+def test_pixels_are_those_of_the_figure():
+    figure = figures.curves([Panel("t", "u", {"a": (np.arange(3), np.arange(3.0))})])
+    pixels = figures.pixels(figure)
+    assert pixels.shape[0] == 1
+    assert 0 <= pixels.min() < 0.3
+    assert pixels.max() == 1
+    width, height = figure.get_size_inches() * figures.DPI
+    assert pixels.shape[1:] == (int(height), int(width), 3)
+
+
+def test_bars_are_as_high_as_the_scores_and_a_missing_one_leaves_a_gap():
+    scores = {"target": [50.0, np.nan], "random-init": [40.0, 30.0]}
+    figure = figures.bars(["a", "b"], scores, title="t", ylabel="%", limits={"pixels": 20.0})
+    (axes,) = figure.axes
+    heights = [[bar.get_height() for bar in group] for group in axes.containers]
+    np.testing.assert_array_equal(heights, list(scores.values()))
+    assert [label.get_text() for label in axes.texts] == ["50.0", "", "40.0", "30.0"]
+    assert list(axes.lines[0].get_ydata()) == [20.0, 20.0]
+    assert "pixels: 20.0" in [t.get_text() for t in axes.get_legend().get_texts()]
+
+
+def test_the_spectrum_is_relative_to_its_largest_value():
+    (axes,) = figures.spectrum({"a": np.array([4.0, 2.0, 0.0])}).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [1.0, 0.5, 1e-8])
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+
+
+def test_histograms_integrate_to_one():
+    x = np.random.default_rng(0).normal(size=(100, 4))
+    (axes,) = figures.histograms({"a": x}, num_bins=20).axes
+    outline = axes.patches[0].get_xy()
+    area = np.sum(outline[1:-1:2, 1] * np.diff(outline[::2, 0])[: len(outline[1:-1:2])])
+    assert area == pytest.approx(1.0, abs=0.02)
+
+
+def test_rows_of_the_confusion_matrix_are_percent_of_the_true_class():
+    labels, predictions = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1])
+    axes = figures.confusion_matrix(labels, predictions, ["cat", "dog"]).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), [[75, 25], [0, 100]])
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["cat", "dog"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_maps_show_every_image_under_its_class():
+    points = np.arange(8.0).reshape(4, 2)
+    figure = figures.scatter_maps({"PCA": points}, np.array([1, 0, 1, 1]), ["cat", "dog"])
+    cats, dogs = figure.axes[0].collections
+    np.testing.assert_array_equal(cats.get_offsets(), points[[1]])
+    np.testing.assert_array_equal(dogs.get_offsets(), points[[0, 2, 3]])
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
+
+
+def test_masks_leave_context_as_it_is_tint_targets_and_darken_the_rest():
+    images = np.full((1, 4, 4, 3), 0.8, np.float32)
+    state = np.array([[[CONTEXT, TARGET], [DROPPED, DROPPED]]])
+    shown = np.asarray(image_figures.masks(images, [state]).axes[1].images[0].get_array())
+    np.testing.assert_allclose(shown[:2, :2], 0.8)
+    red, _, blue = shown[0, 3]
+    assert red > 0.7 > 0.4 > blue, "orange"
+    assert shown[2:].max() < 0.15
+
+
+def test_pca_maps_give_like_features_like_colours_and_unlike_ones_others():
+    images = np.zeros((1, 8, 8, 3), np.float32)
+    features = np.random.default_rng(0).normal(size=(2, 6))
+    tokens = features[[0, 0, 1, 1]][None]
+    shown = np.asarray(image_figures.pca_maps(images, [tokens]).axes[1].images[0].get_array())
+    np.testing.assert_allclose(shown[0, 0], shown[0, 1], atol=1e-6)
+    assert np.abs(shown[0, 0] - shown[1, 0]).max() > 0.5
+
+
+def test_principal_components_are_those_of_the_covariance():
+    x = np.random.default_rng(0).normal(size=(50, 5)) * [5, 3, 1, 0.1, 0.1]
+    projected = image_figures.principal_components(x, 2)
+    _, sigma, axes = np.linalg.svd(x - x.mean(0))
+    np.testing.assert_allclose(np.linalg.norm(projected, axis=0), sigma[:2])
+    np.testing.assert_allclose(np.abs(projected), np.abs((x - x.mean(0)) @ axes[:2].T), atol=1e-9)
+
+
+def test_cosine_maps_leave_out_what_was_not_predicted():
+    cosine = np.array([[[0.5, np.nan], [-1.0, 1.0]]])
+    figure = image_figures.cosine_maps(np.zeros((1, 4, 4, 3), np.float32), [cosine])
+    shown = figure.axes[1].images[0]
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown.get_array())[0], [False, True])
+    assert shown.get_clim() == (-1.0, 1.0)
+    assert "cosine" in [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_similarity_is_one_at_the_patch_itself_which_is_framed():
+    tokens = np.random.default_rng(0).normal(size=(2, 9, 5))
+    figure = image_figures.similarity_maps(np.zeros((2, 9, 9, 3), np.float32), tokens, [4, 7])
+    for i in range(2):
+        axes = figure.axes[2 * 2 + i]  # third row: patch 7
+        shown = np.asarray(axes.images[0].get_array())
+        assert shown[2, 1] == pytest.approx(1.0)
+        a, b = tokens[i, 7], tokens[i, 0]
+        assert shown[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        assert axes.patches[0].get_xy() == (0.5, 1.5)
+
+
+def test_attention_is_in_percent_of_all_patches():
+    maps = {"head 0": np.array([[[1.0, 1.0], [0.0, 2.0]]])}
+    figure = image_figures.attention_maps(np.zeros((1, 4, 4, 3), np.float32), maps)
+    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), [[25, 25], [0, 50]])
+
+
+def test_neighbours_are_framed_by_class():
+    rng = np.random.default_rng(0)
+    queries, found = rng.random((2, 4, 4, 3)), rng.random((2, 3, 4, 4, 3))
+    same = [[True, False, True], [False, False, True]]
+    figure = image_figures.neighbours(queries, found, ["cat", "dog"], same)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["cat", "dog"]
+    np.testing.assert_array_equal(figure.axes[2 * 2 + 1].images[0].get_array(), found[1, 1])
+    colours = [[figure.axes[(j + 1) * 2 + i].spines["left"].get_edgecolor() for j in range(3)]
+               for i in range(2)]  # fmt: skip
+    assert [[c == colours[0][0] for c in row] for row in colours] == same

@@ -1,0 +1,98 @@
+"""What a snapshot holds is what the model computes, one piece at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax import build, image_figures
+from hjepa_jax.masking import target_union
+from hjepa_jax.models import hierarchy
+from hjepa_jax.platform import initialise
+from hjepa_jax.snapshot import CONTEXT, DROPPED, MASK_SEED, NUM_IMAGES, TARGET, fixed_images
+
+
+@pytest.fixture
+def seen(tiny_config):
+    """A snapshot of an untrained model with two blocks, and what it was made from."""
+    tiny_config.model.depth = 2
+    model = build.build_model(tiny_config)
+    tx = build.build_optimizer(tiny_config, build.build_schedules(tiny_config, 16))
+    state = initialise(build.build_create_state(tiny_config, model, tx))
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    snapshot = jax.jit(build.build_snapshot_fn(tiny_config, model))
+    found = jax.device_get(snapshot(state.params, state.target_params, images))
+    masks = build.build_masks(tiny_config)(jax.random.split(jax.random.PRNGKey(MASK_SEED), 3))
+    return tiny_config, model, state, images, masks, found
+
+
+def test_states_are_those_of_the_masks(seen):
+    _, _, _, _, masks, found = seen
+    hidden = np.asarray(target_union(masks, 16)).reshape(3, 4, 4)
+    np.testing.assert_array_equal(found.states[0] == TARGET, hidden)
+    for row in range(3):
+        context = np.asarray(masks.context_index[row])[np.asarray(masks.context_valid[row])]
+        assert set(np.flatnonzero(found.states[0][row].ravel() == CONTEXT)) == set(context)
+    whole = hidden.reshape(3, 2, 2, 2, 2).all(axis=(2, 4))
+    np.testing.assert_array_equal(found.states[1] == TARGET, whole)
+    assert set(np.unique(np.concatenate([s.ravel() for s in found.states]))) <= {
+        CONTEXT, TARGET, DROPPED,
+    }  # fmt: skip
+
+
+def test_cosine_is_that_of_prediction_and_target_where_one_is(seen):
+    config, model, state, images, masks, found = seen
+    views = build.build_preprocess(config)(jnp.asarray(images))
+    variables = {"params": {"context_encoder": state.target_params}}
+    tokens, _ = model.apply(variables, views, method="encode")
+    targets = hierarchy.level_features(tokens, 4, 2)
+    prediction = model.apply({"params": state.params}, views, masks)
+    for level in range(2):
+        np.testing.assert_allclose(found.tokens[level], targets[level], atol=1e-4)
+        predicted = ~np.isnan(found.cosine[level])
+        np.testing.assert_array_equal(predicted, found.states[level] == TARGET)
+    cell = np.argwhere(found.states[1] == TARGET)
+    if len(cell):
+        b, r, c = cell[0]
+        p, t = prediction.levels[1][b, 2 * r + c], targets[1][b, 2 * r + c]
+        expected = float(p @ t / np.linalg.norm(p) / np.linalg.norm(t))
+        assert found.cosine[1][b, r, c] == pytest.approx(expected, abs=1e-4)
+    b, r, c = np.argwhere(found.states[0] == TARGET)[0]
+    slots = np.flatnonzero((np.asarray(masks.target_index[b]).ravel() == 4 * r + c)
+                           & np.asarray(masks.target_valid[b]).ravel())  # fmt: skip
+    t = np.asarray(targets[0][b, 4 * r + c])
+    cosines = [float(p @ t / np.linalg.norm(p) / np.linalg.norm(t))
+               for p in np.asarray(prediction.levels[0][b])[slots]]  # fmt: skip
+    assert found.cosine[0][b, r, c] == pytest.approx(np.mean(cosines), abs=1e-4)
+
+
+def test_attention_and_rollout_are_weights_from_the_summary_tokens(seen):
+    config, model, state, images, _, found = seen
+    views = build.build_preprocess(config)(jnp.asarray(images))
+    variables = {"params": {"context_encoder": state.target_params}}
+    _, kept = model.apply(variables, views, method="encode", mutable=["intermediates"])
+    blocks = kept["intermediates"]["context_encoder"]
+    weights = [np.asarray(blocks[f"block_{i}"]["attention"]["weights"][0]) for i in range(2)]
+    np.testing.assert_allclose(weights[0].sum(-1), 1, rtol=1e-5)
+    r = config.model.num_summary_tokens
+    last = weights[1][:, :, :r, r:].mean(axis=2).reshape(3, 2, 4, 4)
+    np.testing.assert_allclose(found.attention, last, atol=1e-5)
+    half = [(w.mean(axis=1) + np.eye(16 + r)) / 2 for w in weights]
+    rollout = (half[1] @ half[0])[:, :r, r:].mean(axis=1).reshape(3, 4, 4)
+    np.testing.assert_allclose(found.rollout, rollout, atol=1e-5)
+
+
+def test_all_figures_of_a_snapshot_are_drawn(seen):
+    figures = image_figures.snapshot_figures(seen[-1])
+    assert set(figures) == {"masks", "pca", "cosine", "similarity", "attention"}
+    rows = [axes.get_ylabel() for axes in figures["attention"].axes]
+    assert {"head 0", "head 1", "rollout", "percent"} <= set(rows)
+
+
+def test_the_images_of_a_snapshot_are_few_fixed_and_spread():
+    images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
+    chosen = fixed_images(images).ravel().tolist()
+    assert len(chosen) == NUM_IMAGES
+    assert chosen == sorted(set(chosen))
+    assert chosen[-1] > 50
+    assert len(fixed_images(images[:2])) == 2
