@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.user_cache import keep_compiled_programs
 
 # Config value -> name that JAX knows the backend by.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
@@ -31,6 +32,7 @@ class Rules:
         makes them.
       bfloat16: it computes in bfloat16; else `model.dtype` must be float32.
       wide_results: products of bfloat16 numbers are fastest where their results are float32.
+      keeps_programs: what it compiled can be kept for the next process.
     """
 
     donates: bool = True
@@ -38,6 +40,7 @@ class Rules:
     initialises: bool = True
     bfloat16: bool = True
     wide_results: bool = False
+    keeps_programs: bool = True
 
     def __str__(self) -> str:
         missing = (
@@ -52,8 +55,10 @@ class Rules:
 # jax-metal is frozen, and its early versions crashed on bfloat16; jax-mps has it.
 _RULES = {
     "cpu": Rules(wide_results=True),
-    "metal": Rules(donates=False, loops=False, initialises=False, bfloat16=False),
-    "mps": Rules(donates=False, loops=False, initialises=False),
+    "metal": Rules(
+        donates=False, loops=False, initialises=False, bfloat16=False, keeps_programs=False
+    ),
+    "mps": Rules(donates=False, loops=False, initialises=False, keeps_programs=False),
 }
 
 
@@ -101,6 +106,8 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
         raise InputError("platform", platform, f"this backend does not start: {reason}") from error
     if backend == "cpu":
         _keep_freed_memory()
+    if current_rules().keeps_programs:
+        keep_compiled_programs()
     return backend.lower()
 
 

@@ -18,6 +18,7 @@ os.environ.setdefault(
 )
 # Programs that several tests (and the commands they start) compile alike are compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hjepa_jax_cache_"))
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hjepa_jax_home_")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax

@@ -607,6 +607,27 @@ def test_tfds_grey_values_fill_three_channels_and_a_tenth_stands_in_for_test(tmp
     assert sorted(values) == list(range(0, 200, 10))
 
 
+def test_tfds_images_are_decoded_once_until_they_are_prepared_anew(tmp_path, monkeypatch):
+    from hjepa_jax.data import tfds_source
+
+    define_tiny_set("TinyKept", [("train", 6), ("test", 3)], (4, 4, 3))
+    decoded, read = [], tfds_source._read_split
+    monkeypatch.setattr(
+        tfds_source, "_read_split", lambda *args: decoded.append(args[2]) or read(*args)
+    )
+    load = lambda: open_here("tfds:tiny_kept", data_dir=str(tmp_path)).load()
+    first, again = load(), load()
+    assert decoded == ["train", "test"]
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert (other.images.dtype, other.labels.dtype) == (np.uint8, np.int32)
+    (path, *_) = (tmp_path / "tiny_kept" / "1.0.0").glob("*train*")
+    os.utime(path, (0, 0))
+    load()
+    assert decoded == ["train", "test"] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "splits", "labels"),
     [("TinyTest", [("test", 2)], ("x", "y")), ("TinyTarget", [("train", 2)], None)],

@@ -85,23 +85,10 @@ def test_a_run_logs_every_metric_at_increasing_steps(tiny_config, tmp_path):
     np.testing.assert_allclose(lines[0]["train/learning_rate"], 1e-3 * 2 / 15, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "stop_step"),
-    [
-        ({}, 2),
-        pytest.param({}, 3, marks=pytest.mark.slow),
-        pytest.param({"train.steps_per_call": 4}, 3, marks=pytest.mark.slow),
-        pytest.param(
-            {"optim.accumulation_steps": 2, "data.grayscale": 0.3}, 3, marks=pytest.mark.slow
-        ),
-    ],
-    ids=["plain", "after_a_checkpoint", "steps_per_call", "accumulation"],
-)
-def test_stopped_and_resumed_run_equals_the_uninterrupted_one(
-    tiny_config, tmp_path, monkeypatch, overrides, stop_step
-):
-    with tiny_config.unlocked():
-        tiny_config.update_from_flattened_dict({**overrides, "log.every_steps": 1})
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_path, monkeypatch):
+    """Here in one case; tests/faults/test_resume.py does it for every setting."""
+    stop_step = 2
+    tiny_config.log.every_steps = 1
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, stop_step)

@@ -27,6 +27,7 @@ from hjepa_jax.data.sources import (
     square,
 )
 from hjepa_jax.errors import InputError
+from hjepa_jax.user_cache import kept_arrays
 
 PROBE_SEC = 5.0  # how long the host of a download may take to answer
 READ_BATCH = 1000  # images that TensorFlow hands over at a time
@@ -62,15 +63,32 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
     test_name = next((name for name in ("test", "validation") if name in splits), None)
 
     def load() -> tuple[Split, Split]:
-        train = _read_split(source, builder, "train", shape)
+        def decode() -> dict[str, np.ndarray]:
+            names = ["train"] if test_name is None else ["train", test_name]
+            splits = {name: _read_split(source, builder, name, shape) for name in names}
+            return {
+                f"{name}_{kind}": array
+                for name, split in splits.items()
+                for kind, array in (("images", split.images), ("labels", split.labels))
+            }
+
+        key = f"{builder.info.full_name} {shape} {_files(builder.data_path)}"
+        arrays = kept_arrays(key, decode)
+        train = Split(arrays["train_images"], arrays["train_labels"])
         if test_name is None:
             return hold_out_test(source, train, seed)
-        return train, _read_split(source, builder, test_name, shape)
+        return train, Split(arrays[f"{test_name}_images"], arrays[f"{test_name}_labels"])
 
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
     return Source(source, SourceInfo(num_train, num_test, shape, tuple(label.names)), load)
+
+
+def _files(folder: Any) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of a prepared set: what changes when it is made anew."""
+    stats = ((path.name, os.stat(path)) for path in folder.iterdir())
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:

@@ -20,7 +20,6 @@ NUM_STEPS = 17  # beyond the 15 steps of an epoch
 
 SETTINGS = st.fixed_dictionaries(
     {
-        "optim.accumulation_steps": st.sampled_from([1, 2, 4]),
         "train.steps_per_call": st.sampled_from([1, 3, 4]),
         "train.checkpoint_every_steps": st.sampled_from([2, 5]),
         "log.every_steps": st.sampled_from([1, 2, 3]),
@@ -33,18 +32,22 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("accumulation_steps", [1, 2])  # two tests: one for each worker
 @settings(
-    max_examples=10,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(overrides=SETTINGS, stop=st.integers(1, NUM_STEPS - 4))
-def test_a_run_in_two_parts_is_the_run_in_one(tiny_config, tmp_path_factory, overrides, stop):
+def test_a_run_in_two_parts_is_the_run_in_one(
+    tiny_config, tmp_path_factory, accumulation_steps, overrides, stop
+):
     workdir: pathlib.Path = tmp_path_factory.mktemp("resume")
     config = tiny_config.copy_and_resolve_references()
     with config.unlocked():
         config.update_from_flattened_dict({**overrides, "train.num_steps": NUM_STEPS})
+    config.optim.accumulation_steps = accumulation_steps
     train.train_and_evaluate(config, workdir / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end

@@ -1,0 +1,103 @@
+"""Times our training step, or the whole training loop around it, and prints one line of JSON.
+
+  python experiments/throughput/ours.py --kind=step --config=configs/cifar10_tiny.py --steps=20
+
+The images are noise: what they show changes nothing about speed.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from hjepa_jax import build, cli, platform, run, train
+from hjepa_jax.data.sources import Split, save_npz
+from hjepa_jax.logging import peak_memory_bytes, read_metrics
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+_KIND = flags.DEFINE_enum("kind", "step", ["step", "loop"], "What to time.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps timed.")
+_WARMUP = flags.DEFINE_integer("warmup", 5, "Steps before them.")
+
+NUM_IMAGES, LOG_EVERY = 10_000, 5
+
+
+def noise_set(folder: pathlib.Path) -> str:
+    """An npz file of CIFAR-10's image size, as `data.source` takes it."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (NUM_IMAGES + 100, 32, 32, 3), np.uint8)
+    labels = np.arange(NUM_IMAGES + 100) % 10
+    path = folder / "noise.npz"
+    save_npz(
+        path,
+        Split(images[:NUM_IMAGES], labels[:NUM_IMAGES]),
+        Split(images[NUM_IMAGES:], labels[NUM_IMAGES:]),
+    )
+    return f"npz:{path}"
+
+
+def time_step(config, num_steps: int, warmup: int) -> dict:
+    """Seconds of each bare `train_step` on a batch that is there already."""
+    built = run.build_run(config, run.open_config_source(config))
+    tx = build.build_optimizer(config, built.schedules)
+    step = build.build_train_step(config, built.model, tx, built.schedules)
+    state = jax.device_put(built.create()[0], built.placement.whole)
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (config.train.batch_size, 32, 32, 3), np.uint8)
+    split = None
+    if built.placement.whole is not None:
+        mesh = built.placement.whole.mesh
+        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    images = jax.device_put(images, split)
+    placed = {"in_shardings": (built.placement.whole, split)} if split else {}
+    lowered = jax.jit(step, donate_argnums=0, **placed).lower(state, images)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    compile_sec = time.perf_counter() - started
+    seconds = []
+    for _ in range(warmup + num_steps):
+        started = time.perf_counter()
+        state, outputs = compiled(state, images)
+        jax.block_until_ready((state, outputs))
+        seconds.append(time.perf_counter() - started)
+    flops = lowered.cost_analysis()["flops"] / config.train.batch_size
+    return {"sec": seconds[warmup:], "compile_sec": compile_sec, "flops_per_image": flops}
+
+
+def time_loop(config, num_steps: int, warmup: int) -> dict:
+    """Seconds per step between log lines of `train_and_evaluate`, as it logs them itself."""
+    config.train.num_steps = num_steps + warmup
+    config.log.every_steps = LOG_EVERY
+    with tempfile.TemporaryDirectory() as workdir:
+        train.train_and_evaluate(config, pathlib.Path(workdir) / "run")
+        lines = read_metrics(pathlib.Path(workdir) / "run" / "metrics.jsonl")
+    timed = [line for line in lines if line["step"] > warmup]
+    waits = [line["perf/data_wait_fraction"] for line in timed]
+    return {
+        "sec": [1 / line["perf/steps_per_sec"] for line in timed],
+        "data_wait_fraction": float(np.median(waits)),
+    }
+
+
+def main() -> None:
+    config = _CONFIG.value
+    config.log.tensorboard = config.eval.probe_at_end = False
+    config.eval.every_epochs = 0.0
+    config.train.checkpoint_every_steps = 10**6
+    measure = {"step": time_step, "loop": time_loop}[_KIND.value]
+    with tempfile.TemporaryDirectory() as folder:
+        config.data.source = noise_set(pathlib.Path(folder))
+        platform.select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
+        result = measure(config, _STEPS.value, _WARMUP.value)
+    result["batch_size"] = config.train.batch_size
+    result["peak_memory_bytes"] = peak_memory_bytes(jax.devices()[0])
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,83 @@
+"""What a second start of the same run need not do again: compile, and decode images.
+
+Everything lies in `hjepa_jax` in the user's cache folder (`XDG_CACHE_HOME`, or ~/.cache), and may
+be deleted at any time. Where nothing can be written there, nothing is kept.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+# Larger sets would fill a home directory.
+MAX_KEPT_BYTES = 2 * 1024**3
+
+
+def cache_folder() -> Path:
+    """The project's folder in the user's cache; it need not exist."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "hjepa_jax"
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles, unless the user has told it where, or not to.
+
+    The folder is that of this kind of processor: a program compiled for another may use
+    instructions that this one lacks.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        folder = cache_folder() / f"compiled-{_processor()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def kept_arrays(
+    key: str, create: Callable[[], dict[str, np.ndarray]], *, folder: Path | None = None
+) -> dict[str, np.ndarray]:
+    """`create()`, or what it returned when it was last called with this key.
+
+    Args:
+      key: names all that the arrays depend on.
+      create: makes them.
+      folder: where they are kept; None for the user's cache.
+    """
+    folder = (folder or cache_folder()) / "data"
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}  # reading checks their CRC
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        arrays = create()
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    if num_bytes > MAX_KEPT_BYTES:
+        return arrays
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        return arrays
+    kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded images in {path.parent}"
+    print(f"{kept}; the next run starts from there", file=sys.stderr, flush=True)
+    return arrays
+
+
+def _processor() -> str:
+    """A few hexadecimal digits that two kinds of processors do not share."""
+    about = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:  # not Linux
+        pass
+    return hashlib.sha256(about.encode()).hexdigest()[:8]
