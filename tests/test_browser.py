@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -38,18 +39,20 @@ def browser(tmp_path):
     driver.quit()
 
 
-@pytest.fixture
-def workdir(run_module, shapes_npz, tmp_path) -> pathlib.Path:
+@pytest.fixture(scope="module")
+def workdir(shapes_npz, tmp_path_factory) -> pathlib.Path:
     """What the README's first command leaves behind, of a run shrunk to seconds."""
     from tests.test_cli import SHAPES, tiny_overrides
 
     overrides = tiny_overrides(shapes_npz)
     overrides |= {"log.tensorboard": True, "log.report": True, "eval.every_epochs": 0.2}
     flags = [f"--config.{field}={value}" for field, value in overrides.items()]
-    result = run_module("hjepa_jax.main", SHAPES, *flags, f"--workdir={tmp_path / 'run'}")
+    path = tmp_path_factory.mktemp("runs") / "run"
+    command = [sys.executable, "-m", "hjepa_jax.main", SHAPES, *flags, f"--workdir={path}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert str(tmp_path / "run" / "report.html") in result.stdout, "the summary names the report"
-    return tmp_path / "run"
+    assert str(path / "report.html") in result.stdout, "the summary names the report"
+    return path
 
 
 def requests(browser) -> list[str]:
@@ -69,7 +72,7 @@ def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, wor
     browser.get(address)
     assert requests(browser) == [address]
     assert errors(browser) == []
-    assert browser.title == "Run run"
+    assert browser.title == "Run " + workdir.name
     heads = [e.text for e in browser.find_elements("css selector", "h2")]
     assert heads[0] == "What was reached"
     assert "Next steps" in heads
@@ -90,7 +93,7 @@ def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, wor
     assert light[1] != dark[1], "pictures follow the page"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tensorboard(workdir):
     """The address of a TensorBoard that shows the workdir."""
     with socket.socket() as free:
@@ -101,7 +104,14 @@ def tensorboard(workdir):
          "--host=127.0.0.1"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    yield f"http://127.0.0.1:{port}/"
+    address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + 300
+    while time.monotonic() < deadline:  # it loads TensorFlow first
+        try:
+            urllib.request.urlopen(address, timeout=30).close()
+            break
+        except OSError:
+            time.sleep(1)
+    yield address
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
 
@@ -129,15 +139,10 @@ return texts.join(' ');
     ],
 )
 def test_tensorboard_shows(browser, tensorboard, tab, words):
+    browser.get(f"{tensorboard}#{tab}")
     deadline, text = time.monotonic() + 120, ""
     while time.monotonic() < deadline and not all(word in text for word in words):
-        try:
-            browser.get(f"{tensorboard}#{tab}")
-            browser.refresh()
-            time.sleep(3)
-            text = browser.execute_script(ALL_TEXT)
-        except Exception as error:  # it has not started yet
-            text = str(error)
-            time.sleep(1)
+        time.sleep(1)
+        text = browser.execute_script(ALL_TEXT)
     for word in words:
         assert word in text, f"{tab}: {word}"
