@@ -32,7 +32,7 @@ def keep_compiled_programs() -> None:
     The folder is that of this kind of processor: a program compiled for another may use
     instructions that this one lacks.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         folder = cache_folder() / f"compiled-{_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
