@@ -59,6 +59,17 @@ def test_m1_max_quick_val_is_the_reference_run():
     assert f"{float(built.schedules.learning_rate_fn(250)):.2e}" == "1.60e-05"
 
 
+def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
+    """FLOPs of m1_max_quick_val against the same model whose context encoder computes on all."""
+    config, flops = load("m1_max_quick_val"), []
+    for num_context in (None, 196):
+        with config.unlocked():
+            config.mask.num_context = num_context
+        program = run.build_run(config, CIFAR10).lower(steps_per_call=1, donate=False)
+        flops.append(program.cost_analysis()["flops"])
+    assert 0.3 < flops[0] / flops[1] <= 0.6
+
+
 def test_every_field_has_a_reader():
     """An option that no code reads would be a promise not kept."""
     package = "".join(p.read_text() for p in pathlib.Path("hjepa_jax").rglob("*.py"))

@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--cpu_devices", type=int, default=1)
-    parser.add_argument("--only", default="", help="contenders whose name and dtype hold this")
+    parser.add_argument("--leave_out", help="contenders whose name and dtype hold this")
     args = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -145,7 +145,8 @@ def main() -> None:
     rows = []
     for config in args.configs:
         commands = contenders(config, args.steps, args.cpu_devices)
-        commands = {k: v for k, v in commands.items() if args.only in ", ".join(k)}
+        if args.leave_out:
+            commands = {k: v for k, v in commands.items() if args.leave_out not in ", ".join(k)}
         results, ceiling = {k: [] for k in commands}, {"float32": [], "bfloat16": []}
         for round_number in range(args.rounds):
             for who, command in commands.items():
