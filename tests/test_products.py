@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
         jax.random.split(jax.random.PRNGKey(1), 3)
     )
     images = random(3, 8, 8, 3)
-    params = model.init(jax.random.PRNGKey(0), images, masks)
+    params = jax.jit(model.init)(jax.random.PRNGKey(0), images, masks)
     params = jax.tree.map(lambda x: x + 0.1 * random(*x.shape), params)
 
     def loss_and_grads():
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
             passes = zip((*out.levels, *out.summary_levels), out.query_valid * 2, strict=True)
             return sum(prediction_loss(p, jnp.ones_like(p), v, "mse") for p, v in passes)
 
-        return jax.value_and_grad(loss)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     fast = loss_and_grads()
     plain_dense = lambda features, precision, scale=1.0, name=None: nn.Dense(features, name=name)
