@@ -15,7 +15,10 @@ from ml_collections import config_flags
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+try:
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+except flags.Error as unreadable:  # a --flagfile, which it reads at once
+    cli.fail(str(unreadable))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build, print sizes as JSON, write nothing.")
 flags.mark_flag_as_required("config")

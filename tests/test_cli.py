@@ -160,6 +160,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_mo
         (["--config.optim.learning_rate=fast"], ["learning_rate", "fast"]),
         (["--colour=red"], ["colour"]),
         (["stray"], ["stray"]),
+        (["--flagfile=/nowhere"], ["flagfile", "/nowhere"]),
         (["--config.model.patch_size=5"], ["data.image_size=32", "model.patch_size=5"]),
         (["--config.model.num_levels=9"], ["model.num_levels=9", "8x8"]),
         (["--config.mask.scale=(0.01,0.01)"], ["mask.scale", "no block"]),
