@@ -84,7 +84,7 @@ def build_model(config: Config) -> HJEPA:
 
 
 def _precision(dtype: str) -> Precision:
-    """Products of `dtype`; of their results where the backend is fastest so."""
+    """Operands of `dtype`; results of it too, or float32 where the backend is faster with that."""
     wide = current_rules().wide_results
     return Precision(jnp.dtype(dtype), jnp.dtype("float32" if wide else dtype))
 

@@ -349,10 +349,9 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _checkpoints(facts: Facts) -> Section:
-    _, knn = facts.history.series("eval/knn_top1")
-    best = dict(zip(*facts.history.series("eval/knn_top1"), strict=True)) if len(knn) else {}
+    knn = dict(zip(*facts.history.series("eval/knn_top1"), strict=True))
     rows = [
-        (step, f"{size / 1e6:.1f} MB", pct(best.get(step)))
+        (step, f"{size / 1e6:.1f} MB", pct(knn.get(step)))
         for step, size in facts.checkpoints.items()
     ]
     text = table(["step", "size", "k-NN top-1, %"], rows) if rows else "None."
