@@ -3,8 +3,6 @@
 import importlib.metadata
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -73,16 +71,6 @@ def tiny_config(shapes_npz: str) -> Config:
 @pytest.fixture
 def run_module():
     """Runs `python -m <module> <arguments>` as a user would; returns the finished process."""
+    from tests.processes import run_command
 
-    def run(module: str, *arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            cwd=kwargs.pop("cwd", REPOSITORY),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            **kwargs,
-        )
-
-    return run
+    return run_command

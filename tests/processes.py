@@ -1,9 +1,13 @@
-"""Runs in processes of their own, forked from one that has imported everything already."""
+"""Runs and commands in processes of their own, forked from one that has everything imported."""
 
 import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
+import subprocess
+import sys
+import tempfile
 from typing import Any
 
 from hjepa_jax import train
@@ -12,7 +16,8 @@ from hjepa_jax.errors import InputError
 
 # The server imports the package and starts no backend, so that a fork of it may.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hjepa_jax.train"])
+CONTEXT.set_forkserver_preload(["hjepa_jax.train", "ml_collections.config_flags"])
+REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 def start(config: Any, workdir: pathlib.Path, *, stop_step: int | None = None) -> Any:
@@ -41,6 +46,33 @@ def finish(config: Any, workdir: pathlib.Path, *, stop_step: int | None = None) 
 def printed(workdir: pathlib.Path) -> str:
     """What the runs in `workdir` have printed."""
     return workdir.with_suffix(".out").read_text()
+
+
+def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m <module> <arguments>` in the repository, without the seconds of its imports.
+
+    It is the real entry, its flags, exit status and output included; only the interpreter is one
+    that has loaded the libraries before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
+        process = CONTEXT.Process(target=_run_module, args=(module, arguments, out, err))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(
+            [module, *arguments], process.exitcode, out.read_text(), err.read_text()
+        )
+
+
+def _run_module(
+    module: str, arguments: tuple[str, ...], out: pathlib.Path, err: pathlib.Path
+) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(REPOSITORY)
+    sys.path.insert(0, str(REPOSITORY))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def stop_in_step(step: int) -> None:
