@@ -10,6 +10,8 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float
 
+from hjepa_jax.whole_files import replacing
+
 
 class RunLogger:
     """Writes one run's metrics.
@@ -54,11 +56,8 @@ class RunLogger:
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> IO[str]:
         """Puts a whole new file in the place of metrics.jsonl; returns it, open at its end."""
-        partial = self._path.with_suffix(".jsonl.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            _to_disk(file)
-        partial.replace(self._path)
+        with replacing(self._path) as file:
+            file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
         return self._path.open("a", encoding="utf-8")
 
     def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:

@@ -13,6 +13,7 @@ from hjepa_jax.page import table, to_html
 from hjepa_jax.run_facts import Facts, read_facts
 from hjepa_jax.run_report import Section, sections, thin
 from hjepa_jax.verdicts import num, pct
+from hjepa_jax.whole_files import replacing
 
 
 def write_report(
@@ -60,9 +61,8 @@ def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[path
         "report.html": to_html(markdown, title=title, pictures=pictures),
     }
     for name, content in files.items():
-        partial = output / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(output / name)
+        with replacing(output / name) as file:
+            file.write(content.encode())
     return [output / name for name in files]
 
 

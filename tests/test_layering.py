@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "user_cache"],
+    ["errors", "whole_files", "user_cache"],
     ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance"],
