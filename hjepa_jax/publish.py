@@ -5,13 +5,14 @@ import pathlib
 import numpy as np
 
 from hjepa_jax.config import Config
+from hjepa_jax.curve_sections import thin
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.results import best_score, column
 from hjepa_jax.fields import flatten
 from hjepa_jax.figures import Panel, curves, png
-from hjepa_jax.page import table, to_html
+from hjepa_jax.page import Section, table, to_html
 from hjepa_jax.run_facts import Facts, read_facts
-from hjepa_jax.run_report import Section, sections, thin
+from hjepa_jax.run_report import sections
 from hjepa_jax.verdicts import num, pct
 from hjepa_jax.whole_files import replacing
 

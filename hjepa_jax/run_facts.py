@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Float, Int
 
 from hjepa_jax import build, checkpoint
@@ -121,13 +122,7 @@ def read_facts(
     history = read_history(workdir / "metrics.jsonl")
     probes = read_probe_json(workdir / "probe.json")
     model = build.build_model(config)
-    state = jax.eval_shape(
-        build.build_create_state(
-            config,
-            model,
-            build.build_optimizer(config, build.build_schedules(config, config.train.batch_size)),
-        )
-    )
+    state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
     sizes = checkpoint.checkpoint_sizes(workdir)
     look, meta, num_images, reason = None, {}, None, ""

@@ -27,6 +27,7 @@ LAYERS = [
     ["checkpoint", "showcase"],
     ["judge", "run_facts"],
     ["verdicts"],
+    ["curve_sections", "probe_sections"],
     ["run_report"],
     ["publish"],
     ["train"],
