@@ -6,7 +6,7 @@ from hjepa_jax.figures import Panel, curves
 from hjepa_jax.logging import format_duration
 from hjepa_jax.page import Section, table
 from hjepa_jax.run_facts import Facts
-from hjepa_jax.verdicts import num, pct
+from hjepa_jax.verdicts import gib, num, pct
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 PLOTTED = 1500  # points of a curve: more than a figure shows
@@ -38,7 +38,9 @@ def speed_section(facts: Facts) -> Section | None:
         rows.append(("waiting for data, newest line", f"{pct(wait)} %"))
     _, memory = history.series("perf/peak_memory_bytes")
     if len(memory):
-        rows.append(("peak memory (CPU: of the process)", f"{memory.max() / 2**30:.2f} GiB"))
+        rows.append(("peak memory (CPU: of the process)", gib(memory.max())))
+    if facts.device_memory:
+        rows.append(("memory of the device", gib(facts.device_memory)))
     text = table(["", "value"], rows)
     text += "\n\nEvaluation, saving and compiling are not counted."
     speed = {"": thin(history.series("perf/images_per_sec"))}

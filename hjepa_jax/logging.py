@@ -1,8 +1,10 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
 import json
+import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import IO, Any
@@ -32,6 +34,11 @@ class RunLogger:
         self._writer = None
         if tensorboard:
             self._writer = _tensorboard_writer(workdir)
+
+    @property
+    def tensorboard(self) -> bool:
+        """Whether anybody sees pictures and texts."""
+        return self._writer is not None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds values to the line of `step`, which `end_line` writes."""
@@ -123,16 +130,19 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """One live line on a terminal, one line a call where the output is a file or a pipe.
+    """One live line on a terminal; where the output is a file or a pipe, lines now and then.
 
     Args:
       num_steps: steps of the whole run.
       steps_per_epoch: steps of an epoch.
+      every_sec: seconds from one line in a file to the next; the first and the last step's are
+        always written.
     """
 
-    def __init__(self, num_steps: int, steps_per_epoch: int):
+    def __init__(self, num_steps: int, steps_per_epoch: int, *, every_sec: float = 5.0):
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
         self._live = sys.stdout.isatty()
+        self._every_sec, self._due = every_sec, -math.inf
 
     def show(self, step: int, *, loss: float, images_per_sec: float, steps_per_sec: float) -> None:
         """Where the run is, its loss, its speed, and the time left at that speed."""
@@ -142,7 +152,12 @@ class Progress:
             f"step {step}/{self.num_steps}  loss {loss:.4f}  {images_per_sec:.0f} images/s  "
             f"{format_duration(left)} left"
         )
-        print(f"\r{line}\033[K" if self._live else line, end="" if self._live else "\n", flush=True)
+        if self._live:  # cut off, as a line that wraps cannot be overwritten
+            width = shutil.get_terminal_size().columns
+            print(f"\r{line[: width - 1]}\033[K", end="", flush=True)
+        elif step == self.num_steps or time.monotonic() >= self._due:
+            print(line, flush=True)
+            self._due = time.monotonic() + self._every_sec
 
     def note(self, text: str) -> None:
         """A line that stays."""

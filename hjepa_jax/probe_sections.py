@@ -1,5 +1,6 @@
 """Sections of the report that say what was learned: probes, pictures, features."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,9 @@ def features_section(facts: Facts) -> Section | None:
     )
     values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
               levels.items()}  # fmt: skip
-    pictures = (as_unit(look.queries), as_unit(look.neighbours))
-    names = [look.class_names[label] for label in look.labels[: len(look.queries)]]
+    count = len(look.neighbours)
+    pictures = (as_unit(look.images[:count]), as_unit(look.neighbours))
+    names = [look.class_names[label] for label in look.labels[:count]]
     return "Features", text, {
         "neighbours": (
             neighbours(*pictures, names, look.same_class.tolist()), "Nearest neighbours"
@@ -128,15 +130,17 @@ def features_section(facts: Facts) -> Section | None:
 
 
 def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
-    """PCA; and t-SNE, where scikit-learn is installed (the extra `maps`)."""
+    """PCA, t-SNE and, where it is installed (the extra `maps`), UMAP."""
     maps = {"PCA": principal_components(x, 2)}
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
+    if len(x) <= 30:  # too few for neighbourhoods
         return maps
-    if len(x) > 30:
-        tsne = TSNE(
-            perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0
-        )
-        maps["t-SNE"] = tsne.fit_transform(x)
+    from sklearn.manifold import TSNE  # here: it takes its time to load
+
+    tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
+    maps["t-SNE"] = tsne.fit_transform(x)
+    with contextlib.suppress(ImportError):
+        from umap import UMAP
+
+        umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)
+        maps["UMAP"] = np.asarray(umap.fit_transform(x))
     return maps
