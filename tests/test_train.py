@@ -17,6 +17,7 @@ from hjepa_jax import checkpoint, run, showcase, steps, train
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
+from hjepa_jax.publish import write_report
 
 TRAIN_METRICS = {
     "train/loss",
@@ -336,6 +337,12 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     errors = capsys.readouterr().err
     assert "no report could be written" in errors
     assert f"python -m hjepa_jax.report --workdir={tmp_path}" in errors
+    (tmp_path / "figures").unlink()
+    write_report([tmp_path], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "**Status: finished**, step 1 of 1." in report, "one step is enough for a report"
+    assert "| ? | The loss ended below its first value | fewer than two values |" in report
+    assert "nan" not in report.lower()
 
 
 def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):

@@ -8,12 +8,18 @@ import csv
 import pathlib
 from typing import Any
 
+import jax
+
+from hjepa_jax import build
+from hjepa_jax.checkpoint import load_state
 from hjepa_jax.config import Config, base_config
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.data.sources import save_npz
-from hjepa_jax.evaluation.results import read_probe_json
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.linear import linear_probe
 from hjepa_jax.figures import Panel, curves, png
 from hjepa_jax.history import History, read_history
+from hjepa_jax.run import load_config, open_config_source
 from hjepa_jax.train import train_and_evaluate
 
 HERE = pathlib.Path(__file__).parent
@@ -42,7 +48,7 @@ METRICS = {
 
 
 def short_config(data: str, overrides: dict[str, Any]) -> Config:
-    """A model a quarter the size of that of shapes_tiny, for 800 steps."""
+    """A model a quarter the size of that of shapes_tiny, for 600 steps."""
     c = base_config()
     c.data.source, c.data.mean, c.data.std = data, (0.5,) * 3, (0.25,) * 3
     c.model.width, c.model.depth, c.model.num_heads = 48, 2, 3
@@ -51,8 +57,8 @@ def short_config(data: str, overrides: dict[str, Any]) -> Config:
     c.mask.align_level, c.mask.scale = 0, (0.09, 0.19)
     c.loss.regularizer_weight = 0.01
     c.optim.learning_rate, c.optim.warmup_epochs = 2e-3, 0.2
-    c.train.batch_size, c.train.num_steps, c.train.checkpoint_every_steps = 32, 800, 800
-    c.train.on_collapse, c.eval.every_epochs, c.eval.num_val = "ignore", 0.0, 500
+    c.train.batch_size, c.train.num_steps, c.train.checkpoint_every_steps = 32, 600, 600
+    c.train.on_collapse, c.eval.every_epochs, c.eval.probe_at_end = "ignore", 0.0, False
     c.log.every_steps, c.log.tensorboard, c.log.report = 10, False, False
     c.update_from_flattened_dict(overrides)
     return c.lock()
@@ -91,18 +97,23 @@ def draw(histories: dict[str, History]) -> None:
 
 
 def results(workdir: pathlib.Path, history: History) -> list[list[Any]]:
-    """First and last values of a run, and the linear probe of level 0: run, quantity, value."""
+    """First and last values of a run, and its linear probe: run, quantity, value."""
     rows = [
         [workdir.name, f"{metric} at step {line['step']}", f"{line[metric]:.4f}"]
         for metric in METRICS
         for line in (history.lines[0], history.lines[-1])
     ]
-    found = read_probe_json(workdir / "probe.json")
-    rows += [
-        [workdir.name, f"linear top-1 of level 0, {row['encoder']}", f"{row['top1']:.4f}"]
-        for row in found
-        if row["protocol"] == "linear" and row["pool"] == "mean" and row["level"] == 0
-    ]
+    config = load_config(workdir)
+    train, test = open_config_source(config).load()
+    model, state, initial = load_state(workdir)
+    embed = jax.jit(build.build_embed_fn(config, model))
+    for name, params in (("last", state.target_params), ("first", initial.target_params)):
+        x, test_x = (
+            extract_features(embed, params, split.images, batch_size=500)["level_0"]
+            for split in (train, test)
+        )
+        found = linear_probe(x, train.labels, test_x, test.labels, num_classes=10)
+        rows.append([workdir.name, f"linear top-1 of level 0 at the {name} step", found.top1])
     return rows
 
 
