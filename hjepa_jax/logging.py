@@ -101,9 +101,14 @@ def _to_disk(file: IO[str]) -> None:
     os.fsync(file.fileno())
 
 
+def quiet_tensorflow() -> None:
+    """Before TensorFlow is imported, by whatever: it talks while loading."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN it talks whatever the level
+
+
 def _tensorboard_writer(workdir: pathlib.Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks while loading,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN whatever the level
+    quiet_tensorflow()
     from clu import metric_writers  # imports TensorFlow
 
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

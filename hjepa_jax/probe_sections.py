@@ -17,6 +17,7 @@ from hjepa_jax.figures import (
     spectrum,
 )  # fmt: skip
 from hjepa_jax.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.logging import quiet_tensorflow
 from hjepa_jax.page import Section, table
 from hjepa_jax.run_facts import KNN_K, Facts
 from hjepa_jax.snapshot import as_unit
@@ -139,7 +140,9 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
     tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
     maps["t-SNE"] = tsne.fit_transform(x)
     with contextlib.suppress(ImportError):
-        from umap import UMAP
+        quiet_tensorflow()
+        # It imports TensorFlow where it can.
+        from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)
         maps["UMAP"] = np.asarray(umap.fit_transform(x))
