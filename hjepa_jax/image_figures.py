@@ -38,7 +38,7 @@ class Row:
 def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
     """Pictures in rows, a column per image; `axes` of the figure are in reading order."""
     num_images = len(rows[0].pictures)
-    figure = new_figure(1.3 * num_images + 1.3, 1.35 * len(rows) + 0.4)
+    figure = new_figure(num_images + 1.2, 1.05 * len(rows) + 0.4)
     axes = figure.subplots(len(rows), num_images, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         low, high = row.limits or (None, None)

@@ -1,14 +1,18 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
 import json
+import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float
+
+from hjepa_jax.whole_files import replacing
 
 
 class RunLogger:
@@ -30,6 +34,11 @@ class RunLogger:
         self._writer = None
         if tensorboard:
             self._writer = _tensorboard_writer(workdir)
+
+    @property
+    def tensorboard(self) -> bool:
+        """Whether anybody sees pictures and texts."""
+        return self._writer is not None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds values to the line of `step`, which `end_line` writes."""
@@ -54,11 +63,8 @@ class RunLogger:
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> IO[str]:
         """Puts a whole new file in the place of metrics.jsonl; returns it, open at its end."""
-        partial = self._path.with_suffix(".jsonl.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            _to_disk(file)
-        partial.replace(self._path)
+        with replacing(self._path) as file:
+            file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
         return self._path.open("a", encoding="utf-8")
 
     def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:
@@ -95,9 +101,14 @@ def _to_disk(file: IO[str]) -> None:
     os.fsync(file.fileno())
 
 
+def quiet_tensorflow() -> None:
+    """Before TensorFlow is imported, by whatever: it talks while loading."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN it talks whatever the level
+
+
 def _tensorboard_writer(workdir: pathlib.Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow talks while loading,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN whatever the level
+    quiet_tensorflow()
     from clu import metric_writers  # imports TensorFlow
 
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
@@ -124,16 +135,19 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """One live line on a terminal, one line a call where the output is a file or a pipe.
+    """One live line on a terminal; where the output is a file or a pipe, lines now and then.
 
     Args:
       num_steps: steps of the whole run.
       steps_per_epoch: steps of an epoch.
+      every_sec: seconds from one line in a file to the next; the first and the last step's are
+        always written.
     """
 
-    def __init__(self, num_steps: int, steps_per_epoch: int):
+    def __init__(self, num_steps: int, steps_per_epoch: int, *, every_sec: float = 5.0):
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
         self._live = sys.stdout.isatty()
+        self._every_sec, self._due = every_sec, -math.inf
 
     def show(self, step: int, *, loss: float, images_per_sec: float, steps_per_sec: float) -> None:
         """Where the run is, its loss, its speed, and the time left at that speed."""
@@ -143,7 +157,12 @@ class Progress:
             f"step {step}/{self.num_steps}  loss {loss:.4f}  {images_per_sec:.0f} images/s  "
             f"{format_duration(left)} left"
         )
-        print(f"\r{line}\033[K" if self._live else line, end="" if self._live else "\n", flush=True)
+        if self._live:  # cut off, as a line that wraps cannot be overwritten
+            width = shutil.get_terminal_size().columns
+            print(f"\r{line[: width - 1]}\033[K", end="", flush=True)
+        elif step == self.num_steps or time.monotonic() >= self._due:
+            print(line, flush=True)
+            self._due = time.monotonic() + self._every_sec
 
     def note(self, text: str) -> None:
         """A line that stays."""

@@ -6,6 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+
+# A section: its heading, its Markdown, and its figures with their captions, by file name.
+Section = tuple[str, str, dict[str, tuple[Figure, str]]]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --line: #d0d7de;

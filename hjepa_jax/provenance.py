@@ -1,4 +1,4 @@
-"""Which code made a result: versions of packages, commit of the source."""
+"""Which code and machine made a result: versions of packages, commit of the source, device."""
 
 import functools
 import importlib.metadata
@@ -6,12 +6,21 @@ import pathlib
 import platform as python_platform
 import subprocess
 
+import jax
+
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes."""
+    """Versions of Python and of the packages that decide what a run computes, and on what.
+
+    An accelerator also tells how much memory a run can have ("device memory", bytes); a CPU shares
+    that of the machine with everything else, and does not.
+    """
     packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": python_platform.python_version(), **found}
+    device = jax.local_devices()[0]
+    found = {"python": python_platform.python_version(), **found, "device": device.device_kind}
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    return {**found, "device memory": str(memory)} if memory else found
 
 
 @functools.cache

@@ -5,14 +5,17 @@ import pathlib
 import numpy as np
 
 from hjepa_jax.config import Config
+from hjepa_jax.curve_sections import thin
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.results import best_score, column
 from hjepa_jax.fields import flatten
 from hjepa_jax.figures import Panel, curves, png
-from hjepa_jax.page import table, to_html
+from hjepa_jax.page import Section, table, to_html
+from hjepa_jax.projector import write_projector
 from hjepa_jax.run_facts import Facts, read_facts
-from hjepa_jax.run_report import Section, sections, thin
+from hjepa_jax.run_report import sections
 from hjepa_jax.verdicts import num, pct
+from hjepa_jax.whole_files import replacing
 
 
 def write_report(
@@ -23,6 +26,8 @@ def write_report(
     splits: tuple[Split, Split] | None = None,
 ) -> list[pathlib.Path]:
     """Writes the report of one run, or of several side by side.
+
+    That of one run in its own workdir also leaves the features for TensorBoard's PROJECTOR tab.
 
     Args:
       workdirs: the runs' directories.
@@ -37,10 +42,15 @@ def write_report(
       InputError: for a workdir that holds no run of this version.
       OSError: when `output` cannot be written.
     """
-    several = len(workdirs) > 1
-    facts = [read_facts(w, images=images and not several, splits=splits) for w in workdirs]
-    title = "Runs side by side" if several else f"Run {facts[0].name}"
-    return publish(title, comparison(facts) if several else sections(facts[0]), output)
+    if len(workdirs) > 1:
+        runs = [read_facts(workdir, images=False) for workdir in workdirs]
+        return publish("Runs side by side", comparison(runs), output)
+    facts = read_facts(workdirs[0], images=images, splits=splits)
+    files = publish(f"Run {facts.name}", sections(facts), output)
+    if (look := facts.look) and output.resolve() == workdirs[0].resolve():
+        names = [look.class_names[label] for label in look.labels]
+        write_projector(output, look.features, names, look.images)
+    return files
 
 
 def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[pathlib.Path]:
@@ -60,9 +70,8 @@ def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[path
         "report.html": to_html(markdown, title=title, pictures=pictures),
     }
     for name, content in files.items():
-        partial = output / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(output / name)
+        with replacing(output / name) as file:
+            file.write(content.encode())
     return [output / name for name in files]
 
 

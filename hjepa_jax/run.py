@@ -25,6 +25,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
+from hjepa_jax.whole_files import replacing
 
 try:
     import fcntl
@@ -192,9 +193,8 @@ def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
             _check_same_run(load_config(workdir), config, workdir)
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager

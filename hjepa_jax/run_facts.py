@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Float, Int
 
 from hjepa_jax import build, checkpoint
@@ -40,8 +41,9 @@ class Look:
       verdict: whether those of level 0 have collapsed.
       labels, predictions: of the held-out images, [Q]; by k-NN on level 0.
       class_names: by label.
-      queries: some held-out images, uint8 [S, H, W, 3].
-      neighbours: those of the bank with the most similar features, uint8 [S, k, H, W, 3].
+      images: the held-out images, uint8 [Q, H, W, 3].
+      neighbours: to the first S of them, those of the bank with the most similar features, uint8
+        [S, k, H, W, 3].
       same_class: bool [S, k].
       bank_size: how many images they were compared with.
     """
@@ -53,7 +55,7 @@ class Look:
     labels: Int[np.ndarray, " Q"]
     predictions: Int[np.ndarray, " Q"]
     class_names: tuple[str, ...]
-    queries: Any
+    images: Any
     neighbours: Any
     same_class: Any
     bank_size: int
@@ -93,6 +95,12 @@ class Facts:
     width: int
 
     @property
+    def device_memory(self) -> int | None:
+        """Bytes of memory that the run could have; None where its device does not tell."""
+        memory = self.meta.get("versions", {}).get("device memory", "")
+        return int(memory) if memory.isdecimal() else None
+
+    @property
     def max_rank(self) -> int:
         """Largest value that train/effective_rank can have."""
         batch = min(self.config.train.batch_size, FEATURE_ROWS)
@@ -121,13 +129,7 @@ def read_facts(
     history = read_history(workdir / "metrics.jsonl")
     probes = read_probe_json(workdir / "probe.json")
     model = build.build_model(config)
-    state = jax.eval_shape(
-        build.build_create_state(
-            config,
-            model,
-            build.build_optimizer(config, build.build_schedules(config, config.train.batch_size)),
-        )
-    )
+    state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
     sizes = checkpoint.checkpoint_sizes(workdir)
     look, meta, num_images, reason = None, {}, None, ""
@@ -215,7 +217,7 @@ def _look(
         labels=train.labels[queries],
         predictions=predictions,
         class_names=class_names,
-        queries=train.images[queries[:NUM_SHOWN]],
+        images=train.images[queries],
         neighbours=train.images[found],
         same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
         bank_size=len(bank),

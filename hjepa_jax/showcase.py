@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run beside its scalars: pictures, distributions, texts."""
 
 import platform as python_platform
+import time
 
 import jax
 import numpy as np
@@ -17,11 +18,39 @@ from hjepa_jax.run import Run, num_params
 from hjepa_jax.snapshot import fixed_images
 from hjepa_jax.train_state import TrainState
 
+# Of a run's time between its steps.
+MAX_SHARE = 0.02
+# Seconds that the first pictures are expected to take, most of them to compile.
+FIRST_COST_SEC = 10.0
+
+
+class Budget:
+    """What may be spent beside the steps of a run: at most a share of the time so far.
+
+    Args:
+      share: fraction of the run's time, in [0, 1].
+      first_cost: seconds expected of the first time; later ones are expected to cost what the
+        one before did.
+    """
+
+    def __init__(self, share: float, first_cost: float):
+        self._share, self._next_cost, self._spent = share, first_cost, 0.0
+
+    def allows(self, elapsed: float) -> bool:
+        """Whether once more is within the share of the `elapsed` seconds of the run."""
+        return self._spent + self._next_cost <= self._share * elapsed
+
+    def spend(self, seconds: float) -> None:
+        """Counts what the newest time took."""
+        self._spent, self._next_cost = self._spent + seconds, seconds
+
 
 class Showcase:
     """Shows a few training images, always the same, as the model of the moment sees them.
 
-    It is a program beside the training step, compiled when it is first used.
+    It is a program beside the training step, compiled when it is first used. Between steps it may
+    take `MAX_SHARE` of the run's time, and is left out where that is not enough; after the last
+    step, when there is none to be slowed, it always shows.
 
     Args:
       run: the run.
@@ -32,9 +61,12 @@ class Showcase:
     def __init__(self, run: Run, images: UInt8[np.ndarray, "n H W C"], logger: RunLogger):
         self._run, self._images, self._logger = run, fixed_images(images), logger
         self._snapshot = jax.jit(build.build_snapshot_fn(run.config, run.model))
+        self._budget, self._started = Budget(MAX_SHARE, FIRST_COST_SEC), time.perf_counter()
 
     def introduce(self, state: TrainState) -> None:
         """The configuration as hparams and text, the parameters, the environment."""
+        if not self._logger.tensorboard:
+            return
         fields = flatten(self._run.config.to_dict())
         self._logger.hparams(
             {k: v if isinstance(v, int | float | str) else str(v) for k, v in fields.items()}
@@ -62,10 +94,18 @@ class Showcase:
         )
 
     def show(self, state: TrainState, window: LogWindow) -> None:
+        """Pictures, spectrum and histogram, if the run can afford them at this step."""
+        step, began = int(state.step), time.perf_counter()
+        last = step == self._run.schedules.num_steps
+        if last or self._budget.allows(began - self._started):
+            self._show(state, window, step)
+            self._budget.spend(time.perf_counter() - began)
+
+    def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
         """Pictures of masks, features, predictions and attention; spectrum and histogram."""
         from hjepa_jax import figures, image_figures  # matplotlib takes its time to load
 
-        step, single = int(state.step), self._run.placement.single
+        single = self._run.placement.single
         params, target_params = jax.device_put((state.params, state.target_params), single)
         snapshot = jax.device_get(self._snapshot(params, target_params, self._images))
         drawn = image_figures.snapshot_figures(snapshot)

@@ -4,7 +4,6 @@ Everything lies in `hjepa_jax` in the user's cache folder (`XDG_CACHE_HOME`, or 
 be deleted at any time. Where nothing can be written there, nothing is kept.
 """
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
+from hjepa_jax.whole_files import replacing
 
 # Larger sets would fill a home directory.
 MAX_KEPT_BYTES = 2 * 1024**3
@@ -57,15 +58,11 @@ def kept_arrays(
     num_bytes = sum(array.nbytes for array in arrays.values())
     if num_bytes > MAX_KEPT_BYTES:
         return arrays
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        partial.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         return arrays
     kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded images in {path.parent}"
     print(f"{kept}; the next run starts from there", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ Check = tuple[bool | None, str, str]
 MARGIN = 0.01  # of top-1: what is less is taken for noise
 EASY_COSINE = 0.95
 SLOW_DATA = 0.1
+HEADROOM = 0.5  # of the device's memory: with less in use a batch of twice the size fits
 
 
 def checklist(facts: Facts) -> list[Check]:
@@ -101,6 +102,13 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if wait is not None and wait > SLOW_DATA:
         rule = f"perf/data_wait_fraction {wait:.3f} is above {SLOW_DATA}"
         found.append(("Raise `train.steps_per_call`.", rule))
+    peak, limit = history.last("perf/peak_memory_bytes"), facts.device_memory
+    if peak is not None and limit and peak < HEADROOM * limit:
+        rule = (
+            f"perf/peak_memory_bytes, {gib(peak)}, is below {pct(HEADROOM)} % of the device's "
+            f"{gib(limit)}"
+        )
+        found.append(("Raise `train.batch_size`, if the device is not busy: it fits.", rule))
     steps, knn = history.series("eval/knn_top1")
     if len(knn) > 2:
         before = knn[steps <= 2 / 3 * steps[-1]]
@@ -121,6 +129,11 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
 def num(value: float | None) -> str:
     """Four significant digits; a dash for None."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes in GiB, two decimals."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def pct(value: float | None) -> str:

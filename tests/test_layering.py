@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "user_cache"],
+    ["errors", "whole_files", "user_cache"],
     ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance"],
@@ -19,7 +19,8 @@ LAYERS = [
     ["evaluation.attentive", "evaluation.finetune"],
     ["evaluation.results"],
     ["evaluation.protocols"],
-    ["config", "metrics", "logging", "history", "page", "figures", "snapshot"],
+    ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
+     "projector"],
     ["alarms", "image_figures"],
     ["steps"],
     ["build"],
@@ -27,6 +28,7 @@ LAYERS = [
     ["checkpoint", "showcase"],
     ["judge", "run_facts"],
     ["verdicts"],
+    ["curve_sections", "probe_sections"],
     ["run_report"],
     ["publish"],
     ["train"],

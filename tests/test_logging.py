@@ -1,3 +1,8 @@
+import os
+import pty
+import subprocess
+import sys
+
 import pytest
 
 from hjepa_jax.logging import RunLogger, format_duration, read_metrics, summary_box
@@ -46,3 +51,44 @@ def test_the_summary_box_is_a_closed_frame_around_every_line():
     assert len({len(line) for line in box}) == 1
     assert box[0] == box[-1] == "+" + "-" * (len(box[0]) - 2) + "+"
     assert "report  runs/a/report.html" in box[2]
+
+
+# Four times "where the run is", and one line that stays, as the loop prints them.
+PROGRESS = """
+import sys
+from hjepa_jax.logging import Progress
+progress = Progress(4, 2, every_sec=float(sys.argv[1]))
+for step in range(1, 5):
+    progress.show(step, loss=1.0, images_per_sec=9.0, steps_per_sec=1.0)
+    if step == 2:
+        progress.note("k-NN")
+progress.end()
+"""
+
+
+def test_a_file_or_pipe_gets_a_line_every_n_seconds_and_that_of_the_last_step():
+    for every_sec, steps in (("0", [1, 2, 3, 4]), ("1000", [1, 4])):
+        command = [sys.executable, "-c", PROGRESS, every_sec]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        shown = [f"step {step}/4" in lines for step in range(1, 5)]
+        assert [step for step in range(1, 5) if shown[step - 1]] == steps
+        assert lines.count("\n") == len(steps) + 1
+        assert "\r" not in lines
+        assert "\033" not in lines
+
+
+def test_a_terminal_gets_one_line_that_is_overwritten_and_never_wraps():
+    controller, terminal = pty.openpty()
+    columns = {**os.environ, "COLUMNS": "40"}
+    command = [sys.executable, "-c", PROGRESS, "1000"]
+    subprocess.run(command, stdout=terminal, env=columns, check=True)
+    os.close(terminal)
+    output = os.read(controller, 100_000).decode()
+    os.close(controller)
+    stays, live = output.split("k-NN\033[K\r\n")
+    parts = [*stays.split("\r"), *live.split("\r")]
+    assert [part[part.index("step") :][:8] for part in parts if "step" in part] == [
+        f"step {step}/4" for step in range(1, 5)
+    ]
+    assert all(len(part.removesuffix("\033[K")) <= 39 for part in parts)
+    assert output.count("\n") == 2, "one after what stays, one at the end"

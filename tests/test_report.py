@@ -1,25 +1,41 @@
 """The report: every number of it recomputed, and workdirs of every kind."""
 
+import dataclasses
 import json
 import pathlib
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from hjepa_jax import build, checkpoint, train
+from hjepa_jax import build, checkpoint, run, train
+from hjepa_jax.array_table import json_checksum
 from hjepa_jax.config import base_config
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import collapse_verdict
-from hjepa_jax.logging import format_duration
+from hjepa_jax.fields import flatten
 from hjepa_jax.publish import write_report
+from hjepa_jax.run_facts import read_facts
+from hjepa_jax.verdicts import next_steps
+from tests.conftest import REPOSITORY
+from tests.report_numbers import (
+    WORDS,
+    Checkpoint,
+    Sources,
+    four,
+    percent,
+    problems,
+    read_sections,
+    read_sources,
+    tables,
+)
 
 SECTIONS = [
     "What was reached", "Configuration", "Parameters", "Speed and memory", "Loss", "Schedules",
@@ -48,182 +64,93 @@ def read_metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def read_sections(path: pathlib.Path) -> dict[str, str]:
-    parts = re.split(r"^## (.+)$", path.read_text(), flags=re.M)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def report_sections(folder: pathlib.Path) -> dict[str, str]:
+    return read_sections((folder / "report.md").read_text())
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """Cells of every Markdown table, the heads first, the rule left out."""
-    found, rows = [], []
-    for line in [*text.splitlines(), ""]:
-        if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
-        elif rows:
-            found.append([rows[0], *rows[2:]])
-            rows = []
-    return found
-
-
-def four(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
+@pytest.fixture(scope="module")
+def sources(finished, shapes_npz) -> Sources:
+    """What the report of `finished` is to say, its checkpoint included."""
+    model, state, _ = checkpoint.load_state(finished)
+    config = run.load_config(finished)
+    embed = jax.jit(build.build_embed_fn(config, model))
+    split, _ = open_source(shapes_npz, data_dir=None, image_size=16).load()
+    bank, held_out = hold_out(240, num_val=40)
+    x, q = (
+        np.asarray(embed(state.target_params, split.images[rows])["level_0"])
+        for rows in (bank, held_out)
+    )
+    (predictions,) = knn_predict(x, split.labels[bank], q, ks=[20], num_classes=10)
+    v = collapse_verdict(q)
+    meta = json.loads((finished / "checkpoints/8/meta/metadata").read_text())
+    sizes = {}
+    for step in ("4", "8"):
+        files = (finished / "checkpoints" / step).rglob("*")
+        num_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        sizes[step] = f"{num_bytes / 1e6:.1f} MB"
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    params = {name: size(tree) for name, tree in sorted(state.params.items())}
+    return read_sources(
+        finished,
+        defaults=flatten(base_config().to_dict()),
+        params={**params, "target_encoder": size(state.target_params)},
+        width=16,
+        checkpoint=Checkpoint(
+            versions={**meta["versions"], "commit": meta["commit"]},
+            sizes=sizes,
+            top1=percent(float((predictions == split.labels[held_out]).mean())),
+            verdict="Of the checkpoint at step 8, on 40 held-out training images: "
+            f"**{v.label}**, effective rank {v.effective_rank:.1f} of {v.max_rank}, relative std "
+            f"{v.relative_std:.3f} (threshold {v.min_relative_std}).",
+        ),
+    )
 
 
 def test_the_end_of_a_run_writes_all_sections_and_figures(finished):
-    found = read_sections(finished / "report.md")
+    found = report_sections(finished)
     assert list(found) == SECTIONS
     pictures = re.findall(r"!\[.+\]\((.+)\)", (finished / "report.md").read_text())
     assert len(pictures) == len(set(pictures)) >= 15
     assert sorted(pictures) == sorted(f"figures/{p.name}" for p in (finished / "figures").iterdir())
 
 
-def test_every_number_of_the_loss_table_is_that_of_its_line(finished):
-    lines = {line["step"]: line for line in read_metrics(finished)}
-    (table,) = tables(read_sections(finished / "report.md")["Loss"])
-    names = [f"train/{head}" for head in table[0][1:-1]]
-    assert set(names) == {n for line in lines.values() for n in line if n.startswith("train/loss")}
-    first, last = lines[min(lines)], lines[max(lines)]
-    assert [row[0] for row in table[1:]] == ["2", "4", "6", "8", "change, %"]
-    for row in table[1:-1]:
-        line = lines[int(row[0])]
-        assert row[1:-1] == [four(line[name]) for name in names]
-        assert row[-1] == f"{100 * (line['train/loss'] / first['train/loss'] - 1):+.1f}"
-    changes = [f"{100 * (last[name] / first[name] - 1):+.1f}" for name in names]
-    assert table[-1][1:-1] == changes
+def test_every_number_of_the_report_is_recomputed(finished, sources):
+    assert problems((finished / "report.md").read_text(), sources) == []
 
 
-def test_every_number_of_the_speed_table_is_recomputed(finished):
-    lines = [line for line in read_metrics(finished) if "perf/steps_per_sec" in line]
-    rates, before, seconds = [line["perf/steps_per_sec"] for line in lines], 0, 0.0
-    for line in lines:
-        seconds += (line["step"] - before) / line["perf/steps_per_sec"]
-        before = line["step"]
-    overall = before / seconds
-    images = statistics.median(line["perf/images_per_sec"] for line in lines)
-    memory = max(line["perf/peak_memory_bytes"] for line in lines)
-    (table,) = tables(read_sections(finished / "report.md")["Speed and memory"])
-    assert dict(table[1:]) == {
-        "steps per second, whole run": four(overall),
-        "steps per second, median line": four(statistics.median(rates)),
-        "images per second, median line": four(images),
-        "time in steps, so far": format_duration(seconds),
-        "time per epoch": format_duration(15 / overall),
-        "whole run, estimated from the first line": format_duration(8 / rates[0]),
-        "waiting for data, newest line": f"{percent(lines[-1]['perf/data_wait_fraction'])} %",
-        "peak memory (CPU: of the process)": f"{memory / 2**30:.2f} GiB",
-    }
+def test_a_number_that_is_not_so_is_found_in_every_section(finished, sources):
+    """Each number of the report is changed once, in its last digit."""
+    report, changed = (finished / "report.md").read_text(), dict.fromkeys(SECTIONS, 0)
+    for heading, text in read_sections(report).items():
+        for number in re.finditer(r"\d+", text):
+            if text[: number.end()].endswith(WORDS):
+                continue
+            end = number.end()
+            other = text[: end - 1] + str((int(text[end - 1]) + 1) % 10) + text[end:]
+            assert problems(report.replace(text, other), sources), text[end - 20 : end + 20]
+            changed[heading] += 1
+    assert [heading for heading, count in changed.items() if not count] == ["Warnings"]
 
 
-def test_schedules_and_collapse_indicators_are_first_and_newest_values(finished):
-    lines, sections = read_metrics(finished), read_sections(finished / "report.md")
-    (schedules,) = tables(sections["Schedules"])
-    for name, *cells in schedules[1:]:
-        values = [line[f"train/{name.replace(' ', '_')}"] for line in lines]
-        assert cells == [four(values[0]), four(max(values)), four(values[-1])]
-    (indicators,) = tables(sections["Collapse indicators"])
-    assert len(indicators) == 5
-    for name, *cells in indicators[1:]:
-        values = [line[f"train/{name}"] for line in lines]
-        assert cells == [four(values[0]), four(values[-1])]
-    rank = lines[-1]["train/effective_rank"]
-    assert f"({rank:.1f} of at most 16; threshold 1.6)" in sections["Collapse indicators"]
+KEPT = sorted((REPOSITORY / "experiments").glob("*/report"))
 
 
-def test_the_probe_table_is_probe_json(finished):
-    rows = json.loads((finished / "probe.json").read_text())["results"]
-    (table,) = tables(read_sections(finished / "report.md")["Probes"])
-    found = {
-        (*row[:5], protocol): score
-        for row in table[1:]
-        for protocol, score in zip(table[0][5:], row[5:], strict=True)
-    }
-    expected = {}
-    for row in rows:
-        key = (row["encoder"], row["step"], row["pool"], row["level"], row["dim"], row["protocol"])
-        expected[tuple(map(str, key))] = percent(row["top1"])
-    assert found == expected
-
-
-def test_configuration_parameters_and_checkpoints_are_those_of_their_files(finished):
-    sections = read_sections(finished / "report.md")
-    config = json.loads((finished / "config.json").read_text())
-    fields, versions = tables(sections["Configuration"])
-    for field, value in fields[1:]:
-        saved = config
-        for name in field.strip("`").split("."):
-            saved = saved[name]
-        assert value == f"`{saved}`"
-    shown = {field.strip("`") for field, _ in fields[1:]}
-    assert shown >= {"model.width", "mask.scale", "eval.num_val", "log.every_steps", "seed"}
-    assert dict(versions[1:])["jax"] == f"`{jax.__version__}`"
-
-    _, state, _ = checkpoint.load_state(finished)
-    (parts,) = tables(sections["Parameters"])
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    expected = {name.replace("_", " "): size(tree) for name, tree in state.params.items()}
-    expected |= {"target encoder": size(state.target_params), "trained": size(state.params)}
-    expected["in total"] = size(state.params) + size(state.target_params)
-    assert dict(parts[1:]) == {name: f"{count:,}" for name, count in expected.items()}
-
-    (kept,) = tables(sections["Checkpoints"])
-    scores = {line["step"]: line.get("eval/knn_top1") for line in read_metrics(finished)}
-    assert len(kept) == 3
-    for step, megabytes, score in kept[1:]:
-        files = (finished / "checkpoints" / step).rglob("*")
-        num_bytes = sum(file.stat().st_size for file in files if file.is_file())
-        assert megabytes == f"{num_bytes / 1e6:.1f} MB"
-        assert score == percent(scores[int(step)])
-
-
-def test_what_is_said_of_features_is_recomputed_from_the_checkpoint(finished, shapes_npz):
-    model, params = checkpoint.load_encoder(finished)
-    config = base_config()
-    config.update(json.loads((finished / "config.json").read_text()))
-    embed = jax.jit(build.build_embed_fn(config, model))
-    split, _ = open_source(shapes_npz, data_dir=None, image_size=16).load()
-    bank, held_out = hold_out(240, num_val=40)
-    x, q = (np.asarray(embed(params, split.images[r])["level_0"]) for r in (bank, held_out))
-    (predictions,) = knn_predict(x, split.labels[bank], q, ks=[20], num_classes=10)
-    top1 = float((predictions == split.labels[held_out]).mean())
-    sections = read_sections(finished / "report.md")
-    said = "40 held-out training images beside 200 others, target encoder at step 8, level 0, "
-    said += f"mean over patches. k-NN with k = 20 gets {percent(top1)} % of them right."
-    assert said in sections["Features"]
-    verdict = collapse_verdict(q)
-    said = f"**{verdict.label}**, effective rank {verdict.effective_rank:.1f} of {verdict.max_rank}"
-    assert f"{said}, relative std {verdict.relative_std:.3f}" in sections["Collapse indicators"]
-
-
-def test_the_checklist_is_ticked_by_the_data(finished):
-    lines = read_metrics(finished)
-    rows = json.loads((finished / "probe.json").read_text())["results"]
-    best = lambda protocol, encoder: max(
-        r["top1"] for r in rows if (r["protocol"], r["encoder"]) == (protocol, encoder)
+@pytest.mark.parametrize("folder", KEPT, ids=[folder.parent.name for folder in KEPT])
+def test_every_number_of_a_kept_report_is_recomputed_from_the_files_beside_it(folder):
+    """But for what only its checkpoint can tell: versions, sizes, and what it makes of images."""
+    for name in ("metrics.jsonl", "probe.json", "config.json"):
+        assert (folder / name).exists(), f"keep {name} of the run in {folder}"
+    config = run.load_config(folder)
+    model = build.build_model(config)
+    state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
+    params = {name: run.num_params(tree) for name, tree in sorted(state.params.items())}
+    sources = read_sources(
+        folder,
+        defaults=flatten(base_config().to_dict()),
+        params={**params, "target_encoder": run.num_params(state.target_params)},
+        width=model.context_encoder.width,
     )
-    knn = [line["eval/knn_top1"] for line in lines if "eval/knn_top1" in line]
-    loss = [line["train/loss"] for line in lines]
-    rank = lines[-1]["train/effective_rank"]
-    expected = [
-        (True, "step 8 of 8"),
-        (True, "0 steps left out"),
-        (loss[-1] < loss[0], f"{four(loss[0])} to {four(loss[-1])}"),
-        (rank >= 1.6, f"effective rank {rank:.1f}, threshold 1.6 of 16"),
-        (knn[-1] > knn[0], f"{percent(knn[0])} to {percent(knn[-1])} %"),
-    ]
-    for protocol in ("linear", "knn"):
-        for encoder in ("random_init", "pixels"):
-            ours, theirs = best(protocol, "target"), best(protocol, encoder)
-            evidence = f"{percent(ours)} against {percent(theirs)} %"
-            expected.append((ours > theirs + 0.01, evidence))
-    expected.append((True, "newest is step 8"))
-    (table,) = tables(read_sections(finished / "report.md")["What was reached"])
-    assert [(row[0], row[2]) for row in table[1:]] == [
-        ("✓" if ok else "✗", s) for ok, s in expected
-    ]
+    assert problems((folder / "report.md").read_text(), sources) == []
 
 
 def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
@@ -247,7 +174,7 @@ def copy_of(workdir, tmp_path, *, without=()):
 def test_a_run_without_checkpoint_says_so_and_shows_its_numbers(finished, tmp_path):
     workdir = copy_of(finished, tmp_path, without=["checkpoints", "probe.json", "features"])
     write_report([workdir], workdir)
-    found = read_sections(workdir / "report.md")
+    found = report_sections(workdir)
     assert "there is no checkpoint yet" in found["What it sees"]
     assert "Loss" in found
     assert "not probed" in found["What was reached"]
@@ -259,7 +186,7 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[:2]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "tra')
     write_report([workdir], workdir, images=False)
-    found = read_sections(workdir / "report.md")
+    found = report_sections(workdir)
     assert "**Status: interrupted**, step 4 of 8." in found["What was reached"]
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
@@ -276,7 +203,7 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     finally:
         holder.kill()
         holder.wait()
-    found = read_sections(workdir / "report.md")
+    found = report_sections(workdir)
     assert "**Status: running**" in found["What was reached"]
 
 
@@ -286,7 +213,7 @@ def test_a_run_of_one_line_and_one_of_none_have_a_report(finished, tmp_path):
     for text, status in ((line + "\n", "interrupted"), ("", "not started")):
         (workdir / "metrics.jsonl").write_text(text)
         write_report([workdir], workdir, images=False)
-        found = read_sections(workdir / "report.md")
+        found = report_sections(workdir)
         assert f"**Status: {status}**" in found["What was reached"]
         assert "nan" not in (workdir / "report.md").read_text().lower().replace("nanmin", "")
 
@@ -299,7 +226,7 @@ def test_collapse_and_steps_left_out_are_told_with_their_rules(finished, tmp_pat
     lines[3] |= {"train/nonfinite_steps": 2, "train/effective_rank": 1.1}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([workdir], workdir, images=False)
-    found = read_sections(workdir / "report.md")
+    found = report_sections(workdir)
     assert "step 4: 2 steps in all were not finite" in found["Warnings"]
     assert "step 6: effective rank 1.2, below 1.6" in found["Warnings"]
     assert found["Warnings"].count("- ") == 2, "each is told once, when it begins"
@@ -314,7 +241,7 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     config["seed"] = 7
     (other / "config.json").write_text(json.dumps(config))
     write_report([finished, other], tmp_path / "out")
-    found = read_sections(tmp_path / "out" / "report.md")
+    found = report_sections(tmp_path / "out")
     (table,) = tables(found["Side by side"])
     assert table[0] == ["", "finished", "copy"]
     last = read_metrics(finished)[-1]
@@ -328,14 +255,49 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     assert [label, percent(row["top1"]), percent(row["top1"]), "0.00"] in probes
 
 
-def test_a_long_log_is_reported_from_a_bounded_number_of_its_lines(finished, tmp_path):
-    """300,000 lines here."""
+@pytest.mark.slow
+def test_of_three_million_lines_the_ends_and_the_evaluations_are_reported(finished, tmp_path):
+    """How long that takes is in experiments/long_log."""
     workdir = copy_of(finished, tmp_path)
-    rest = (workdir / "metrics.jsonl").read_text().splitlines()[0].partition(",")[2]
+    last = 3_000_000
     with (workdir / "metrics.jsonl").open("w") as file:
-        file.writelines(f'{{"step": {step},{rest}\n' for step in range(1, 300_001))
+        for step in range(1, last):
+            file.write(f'{{"step": {step}, "train/loss": 2.5, "perf/steps_per_sec": 4.0}}\n')
+            if step == 1_234_567:
+                file.write(f'{{"step": {step}, "eval/knn_top1": 0.4321}}\n')
+        file.write(f'{{"step": {last}, "train/loss": 1.25, "eval/knn_top1": 0.5}}\n')
     write_report([workdir], workdir, images=False)
-    assert "has 300000 lines" in read_sections(workdir / "report.md")["What was reached"]
+    found = report_sections(workdir)
+    assert "metrics.jsonl has 3000001 lines, of which" in found["What was reached"]
+    assert f"**Status: finished**, step {last} of 8." in found["What was reached"]
+    assert "43.21 to 50.00 %" in found["What was reached"]
+    (table,) = tables(found["Loss"])
+    assert (table[1][:2], table[-2][:2]) == (["1", "2.5"], [str(last), "1.25"])
+    assert "time in steps, so far | 208:20:00" in found["Speed and memory"], "750,000 seconds"
+
+
+def test_a_checkpoint_of_a_newer_version_is_named_and_the_numbers_are_reported(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    path = workdir / "checkpoints/8/meta/metadata"
+    meta = json.loads(path.read_text()) | {"format_version": 99}
+    del meta["checksum"]
+    path.write_text(json.dumps({**meta, "checksum": json_checksum(meta)}))
+    write_report([workdir], workdir)
+    found = report_sections(workdir)
+    assert "is in format 99; this version reads up to" in found["What it sees"]
+    assert found["Loss"] == report_sections(finished)["Loss"]
+
+
+def test_room_on_the_device_is_told_with_its_numbers(finished):
+    facts = read_facts(finished, images=False)
+    assert facts.device_memory is None, "a CPU does not tell"
+    peak = facts.history.last("perf/peak_memory_bytes")
+    assert peak is not None
+    for memory, is_told in ((3 * peak, True), (1.5 * peak, False)):
+        meta = {"versions": {"device memory": f"{memory:.0f}"}}
+        rules = [rule for _, rule in next_steps(dataclasses.replace(facts, meta=meta))]
+        sizes = f"{peak / 2**30:.2f} GiB, is below 50.00 % of the device's {memory / 2**30:.2f} GiB"
+        assert any(sizes in rule for rule in rules) == is_told
 
 
 @pytest.mark.parametrize(

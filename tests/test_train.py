@@ -1,6 +1,7 @@
 """The loop: what a run leaves behind, and that it goes on exactly where it stopped."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, run, steps, train
+from hjepa_jax import checkpoint, run, showcase, steps, train
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
+from hjepa_jax.publish import write_report
 
 TRAIN_METRICS = {
     "train/loss",
@@ -248,10 +250,11 @@ def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp
 
 @pytest.mark.slow
 def test_tensorboard_gets_scalars_hparams_texts_and_pictures_at_their_cadence(
-    tiny_config, tmp_path
+    tiny_config, tmp_path, monkeypatch
 ):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(showcase, "MAX_SHARE", math.inf)  # of the seconds that this run takes
     tiny_config.log.tensorboard = True
     tiny_config.log.figures_every_epochs = 0.2  # 15 steps an epoch: every third step
     train.train_and_evaluate(tiny_config, tmp_path)
@@ -288,7 +291,10 @@ def test_a_run_goes_on_without_the_images_that_cannot_be_read(tiny_config, tmp_p
 
 @pytest.mark.slow  # it loads TensorFlow
 def test_pictures_change_nothing_that_is_computed(tiny_config, tmp_path):
-    """What is logged of the steps is the same with and without them."""
+    """What is logged of the steps is the same with and without them, which so short a run shows
+    at its end only."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     tiny_config.unlock()
     tiny_config.train.num_steps = 2
     tiny_config.eval.every_epochs = 0.0
@@ -305,6 +311,21 @@ def test_pictures_change_nothing_that_is_computed(tiny_config, tmp_path):
             ]
         )
     assert lines[0] == lines[1]
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    assert [e.step for e in events.Tensors("figures/masks")] == [2]
+
+
+def test_pictures_between_steps_take_their_share_of_the_time_and_no_more():
+    budget = showcase.Budget(0.02, first_cost=10.0)
+    assert not budget.allows(499.0)
+    assert budget.allows(500.0)
+    budget.spend(7.0)  # the first; another would make it 14
+    assert not budget.allows(699.0)
+    assert budget.allows(701.0)
+    budget.spend(2.0)  # nothing to compile: 9 so far, 11 with another
+    assert not budget.allows(549.0)
+    assert budget.allows(551.0)
 
 
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_path, capsys):
@@ -316,6 +337,12 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     errors = capsys.readouterr().err
     assert "no report could be written" in errors
     assert f"python -m hjepa_jax.report --workdir={tmp_path}" in errors
+    (tmp_path / "figures").unlink()
+    write_report([tmp_path], tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "**Status: finished**, step 1 of 1." in report, "one step is enough for a report"
+    assert "| ? | The loss ended below its first value | fewer than two values |" in report
+    assert "nan" not in report.lower()
 
 
 def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):

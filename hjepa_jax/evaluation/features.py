@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import pathlib
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.errors import InputError
+from hjepa_jax.whole_files import replacing
 
 # Larger images are brought to this size for the raw-pixel rows: 3,072 numbers, as CIFAR's.
 PIXEL_SIZE = 32
@@ -135,9 +135,8 @@ class FeatureCache:
                 pass  # damaged on disk: made anew
         features = make()
         self._directory.mkdir(parents=True, exist_ok=True)
-        partial = self._directory / f"{name}.{os.getpid()}.partial.npz"
-        np.savez(partial, made_from=np.array(made_from), **features)  # pyright: ignore[reportArgumentType]
-        partial.replace(path)
+        with replacing(path) as file:
+            np.savez(file, made_from=np.array(made_from), **features)  # pyright: ignore[reportArgumentType]
         return features
 
 

@@ -1,12 +1,13 @@
 """Rows of results: as tables for people, as probe.json for programs, as scalars for TensorBoard."""
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from hjepa_jax.whole_files import replacing
 
 Row = dict[str, Any]
 
@@ -108,10 +109,9 @@ def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
         tuple(str(row.get(name)) for name in IDENTITY): row
         for row in (*read_probe_json(path), *rows)
     }
-    partial = path.with_suffix(f".json.{os.getpid()}.partial")
     text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:

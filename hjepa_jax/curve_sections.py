@@ -1,0 +1,140 @@
+"""Sections of the report that are curves: speed, loss, schedules, collapse indicators."""
+
+import numpy as np
+
+from hjepa_jax.figures import Panel, curves
+from hjepa_jax.logging import format_duration
+from hjepa_jax.page import Section, table
+from hjepa_jax.run_facts import Facts
+from hjepa_jax.verdicts import gib, num, pct
+
+FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
+PLOTTED = 1500  # points of a curve: more than a figure shows
+
+
+def speed_section(facts: Facts) -> Section | None:
+    history = facts.history
+    steps, rates = history.series("perf/steps_per_sec")
+    seconds = history.training_seconds()
+    if not len(steps) or not seconds:
+        return None
+    _, images = history.series("perf/images_per_sec")
+    overall = steps[-1] / seconds
+    rows = [
+        ("steps per second, whole run", num(overall)),
+        ("steps per second, median line", num(float(np.median(rates)))),
+        ("images per second, median line", num(float(np.median(images)))),
+        ("time in steps, so far", format_duration(seconds)),
+    ]
+    if facts.steps_per_epoch:
+        rows.append(("time per epoch", format_duration(facts.steps_per_epoch / overall)))
+    if facts.num_steps and rates[0] > 0:
+        estimate = facts.num_steps / rates[0]
+        rows.append(("whole run, estimated from the first line", format_duration(estimate)))
+        if steps[-1] < facts.num_steps:
+            left = (facts.num_steps - steps[-1]) / overall
+            rows.append(("still to come at this speed", format_duration(left)))
+    if (wait := history.last("perf/data_wait_fraction")) is not None:
+        rows.append(("waiting for data, newest line", f"{pct(wait)} %"))
+    _, memory = history.series("perf/peak_memory_bytes")
+    if len(memory):
+        rows.append(("peak memory (CPU: of the process)", gib(memory.max())))
+    if facts.device_memory:
+        rows.append(("memory of the device", gib(facts.device_memory)))
+    text = table(["", "value"], rows)
+    text += "\n\nEvaluation, saving and compiling are not counted."
+    speed = {"": thin(history.series("perf/images_per_sec"))}
+    panel = Panel("Speed", "images per second", speed, from_zero=True)
+    return "Speed and memory", text, {"speed": (curves([panel]), "Speed over training")}
+
+
+def loss_section(facts: Facts) -> Section | None:
+    history = facts.history
+    names = [name for name in history.names("train/loss") if name != "train/loss"]
+    steps, loss = history.series("train/loss")
+    if not len(steps):
+        return None
+    columns = ["train/loss", *names]
+    chosen = [int(np.argmin(np.abs(steps - f * steps[-1]))) for f in FRACTIONS]
+    by_step = {line["step"]: line for line in history.lines}
+    rows = [
+        [
+            steps[i],
+            *(num(by_step[int(steps[i])].get(name)) for name in columns),
+            _change(loss[0], loss[i]),
+        ]
+        for i in sorted(set(chosen))
+    ]
+    changes = [_change(history.first(name), history.last(name)) for name in columns]
+    rows.append(["change, %", *changes, ""])
+    heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
+    text = table(heads, rows) + (
+        "\n\nMeans over the steps since the line before. Terms are unweighted; that the loss rises "
+        "after a first fall, while the effective rank grows, is what richer targets do."
+    )
+    terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
+    panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))})]
+    panels += [Panel("Terms of the loss", "loss, unweighted", terms, log=True)] if terms else []
+    return "Loss", text, {"loss": (curves(panels), "Loss over training")}
+
+
+def _change(first: float | None, last: float | None) -> str:
+    return "-" if first is None or last is None or not first else f"{100 * (last / first - 1):+.1f}"
+
+
+def schedules_section(facts: Facts) -> Section | None:
+    rows, panels = [], []
+    for name in ("learning_rate", "weight_decay", "ema_momentum"):
+        steps, values = facts.history.series(f"train/{name}")
+        if len(steps):
+            label = name.replace("_", " ")
+            rows.append((label, num(values[0]), num(values.max()), num(values[-1])))
+            panels.append(Panel(label.capitalize(), label, {label: thin((steps, values))}))
+    if not rows:
+        return None
+    text = table(["schedule", "first line", "highest", "newest line"], rows)
+    return "Schedules", text, {"schedules": (curves(panels), "Schedules over training")}
+
+
+def collapse_section(facts: Facts) -> Section | None:
+    history = facts.history
+    steps, rank = history.series("train/effective_rank")
+    if not len(steps):
+        return None
+    rows = [
+        (name, num(history.first(f"train/{name}")), num(history.last(f"train/{name}")))
+        for name in ("effective_rank", "target_std", "context_std", "pred_target_cosine")
+        if history.last(f"train/{name}") is not None
+    ]
+    healthy = rank[-1] >= facts.min_rank
+    text = (
+        table(["indicator", "first line", "newest line"], rows)
+        + f"\n\nVerdict by effective rank: **{'healthy' if healthy else 'collapsed'}** "
+        f"({rank[-1]:.1f} of at most {facts.max_rank}; threshold {facts.min_rank:.1f})."
+    )
+    if facts.look:
+        v = facts.look.verdict
+        text += (
+            f"\n\nOf the checkpoint at step {facts.look.step}, on {len(facts.look.labels)} "
+            f"held-out training images: **{v.label}**, effective rank {v.effective_rank:.1f} of "
+            f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std})."
+        )
+    limits = {"collapse below": facts.min_rank}
+    spread = {
+        name: thin(history.series(f"train/{name}"))
+        for name in ("target_std", "context_std")
+        if history.last(f"train/{name}") is not None
+    }
+    panels = [
+        Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits, from_zero=True)
+    ]
+    panels += [Panel("Spread of the features", "standard deviation", spread)] if spread else []
+    figure = curves(panels)
+    return "Collapse indicators", text, {"collapse": (figure, "Collapse indicators over training")}
+
+
+def thin(line: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """At most `PLOTTED` points of a line, at even distances, the last among them."""
+    x, y = line
+    stride = max(1, -(-len(x) // PLOTTED))
+    return x[::-1][::stride][::-1], y[::-1][::stride][::-1]

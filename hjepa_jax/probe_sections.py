@@ -1,0 +1,149 @@
+"""Sections of the report that say what was learned: probes, pictures, features."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hjepa_jax.evaluation.results import QUALITY_COLUMNS, column
+from hjepa_jax.figures import (
+    Panel,
+    bars,
+    confusion_matrix,
+    curves,
+    histograms,
+    scatter_maps,
+    spectrum,
+)  # fmt: skip
+from hjepa_jax.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.logging import quiet_tensorflow
+from hjepa_jax.page import Section, table
+from hjepa_jax.run_facts import KNN_K, Facts
+from hjepa_jax.snapshot import as_unit
+from hjepa_jax.verdicts import num, pct
+
+
+def probes_section(facts: Facts) -> Section | None:
+    figures, parts = {}, []
+    scored = [row for row in facts.probes if "top1" in row]
+    steps, knn = facts.history.series("eval/knn_top1")
+    if len(steps):
+        line = {"": (steps, 100 * knn)}
+        title = "k-NN on held-out training images"
+        panel = Panel(title, "top-1, percent", line, from_zero=True)
+        figures["knn"] = (curves([panel]), "k-NN accuracy over training")
+    if scored:
+        names = list(dict.fromkeys(column(row) for row in scored))
+        cells: dict[tuple[Any, ...], dict[str, float]] = {}
+        for row in scored:
+            key = (row["encoder"], row["step"], row["pool"], row["level"], row["dim"])
+            cells.setdefault(key, {})[column(row)] = row["top1"]
+        rows = [[*key, *(pct(scores.get(n)) for n in names)] for key, scores in cells.items()]
+        parts += [
+            "Top-1 in percent on the test images, each protocol on every representation:",
+            table(["encoder", "step", "pool", "level", "dim", *names], rows),
+        ]
+    for name in dict.fromkeys(row["protocol"] for row in scored if not row.get("labels")):
+        figures[f"probe_{name}"] = (_bars(facts, name), f"{name} probe beside its baselines")
+    quality = [row for row in facts.probes if row["protocol"] == "quality"]
+    if quality:
+        rows = [
+            [r["encoder"], r["step"], r["pool"], r["level"], *(num(r.get(n)) for n in
+             QUALITY_COLUMNS), r["verdict"]]
+            for r in quality
+        ]  # fmt: skip
+        heads = ["encoder", "step", "pool", "level", *QUALITY_COLUMNS, "verdict"]
+        parts.append(table(heads, rows))
+    if not parts and not figures:
+        return None
+    return "Probes", "\n\n".join(parts) or "probe.json has no rows yet.", figures
+
+
+def _bars(facts: Facts, protocol: str) -> Figure:
+    """The newest step of each encoder."""
+    rows = [r for r in facts.probes if r["protocol"] == protocol and not r.get("labels")]
+    encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
+    newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
+    scores = {
+        (r["encoder"], r["pool"], r["level"]): 100 * r["top1"]
+        for r in rows
+        if r["encoder"] == "pixels" or r["step"] == newest[r["encoder"]]
+    }
+    groups = list(dict.fromkeys(key[1:] for key in scores if key[0] != "pixels"))
+    pixels = [value for key, value in scores.items() if key[0] == "pixels"]
+    return bars(
+        [f"{pool}, level {level}" if pool == "mean" else pool for pool, level in groups],
+        {e.replace("_", "-"): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
+        title=f"{protocol} probe",
+        ylabel="top-1, percent",
+        limits={"raw pixels": pixels[-1]} if pixels else {},
+    )
+
+
+def look_section(facts: Facts) -> Section:
+    if facts.look is None:
+        return "What it sees", f"No pictures: {facts.no_look}.", {}
+    captions = {
+        "masks": "Masks of training, at every level",
+        "pca": "First three principal components of the features",
+        "cosine": "Cosine of prediction and target, where something was predicted",
+        "similarity": "Similarity of the framed patch to all others",
+        "attention": "Attention of the target encoder: last block by head, and rollout",
+    }
+    figures = snapshot_figures(facts.look.snapshot)
+    text = f"Training images, and the checkpoint at step {facts.look.step}."
+    return "What it sees", text, {name: (figures[name], captions[name]) for name in captions}
+
+
+def features_section(facts: Facts) -> Section | None:
+    look = facts.look
+    if look is None:
+        return None
+    levels = {name.replace("_", " "): x for name, x in look.features.items()}
+    top1 = float((look.predictions == look.labels).mean())
+    text = (
+        f"{len(look.labels)} held-out training images beside {look.bank_size} others, target "
+        f"encoder at step {look.step}, level 0, mean over patches. k-NN with k = "
+        f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of them right. The test images are left "
+        "to the probes."
+    )
+    values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
+              levels.items()}  # fmt: skip
+    count = len(look.neighbours)
+    pictures = (as_unit(look.images[:count]), as_unit(look.neighbours))
+    names = [look.class_names[label] for label in look.labels[:count]]
+    return "Features", text, {
+        "neighbours": (
+            neighbours(*pictures, names, look.same_class.tolist()), "Nearest neighbours"
+        ),
+        "confusion": (
+            confusion_matrix(look.labels, look.predictions, look.class_names),
+            "Confusion matrix of k-NN",
+        ),
+        "map": (
+            scatter_maps(_maps(look.features["level_0"]), look.labels, look.class_names),
+            "Maps of the features in two dimensions",
+        ),
+        "spectrum": (spectrum(values), "Spectrum of the features"),
+        "histogram": (histograms(levels), "Values of the features"),
+    }  # fmt: skip
+
+
+def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
+    """PCA, t-SNE and, where it is installed (the extra `maps`), UMAP."""
+    maps = {"PCA": principal_components(x, 2)}
+    if len(x) <= 30:  # too few for neighbourhoods
+        return maps
+    from sklearn.manifold import TSNE  # here: it takes its time to load
+
+    tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
+    maps["t-SNE"] = tsne.fit_transform(x)
+    with contextlib.suppress(ImportError):
+        quiet_tensorflow()
+        # It imports TensorFlow where it can.
+        from umap import UMAP  # pyright: ignore[reportMissingImports]
+
+        umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)
+        maps["UMAP"] = np.asarray(umap.fit_transform(x))
+    return maps

@@ -1,0 +1,33 @@
+"""Files that are there whole or not at all: written beside their place, then put into it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """An open file that takes the place of `path` at the end of the block.
+
+    It is on disk then, so that what is written later does not outlive it should the power fail.
+    An error within the block leaves `path` as it was.
+
+    Args:
+      path: of the file; its folder exists.
+
+    Raises:
+      OSError: when it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise

@@ -1,0 +1,358 @@
+"""Recomputes every number of a report.md from the files it was made of, by code of its own.
+
+All that is expected is taken out of the text, and what is left holds no digit. What only a
+checkpoint can tell is given as `Checkpoint`, or is checked in form alone.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+
+# Digits that belong to words.
+WORDS = ("top-1", "Top-1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What the report says of the checkpoints of its run.
+
+    Attributes:
+      versions: by name, with the commit.
+      sizes: as shown, by step.
+      top1: of k-NN on the held-out images.
+      verdict: the words about them.
+    """
+
+    versions: dict[str, str]
+    sizes: dict[str, str]
+    top1: str
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The files a report is made of.
+
+    Attributes:
+      lines: of metrics.jsonl.
+      probes: rows of probe.json.
+      config: config.json.
+      defaults: the same fields by default.
+      params: number of parameters by part.
+      width: of the encoder.
+      checkpoint: None where there is none.
+    """
+
+    lines: list[dict]
+    probes: list[dict]
+    config: dict
+    defaults: dict
+    params: dict[str, int]
+    width: int
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def max_rank(self) -> int:
+        batch = min(self.config["train"]["batch_size"], 512)
+        return min(batch * (512 // batch) - 1, self.width)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        num_images = max(row["train_size"] for row in self.probes if "train_size" in row)
+        return num_images // self.config["train"]["batch_size"]
+
+    @property
+    def num_steps(self) -> int:
+        c = self.config["train"]
+        return c["num_steps"] or max(1, round(c["num_epochs"] * self.steps_per_epoch))
+
+    def values(self, name: str) -> list[float]:
+        return [line[name] for line in self.lines if name in line]
+
+    def best(self, protocol: str, encoder: str) -> float | None:
+        keys = (protocol, encoder)
+        scores = [r["top1"] for r in self.probes if (r["protocol"], r["encoder"]) == keys]
+        return max(scores, default=None)
+
+
+def read_sources(folder: pathlib.Path, **known) -> Sources:
+    """Those in a workdir, or beside a report that was kept."""
+    return Sources(
+        lines=[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        probes=json.loads((folder / "probe.json").read_text())["results"],
+        config=json.loads((folder / "config.json").read_text()),
+        **known,
+    )
+
+
+def read_sections(report: str) -> dict[str, str]:
+    parts = re.split(r"^## (.+)$", report, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Cells of every Markdown table, the heads first, the rule left out."""
+    found, rows = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append([rows[0], *rows[2:]])
+            rows = []
+    return found
+
+
+def four(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def change(first: float | None, last: float | None) -> str:
+    return f"{100 * (last / first - 1):+.1f}" if first and last is not None else "-"
+
+
+def duration(seconds: float) -> str:
+    total = round(seconds)
+    hours, minutes, sec = total // 3600, total // 60 % 60, total % 60
+    return f"{hours}:{minutes:02}:{sec:02}" if hours else f"{minutes}:{sec:02}"
+
+
+def row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def reached(s: Sources) -> list:
+    step, loss, rank = s.lines[-1]["step"], s.values("train/loss"), s.values("train/effective_rank")
+    bad, knn, limit = s.values("train/nonfinite_steps")[-1], s.values("eval/knn_top1"), s.max_rank
+    healthy = f"effective rank {rank[-1]:.1f}, threshold {limit / 10:.1f} of {limit}"
+    status = "finished" if step == s.num_steps else "interrupted"
+    found = [f"**Status: {status}**, step {step} of {s.num_steps}."]
+    checks = [
+        (step == s.num_steps, "Training reached its last step", f"step {step} of {s.num_steps}"),
+        (bad == 0, "Every step was finite", f"{bad:.0f} steps left out"),
+        (loss[-1] < loss[0], "The loss ended below its first value",
+         f"{four(loss[0])} to {four(loss[-1])}"),
+        (rank[-1] >= limit / 10, "Features have not collapsed", healthy),
+        (knn[-1] > knn[0], "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} %"),
+    ]  # fmt: skip
+    for protocol in ("linear", "knn"):
+        for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
+            ours, theirs = s.best(protocol, "target"), s.best(protocol, encoder)
+            what = f"Trained features beat {name} by more than 1.00 points ({protocol})"
+            says = f"{percent(ours)} against {percent(theirs)} %"
+            checks.append((ours > theirs + 0.01, what, says))
+    checks.append((True, "The last step has a checkpoint", f"newest is step {step}"))
+    return found + [row("✓" if ok else "✗", what, why) for ok, what, why in checks]
+
+
+def configuration(s: Sources) -> list:
+    flat = {f"{group}.{name}": value for group, fields in s.config.items()
+            if isinstance(fields, dict) for name, value in fields.items()}  # fmt: skip
+    flat |= {name: value for name, value in s.config.items() if not isinstance(value, dict)}
+    main = ["data.source", "data.image_size", "model.name", "model.patch_size",
+            "model.num_levels", "train.batch_size", "train.num_epochs", "optim.learning_rate",
+            "seed"]  # fmt: skip
+    changed = [field for field, value in flat.items() if value != s.defaults[field]]
+    found = [row(f"`{f}`", f"`{flat[f]}`") for f in dict.fromkeys([*main, *changed])]
+    if s.checkpoint is None:
+        return [*found, re.compile(r"Made by \(as the newest checkpoint says\):[^#]*")]
+    return found + [row(name, f"`{value}`") for name, value in s.checkpoint.versions.items()]
+
+
+def parameters(s: Sources) -> list:
+    trained = sum(n for name, n in s.params.items() if name != "target_encoder")
+    counts = {**s.params, "trained": trained, "in total": sum(s.params.values())}
+    return [row(name.replace("_", " "), f"{n:,}") for name, n in counts.items()]
+
+
+def speed(s: Sources) -> list:
+    lines = [line for line in s.lines if "perf/steps_per_sec" in line]
+    rates, before, seconds = [line["perf/steps_per_sec"] for line in lines], 0, 0.0
+    for line in lines:
+        seconds += (line["step"] - before) / line["perf/steps_per_sec"]
+        before = line["step"]
+    overall = before / seconds
+    shown = {
+        "steps per second, whole run": four(overall),
+        "steps per second, median line": four(statistics.median(rates)),
+        "images per second, median line": four(statistics.median(s.values("perf/images_per_sec"))),
+        "time in steps, so far": duration(seconds),
+        "time per epoch": duration(s.steps_per_epoch / overall),
+        "whole run, estimated from the first line": duration(s.num_steps / rates[0]),
+    }
+    if before < s.num_steps:
+        shown["still to come at this speed"] = duration((s.num_steps - before) / overall)
+    shown |= {
+        "waiting for data, newest line": f"{percent(s.values('perf/data_wait_fraction')[-1])} %",
+        "peak memory (CPU: of the process)":
+            f"{max(s.values('perf/peak_memory_bytes')) / 2**30:.2f} GiB",
+    }  # fmt: skip
+    return [row(*cells) for cells in shown.items()]
+
+
+def loss(s: Sources) -> list:
+    lines = [line for line in s.lines if "train/loss" in line]
+    names = sorted({n for line in lines for n in line if n.startswith("train/loss")})
+    first, last = lines[0], lines[-1]
+    heads = [name.removeprefix("train/") for name in names]
+    found = [row("step", *heads, "loss, % from first")]
+    chosen = {}
+    for share in (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1):
+        line = min(lines, key=lambda line: abs(line["step"] - share * last["step"]))
+        chosen[line["step"]] = line
+    for step, line in chosen.items():
+        cells = [four(line.get(name)) for name in names]
+        found.append(row(step, *cells, change(first["train/loss"], line["train/loss"])))
+    changes = [change(s.values(name)[0], s.values(name)[-1]) for name in names]
+    return [*found, row("change, %", *changes, "")]
+
+
+def schedules(s: Sources) -> list:
+    found = []
+    for name in ("learning_rate", "weight_decay", "ema_momentum"):
+        values = s.values(f"train/{name}")
+        cells = (four(values[0]), four(max(values)), four(values[-1]))
+        found.append(row(name.replace("_", " "), *cells))
+    return found
+
+
+def collapse(s: Sources) -> list:
+    found = []
+    for name in ("effective_rank", "target_std", "context_std", "pred_target_cosine"):
+        values = s.values(f"train/{name}")
+        found.append(row(name, four(values[0]), four(values[-1])))
+    rank, limit = s.values("train/effective_rank")[-1], s.max_rank
+    label = "healthy" if rank >= limit / 10 else "collapsed"
+    says = f"**{label}** ({rank:.1f} of at most {limit}; threshold {limit / 10:.1f})."
+    looked = re.compile(
+        rf"Of the checkpoint at step {s.lines[-1]['step']}, on \d+ held-out training images: "
+        r"\*\*[a-z ]+\*\*, effective rank [\d.]+ of \d+, relative std [\d.]+ \(threshold [\d.]+\)\."
+    )
+    return [*found, says, s.checkpoint.verdict if s.checkpoint else looked]
+
+
+def warnings(s: Sources) -> list:
+    found, before, sick, limit = [], 0, False, s.max_rank / 10
+    for line in s.lines:
+        bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
+        if bad > before:
+            found.append(f"step {line['step']}: {bad} steps in all were not finite and left out")
+        if rank is not None and (rank < limit) != sick:
+            sick = not sick
+            where = "below" if sick else "back above"
+            found.append(f"step {line['step']}: effective rank {rank:.1f}, {where} {limit:.1f}")
+        before = bad
+    return [f"- {text}" for text in found]
+
+
+def column(r: dict) -> str:
+    return f"{r['protocol']} {r['labels']}" if r.get("labels") else r["protocol"]
+
+
+def probes(s: Sources) -> list:
+    scored = [r for r in s.probes if "top1" in r]
+    names = list(dict.fromkeys(map(column, scored)))
+    cells: dict[tuple, dict] = {}
+    for r in scored:
+        key = (r["encoder"], r["step"], r["pool"], r["level"], r["dim"])
+        cells.setdefault(key, {})[column(r)] = percent(r["top1"])
+    found = [row("encoder", "step", "pool", "level", "dim", *names)]
+    found += [row(*key, *(scores.get(n, "-") for n in names)) for key, scores in cells.items()]
+    for r in s.probes:
+        if r["protocol"] == "quality":
+            numbers = (
+                "relative_std",
+                "effective_rank",
+                "rankme",
+                "alpha_req",
+                "uniformity",
+                "lidar",
+            )
+            values = [four(r.get(name)) for name in numbers]
+            found.append(row(r["encoder"], r["step"], r["pool"], r["level"], *values, r["verdict"]))
+    return found
+
+
+def look(s: Sources) -> list:
+    return [f"Training images, and the checkpoint at step {s.lines[-1]['step']}."]
+
+
+def features(s: Sources) -> list:
+    top1 = re.escape(s.checkpoint.top1) if s.checkpoint else r"[\d.]+"
+    return [re.compile(
+        r"\d+ held-out training images beside \d+ others, target encoder at step "
+        rf"{s.lines[-1]['step']}, level 0, mean over patches\. k-NN with k = \d+ gets {top1} % of "
+        "them right"
+    )]  # fmt: skip
+
+
+def checkpoints(s: Sources) -> list:
+    scores = {line["step"]: line.get("eval/knn_top1") for line in s.lines}
+    if s.checkpoint:
+        return [row(k, size, percent(scores[int(k)])) for k, size in s.checkpoint.sizes.items()]
+    rows = (rf"\| {step} \| [\d.]+ MB \| {percent(x)} \|" for step, x in scores.items())
+    return [re.compile("(" + "|".join(rows) + r"|\s)+$")]
+
+
+def next_steps(s: Sources) -> list:
+    last = {name: values[-1] for name in {n for line in s.lines for n in line}
+            if (values := s.values(name))}  # fmt: skip
+    rank, cosine = last["train/effective_rank"], last["train/pred_target_cosine"]
+    wait, found = last["perf/data_wait_fraction"], []
+    if bad := last["train/nonfinite_steps"]:
+        found.append(f"train/nonfinite_steps is {bad}, above 0")
+    if rank < s.max_rank / 10:
+        found.append(f"effective rank {rank:.1f} is below {s.max_rank / 10:.1f}")
+    if cosine > 0.95:
+        found.append(f"train/pred_target_cosine {cosine:.3f} is above 0.95")
+    if wait > 0.1:
+        found.append(f"perf/data_wait_fraction {wait:.3f} is above 0.1")
+    knn = [(line["step"], line["eval/knn_top1"]) for line in s.lines if "eval/knn_top1" in line]
+    before = [score for step, score in knn if step <= 2 / 3 * knn[-1][0]]
+    if len(knn) > 2 and before and knn[-1][1] > before[-1] + 0.01:
+        rise = f"{percent(before[-1])} to {percent(knn[-1][1])} %"
+        found.append(f"eval/knn_top1 rose from {rise} in the last third")
+    ours, random = s.best("linear", "target"), s.best("linear", "random_init")
+    if ours <= random + 0.01:
+        found.append(f"linear: {percent(ours)} %, random-init {percent(random)} %")
+    return [f"*Because: {rule}.*" for rule in found]
+
+
+EXPECTED = {
+    "What was reached": reached,
+    "Configuration": configuration,
+    "Parameters": parameters,
+    "Speed and memory": speed,
+    "Loss": loss,
+    "Schedules": schedules,
+    "Collapse indicators": collapse,
+    "Warnings": warnings,
+    "Probes": probes,
+    "What it sees": look,
+    "Features": features,
+    "Checkpoints": checkpoints,
+    "Next steps": next_steps,
+}
+
+
+def problems(report: str, sources: Sources) -> list[str]:
+    """What of the report is not so, or not traced; empty where all is well."""
+    sections, found = read_sections(report), []
+    if differing := EXPECTED.keys() ^ sections.keys():
+        found.append(f"sections differ: {sorted(differing)}")
+    for heading in EXPECTED.keys() & sections.keys():
+        rest = re.sub(r"^!\[\D*\]\(figures/\D+\.png\)$", "", sections[heading], flags=re.M)
+        for part in EXPECTED[heading](sources):
+            pattern = re.compile(re.escape(part)) if isinstance(part, str) else part
+            rest, count = pattern.subn("", rest, count=1)
+            if not count:
+                found.append(f"{heading}: not found: {pattern.pattern}")
+        for word in WORDS:
+            rest = rest.replace(word, "")
+        found += [f"{heading}: not traced: {text}" for text in re.findall(r".*\d.*", rest)]
+    return found
