@@ -67,7 +67,7 @@ def kept_arrays(
         with contextlib.suppress(OSError):
             partial.unlink()
         return arrays
-    kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded images in {path.parent}"
+    kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded data in {path.parent}"
     print(f"{kept}; the next run starts from there", file=sys.stderr, flush=True)
     return arrays
 
