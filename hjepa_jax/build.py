@@ -11,6 +11,7 @@ import optax
 
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.data.augment import Augment, resize_and_normalize
+from hjepa_jax.data.records import Streaming
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import MAX_NUMBER, get_field
 from hjepa_jax.masking import MultiBlockMask
@@ -106,6 +107,17 @@ def build_masks(config: Config) -> MultiBlockMask:
         context_aspect_ratio=tuple(c.context_aspect_ratio),
         align_level=align_level,
         num_context=c.num_context,
+    )
+
+
+def build_streaming(config: Config) -> Streaming:
+    """Whether the training set is streamed, and what of it."""
+    c = config.data
+    return Streaming(
+        when=c.streaming,
+        train_split=c.train_split,
+        class_list=c.class_list,
+        max_labelled=c.max_labelled,
     )
 
 

@@ -24,6 +24,7 @@ Config = Any
 # run, how fast it goes or where its data lies, not what it computes.
 FREE_FIELDS = (
     "data.dir",
+    "data.num_workers",
     "eval.",
     "log.",
     "parallel.",
@@ -46,6 +47,13 @@ def base_config() -> Config:
     c.data = ConfigDict()
     c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
     c.data.dir = placeholder(str)  # where TFDS keeps prepared sets; None: TFDS_DATA_DIR or ~
+    c.data.streaming = "auto"  # always | never | auto: where decoded images are more than 8 GiB
+    c.data.num_workers = 2  # processes that decode streamed images; 0: a thread of the run
+    c.data.max_labelled = 20_000  # of a streamed set: images per split kept in memory for probes
+    c.data.train_split = placeholder(str)  # of a streamed TFDS set, may lack labels; None: train
+    c.data.class_list = placeholder(
+        str
+    )  # a file of class names: a streamed TFDS set has only those
     c.data.image_size = 32  # pixels per side that the model sees; stored images are resized
     c.data.mean = (0.491, 0.482, 0.447)  # per channel, of pixels in [0, 1]
     c.data.std = (0.247, 0.243, 0.262)
@@ -180,6 +188,15 @@ def validate(config: Config) -> None:
     check_types(config, base_config())
     at_least(0, "seed")
     one_of("platform", ("auto", "cpu", "cuda", "metal", "mps"))
+
+    one_of("data.streaming", ("auto", "always", "never"))
+    at_least(0, "data.num_workers", at_most=1024)
+    at_least(1, "data.max_labelled")
+    for field in ("data.train_split", "data.class_list"):
+        streamed = get_field(config, field) is None or config.data.streaming == "always"
+        check(streamed, field, "needs data.streaming='always'")
+    alone = config.data.class_list is None or config.data.train_split is None
+    check(alone, "data.class_list", "needs the split train, data.train_split=None")
 
     # Sizes end far above any use, and before what they size would fill the memory.
     at_least(1, "data.image_size", at_most=4096)

@@ -16,6 +16,9 @@ class InputError(Exception):
         self.field, self.value, self.rule = field, value, rule
         super().__init__(f"{field}={_show(value)}: {rule}")
 
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:  # from a worker process
+        return InputError, (self.field, self.value, self.rule)
+
 
 def _show(value: object) -> str:
     try:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hjepa_jax import build, metrics
 from hjepa_jax.config import FREE_FIELDS, Config, base_config, differing_fields, validate
+from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, first_line, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import flatten
@@ -70,8 +71,8 @@ class Run:
       schedules: length, learning rate, weight decay, EMA momentum.
       create: makes state and metrics window at step 0.
       lower: (steps_per_call, donate) to the lowered program
-        `(state, window, images, index, count) -> (state, window)`; for other backends than this
-        process has, by their names in `platforms`.
+        `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
+        other backends than this process has, by their names in `platforms`.
       placement: where the arguments of that program live.
     """
 
@@ -92,8 +93,9 @@ def build_run(config: Config, source: Source) -> Run:
     batch_size, info = config.train.batch_size, source.info
     devices = jax.devices()
     placement = place_on_devices(devices)
+    streamed = source.records is not None
     check_size(config.data.source, (info.num_train, *info.image_shape))
-    schedules = build.build_schedules(config, info.num_train)
+    schedules = build.build_schedules(config, source.num_images)
     if batch_size % len(devices):
         rule = f"must be a multiple of the number of devices, {len(devices)}"
         raise InputError("train.batch_size", batch_size, rule)
@@ -118,17 +120,19 @@ def build_run(config: Config, source: Source) -> Run:
     ) -> Any:
         donated = (0, 1) if donate else ()
         whole, split = placement.whole, placement.batches
+        images = batch(steps_per_call, batch_size) if streamed else batch(info.num_train)
+        index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
         if whole is None:
             run_steps = jax.jit(make_run_steps(train_step), donate_argnums=donated)
         else:
             run_steps = jax.jit(
                 make_run_steps(train_step), donate_argnums=donated,
-                in_shardings=(whole, whole, whole, split, whole), out_shardings=(whole, whole),
+                in_shardings=(whole, whole, split if streamed else whole, split, whole),
+                out_shardings=(whole, whole),
             )  # fmt: skip
-        index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         window = jax.eval_shape(create_window)
-        traced = run_steps.trace(state, window, batch(info.num_train), index, count)
+        traced = run_steps.trace(state, window, images, None if streamed else index, count)
         return traced.lower(lowering_platforms=platforms)
 
     return Run(
@@ -145,11 +149,15 @@ def open_config_source(
     config: Config, *, source: str | None = None, data_dir: str | None = None
 ) -> Source:
     """The data source that the config names; `source` and `data_dir` take precedence."""
+    streaming = build.build_streaming(config)
+    if source and source != config.data.source:  # which has not this split and these classes
+        streaming = Streaming("auto", max_labelled=config.data.max_labelled)
     return open_source(
         source or config.data.source,
         data_dir=data_dir or config.data.dir,
         image_size=config.data.image_size,
         seed=config.seed,
+        streaming=streaming,
     )
 
 

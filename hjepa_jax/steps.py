@@ -222,28 +222,32 @@ def make_train_step(
 
 
 def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, LogWindow]]:
-    """Returns a function that makes up to S updates from resident data in one program.
+    """Returns a function that makes up to S updates in one program.
 
     The result, `run_steps(state, window, images, index, count)`, takes the whole training set
     (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
-    run, which may change from call to call without compiling again.
+    run, which may change from call to call without compiling again. Of a training set that is not
+    on the device it takes the batches themselves, uint8 [S, B, H, W, C], and None for the index.
     """
 
     def run_steps(
         state: TrainState,
         window: LogWindow,
-        images: UInt8[Array, "n H W C"],
-        index: Int[Array, "S B"],
+        images: UInt8[Array, "... H W C"],
+        index: Int[Array, "S B"] | None,
         count: Int[Array, ""],
     ) -> tuple[TrainState, LogWindow]:
         def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:
             state, window = carry
-            new_state, outputs = train_step(state, images[index[i]])
+            batch = images[i] if index is None else images[index[i]]
+            new_state, outputs = train_step(state, batch)
             return new_state, update_window(
                 window, outputs.scalars, outputs.features, state.step, outputs.finite
             )
 
-        if len(index) == 1:  # no loop in the program where there is nothing to repeat
+        if (
+            len(images if index is None else index) == 1
+        ):  # no loop in the program where there is nothing to repeat
             return body(0, (state, window))
         return jax.lax.fori_loop(0, count, body, (state, window))
 

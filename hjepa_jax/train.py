@@ -1,11 +1,14 @@
 """train_and_evaluate(config, workdir): build, restore, loop, log, probe, save."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,7 +19,8 @@ from hjepa_jax import build, metrics
 from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, validate
-from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
+from hjepa_jax.data.records import Records, report_skipped
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
@@ -103,13 +107,15 @@ def _train_and_judge(
 ) -> list[dict[str, Any]]:
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
-    checkpoints = Checkpoints(workdir, config=config, data=fingerprint(train), owner=True)
+    data = fingerprint(train, source.records)
+    checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
     state, window = jax.device_put(run.create(), run.placement.whole)
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
     logger = RunLogger(workdir, tensorboard=config.log.tensorboard, resume_step=int(state.step))
     try:
-        state = _Loop(run, train, checkpoints, logger, backend).run(state, window)
+        loop = _Loop(run, train, source.records, checkpoints, logger, backend)
+        state = loop.run(state, window)
         if not config.eval.probe_at_end:
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
@@ -141,6 +147,7 @@ class _Loop:
         self,
         run: Run,
         train: Split,
+        records: Records | None,
         checkpoints: Checkpoints,
         logger: RunLogger,
         backend: str,
@@ -148,8 +155,10 @@ class _Loop:
         c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
         self._run, self._config, self._schedules = run, c, run.schedules
         self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._records = records
         self._backend = backend
-        self._order = BatchOrder(len(train.images), c.train.batch_size, c.seed)
+        num_images = len(train.images) if records is None else len(records)
+        self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
         self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
         self._timer = StepTimer()
         self._alarms = Alarms(
@@ -182,8 +191,6 @@ class _Loop:
         size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
         started = time.perf_counter()
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
-        place = self._run.placement
-        images = jax.device_put(self._train.images, place.whole)
         print(
             f"{num_params(state.params):,} trainable parameters on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
@@ -195,12 +202,14 @@ class _Loop:
             self._showcase.introduce(state)
             if self._show_every:
                 self._showcase.show(state, window)
-        with _StopSignals() as stop:
+        with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
                 count = min(size, self._next_stop(step) - step)
+                if self._records is not None:  # else batch after batch would queue on the device
+                    jax.block_until_ready(state)
                 before = time.perf_counter()
-                index = jax.device_put(self._order.batches(step, count, size=size), place.batches)
+                images, index = batches.take(step, count)
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, jnp.int32(count))
                 step += count
@@ -211,6 +220,29 @@ class _Loop:
                     raise Interrupted(signum, step)
         self._progress.end()
         return state
+
+    @contextlib.contextmanager
+    def _batches(self, step: int, size: int) -> Iterator[Any]:
+        """Where batches come from, from `step` on, `size` at most in one call of the program."""
+        place, records, c = self._run.placement, self._records, self._config
+        put = functools.partial(jax.device_put, device=place.batches)
+        if records is None:
+            images = jax.device_put(self._train.images, place.whole)
+            yield ResidentBatches(images, self._order, size=size, put=put)
+            return
+        from hjepa_jax.data import streaming  # grain takes its time to load
+
+        decoded = streaming.read_batches(
+            records, self._order, step, self._schedules.num_steps, num_workers=c.data.num_workers
+        )
+        batches = streaming.StreamedBatches(decoded, size=size, put=put)
+        try:
+            yield batches
+        finally:
+            batches.close()
+            errors = streaming.unreadable_errors(records, batches.unreadable)
+            what = f"{len(records)} images (the next was trained on instead)"
+            report_skipped(c.data.source, errors, what)
 
     def _next_stop(self, step: int) -> int:
         """The next step after which the host has something to do."""

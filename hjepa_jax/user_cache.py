@@ -64,7 +64,7 @@ def kept_arrays(
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     except OSError:
         return arrays
-    kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded images in {path.parent}"
+    kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded data in {path.parent}"
     print(f"{kept}; the next run starts from there", file=sys.stderr, flush=True)
     return arrays
 

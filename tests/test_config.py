@@ -29,6 +29,9 @@ def test_the_documented_configs_exist():
         "m1_max_quick_val",
         "m1_max_full_20epoch",
         "m1_max_full_100epoch",
+        "stl10_small",
+        "imagenet100_small",
+        "imagenet_base",
     }
 
 
@@ -90,6 +93,11 @@ def test_every_field_has_a_reader():
         ("platform", "tpu9"),
         ("data.image_size", 30),
         ("data.image_size", 0),
+        ("data.streaming", "sometimes"),
+        ("data.num_workers", -1),
+        ("data.max_labelled", 0),
+        ("data.train_split", "unlabelled"),
+        ("data.class_list", "classes.txt"),
         ("data.mean", (0.5,)),
         ("data.std", (0.5, 0.0, 0.5)),
         ("data.crop_scale", (0.5, 1.5)),
@@ -164,6 +172,13 @@ def test_a_broken_rule_is_named(field, value):
         validate(config)
     assert error.value.field == field
     assert repr(value) in str(error.value)
+
+
+def test_a_list_of_classes_and_a_split_without_labels_exclude_each_other():
+    config = load("imagenet100_small")
+    config.data.train_split = "unlabelled"
+    with pytest.raises(InputError, match=r"data.class_list=.*data.train_split=None"):
+        validate(config)
 
 
 def test_a_section_that_lost_its_fields_is_refused():
@@ -307,6 +322,7 @@ def test_number_of_steps_wins_over_epochs_and_warmup_keeps_its_meaning():
 def test_only_fields_that_matter_count_as_another_config():
     old, new = base_config(), base_config()
     new.log.every_steps, new.train.steps_per_call, new.data.dir = 7, 5, "elsewhere"
+    new.data.num_workers = 9
     assert differing_fields(old.to_dict(), new.to_dict()) == []
     new.mask.scale = (0.1, 0.2)
     new.seed = 3

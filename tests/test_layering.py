@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 LAYERS = [
     ["errors", "whole_files", "user_cache"],
     ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
-     "data.folder_source", "data.tfds_source", "data.augment", "data.pipeline", "platform",
+     "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
+     "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance"],
     ["models.hierarchy", "models.products", "models.vit", "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",

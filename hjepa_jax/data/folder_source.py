@@ -4,27 +4,27 @@ What stands in a folder is anybody's: whatever is no picture is skipped and list
 end a run. A class is never dropped, though: without an image left it is refused.
 """
 
+import dataclasses
 import itertools
 import os
-import sys
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int, Int32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hjepa_jax.data.records import NOT_STREAMED, Streaming, read_all, report_skipped
 from hjepa_jax.data.sources import (
     Source,
     SourceInfo,
     Split,
     first_line,
+    hold_out,
     hold_out_test,
     num_held_out,
     square,
+    streams,
 )
 from hjepa_jax.errors import InputError
 
@@ -34,8 +34,6 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Where Pillow, too, begins to suspect a decompression bomb; it refuses only at twice as many.
 MAX_PIXELS = 2**30 // 12
 TEST_FOLDERS = ("test", "val", "validation")
-READ_AHEAD = 1024  # files handed to the threads at a time: Ctrl-C waits for no more
-NUM_LISTED = 3  # skipped files that are named
 
 
 class _Listing(NamedTuple):
@@ -45,8 +43,31 @@ class _Listing(NamedTuple):
     files: list[str]
     labels: Int32[np.ndarray, " n"]
 
+    def part(self, rows: Int[np.ndarray, " rows"]) -> "_Listing":
+        return _Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
 
-def open_folder(source: str, root: Path, image_size: int, seed: int) -> Source:
+
+@dataclasses.dataclass(frozen=True)
+class FolderRecords:
+    """Images of files, brought to one size; see `hjepa_jax.data.records.Records`."""
+
+    files: list[str]
+    image_size: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.image_size, self.image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
+        return decode_image(self.files[row], self.image_size)
+
+
+def open_folder(
+    source: str, root: Path, image_size: int, seed: int, streaming: Streaming = NOT_STREAMED
+) -> Source:
     """Opens `folder:<path>`; see `hjepa_jax.data.sources.open_source`."""
     top = root = root.resolve()
     if not root.is_dir():
@@ -64,12 +85,17 @@ def open_folder(source: str, root: Path, image_size: int, seed: int) -> Source:
         raise InputError("data.source", source, rule)
     counts = [len(listing.files) for listing in listings]
     num_files = sum(counts)
-    _report(source, skipped, num_files + len(skipped))
+    report_skipped(source, skipped, f"{num_files + len(skipped)} files")
+    if streams(streaming, counts[0], (image_size, image_size, 3)):
+        if len(listings) == 1:
+            held_out = hold_out(num_files, num_held_out(source, num_files), seed)
+            listings = [listings[0].part(rows) for rows in held_out]
+        return _open_streamed(source, top, listings, image_size, seed, streaming)
 
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
         splits = [_read_split(top, listing, image_size, skipped) for listing in listings]
-        _report(source, skipped, num_files)
+        report_skipped(source, skipped, f"{num_files} files")
         for listing, split in zip(listings, splits, strict=True):
             for label in np.setdiff1d(listing.labels, split.labels)[:1]:
                 rule = f"there is no image left in class {class_names[label]}"
@@ -82,6 +108,33 @@ def open_folder(source: str, root: Path, image_size: int, seed: int) -> Source:
     shape = (image_size, image_size, 3)
     info = SourceInfo(num_files - num_test, num_test, shape, class_names)
     return Source(source, info, load)
+
+
+def _open_streamed(
+    source: str,
+    top: Path,
+    listings: list[_Listing],
+    image_size: int,
+    seed: int,
+    streaming: Streaming,
+) -> Source:
+    """A folder whose training images are read while they are trained on."""
+    labelled = [
+        listing.part(streaming.draw_labelled(np.arange(len(listing.files)), seed))
+        for listing in listings
+    ]
+
+    def load() -> tuple[Split, Split]:
+        skipped: list[InputError] = []
+        train, test = (_read_split(top, listing, image_size, skipped) for listing in labelled)
+        num_files = sum(len(listing.files) for listing in labelled)
+        report_skipped(source, skipped, f"{num_files} files")
+        return train, test
+
+    num_train, num_test = (len(listing.files) for listing in labelled)
+    records = FolderRecords(listings[0].files, image_size)
+    info = SourceInfo(num_train, num_test, records.image_shape, listings[0].class_names)
+    return Source(source, info, load, records)
 
 
 def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
@@ -112,41 +165,10 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndar
 
 def _read_split(top: Path, listing: _Listing, image_size: int, skipped: list[InputError]) -> Split:
     """Decodes files; those that are no images are added to `skipped`, and are not in the split."""
-    images = np.empty((len(listing.files), image_size, image_size, 3), np.uint8)
-    kept = []
-    for i, image in enumerate(_decode(listing.files, image_size)):
-        if isinstance(image, InputError):
-            skipped.append(image)
-        else:
-            images[len(kept)] = image
-            kept.append(i)
+    images, kept, errors = read_all(FolderRecords(listing.files, image_size))
+    skipped += errors
     names = tuple(os.path.relpath(listing.files[i], top) for i in kept)
-    return Split(images[: len(kept)], listing.labels[kept], names)
-
-
-def _decode(files: list[str], image_size: int) -> Iterator[np.ndarray | InputError]:
-    def decode(path: str) -> np.ndarray | InputError:
-        try:
-            return decode_image(path, image_size)
-        except InputError as error:
-            return error
-
-    # Pillow lets go of the interpreter while it decodes.
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        # Odd metadata: what matters is whether there is a picture. (The filter is every thread's.)
-        warnings.simplefilter("ignore")
-        for start in range(0, len(files), READ_AHEAD):
-            yield from pool.map(decode, files[start : start + READ_AHEAD])
-
-
-def _report(source: str, skipped: list[InputError], num_files: int) -> None:
-    """Says in one line on stderr what was skipped."""
-    if not skipped:
-        return
-    named = "; ".join(f"{error.value} {error.rule}" for error in skipped[:NUM_LISTED])
-    others = f"; and {len(skipped) - NUM_LISTED} more" if len(skipped) > NUM_LISTED else ""
-    line = f"{source}: {len(skipped)} of {num_files} files skipped: {named}{others}"
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    return Split(images, listing.labels[kept], names)
 
 
 def _list_classes(source: str, top: Path, root: Path, skipped: list[InputError]) -> _Listing:

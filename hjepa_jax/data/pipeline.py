@@ -5,6 +5,8 @@ nothing is remembered from one step to the next, a resumed run goes on with the 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -24,6 +26,9 @@ class BatchOrder:
         self.steps_per_epoch = num_images // batch_size
         self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
 
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:  # without what is cached
+        return BatchOrder, (self.num_images, self.batch_size, self.seed)
+
     def _make_permutation(self, epoch: int) -> Int[np.ndarray, " n"]:
         rng = np.random.default_rng([self.seed, epoch])
         return rng.permutation(self.num_images).astype(np.int32)
@@ -36,3 +41,21 @@ class BatchOrder:
             start = position * self.batch_size
             index[i] = self._permutation(epoch)[start : start + self.batch_size]
         return index
+
+
+class ResidentBatches:
+    """Batches of a training set that is on the device: their rows.
+
+    Args:
+      images: uint8 [n, H, W, C], on the device.
+      order: which rows make up each batch.
+      size: S, batches that a call of the training program takes; fewer are padded.
+      put: brings int32 [S, B] to where the program expects it.
+    """
+
+    def __init__(self, images: Any, order: BatchOrder, *, size: int, put: Callable[..., Any]):
+        self._images, self._order, self._size, self._put = images, order, size, put
+
+    def take(self, step: int, count: int) -> tuple[Any, Any]:
+        """What the program wants for steps `step` ... `step + count - 1`: images and index."""
+        return self._images, self._put(self._order.batches(step, count, size=self._size))

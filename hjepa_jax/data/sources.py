@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Shaped, UInt8
 from PIL import Image, ImageOps
 
+from hjepa_jax.data.records import NOT_STREAMED, Records, Streaming, read_or_next
 from hjepa_jax.errors import InputError
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -48,8 +49,8 @@ class SourceInfo:
     """What is known of a source before its images are decoded.
 
     Attributes:
-      num_train: training images, the ones held out for validation included. Of a folder, files:
-        those that turn out to be no images are missing from what `load` returns.
+      num_train: labelled training images that `load` returns, the ones held out for validation
+        included. Of a folder, files: those that turn out to be no images are missing there.
       num_test: test images, or files.
       image_shape: (H, W, C) of every image that `load` returns; C is 3.
       class_names: indexed by label.
@@ -63,14 +64,31 @@ class SourceInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A source that exists and can be read; `load` does the work and returns (train, test)."""
+    """A source that exists and can be read; `load` does the work and returns (train, test).
+
+    Where the source is streamed, those are what probes see, and `records` what is trained on.
+    Elsewhere `records` is None, and all of train is trained on.
+    """
 
     name: str
     info: SourceInfo
     load: Callable[[], tuple[Split, Split]]
+    records: Records | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Images that are trained on."""
+        return self.info.num_train if self.records is None else len(self.records)
 
 
-def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int = 0) -> Source:
+def open_source(
+    source: str,
+    *,
+    data_dir: str | None,
+    image_size: int,
+    seed: int = 0,
+    streaming: Streaming = NOT_STREAMED,
+) -> Source:
     """Finds a source and says what is in it; downloads it first where TFDS has to.
 
     Args:
@@ -80,12 +98,13 @@ def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int
       image_size: side in pixels to which images of varying size are brought (shorter side resized,
         then centre crop). Images that all have one size keep it.
       seed: chooses the test images where the source has none of its own (10 %), and draws `shapes`.
+      streaming: whether the training images are read while they are trained on.
 
     Raises:
       InputError: the source does not exist, cannot be had or breaks a rule of its format.
     """
     try:
-        found = _open(source, data_dir, image_size, seed)
+        found = _open(source, data_dir, image_size, seed, streaming)
     except (OSError, RuntimeError, ValueError) as error:  # no home, no rights, no such characters
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
@@ -93,20 +112,30 @@ def open_source(source: str, *, data_dir: str | None, image_size: int, seed: int
     return found
 
 
-def _open(source: str, data_dir: str | None, image_size: int, seed: int) -> Source:
+def _open(
+    source: str, data_dir: str | None, image_size: int, seed: int, streaming: Streaming
+) -> Source:
     kind, _, rest = source.partition(":")
+    if streaming.when == "always" and kind not in ("tfds", "folder"):
+        rule = f"needs a source tfds:<name> or folder:<path>, not {source}"
+        raise InputError("data.streaming", streaming.when, rule)
+    if (streaming.train_split or streaming.class_list) and kind != "tfds":
+        field = "data.train_split" if streaming.train_split else "data.class_list"
+        value = streaming.train_split or streaming.class_list
+        raise InputError(field, value, f"needs a source tfds:<name>, not {source}")
     if source == "shapes":
         return _open_shapes(seed)
     if kind == "tfds" and rest:
         from hjepa_jax.data import tfds_source  # it needs Split from here
 
-        return tfds_source.open_tfds(source, rest, data_dir, image_size, seed)
+        return tfds_source.open_tfds(source, rest, data_dir, image_size, seed, streaming)
     if kind == "npz" and rest:
         return _open_npz(source, Path(rest).expanduser(), seed)
     if kind == "folder" and rest:
         from hjepa_jax.data import folder_source  # it needs Split from here
 
-        return folder_source.open_folder(source, Path(rest).expanduser(), image_size, seed)
+        root = Path(rest).expanduser()
+        return folder_source.open_folder(source, root, image_size, seed, streaming)
     rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
     raise InputError("data.source", source, rule)
 
@@ -124,12 +153,25 @@ def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
         raise InputError("data.source", source, rule)
 
 
-def fingerprint(split: Split) -> str:
-    """Returns 16 hexadecimal digits over the shapes, all labels and about 256 whole images."""
+def streams(streaming: Streaming, num_images: int, shape: tuple[int, int, int]) -> bool:
+    """Whether a training set of so many decoded images is to be streamed."""
+    too_large = num_images * math.prod(shape) > MAX_RESIDENT_BYTES
+    return streaming.when == "always" or (streaming.when == "auto" and too_large)
+
+
+def fingerprint(split: Split, records: Records | None = None) -> str:
+    """Returns 16 hexadecimal digits over the shapes, all labels and about 256 whole images.
+
+    Of `records`, if given, over their number and 64 of them too.
+    """
     sample = np.ascontiguousarray(split.images[:: max(1, len(split.images) // 256)])
     digest = hashlib.sha256(repr(split.images.shape).encode())
     digest.update(split.labels.astype("<i4").tobytes())
     digest.update(sample.tobytes())
+    if records is not None:
+        digest.update(repr(len(records)).encode())
+        for row in range(0, len(records), max(1, len(records) // 64)):
+            digest.update(read_or_next(records, row)[0].tobytes())
     return digest.hexdigest()[:16]
 
 

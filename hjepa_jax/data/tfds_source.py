@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.data.sources import (
     Source,
     SourceInfo,
@@ -25,15 +26,24 @@ from hjepa_jax.data.sources import (
     hold_out_test,
     num_held_out,
     square,
+    streams,
 )
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
 PROBE_SEC = 5.0  # how long the host of a download may take to answer
+TEST_SPLITS = ("test", "validation")  # the first that there is
 READ_BATCH = 1000  # images that TensorFlow hands over at a time
 
 
-def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, seed: int) -> Source:
+def open_tfds(
+    source: str,
+    name: str,
+    data_dir: str | None,
+    image_size: int,
+    seed: int,
+    streaming: Streaming = NOT_STREAMED,
+) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
     try:
         import tensorflow_datasets as tfds  # does not import TensorFlow yet
@@ -45,6 +55,8 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
     except (ImportError, ValueError, AssertionError) as error:
         raise InputError("data.source", source, first_line(error)) from error
     if not builder.data_path.exists():  # is_prepared() would log a warning
+        if streaming.when == "always":
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _download(source, builder)
 
     info: Any = builder.info
@@ -60,7 +72,20 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
         raise InputError("data.source", source, rule)
 
     shape = (*image.shape[:2], 3) if None not in image.shape else (image_size, image_size, 3)
-    test_name = next((name for name in ("test", "validation") if name in splits), None)
+    test_name = next((name for name in TEST_SPLITS if name in splits), None)
+    train_name = streaming.train_split or "train"
+    if train_name not in splits:
+        rule = f"must be a split of {source}: {', '.join(splits)}"
+        raise InputError("data.train_split", train_name, rule)
+    if streams(streaming, splits[train_name].num_examples, shape):
+        from hjepa_jax.data import tfds_records
+
+        return tfds_records.open_streamed(
+            source, builder, shape, crops=None in image.shape, seed=seed, streaming=streaming
+        )
+    if formats_of(builder) == {"array_record"}:
+        rule = "is prepared as array_record, which is read with data.streaming='always' only"
+        raise InputError("data.source", source, rule)
 
     def load() -> tuple[Split, Split]:
         def decode() -> dict[str, np.ndarray]:
@@ -72,7 +97,7 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
                 for kind, array in (("images", split.images), ("labels", split.labels))
             }
 
-        key = f"{builder.info.full_name} {shape} {_files(builder.data_path)}"
+        key = f"{builder.info.full_name} {shape} {files_of(builder.data_path)}"
         arrays = kept_arrays(key, decode)
         train = Split(arrays["train_images"], arrays["train_labels"])
         if test_name is None:
@@ -85,7 +110,12 @@ def open_tfds(source: str, name: str, data_dir: str | None, image_size: int, see
     return Source(source, SourceInfo(num_train, num_test, shape, tuple(label.names)), load)
 
 
-def _files(folder: Any) -> list[tuple[str, int, int]]:
+def formats_of(builder: Any) -> set[str]:
+    """Formats in which a set is prepared: tfrecord, array_record ..."""
+    return {found.value for found in builder.info.available_file_formats()}
+
+
+def files_of(folder: Any) -> list[tuple[str, int, int]]:
     """Name, size and time of each file of a prepared set: what changes when it is made anew."""
     stats = ((path.name, os.stat(path)) for path in folder.iterdir())
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)

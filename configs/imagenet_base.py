@@ -1,0 +1,27 @@
+"""ViT-Base/16 on ImageNet-1k at 224, streamed: for several accelerators.
+
+  python -m hjepa_jax.main --config=configs/imagenet_base.py
+
+As imagenet100_small on all 1.28 million training images; probes see 50,000 labelled images of the
+training set, chosen once by seed, and all 50,000 of the validation set: 15 GB of memory on the
+host. Not trained to its end yet.
+"""
+
+from configs import imagenet100_small
+from hjepa_jax.config import Config
+
+
+def get_config() -> Config:
+    c = imagenet100_small.get_config().unlock()
+    c.data.class_list = None
+    c.data.num_workers = 16
+    c.data.max_labelled = 50_000
+
+    c.model.name = "vit_base"
+    c.model.predictor_width = 384
+    c.model.predictor_num_heads = 12
+
+    c.optim.warmup_epochs = 40.0
+    c.train.batch_size = 2048
+    c.train.num_epochs = 300.0
+    return c.lock()

@@ -1,0 +1,136 @@
+"""Images that are read one by one, while they are trained on: what does not fit the memory.
+
+`Records` are what a source offers for it. They are read in threads, and in worker processes.
+"""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from hjepa_jax.errors import InputError
+
+READ_AHEAD = 1024  # records handed to the threads at a time: Ctrl-C waits for no more
+MAX_UNREADABLE = 100  # in a row: then it is not the records that are at fault
+NUM_LISTED = 3  # skipped records that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Streaming:
+    """Whether a source is streamed, and what of it.
+
+    Attributes:
+      when: "always", "never", or "auto": where the decoded training images would not fit.
+      train_split: the split of a TFDS set to train on, which may be without labels; None for train.
+      class_list: a file that names one class a line; a TFDS set is restricted to them.
+      max_labelled: labelled images of train and test that are kept in memory for probes, at most.
+        They are drawn once, by seed.
+    """
+
+    when: str = "never"
+    train_split: str | None = None
+    class_list: str | None = None
+    max_labelled: int = 20_000
+
+    def draw_labelled(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        """At most `max_labelled` of the rows, in their order."""
+        if len(rows) <= self.max_labelled:
+            return rows
+        drawn = np.random.default_rng(seed).permutation(len(rows))[: self.max_labelled]
+        return rows[np.sort(drawn)]
+
+
+NOT_STREAMED = Streaming()
+
+
+@runtime_checkable
+class Records(Protocol):
+    """Images of one shape; an instance can be pickled."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+        """Decodes one image.
+
+        Raises:
+          InputError: it cannot be read; its value says which one.
+        """
+        ...
+
+
+def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
+    """Reads a row; in place of one that cannot be read, the first after it that can.
+
+    After the last row comes the first. So what is read is a function of the set and the row alone.
+
+    Returns:
+      The image, and whether it is that of the row itself.
+
+    Raises:
+      InputError: none of `MAX_UNREADABLE` in a row can be read.
+    """
+    last_error = None
+    for offset in range(min(len(records), MAX_UNREADABLE)):
+        try:
+            return records.read((row + offset) % len(records)), offset == 0
+        except InputError as error:
+            last_error = error
+    assert last_error is not None
+    rule = f"neither it nor any of the {MAX_UNREADABLE} before it can be read: {last_error.rule}"
+    raise InputError(last_error.field, last_error.value, rule)
+
+
+def read_all(
+    records: Records,
+) -> tuple[UInt8[np.ndarray, "n H W 3"], list[int], list[InputError]]:
+    """Reads all records with threads: the decoders let go of the interpreter.
+
+    Returns:
+      The images that can be read, their rows, and what is wrong with the others.
+    """
+
+    def read(row: int) -> np.ndarray | InputError:
+        try:
+            return records.read(row)
+        except InputError as error:
+            return error
+
+    images = np.empty((len(records), *records.image_shape), np.uint8)
+    kept: list[int] = []
+    errors: list[InputError] = []
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        # Odd metadata: what matters is whether there is a picture. (The filter is every thread's.)
+        warnings.simplefilter("ignore")
+        for start in range(0, len(records), READ_AHEAD):
+            rows = range(start, min(start + READ_AHEAD, len(records)))
+            for row, image in zip(rows, pool.map(read, rows), strict=True):
+                if isinstance(image, InputError):
+                    errors.append(image)
+                else:
+                    images[len(kept)] = image
+                    kept.append(row)
+    return images[: len(kept)], kept, errors
+
+
+def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None:
+    """Says in one line on stderr what was skipped, if anything was.
+
+    Args:
+      source: where the records are from.
+      errors: one for each record; the first few are named.
+      what: of what they are, "200 files".
+    """
+    if not errors:
+        return
+    named = "; ".join(f"{error.value} {error.rule}" for error in errors[:NUM_LISTED])
+    others = f"; and {len(errors) - NUM_LISTED} more" if len(errors) > NUM_LISTED else ""
+    line = f"{source}: {len(errors)} of {what} skipped: {named}{others}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)

@@ -1,0 +1,209 @@
+"""A `tfds:<name>` source that is read record by record, as sets in array_record allow."""
+
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+from PIL import Image
+
+from hjepa_jax.data.records import Streaming, read_all, report_skipped
+from hjepa_jax.data.sources import (
+    Source,
+    SourceInfo,
+    Split,
+    first_line,
+    hold_out,
+    num_held_out,
+    square,
+)
+from hjepa_jax.data.tfds_source import TEST_SPLITS, files_of, formats_of
+from hjepa_jax.errors import InputError
+from hjepa_jax.user_cache import kept_arrays
+
+SCAN_BATCH = 1000  # records that are looked through at a time for those of some classes
+
+
+@dataclasses.dataclass
+class TfdsRecords:
+    """Images of a split; see `hjepa_jax.data.records.Records`.
+
+    Attributes:
+      path: folder of the prepared set.
+      split: name of the split.
+      keys: features that hold image and label.
+      image_shape: (H, W, 3) of what is returned.
+      crops: whether images vary in size: then the shorter side is resized and the centre cut out.
+      rows: which records of the split, in which order.
+    """
+
+    path: str
+    split: str
+    keys: tuple[str, str]
+    image_shape: tuple[int, int, int]
+    crops: bool
+    rows: Int[np.ndarray, " n"]
+
+    def __post_init__(self):
+        self._opened: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # a worker opens the files for itself
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+        try:
+            encoded = self._source()[int(self.rows[row])][self.keys[0]]
+            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                if self.crops:
+                    return square(image, self.image_shape[0])
+                pixels = np.asarray(image.convert("RGB"))
+            if pixels.shape != self.image_shape:
+                raise ValueError(f"its shape is {pixels.shape}, not {self.image_shape}")
+            return pixels
+        except Exception as error:  # on corrupt data the readers raise almost anything
+            record = f"{self.split}[{self.rows[row]}]"
+            rule = f"cannot be read as an image: {first_line(error)}"
+            raise InputError("data.source", record, rule) from error
+
+    def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
+        """The labels of some rows.
+
+        Raises:
+          InputError: a record cannot be read.
+        """
+        try:
+            examples = self._source().__getitems__([int(self.rows[row]) for row in rows])
+            return np.array([example[self.keys[1]] for example in examples], np.int32)
+        except Exception as error:  # as above
+            rule = f"has labels that cannot be read: {first_line(error)}"
+            raise InputError("data.source", f"{self.path} {self.split}", rule) from error
+
+    def part(self, rows: Int[np.ndarray, " rows"]) -> "TfdsRecords":
+        return dataclasses.replace(self, rows=self.rows[rows])
+
+    def _source(self) -> Any:
+        if self._opened is None:
+            import tensorflow_datasets as tfds
+
+            # From the folder alone: the set's own code need not be there.
+            builder = tfds.builder_from_directory(self.path)
+            skip_decoding: Any = tfds.decode.SkipDecoding
+            decoders = {self.keys[0]: skip_decoding()}
+            self._opened = builder.as_data_source(self.split, decoders=decoders)
+        return self._opened
+
+
+def open_streamed(
+    source: str,
+    builder: Any,
+    image_shape: tuple[int, int, int],
+    *,
+    crops: bool,
+    seed: int,
+    streaming: Streaming,
+) -> Source:
+    """A prepared set whose training images are read while they are trained on.
+
+    Args:
+      source: its name.
+      builder: its TFDS builder.
+      image_shape: (H, W, 3) of its images as they are returned.
+      crops: whether they vary in size.
+      seed: chooses the labelled images, and those of train to test on where no split is for it.
+      streaming: what of it.
+
+    Raises:
+      InputError: it is not prepared as array_record, or lacks some of the classes asked for.
+    """
+    if "array_record" not in (formats := formats_of(builder)):
+        rule = (
+            f"is prepared as {', '.join(sorted(formats))} in {builder.data_path}, which cannot be "
+            "read record by record; name another folder as data.dir, and it is prepared there as "
+            "array_record"
+        )
+        raise InputError("data.source", source, rule)
+    splits, keys = builder.info.splits, builder.info.supervised_keys
+    names = tuple(builder.info.features[keys[1]].names)
+    classes = list(range(len(names)))
+    if streaming.class_list is not None:
+        classes = _read_classes(streaming.class_list, names)
+
+    def open_split(name: str) -> TfdsRecords:
+        rows = np.arange(splits[name].num_examples, dtype=np.int32)
+        records = TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
+        if streaming.class_list is None:
+            return records
+        return records.part(_rows_of(records, classes, builder))
+
+    labelled = open_split("train")
+    others = (open_split(name) for name in TEST_SPLITS if name in splits)
+    test = next((split for split in others if len(split) and split.labels([0])[0] >= 0), None)
+    if test is None:
+        num_test = num_held_out(source, len(labelled))
+        labelled, test = map(labelled.part, hold_out(len(labelled), num_test, seed))
+    records = open_split(streaming.train_split) if streaming.train_split else labelled
+    drawn = [
+        split.part(streaming.draw_labelled(np.arange(len(split)), seed))
+        for split in (labelled, test)
+    ]
+    new_label = np.full(len(names), -1, np.int32)
+    new_label[classes] = np.arange(len(classes))
+
+    def load() -> tuple[Split, Split]:
+        skipped: list[InputError] = []
+        loaded = []
+        for split in drawn:
+            images, kept, errors = read_all(split)
+            labels = split.labels(kept)
+            if labels.min(initial=0) < 0:
+                rule = f"split {split.split} has images without a label"
+                raise InputError("data.source", source, rule)
+            loaded.append(Split(images, new_label[labels]))
+            skipped += errors
+        report_skipped(source, skipped, f"{sum(map(len, drawn))} images")
+        return loaded[0], loaded[1]
+
+    class_names = tuple(names[label] for label in classes)
+    info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
+    return Source(source, info, load, records)
+
+
+def _read_classes(path: str, names: Sequence[str]) -> list[int]:
+    """Labels of the classes that a file names, one a line."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        rule = f"must be a file of class names: {first_line(error)}"
+        raise InputError("data.class_list", path, rule) from error
+    unknown = [line for line in lines if line not in names]
+    if unknown or len(set(lines)) < len(lines) or len(lines) < 2:
+        rule = "must name at least two classes of the set, each once"
+        rule += f", and {unknown[0]} is none" if unknown else ""
+        raise InputError("data.class_list", path, rule)
+    return [names.index(line) for line in lines]
+
+
+def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np.ndarray, " n"]:
+    """Which records are of the classes: all are looked through once, and that is kept."""
+
+    def scan() -> dict[str, np.ndarray]:
+        print(
+            f"looking through {len(records)} labels of split {records.split}, once",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        parts = [
+            records.labels(range(start, min(start + SCAN_BATCH, len(records))))
+            for start in range(0, len(records), SCAN_BATCH)
+        ]
+        return {"labels": np.concatenate(parts)}
+
+    key = f"labels {builder.info.full_name} {records.split} {files_of(builder.data_path)}"
+    labels = kept_arrays(key, scan)["labels"]
+    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)

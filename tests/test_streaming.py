@@ -1,0 +1,305 @@
+"""Streamed data: the order of resident data, whoever reads it and whatever is killed or corrupt."""
+
+import importlib
+import multiprocessing
+import os
+import pathlib
+import pickle
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from hjepa_jax import train
+from hjepa_jax.data import sources, streaming
+from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.records import Streaming, read_or_next, report_skipped
+from hjepa_jax.data.shapes import create_shapes
+from hjepa_jax.data.sources import fingerprint, open_source
+from hjepa_jax.errors import InputError
+from tests import processes
+from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
+from tests.test_sources import define_tiny_set
+
+
+class Numbers:
+    """Records whose image `row` is filled with `row`; some cannot be read."""
+
+    image_shape = (2, 3, 3)
+
+    def __init__(self, num: int, unreadable: tuple[int, ...] = ()):
+        self.num, self.unreadable = num, unreadable
+
+    def __len__(self) -> int:
+        return self.num
+
+    def read(self, row: int) -> np.ndarray:
+        if row in self.unreadable:
+            raise InputError("data.source", f"number {row}", "is corrupt")
+        return np.full(self.image_shape, row, np.uint8)
+
+
+def read(records, order, *steps, num_workers=0, **shard):
+    """Values of the images of each batch, and the rows that could not be read."""
+    batches = list(streaming.read_batches(records, order, *steps, num_workers=num_workers, **shard))
+    return [images[:, 0, 0, 0].tolist() for images, _ in batches], [
+        row for _, rows in batches for row in rows.tolist()
+    ]
+
+
+def test_order_is_that_of_resident_data_for_any_number_of_workers_with_or_without_corruption():
+    order, unreadable = BatchOrder(23, 4, seed=5), (0, 7, 8, 22)
+    rows = order.batches(3, 9, size=9)
+    assert read(Numbers(23), order, 3, 12) == (rows.tolist(), [])
+    replaced = np.select([rows == 0, rows == 7, rows == 8, rows == 22], [1, 9, 9, 1], rows)
+    bad_rows = [row for row in rows.reshape(-1).tolist() if row in unreadable]
+    for num_workers in (0, 2):
+        found = read(Numbers(23, unreadable), order, 3, 12, num_workers=num_workers)
+        assert found == (replaced.tolist(), bad_rows)
+
+
+def test_parts_of_a_batch_for_several_processes_make_up_the_whole():
+    order = BatchOrder(20, 6, seed=1)
+    whole, _ = read(Numbers(20), order, 1, 5)
+    parts = [read(Numbers(20), order, 1, 5, shard_index=i, shard_count=3)[0] for i in range(3)]
+    assert np.concatenate(parts, axis=1).tolist() == whole
+
+
+def test_a_set_of_which_nothing_can_be_read_ends_in_one_line():
+    with pytest.raises(InputError, match=r"number 1'.*neither it nor any of the 100 before it"):
+        read(Numbers(5, tuple(range(5))), BatchOrder(5, 2, seed=0), 0, 2)
+    image, is_own = read_or_next(Numbers(3, (2,)), 2)
+    assert (image.max(), is_own) == (0, False)
+    error = pickle.loads(pickle.dumps(InputError("a.b", 3, "rule")))
+    assert (str(error), error.value) == ("a.b=3: rule", 3)
+
+
+def test_what_was_corrupt_is_named_in_one_line(capsys):
+    errors = streaming.unreadable_errors(Numbers(9, (1, 3, 5, 7)), {7, 5, 3, 1})
+    report_skipped("folder:x", errors, "9 images")
+    assert capsys.readouterr().err == (
+        "folder:x: 4 of 9 images skipped: number 1 is corrupt; number 3 is corrupt; "
+        "number 5 is corrupt; and 1 more\n"
+    )
+
+
+def test_batches_wait_on_the_device_and_are_padded_to_the_size_of_a_call():
+    order = BatchOrder(12, 4, seed=0)
+    batches = streaming.read_batches(Numbers(12, (3,)), order, 0, 10_000, num_workers=0)
+    streamed = streaming.StreamedBatches(batches, size=3, put=jax.device_put)
+    first, index = streamed.take(0, 3)
+    second, _ = streamed.take(3, 1)
+    assert (first.shape, second.shape, index) == ((3, 4, 2, 3, 3), (3, 4, 2, 3, 3), None)
+    rows = np.where(order.batches(0, 4, size=4) == 3, 4, order.batches(0, 4, size=4))
+    assert first[..., 0, 0, 0].tolist() == rows[:3].tolist()
+    assert second[0, :, 0, 0, 0].tolist() == rows[3].tolist()
+    assert streamed.unreadable == {3}
+    streamed.close()
+    assert not streamed._thread.is_alive()
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line():
+    order = BatchOrder(20, 4, seed=0)
+    batches = streaming.read_batches(Numbers(20), order, 0, 10_000, num_workers=1)
+    streamed = streaming.StreamedBatches(batches, size=1, put=jax.device_put)
+    streamed.take(0, 1)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    take_rest = lambda: [streamed.take(step, 1) for step in range(1, 10_000)]
+    with pytest.raises(InputError, match=r"data.num_workers=1: a process that reads .* code -9"):
+        take_rest()
+    streamed.close()
+
+
+# Folders
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """200 files of the procedural shapes."""
+    root = tmp_path_factory.mktemp("streamed")
+    for name, split in zip(("train", "test"), create_shapes(160, 40, seed=1), strict=True):
+        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = root / name / f"{label:02}" / f"{i:03}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture
+def streamed_config(tiny_config, folder):
+    c = tiny_config
+    with c.unlocked():
+        c.update_from_flattened_dict(
+            {
+                "data.source": f"folder:{folder}",
+                "data.streaming": "always",
+                "data.image_size": 32,
+                "data.num_workers": 1,
+                "model.patch_size": 8,
+                "train.num_steps": 60,
+                "train.checkpoint_every_steps": 4,
+                "eval.every_epochs": 0.0,
+                "log.every_steps": 1,
+            }
+        )
+    return c
+
+
+def test_a_folder_is_streamed_as_it_would_be_loaded(folder, monkeypatch):
+    options = {"data_dir": None, "image_size": 16}
+    resident = open_source(f"folder:{folder}", **options)
+    streamed = open_source(f"folder:{folder}", **options, streaming=Streaming("always"))
+    train_set, _ = resident.load()
+    images = np.stack([streamed.records.read(row) for row in range(len(streamed.records))])
+    np.testing.assert_array_equal(images, train_set.images)
+    assert (streamed.num_images, resident.num_images, resident.records) == (160, 160, None)
+    few = Streaming("always", max_labelled=30)
+    drawn = [open_source(f"folder:{folder}", **options, streaming=few).load() for _ in range(2)]
+    assert [len(split.labels) for split in drawn[0]] == [30, 30]
+    assert drawn[0][0].names == drawn[1][0].names
+    assert set(drawn[0][0].names) < set(train_set.names)
+    assert len({fingerprint(train_set), fingerprint(train_set, streamed.records)}) == 2
+
+    auto = Streaming("auto", max_labelled=100)
+    assert open_source(f"folder:{folder}", **options, streaming=auto).records is None
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
+    assert len(open_source(f"folder:{folder}", **options, streaming=auto).records) == 160
+
+
+@pytest.mark.parametrize(
+    ("source", "streaming", "message"),
+    [
+        ("shapes", Streaming("always"), r"data.streaming='always': needs a source tfds"),
+        ("shapes", Streaming("always", train_split="x"), "data.streaming"),
+        ("folder:.", Streaming("always", train_split="x"), r"data.train_split='x': needs .* tfds"),
+        ("folder:.", Streaming("always", class_list="y"), r"data.class_list='y': needs .* tfds"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(source, streaming, message):
+    with pytest.raises(InputError, match=message):
+        open_source(source, data_dir=None, image_size=8, streaming=streaming)
+
+
+def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed_config, tmp_path):
+    """Beside the same data resident: losses and state are equal bit for bit."""
+    resident = streamed_config.copy_and_resolve_references()
+    resident.data.streaming = "never"
+    train.train_and_evaluate(resident, tmp_path / "resident")
+
+    process = processes.start(streamed_config, tmp_path / "killed")
+    while process.is_alive() and newest_checkpoint(tmp_path / "killed") == 0:
+        time.sleep(0.001)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = children.read_text().split() if children.exists() else []
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    assert newest_line(tmp_path / "killed") < 60
+    deadline = time.monotonic() + 20
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the run"
+        time.sleep(0.01)
+    assert processes.finish(streamed_config, tmp_path / "killed") == 0
+    assert "going on at step" in processes.printed(tmp_path / "killed")
+
+    (arrays, lines), (expected_arrays, expected_lines) = (
+        state_and_lines(config, tmp_path / name)
+        for config, name in ((streamed_config, "killed"), (resident, "resident"))
+    )
+    assert lines == expected_lines
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
+
+
+def test_a_run_counts_corrupt_files_once_and_goes_on(streamed_config, folder, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    for path in folder.glob("*/*/*"):
+        copy = damaged / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, copy)
+    (first, *_) = sorted((damaged / "train").glob("*/*"))
+    first.unlink()
+    first.write_text("no image")
+    with streamed_config.unlocked():
+        streamed_config.data.source = f"folder:{damaged}"
+        streamed_config.data.num_workers = 0
+        streamed_config.data.max_labelled = 40
+        streamed_config.train.num_steps = 22  # two epochs: the file comes twice
+        streamed_config.train.steps_per_call = 4
+    train.train_and_evaluate(streamed_config, tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    trained = [line for line in said if "the next was trained on instead" in line]
+    assert len(trained) == 1
+    assert f"1 of 160 images (the next was trained on instead) skipped: {first}" in trained[0]
+    assert newest_line(tmp_path / "run") == 22
+
+
+# TensorFlow Datasets
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory) -> str:
+    """A set with a split without labels, prepared as array_record."""
+    splits = [("train", 20), ("test", 6), ("unlabelled", 24)]
+    define_tiny_set("TinyStreamed", splits, (4, 6, 3), labels=("x", "y", "z"))
+    path = str(tmp_path_factory.mktemp("tfds"))
+    open_tfds(path)
+    return path
+
+
+def open_tfds(data_dir, when="always", **options):
+    streaming = Streaming(when, **options)
+    return open_source("tfds:tiny_streamed", data_dir=data_dir, image_size=8, streaming=streaming)
+
+
+def test_tfds_records_are_read_one_by_one_in_the_order_of_the_files(tfds_dir, tmp_path):
+    source = open_tfds(tfds_dir, train_split="unlabelled")
+    assert (source.num_images, source.info.num_train, source.info.num_test) == (24, 20, 6)
+    assert source.info.image_shape == (4, 6, 3)
+    reopened = pickle.loads(pickle.dumps(source.records))
+    values = [reopened.read(row)[0, 0, 0] for row in range(24)]
+    assert sorted(values) == list(range(0, 240, 10))
+
+    loaded, _ = open_tfds(str(tmp_path), "never").load()  # prepared as tfrecord
+    streamed = open_tfds(tfds_dir)
+    images = np.stack([streamed.records.read(row) for row in range(20)])
+    np.testing.assert_array_equal(images, loaded.images)
+    for split in (streamed.load()[0], loaded):
+        np.testing.assert_array_equal(split.labels, split.images[:, 0, 0, 0] // 10 % 2)
+
+    for data_dir, when, rule in (
+        (str(tmp_path), "always", r"is prepared as tfrecord in .* name another folder as data.dir"),
+        (tfds_dir, "never", r"is prepared as array_record, .*data.streaming='always'"),
+    ):
+        with pytest.raises(InputError, match=rule):
+            open_tfds(data_dir, when)
+    with pytest.raises(InputError, match=r"data.train_split='x': must be a split of tfds:tiny_str"):
+        open_tfds(tfds_dir, train_split="x")
+
+
+def test_a_list_of_classes_restricts_a_tfds_set_and_renumbers_its_labels(tfds_dir, tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("z\ny\n")
+    source = open_tfds(tfds_dir, class_list=str(path))
+    assert source.info.class_names == ("z", "y")
+    assert source.num_images == 10  # of x and y, in turn
+    train_set, test_set = source.load()
+    assert (train_set.labels.tolist(), len(test_set.labels)) == ([1] * 10, 3)
+    assert set(train_set.images[:, 0, 0, 0] // 10 % 2) == {1}
+    for text, rule in (("y\nq\n", "and q is none"), ("y\ny\n", "each once"), ("", "two classes")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"data.class_list=.*{rule}"):
+            open_tfds(tfds_dir, class_list=str(path))
+    with pytest.raises(InputError, match=r"data.class_list=.*must be a file of class names"):
+        open_tfds(tfds_dir, class_list=str(tmp_path / "none.txt"))
+
+
+def test_the_shipped_list_names_a_hundred_classes_of_imagenet():
+    config = importlib.import_module("configs.imagenet100_small").get_config()
+    names = pathlib.Path(config.data.class_list).read_text().split()
+    tfds_file = "datasets/imagenet2012/labels.txt"
+    tfds_dir = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
+    assert len(set(names)) == 100
+    assert set(names) < set((tfds_dir / tfds_file).read_text().split())
