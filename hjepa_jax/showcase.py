@@ -62,12 +62,17 @@ class Showcase:
         )
 
     def show(self, state: TrainState, window: LogWindow) -> None:
-        """Pictures of masks, features, predictions and attention; spectrum and histogram."""
+        """Pictures of masks, features, predictions and attention; spectrum and histogram.
+
+        Args:
+          state: its parameters are on this process's first device.
+          window: the newest target features.
+        """
         from hjepa_jax import figures, image_figures  # matplotlib takes its time to load
 
-        step, single = int(state.step), self._run.placement.single
-        params, target_params = jax.device_put((state.params, state.target_params), single)
-        snapshot = jax.device_get(self._snapshot(params, target_params, self._images))
+        step = int(state.step)
+        snapshot = self._snapshot(state.params, state.target_params, self._images)
+        snapshot = jax.device_get(snapshot)
         drawn = image_figures.snapshot_figures(snapshot)
         batch_size = self._run.config.train.batch_size
         features = collected_features(window, step=step, batch_size=batch_size)

@@ -1,18 +1,21 @@
 """train_and_evaluate(config, workdir): build, restore, loop, log, probe, save."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import signal
 import sys
 import time
+import zlib
 from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from hjepa_jax import build, metrics
+from hjepa_jax import build, cluster, metrics
 from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, validate
@@ -25,7 +28,7 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
-from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
+from hjepa_jax.logging import Progress, RunLogger, SilentLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules, select_platform
 from hjepa_jax.run import (
     Run,
@@ -54,12 +57,15 @@ class Interrupted(Exception):
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Trains, or goes on with, the run in `workdir`, and probes it at the end.
 
+    Of several processes (`cluster.member`) all call it; the first alone writes, and probes when the
+    others have left.
+
     Args:
       config: a complete config.
       workdir: the run's directory; made if need be.
 
     Returns:
-      The rows of probe.json; none when `eval.probe_at_end` is off.
+      The rows of probe.json; none when `eval.probe_at_end` is off, or not in the first process.
 
     Raises:
       InputError: for input that the user can correct.
@@ -69,25 +75,42 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     source = open_config_source(config)
     run = build_run(config, source)
-    train, test = source.load()
+    with cluster.first_process_first():
+        train, test = source.load()
     if len(train.images) != source.info.num_train:  # a folder's files that are no images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
-    prepare_workdir(config, workdir)
-    with locked(workdir), writing(workdir):
+    _check_same_everywhere(config, train)
+    with contextlib.ExitStack() as held, writing(workdir):
+
+        def claim() -> None:
+            prepare_workdir(config, workdir)
+            held.enter_context(locked(workdir))
+
+        cluster.by_first(claim)
         try:
             rows = _train_and_judge(run, source, train, test, workdir, backend)
-        except InputError:  # too many steps that are not finite, a collapse, a full disk
+        except InputError as error:  # too many steps that are not finite, a collapse, a full disk
+            cluster.leave(str(error))
             _report(config, workdir, (train, test))
             raise
         _report(config, workdir, (train, test))
         return rows
 
 
+def _check_same_everywhere(config: Config, train: Split) -> None:
+    """Processes that compute different things would wait for each other, or worse, would not."""
+    shared = config.to_dict()
+    del shared["data"]["dir"]  # each machine may have its own
+    for field, value in (("--config", shared), ("data.source", fingerprint(train))):
+        digest = zlib.crc32(json.dumps(value).encode()) >> 1
+        cluster.check_same(field, config.data.source if field != "--config" else "", digest)
+
+
 def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
     """Writes the run's report. Whatever goes wrong with it, the run has ended as it has."""
-    if not config.log.report:
+    if not config.log.report or not cluster.is_first():
         return
     try:
         from hjepa_jax.publish import write_report  # matplotlib takes its time to load
@@ -104,23 +127,29 @@ def _train_and_judge(
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
     checkpoints = Checkpoints(workdir, config=config, data=fingerprint(train), owner=True)
-    state, window = jax.device_put(run.create(), run.placement.whole)
+    state, window = run.create()
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
-    logger = RunLogger(workdir, tensorboard=config.log.tensorboard, resume_step=int(state.step))
+    logger = SilentLogger()
+    if cluster.is_first():
+        tensorboard, step = config.log.tensorboard, int(state.step)
+        logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
     try:
-        state = _Loop(run, train, checkpoints, logger, backend).run(state, window)
-        if not config.eval.probe_at_end:
+        try:
+            state = _Loop(run, train, checkpoints, logger, backend).run(state, window)
+            encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
+            encoders = run.placement.local(encoders)
+        finally:
+            checkpoints.close()
+        cluster.leave()
+        if not config.eval.probe_at_end or not cluster.is_first():
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
         rows = judge_run(
             workdir,
             config,
             run.model,
-            {
-                "target": jax.device_put(state.target_params, run.placement.single),
-                "random_init": run.create()[0].target_params,
-            },
+            encoders,
             train,
             test,
             source=source,
@@ -131,7 +160,6 @@ def _train_and_judge(
         return rows
     finally:
         logger.close()
-        checkpoints.close()
 
 
 class _Loop:
@@ -183,7 +211,7 @@ class _Loop:
         started = time.perf_counter()
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
         place = self._run.placement
-        images = jax.device_put(self._train.images, place.whole)
+        images = place.put(self._train.images, place.whole)
         print(
             f"{num_params(state.params):,} trainable parameters on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
@@ -194,23 +222,33 @@ class _Loop:
         if step == 0:
             self._showcase.introduce(state)
             if self._show_every:
-                self._showcase.show(state, window)
+                self._show(state, window)
         with _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
                 count = min(size, self._next_stop(step) - step)
                 before = time.perf_counter()
-                index = jax.device_put(self._order.batches(step, count, size=size), place.batches)
+                index = place.put(self._order.batches(step, count, size=size), place.batches)
                 data_wait = time.perf_counter() - before
-                state, window = run_steps(state, window, images, index, jnp.int32(count))
+                state, window = run_steps(state, window, images, index, np.int32(count))
                 step += count
                 self._timer.add_steps(count, data_wait)
-                signum = stop.signum  # read once: what comes later is saved by the next step
+                signum = self._agreed(stop.signum, step)
                 window = self._end_call(state, window, step, signum)
                 if signum and step < num_steps:
                     raise Interrupted(signum, step)
         self._progress.end()
         return state
+
+    def _agreed(self, signum: int | None, step: int) -> int | None:
+        """The signal on which the run stops at this step, read once: what comes later can wait.
+
+        Of several processes some may have got it earlier than others. They ask each other where
+        they meet anyway, at the lines of the log.
+        """
+        if jax.process_count() > 1 and step % self._config.log.every_steps:
+            return None
+        return cluster.largest(signum or 0) or None
 
     def _next_stop(self, step: int) -> int:
         """The next step after which the host has something to do."""
@@ -241,9 +279,14 @@ class _Loop:
             if last or signum:
                 self._checkpoints.wait()
         if shows and not signum:
-            self._showcase.show(state, window)
+            self._show(state, window)
         self._timer.add_pause(time.perf_counter() - paused)
         return window
+
+    def _show(self, state: TrainState, window: metrics.LogWindow) -> None:
+        state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
+        if cluster.is_first():
+            self._showcase.show(state, window)
 
     def _log(self, window: metrics.LogWindow, step: int) -> metrics.LogWindow:
         """Writes the window's metrics, and says what is wrong with them."""
@@ -260,7 +303,7 @@ class _Loop:
                 "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
                 "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
                 **rates,
-                "perf/peak_memory_bytes": peak_memory_bytes(jax.devices()[0]),
+                "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
             },
         )
         self._progress.show(
@@ -273,26 +316,30 @@ class _Loop:
         if verdict:
             self._alarms.check_spread(verdict, step)
         self._timer.restart()
-        return metrics.reset_averages(window)
+        place = self._run.placement
+        return place.put(metrics.reset_averages(window), place.whole)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
-        params = jax.device_put(state.target_params, self._run.placement.single)
-        bank_x, query_x = (
-            extract_features(self._embed, params, images[rows], batch_size=c.batch_size)["level_0"]
-            for rows in (bank, queries)
-        )
+        params = self._run.placement.local(state.target_params)
+
+        def features(rows: Any) -> Any:
+            chosen = images[rows]
+            return extract_features(self._embed, params, chosen, batch_size=c.batch_size)["level_0"]
+
+        own = queries[jax.process_index() :: jax.process_count()]
         (predictions,) = knn_predict(
-            bank_x,
+            cluster.divided(features, bank),
             labels[bank],
-            query_x,
+            features(own),
             ks=[min(ONLINE_KNN_K, len(bank))],
             num_classes=int(labels.max()) + 1,
         )
-        top1 = float((predictions == labels[queries]).mean())
+        correct = cluster.all_rows(np.array([np.sum(predictions == labels[own])], np.int32))
+        top1 = float(correct.sum() / len(queries))
         self._logger.scalars(step, {BEST_METRIC: top1})
         self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
         return {BEST_METRIC: top1}
