@@ -32,7 +32,7 @@ from hjepa_jax.errors import InputError
 MIN_JAX = (0, 7, 1)
 CONNECT_SEC = 300  # for all processes to come, the slowest included
 # A process that is silent for so long is lost; JAX's own verdict, should the thread hang, is later.
-SILENT_SEC, JAX_SILENT_SEC = 25, 45
+SILENT_SEC, JAX_SILENT_SEC = 30, 50
 # So long others have to find the end by themselves that one of them has found.
 PARTING_SEC = 15
 LOST = 3  # exit status when another process is lost

@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import socket
+import sys
 from typing import Any
 
 from hjepa_jax import cluster, train
@@ -108,7 +109,7 @@ def _work(
         with cluster.member(coordinator, num_processes=num, process_id=index):
             train.train_and_evaluate(config, workdir)
     except InputError as error:
-        print(error, flush=True)
+        print(error, file=sys.stderr, flush=True)
         os._exit(2)
     except train.Interrupted as stop:
         os._exit(128 + stop.signum)

@@ -1,5 +1,6 @@
 """Several processes: what they agree on, and what becomes of the others when one is gone."""
 
+import json
 import pathlib
 import time
 
@@ -167,3 +168,33 @@ def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_
         told = processes.printed(tmp_path / "run", index)
         assert "must be the same in all processes of a run" in told
     assert not (tmp_path / "run").exists()
+
+
+@several
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_stopped_resumed_and_judged_like_any(tiny_config, tmp_path):
+    """A signal to both, at no common moment; then the rest, k-NN, probes and the report."""
+    tiny_config.log.every_steps = 1
+    tiny_config.log.report = tiny_config.eval.probe_at_end = True
+    workdir = tmp_path / "run"
+    address = processes.free_address()
+    both = [
+        processes.start(
+            tiny_config, workdir, stop_step=stop, coordinator=address, process=(index, 2)
+        )
+        for index, stop in enumerate((2, 3))
+    ]
+    for index, process in enumerate(both):
+        process.join()
+        assert process.exitcode == 143, processes.printed(workdir, index)
+    assert newest_checkpoint(workdir) == newest_line(workdir) in (2, 3)
+    assert not (workdir / "report.html").exists()
+    assert processes.finish(tiny_config, workdir, num=2) == 0
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
+    rows = json.loads((workdir / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert (workdir / "report.html").exists()
+    assert "warning" not in processes.printed(workdir)
+    assert processes.printed(workdir, 1) == ""
