@@ -11,16 +11,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 # Path of a leaf -> [dtype, shape, CRC-32 of the bytes].
 ArrayTable = dict[str, list[Any]]
 
 
 def describe_arrays(tree: Any) -> ArrayTable:
-    """The table of a tree of arrays, which are brought to the host."""
+    """The table of a tree of arrays, which are brought to the host, one after the other.
+
+    Of arrays that are spread over several processes all processes must ask.
+    """
     table = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            array = multihost_utils.process_allgather(leaf, tiled=True)
+        else:
+            array = np.asarray(jax.device_get(leaf))
         checksum = zlib.crc32(array.tobytes())
         table[jax.tree_util.keystr(path)] = [str(array.dtype), list(array.shape), checksum]
     return table

@@ -49,7 +49,8 @@ class Checkpoints:
         many of the newest are kept.
       data: fingerprint of the training images, stored as well; a differing one warns on restore.
       owner: whether the workdir is locked by this process, so that what an interrupted save left
-        behind may go and a damaged checkpoint may be set aside.
+        behind may go and a damaged checkpoint may be set aside. Of several processes that train
+        together all are owners, and save and restore together; others read by themselves.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
                 cleanup_tmp_directories=owner,
+                **({} if owner else _alone()),
             ),
             item_names=("state", "window", "meta"),
         )
@@ -239,6 +241,8 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         if not self._owner:
             raise InputError("--step", step, "is damaged")
+        if jax.process_count() > 1:  # some may have found it whole and wait for the others
+            raise InputError("--step", step, "is damaged; resume in one process sets it aside")
         source, folder = self._directory() / str(step), self._workdir / "damaged"
         folder.mkdir(exist_ok=True)
         numbers = itertools.count(1)
@@ -279,6 +283,15 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
+
+
+def _alone() -> dict[str, Any]:
+    """Options of a manager that waits for no other process."""
+    if jax.process_count() == 1:
+        return {}
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    return {"multiprocessing_options": alone, "create": False}
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -143,6 +143,7 @@ def base_config() -> Config:
 
     c.parallel = ConfigDict()
     c.parallel.cpu_devices = 1  # devices that the CPU poses as; a batch is split over all devices
+    c.parallel.fsdp = 1  # devices that share one copy of parameters, EMA and optimizer state
 
     c.log = ConfigDict()
     c.log.every_steps = 50
@@ -317,6 +318,7 @@ def validate(config: Config) -> None:
         f"must leave at least 2 images per part, which loss.regularizer='{regularizer}' compares",
     )
     at_least(1, "parallel.cpu_devices", at_most=256)
+    at_least(1, "parallel.fsdp")  # run.build_run: it divides the number of devices
     at_least(0, "eval.every_epochs", "log.figures_every_epochs")
     at_least(1, "eval.batch_size", at_most=65_536)
     positive("eval.knn_bank_size", "eval.num_val", "log.every_steps")

@@ -95,6 +95,19 @@ class RunLogger:
             self._writer.close()
 
 
+class SilentLogger(RunLogger):
+    """The logger of the processes beside the first: takes everything, writes nothing."""
+
+    def __init__(self):
+        self._pending, self._writer = {}, None
+
+    def end_line(self) -> None:
+        self._pending = {}
+
+    def close(self) -> None:
+        pass
+
+
 def _to_disk(file: IO[str]) -> None:
     """So that no checkpoint outlives the lines before it, should the power fail."""
     file.flush()

@@ -2,6 +2,7 @@
 
 python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR] [--dry_run]
   [--config.optim.learning_rate=1e-3 ...]
+  [--coordinator=auto | --coordinator=HOST:PORT --num_processes=2 --process_id=0]
 """
 
 import json
@@ -21,6 +22,13 @@ except flags.Error as unreadable:  # a --flagfile, which it reads at once
     cli.fail(str(unreadable))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build, print sizes as JSON, write nothing.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, of several; auto: as SLURM, Open MPI or Kubernetes.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.", lower_bound=0)
 flags.mark_flag_as_required("config")
 
 
@@ -33,18 +41,22 @@ def main() -> None:
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise InputError("--config", path, f"must be a config file ({reason})") from error
 
-    from hjepa_jax import run, train  # here, so that a bad flag is refused at once
+    from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
 
     if _DRY_RUN.value:
         print(json.dumps(run.describe(config)))
         return
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{cli.config_name(path)}")
     try:
-        train.train_and_evaluate(config, workdir)
+        with cluster.member(
+            _COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
+        ):
+            train.train_and_evaluate(config, workdir)
     except train.Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
         sys.exit(128 + signal.Signals(stop.signum))
-    print(summary(workdir))
+    if cluster.is_first():
+        print(summary(workdir))
 
 
 def summary(workdir: pathlib.Path) -> str:

@@ -67,10 +67,15 @@ def current_rules() -> Rules:
     return _RULES.get(jax.default_backend().lower(), Rules())
 
 
-def initialise(create: Callable[[], Any]) -> Any:
-    """Calls `create`, compiled, where parameters may be made; its arrays on the default device."""
+def initialise(create: Callable[[], Any], shardings: Any = None) -> Any:
+    """Calls `create`, compiled, where parameters may be made.
+
+    Args:
+      create: makes a tree of arrays.
+      shardings: how they are laid out on the devices, a like tree; None: on the default device.
+    """
     if current_rules().initialises:
-        return jax.jit(create)()
+        return jax.jit(create, out_shardings=shardings)()
     with jax.default_device(jax.devices("cpu")[0]):
         made = jax.jit(create)()
     return jax.device_put(made, jax.devices()[0])

@@ -13,8 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hjepa_jax import build, metrics
 from hjepa_jax.config import FREE_FIELDS, Config, base_config, differing_fields, validate
@@ -23,6 +21,7 @@ from hjepa_jax.data.sources import Source, check_size, first_line, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import flatten
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.placement import Placement, make_placement
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
@@ -35,41 +34,13 @@ except ImportError:  # Windows
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where arrays live, as `jax.device_put` takes it.
-
-    Attributes:
-      whole: NamedSharding; a full copy on every device; None where there is but one device.
-      batches: NamedSharding; rows of batches, int32 [S, B], split along B over the devices.
-      single: the first device, for what is not worth splitting (probes).
-    """
-
-    whole: Any
-    batches: Any
-    single: Any
-
-
-def place_on_devices(devices: list[Any]) -> Placement:
-    """Batches split over all devices, everything else copied to each.
-
-    XLA partitions the training step by itself, so statistics over a batch (VICReg) remain those of
-    the whole batch.
-    """
-    if len(devices) == 1:
-        return Placement(None, None, devices[0])
-    mesh = Mesh(np.array(devices), ("data",))
-    batches = NamedSharding(mesh, PartitionSpec(None, "data"))
-    return Placement(NamedSharding(mesh, PartitionSpec()), batches, devices[0])
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
     """The parts of a run, built; nothing is computed yet.
 
     Attributes:
       model: the online networks.
       schedules: length, learning rate, weight decay, EMA momentum.
-      create: makes state and metrics window at step 0.
+      create: makes state and metrics window at step 0, laid out on the devices.
       lower: (steps_per_call, donate) to the lowered program
         `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
         other backends than this process has, by their names in `platforms`.
@@ -91,8 +62,11 @@ def build_run(config: Config, source: Source) -> Run:
       InputError: for a config that cannot work.
     """
     batch_size, info = config.train.batch_size, source.info
-    devices = jax.devices()
-    placement = place_on_devices(devices)
+    devices, fsdp = jax.devices(), config.parallel.fsdp
+    if len(devices) % fsdp:
+        rule = f"must divide the number of devices, {len(devices)}"
+        raise InputError("parallel.fsdp", fsdp, rule)
+    placement = make_placement(devices, fsdp=fsdp)
     streamed = source.records is not None
     check_size(config.data.source, (info.num_train, *info.image_shape))
     schedules = build.build_schedules(config, source.num_images)
@@ -108,8 +82,19 @@ def build_run(config: Config, source: Source) -> Run:
         return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)
 
     state = jax.eval_shape(create_state)
+    layout = placement.state(state)
     _, outputs = jax.eval_shape(train_step, state, batch(batch_size))
     averages = metrics.make_averages(sorted(outputs.scalars))
+
+    def sharded_step(state: TrainState, images: Any) -> Any:
+        # Forward and backward pass read whole parameters; update and EMA, each device its part.
+        params, target_params = placement.gathered((state.params, state.target_params))
+        state = dataclasses.replace(state, params=params, target_params=target_params)
+        return train_step(state, images)
+
+    def create() -> tuple[TrainState, metrics.LogWindow]:
+        window = create_window()
+        return initialise(create_state, layout), placement.put(window, placement.whole)
 
     def create_window() -> metrics.LogWindow:
         width = outputs.features.shape[-1]
@@ -118,18 +103,16 @@ def build_run(config: Config, source: Source) -> Run:
     def lower(
         *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
     ) -> Any:
-        donated = (0, 1) if donate else ()
-        whole, split = placement.whole, placement.batches
+        whole, batches = placement.whole, placement.batches
+        placed = {} if whole is None else {
+            "in_shardings": (layout, whole, batches if streamed else whole, batches, whole),
+            "out_shardings": (layout, whole),
+        }  # fmt: skip
+        run_steps = jax.jit(
+            make_run_steps(sharded_step), donate_argnums=(0, 1) if donate else (), **placed
+        )
         images = batch(steps_per_call, batch_size) if streamed else batch(info.num_train)
         index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
-        if whole is None:
-            run_steps = jax.jit(make_run_steps(train_step), donate_argnums=donated)
-        else:
-            run_steps = jax.jit(
-                make_run_steps(train_step), donate_argnums=donated,
-                in_shardings=(whole, whole, split if streamed else whole, split, whole),
-                out_shardings=(whole, whole),
-            )  # fmt: skip
         count = jax.ShapeDtypeStruct((), jnp.int32)
         window = jax.eval_shape(create_window)
         traced = run_steps.trace(state, window, images, None if streamed else index, count)
@@ -139,7 +122,7 @@ def build_run(config: Config, source: Source) -> Run:
         config=config,
         model=model,
         schedules=schedules,
-        create=lambda: (initialise(create_state), create_window()),
+        create=create,
         lower=lower,
         placement=placement,
     )

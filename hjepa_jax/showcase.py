@@ -94,7 +94,12 @@ class Showcase:
         )
 
     def show(self, state: TrainState, window: LogWindow) -> None:
-        """Pictures, spectrum and histogram, if the run can afford them at this step."""
+        """Pictures, spectrum and histogram, if the run can afford them at this step.
+
+        Args:
+          state: its parameters are on this process's first device.
+          window: the newest target features.
+        """
         step, began = int(state.step), time.perf_counter()
         last = step == self._run.schedules.num_steps
         if last or self._budget.allows(began - self._started):
@@ -105,9 +110,8 @@ class Showcase:
         """Pictures of masks, features, predictions and attention; spectrum and histogram."""
         from hjepa_jax import figures, image_figures  # matplotlib takes its time to load
 
-        single = self._run.placement.single
-        params, target_params = jax.device_put((state.params, state.target_params), single)
-        snapshot = jax.device_get(self._snapshot(params, target_params, self._images))
+        snapshot = self._snapshot(state.params, state.target_params, self._images)
+        snapshot = jax.device_get(snapshot)
         drawn = image_figures.snapshot_figures(snapshot)
         batch_size = self._run.config.train.batch_size
         features = collected_features(window, step=step, batch_size=batch_size)

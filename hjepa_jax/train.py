@@ -3,19 +3,21 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from hjepa_jax import build, metrics
+from hjepa_jax import build, cluster, metrics
 from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.config import Config, validate
@@ -29,7 +31,7 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
-from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
+from hjepa_jax.logging import Progress, RunLogger, SilentLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules, select_platform
 from hjepa_jax.run import (
     Run,
@@ -58,12 +60,15 @@ class Interrupted(Exception):
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Trains, or goes on with, the run in `workdir`, and probes it at the end.
 
+    Of several processes (`cluster.member`) all call it; the first alone writes, and probes when the
+    others have left.
+
     Args:
       config: a complete config.
       workdir: the run's directory; made if need be.
 
     Returns:
-      The rows of probe.json; none when `eval.probe_at_end` is off.
+      The rows of probe.json; none when `eval.probe_at_end` is off, or not in the first process.
 
     Raises:
       InputError: for input that the user can correct.
@@ -73,25 +78,42 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     source = open_config_source(config)
     run = build_run(config, source)
-    train, test = source.load()
+    with cluster.first_process_first():
+        train, test = source.load()
     if len(train.images) != source.info.num_train:  # a folder's files that are no images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
-    prepare_workdir(config, workdir)
-    with locked(workdir), writing(workdir):
+    _check_same_everywhere(config, fingerprint(train, source.records))
+    with contextlib.ExitStack() as held, writing(workdir):
+
+        def claim() -> None:
+            prepare_workdir(config, workdir)
+            held.enter_context(locked(workdir))
+
+        cluster.by_first(claim)
         try:
             rows = _train_and_judge(run, source, train, test, workdir, backend)
-        except InputError:  # too many steps that are not finite, a collapse, a full disk
+        except InputError as error:  # too many steps that are not finite, a collapse, a full disk
+            cluster.leave(str(error))
             _report(config, workdir, (train, test))
             raise
         _report(config, workdir, (train, test))
         return rows
 
 
+def _check_same_everywhere(config: Config, data: Any) -> None:
+    """Processes that compute different things would wait for each other, or worse, would not."""
+    shared = config.to_dict()
+    del shared["data"]["dir"]  # each machine may have its own
+    for field, value in (("--config", shared), ("data.source", data)):
+        digest = zlib.crc32(json.dumps(value).encode()) >> 1
+        cluster.check_same(field, config.data.source if field != "--config" else "", digest)
+
+
 def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
     """Writes the run's report. Whatever goes wrong with it, the run has ended as it has."""
-    if not config.log.report:
+    if not config.log.report or not cluster.is_first():
         return
     try:
         from hjepa_jax.publish import write_report  # matplotlib takes its time to load
@@ -109,24 +131,30 @@ def _train_and_judge(
     config = run.config
     data = fingerprint(train, source.records)
     checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
-    state, window = jax.device_put(run.create(), run.placement.whole)
+    state, window = run.create()
     if checkpoints.latest_step() is not None:
         state, window = checkpoints.restore(state, window)
-    logger = RunLogger(workdir, tensorboard=config.log.tensorboard, resume_step=int(state.step))
+    logger = SilentLogger()
+    if cluster.is_first():
+        tensorboard, step = config.log.tensorboard, int(state.step)
+        logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
     try:
-        loop = _Loop(run, train, source.records, checkpoints, logger, backend)
-        state = loop.run(state, window)
-        if not config.eval.probe_at_end:
+        try:
+            loop = _Loop(run, train, source.records, checkpoints, logger, backend)
+            state = loop.run(state, window)
+            encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
+            encoders = run.placement.local(encoders)
+        finally:
+            checkpoints.close()
+        cluster.leave()
+        if not config.eval.probe_at_end or not cluster.is_first():
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
         rows = judge_run(
             workdir,
             config,
             run.model,
-            {
-                "target": jax.device_put(state.target_params, run.placement.single),
-                "random_init": run.create()[0].target_params,
-            },
+            encoders,
             train,
             test,
             source=source,
@@ -137,7 +165,6 @@ def _train_and_judge(
         return rows
     finally:
         logger.close()
-        checkpoints.close()
 
 
 class _Loop:
@@ -201,7 +228,7 @@ class _Loop:
         if step == 0:
             self._showcase.introduce(state)
             if self._show_every:
-                self._showcase.show(state, window)
+                self._show(state, window)
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
@@ -211,31 +238,47 @@ class _Loop:
                 before = time.perf_counter()
                 images, index = batches.take(step, count)
                 data_wait = time.perf_counter() - before
-                state, window = run_steps(state, window, images, index, jnp.int32(count))
+                state, window = run_steps(state, window, images, index, np.int32(count))
                 step += count
                 self._timer.add_steps(count, data_wait)
-                signum = stop.signum  # read once: what comes later is saved by the next step
+                signum = self._agreed(stop.signum, step)
                 window = self._end_call(state, window, step, signum)
                 if signum and step < num_steps:
                     raise Interrupted(signum, step)
         self._progress.end()
         return state
 
+    def _agreed(self, signum: int | None, step: int) -> int | None:
+        """The signal on which the run stops at this step, read once: what comes later can wait.
+
+        Of several processes some may have got it earlier than others. They ask each other where
+        they meet anyway, at the lines of the log.
+        """
+        if jax.process_count() > 1 and step % self._config.log.every_steps:
+            return None
+        return cluster.largest(signum or 0) or None
+
     @contextlib.contextmanager
     def _batches(self, step: int, size: int) -> Iterator[Any]:
         """Where batches come from, from `step` on, `size` at most in one call of the program."""
         place, records, c = self._run.placement, self._records, self._config
-        put = functools.partial(jax.device_put, device=place.batches)
         if records is None:
-            images = jax.device_put(self._train.images, place.whole)
+            images = place.put(self._train.images, place.whole)
+            put = functools.partial(place.put, shardings=place.batches)
             yield ResidentBatches(images, self._order, size=size, put=put)
             return
         from hjepa_jax.data import streaming  # grain takes its time to load
 
         decoded = streaming.read_batches(
-            records, self._order, step, self._schedules.num_steps, num_workers=c.data.num_workers
+            records,
+            self._order,
+            step,
+            self._schedules.num_steps,
+            num_workers=c.data.num_workers,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
         )
-        batches = streaming.StreamedBatches(decoded, size=size, put=put)
+        batches = streaming.StreamedBatches(decoded, size=size, put=place.put_own_batches)
         try:
             yield batches
         finally:
@@ -273,9 +316,14 @@ class _Loop:
             if last or signum:
                 self._checkpoints.wait()
         if shows and not signum:
-            self._showcase.show(state, window)
+            self._show(state, window)
         self._timer.add_pause(time.perf_counter() - paused)
         return window
+
+    def _show(self, state: TrainState, window: metrics.LogWindow) -> None:
+        state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
+        if cluster.is_first():
+            self._showcase.show(state, window)
 
     def _log(self, window: metrics.LogWindow, step: int) -> metrics.LogWindow:
         """Writes the window's metrics, and says what is wrong with them."""
@@ -292,7 +340,7 @@ class _Loop:
                 "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
                 "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
                 **rates,
-                "perf/peak_memory_bytes": peak_memory_bytes(jax.devices()[0]),
+                "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
             },
         )
         self._progress.show(
@@ -305,26 +353,30 @@ class _Loop:
         if verdict:
             self._alarms.check_spread(verdict, step)
         self._timer.restart()
-        return metrics.reset_averages(window)
+        place = self._run.placement
+        return place.put(metrics.reset_averages(window), place.whole)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
-        params = jax.device_put(state.target_params, self._run.placement.single)
-        bank_x, query_x = (
-            extract_features(self._embed, params, images[rows], batch_size=c.batch_size)["level_0"]
-            for rows in (bank, queries)
-        )
+        params = self._run.placement.local(state.target_params)
+
+        def features(rows: Any) -> Any:
+            chosen = images[rows]
+            return extract_features(self._embed, params, chosen, batch_size=c.batch_size)["level_0"]
+
+        own = queries[jax.process_index() :: jax.process_count()]
         (predictions,) = knn_predict(
-            bank_x,
+            cluster.divided(features, bank),
             labels[bank],
-            query_x,
+            features(own),
             ks=[min(ONLINE_KNN_K, len(bank))],
             num_classes=int(labels.max()) + 1,
         )
-        top1 = float((predictions == labels[queries]).mean())
+        correct = cluster.all_rows(np.array([np.sum(predictions == labels[own])], np.int32))
+        top1 = float(correct.sum() / len(queries))
         self._logger.scalars(step, {BEST_METRIC: top1})
         self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
         return {BEST_METRIC: top1}

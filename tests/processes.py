@@ -5,12 +5,13 @@ import os
 import pathlib
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
-from hjepa_jax import train
+from hjepa_jax import cluster, train
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.errors import InputError
 
@@ -20,32 +21,67 @@ CONTEXT.set_forkserver_preload(["hjepa_jax.train", "ml_collections.config_flags"
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
-def start(config: Any, workdir: pathlib.Path, *, stop_step: int | None = None) -> Any:
+def start(
+    config: Any,
+    workdir: pathlib.Path,
+    *,
+    stop_step: int | None = None,
+    coordinator: str | None = None,
+    process: tuple[int, int] = (0, 1),
+) -> Any:
     """Starts or resumes a run; what it prints goes to `<workdir>.out`.
 
     Args:
       config: the run's config.
       workdir: the run's directory.
       stop_step: the step in which the process gets a SIGTERM; None for never.
+      coordinator: of a run in several processes, see `cluster.member`; None: one process.
+      process: which of how many this is. The others than 0 print to `<workdir>.1.out` and so on.
 
     Returns:
       The process. Its exit code is that of the command: 0, 2 or 143.
     """
-    process = CONTEXT.Process(target=_work, args=(config, workdir, stop_step))
-    process.start()
-    return process
+    started = CONTEXT.Process(target=_work, args=(config, workdir, stop_step, coordinator, process))
+    started.start()
+    return started
 
 
-def finish(config: Any, workdir: pathlib.Path, *, stop_step: int | None = None) -> int:
-    """Like `start`, but waits for the end; returns the exit code."""
-    process = start(config, workdir, stop_step=stop_step)
-    process.join()
-    return process.exitcode
+def start_several(config: Any, workdir: pathlib.Path, num: int, **kwargs: Any) -> list[Any]:
+    """Starts or resumes a run in `num` processes, see `start`."""
+    coordinator = free_address()
+    return [
+        start(config, workdir, coordinator=coordinator, process=(i, num), **kwargs)
+        for i in range(num)
+    ]
 
 
-def printed(workdir: pathlib.Path) -> str:
-    """What the runs in `workdir` have printed."""
-    return workdir.with_suffix(".out").read_text()
+def free_address() -> str:
+    """Host and port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def finish(config: Any, workdir: pathlib.Path, *, num: int = 1, **kwargs: Any) -> int:
+    """Like `start`, but waits for the end; returns the exit code, the same of all processes."""
+    if num == 1:
+        started = [start(config, workdir, **kwargs)]
+    else:
+        started = start_several(config, workdir, num, **kwargs)
+    for process in started:
+        process.join()
+    codes = {process.exitcode for process in started}
+    assert len(codes) == 1, [printed(workdir, i) for i in range(num)]
+    return codes.pop()
+
+
+def printed(workdir: pathlib.Path, process: int = 0) -> str:
+    """What the runs in `workdir` have printed, in the process of that number."""
+    return _out(workdir, process).read_text()
+
+
+def _out(workdir: pathlib.Path, process: int) -> pathlib.Path:
+    return workdir.with_suffix(f".{process}.out" if process else ".out")
 
 
 def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,16 +123,24 @@ def stop_in_step(step: int) -> None:
     BatchOrder.batches = batches_and_signal
 
 
-def _work(config: Any, workdir: pathlib.Path, stop_step: int | None) -> None:
-    out = os.open(workdir.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _work(
+    config: Any,
+    workdir: pathlib.Path,
+    stop_step: int | None,
+    coordinator: str | None,
+    process: tuple[int, int],
+) -> None:
+    out = os.open(_out(workdir, process[0]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     if stop_step is not None:
         stop_in_step(stop_step)
+    index, num = process
     try:
-        train.train_and_evaluate(config, workdir)
+        with cluster.member(coordinator, num_processes=num, process_id=index):
+            train.train_and_evaluate(config, workdir)
     except InputError as error:
-        print(error, flush=True)
+        print(error, file=sys.stderr, flush=True)
         os._exit(2)
     except train.Interrupted as stop:
         os._exit(128 + stop.signum)

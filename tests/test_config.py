@@ -163,6 +163,7 @@ def test_every_field_has_a_reader():
         ("train.steps_per_call", 10**9),
         ("eval.batch_size", 10**9),
         ("parallel.cpu_devices", 10**9),
+        ("parallel.fsdp", 0),
     ],
 )
 def test_a_broken_rule_is_named(field, value):

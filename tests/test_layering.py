@@ -14,7 +14,7 @@ LAYERS = [
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
-     "array_table", "provenance"],
+     "array_table", "provenance", "placement", "cluster"],
     ["models.hierarchy", "models.products", "models.vit", "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
      "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],

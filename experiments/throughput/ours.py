@@ -46,15 +46,11 @@ def time_step(config, num_steps: int, warmup: int) -> dict:
     built = run.build_run(config, run.open_config_source(config))
     tx = build.build_optimizer(config, built.schedules)
     step = build.build_train_step(config, built.model, tx, built.schedules)
-    state = jax.device_put(built.create()[0], built.placement.whole)
+    state, place = built.create()[0], built.placement
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (config.train.batch_size, 32, 32, 3), np.uint8)
-    split = None
-    if built.placement.whole is not None:
-        mesh = built.placement.whole.mesh
-        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    images = jax.device_put(images, split)
-    placed = {"in_shardings": (built.placement.whole, split)} if split else {}
+    images = place.put(images, place.rows)
+    placed = {"in_shardings": (place.whole, place.rows)} if place.mesh else {}
     lowered = jax.jit(step, donate_argnums=0, **placed).lower(state, images)
     started = time.perf_counter()
     compiled = lowered.compile()

@@ -1,6 +1,5 @@
 """Features of whole data sets from a frozen encoder: in batches of one shape, kept on disk."""
 
-import functools
 import hashlib
 import pathlib
 import sys
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.errors import InputError
+from hjepa_jax.placement import make_placement
 from hjepa_jax.whole_files import replacing
 
 # Larger images are brought to this size for the raw-pixel rows: 3,072 numbers, as CIFAR's.
@@ -36,18 +36,27 @@ def extract_features(
 ) -> Features:
     """Runs `embed` over all images; the last batch is padded, so it compiles once.
 
+    Each batch is split over the devices of this process.
+
     Args:
       embed: jitted `embed(encoder_params, images, *extra)`, a dict of [B, ...] arrays.
       encoder_params: parameters of the encoder to judge.
       images: the images, as stored.
       *extra: further arguments of `embed` with a row per image (keys of an augmentation).
-      batch_size: images per call.
+      batch_size: images per call; rounded up to a multiple of the number of devices.
       what: name of the work; if given, it is told how far it is and what time is left.
 
     Returns:
       The same dict for all images, on the host.
     """
-    fn = functools.partial(embed, encoder_params)
+    devices = jax.local_devices()
+    place = make_placement(devices, fsdp=1)
+    encoder_params = place.put(encoder_params, place.whole)
+
+    def fn(*arrays: Any) -> dict[str, Any]:
+        return embed(encoder_params, *place.put(arrays, place.rows))
+
+    batch_size = -(-batch_size // len(devices)) * len(devices)
     return map_batches(fn, images, *extra, batch_size=batch_size, what=what)
 
 

@@ -1,0 +1,240 @@
+"""The processes of one run, on one machine or on many: joining, agreeing, parting.
+
+    with member("10.0.0.1:1234", num_processes=2, process_id=0):
+        with first_process_first():     # what lies on a shared disk is made once
+            data = load()
+        signum = largest(signum)        # the same number in all processes
+
+JAX connects the processes and computes across them. What it lacks is the last word: a process that
+is killed or gives up leaves the others waiting in a computation that cannot end, or ends them
+within a page of its own trace. So each process says every second that it is alive, and a thread
+beside the training (`_watch`) ends this one, with one line, when another is silent or has given up.
+In a single process all of this does nothing.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Shaped
+
+from hjepa_jax.errors import InputError
+
+# The first whose heartbeats can be set.
+MIN_JAX = (0, 7, 1)
+CONNECT_SEC = 300  # for all processes to come, the slowest included
+# A process that is silent for so long is lost; JAX's own verdict, should the thread hang, is later.
+SILENT_SEC, JAX_SILENT_SEC = 30, 50
+# So long others have to find the end by themselves that one of them has found.
+PARTING_SEC = 15
+LOST = 3  # exit status when another process is lost
+
+_stopped = threading.Event()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def member(
+    coordinator: str | None, *, num_processes: int | None = None, process_id: int | None = None
+) -> Iterator[None]:
+    """Within the context this process is one of several that train together.
+
+    Args:
+      coordinator: host and port on which process 0 listens, the same for all; "auto" where SLURM,
+        Open MPI or Kubernetes knows it (and the next two); None: a process by itself.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      InputError: when they do not find each other ("--coordinator").
+    """
+    if coordinator is None:
+        yield
+        return
+    _join(coordinator, num_processes, process_id)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Mostly another process that is gone, as the network puts it; `_watch` says it better.
+            time.sleep(SILENT_SEC + 5)
+        leave(" ".join(str(error).split()) or type(error).__name__)
+        raise
+    leave()
+
+
+def _join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    def refuse(rule: str) -> NoReturn:
+        raise InputError("--coordinator", coordinator, rule)
+
+    if jax.__version_info__ < MIN_JAX:
+        refuse(f"needs jax {'.'.join(map(str, MIN_JAX))} or newer, not {jax.__version__}")
+    address = None if coordinator == "auto" else coordinator
+    if address is not None and not address.rpartition(":")[2].isdecimal():
+        refuse("must be auto, or host and port as in 10.0.0.1:1234")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM, on which the loop saves.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process_id,
+            initialization_timeout=CONNECT_SEC,
+            heartbeat_timeout_seconds=JAX_SILENT_SEC,
+            shutdown_timeout_seconds=PARTING_SEC,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        refuse(f"the processes do not find each other: {reason}")
+    if _state().process_id != 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first process speaks for all
+    _stopped.clear()
+    threading.Thread(target=_watch, args=(_state().client,), daemon=True).start()
+
+
+def leave(reason: str = "") -> None:
+    """Parts from the other processes; from here on this one is by itself.
+
+    Waits a little for the others, which mostly come to the same end at the same step. Those that do
+    not are ended by what this one leaves behind: its reason.
+
+    Args:
+      reason: why, in one line; empty when the work is done.
+    """
+    if _stopped.is_set() or _state().client is None:
+        return
+    client, state = _state().client, _state()
+    client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
+    until = time.monotonic() + PARTING_SEC
+    while time.monotonic() < until:
+        if len(client.key_value_dir_get("left/")) == state.num_processes:
+            _stopped.set()
+            jax.distributed.shutdown()
+            return
+        time.sleep(0.05)
+    _stopped.set()
+    atexit.unregister(jax.distributed.shutdown)  # it would wait for the others once more
+
+
+def _watch(client: Any) -> None:
+    """Ends this process when another is lost."""
+    state = _state()
+    heard: dict[str, tuple[str, float]] = {}  # process -> its newest sign of life, and when
+    left_at: dict[str, float] = {}
+    for beat in range(sys.maxsize):
+        try:
+            client.key_value_set(f"alive/{state.process_id}", str(beat), allow_overwrite=True)
+            alive = {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get("alive/")}
+            left = {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get("left/")}
+        except RuntimeError:
+            if not _stopped.is_set():
+                _end("process 0 does not answer any more")
+            return
+        now = time.monotonic()
+        for process, sign in alive.items():
+            if heard.get(process, ("", 0.0))[0] != sign:
+                heard[process] = (sign, now)
+            elif now - heard[process][1] > SILENT_SEC and process not in left:
+                _end(f"process {process} of {state.num_processes} is silent for {SILENT_SEC} s")
+        for process, reason in left.items():
+            if now - left_at.setdefault(process, now) > PARTING_SEC:
+                _end(f"process {process} of {state.num_processes} has ended ({reason or 'done'})")
+        if _stopped.wait(1.0):
+            return
+
+
+def _end(what: str) -> None:
+    if _stopped.is_set():
+        return
+    print(
+        f"error: {what}; the same command, with as many processes or fewer, goes on from the "
+        "newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)  # the main thread may be in a computation that never ends
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process runs the block by itself, then the others do: it may make shared files."""
+    if not is_first():
+        multihost_utils.sync_global_devices("the first process is through")
+    yield
+    if is_first() and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the first process is through")
+
+
+def by_first(action: Callable[[], None]) -> None:
+    """The first process does `action`, the others wait for it.
+
+    Raises:
+      InputError: what `action` raised; in the others, that it did.
+    """
+    failure = None
+    if is_first():
+        try:
+            action()
+        except InputError as error:
+            failure = error
+    failed = bool(largest(failure is not None))
+    if failure:
+        raise failure
+    if failed:
+        raise InputError("--workdir", "", "is refused by process 0, whose line says why")
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values, in each of them; all must ask."""
+    return int(all_rows(np.array([value], np.int32)).max())
+
+
+def all_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
+    """The rows of all processes, each of which has as many, one process after the other."""
+    return multihost_utils.process_allgather(rows, tiled=True) if jax.process_count() > 1 else rows
+
+
+def divided(
+    fn: Callable[[Shaped[np.ndarray, " k"]], Shaped[np.ndarray, "k ..."]],
+    items: Shaped[np.ndarray, " n"],
+) -> Shaped[np.ndarray, "n ..."]:
+    """`fn(items)`, of which each process computes a part; `fn` takes each item by itself."""
+    share = -(-len(items) // jax.process_count())
+    padded = np.resize(items, share * jax.process_count())
+    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    return all_rows(fn(padded[own]))[: len(items)]
+
+
+def check_same(field: str, value: Any, checksum: int) -> None:
+    """Refuses what differs between processes.
+
+    Args:
+      field: name of what must be the same.
+      value: what it is here.
+      checksum: of it, below 2^31.
+
+    Raises:
+      InputError: in all processes alike.
+    """
+    if largest(checksum) != -largest(-checksum):
+        raise InputError(field, value, "must be the same in all processes of a run")
+
+
+def _state() -> Any:
+    """JAX's record of the processes. Orbax, too, reaches for it: there is no public way."""
+    from jax._src import distributed
+
+    return distributed.global_state

@@ -1,0 +1,200 @@
+"""Several processes: what they agree on, and what becomes of the others when one is gone."""
+
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, cluster, platform
+from hjepa_jax.array_table import describe_arrays
+from hjepa_jax.errors import InputError
+from hjepa_jax.logging import SilentLogger, read_metrics
+from hjepa_jax.metrics import empty_window, make_averages
+from hjepa_jax.placement import make_placement
+from hjepa_jax.train_state import TrainState
+from tests import processes
+from tests.faults.test_kills import newest_checkpoint, newest_line
+
+several = pytest.mark.skipif(
+    jax.__version_info__ < cluster.MIN_JAX, reason="several processes need a newer jax"
+)
+
+
+def test_a_single_process_agrees_with_itself():
+    assert cluster.is_first()
+    assert cluster.largest(-3) == -3
+    cluster.check_same("seed", 1, 12345)
+    with cluster.first_process_first():
+        pass
+    cluster.leave("nobody hears it")
+    squares = cluster.divided(lambda items: items**2, np.arange(5))
+    np.testing.assert_array_equal(squares, [0, 1, 4, 9, 16])
+
+
+def test_what_the_first_process_refuses_is_refused():
+    def refuse():
+        raise InputError("--workdir", "x", "no")
+
+    with pytest.raises(InputError, match="--workdir='x': no"):
+        cluster.by_first(refuse)
+
+
+def test_the_other_processes_log_nothing(tmp_path):
+    logger = SilentLogger()
+    for step in (1, 2):
+        logger.scalars(step, {"train/loss": 1.0})
+    logger.texts(0, {"config": "x"})
+    logger.end_line()
+    logger.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_coordinator_that_is_none_is_one_line(run_module):
+    arguments = ("hjepa_jax.main", "--config=configs/shapes_tiny.py")
+    done = run_module(*arguments, "--coordinator=here")
+    assert done.returncode == 2
+    rule = "must be auto, or host and port" if jax.__version_info__ >= cluster.MIN_JAX else "needs"
+    assert done.stderr.startswith(f"error: --coordinator='here': {rule}")
+    assert done.stderr.count("\n") == 1
+
+
+TREE = {"kernel": np.arange(64 * 96, dtype=np.float32).reshape(64, 96), "bias": np.ones(96, "f")}
+# name: processes, devices of each, fsdp
+LAYOUTS = {"one": (1, 1, 1), "four": (1, 4, 2), "eight": (1, 8, 8), "processes": (2, 2, 4)}
+
+
+def move_checkpoints(
+    folder: pathlib.Path, config, name: str, coordinator: str | None, index: int, saves: bool
+) -> None:
+    """In layout `name`: saves a state of its own, or reads those of all layouts."""
+    num, devices, fsdp = LAYOUTS[name]
+    with cluster.member(coordinator, num_processes=num, process_id=index):
+        platform.select_platform("cpu", cpu_devices=devices)
+        place = make_placement(jax.devices(), fsdp=fsdp)
+
+        def state(step: int) -> TrainState:
+            params = {key: value + step for key, value in TREE.items()}
+            host = TrainState(np.int32(step), params, params, params, np.zeros(2, np.uint32))
+            return place.put(host, place.state(host) or None)
+
+        window = empty_window(make_averages(["loss"]), batch_size=4, width=2)
+        window = place.put(window, place.whole)
+        for step, other in enumerate(LAYOUTS):
+            if saves and other != name:
+                continue
+            checkpoints = checkpoint.Checkpoints(folder / other, config=config, owner=True)
+            if saves:
+                checkpoints.save(state(step), window, scores={})
+            else:
+                found, _ = checkpoints.restore(state(99), window)
+                assert describe_arrays(found) == describe_arrays(state(step))
+                kernel = found.params["kernel"]
+                assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
+            checkpoints.close()
+        cluster.leave()
+
+
+@several
+@pytest.mark.slow
+def test_every_layout_reads_the_checkpoints_of_every_other(tiny_config, tmp_path):
+    """One device, four, eight, two processes: bit for bit, each parameter cut as it is there."""
+    for saves in (True, False):
+        for name, (num, _, _) in LAYOUTS.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            coordinator = processes.free_address() if num > 1 else None
+            started = [
+                processes.CONTEXT.Process(
+                    target=move_checkpoints,
+                    args=(tmp_path, tiny_config, name, coordinator, index, saves),
+                )
+                for index in range(num)
+            ]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+                assert process.exitcode == 0, (name, saves)
+
+
+@several
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_in_one(tiny_config, tmp_path, victim):
+    tiny_config.train.num_steps = 100_000
+    tiny_config.log.every_steps = 1
+    tiny_config.eval.every_epochs = 0.0
+    workdir = tmp_path / "run"
+    both = processes.start_several(tiny_config, workdir, 2)
+    while newest_checkpoint(workdir) < 3:
+        assert all(process.is_alive() for process in both), processes.printed(workdir)
+        time.sleep(0.05)
+    both[victim].kill()
+    killed = time.monotonic()
+    other = both[1 - victim]
+    other.join(60)
+    assert time.monotonic() - killed < 60
+    told = processes.printed(workdir, 1 - victim)
+    assert other.exitcode not in (0, None)
+    assert f"process {victim} of 2 is silent" in told or "process 0 does not answer" in told or (
+        victim == 0 and "JAX distributed service detected fatal errors" in told
+    ), told  # fmt: skip
+    if victim == 1:
+        assert other.exitcode == cluster.LOST
+        assert told.count("error: ") == 1
+
+    saved = newest_checkpoint(workdir)
+    code = processes.finish(tiny_config, workdir, stop_step=saved + 2)
+    assert code == 143, processes.printed(workdir)
+    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, newest_line(workdir) + 1))
+    assert newest_checkpoint(workdir) >= saved + 2
+
+
+@several
+@pytest.mark.slow
+def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_path):
+    address, both = processes.free_address(), []
+    for index in range(2):
+        tiny_config.optim.learning_rate = 0.1 * (1 + index)
+        both.append(
+            processes.start(tiny_config, tmp_path / "run", coordinator=address, process=(index, 2))
+        )
+    for index, process in enumerate(both):
+        process.join()
+        assert process.exitcode == 2
+        told = processes.printed(tmp_path / "run", index)
+        assert "must be the same in all processes of a run" in told
+    assert not (tmp_path / "run").exists()
+
+
+@several
+@pytest.mark.slow
+def test_a_run_in_two_processes_is_stopped_resumed_and_judged_like_any(tiny_config, tmp_path):
+    """A signal to both, at no common moment; then the rest, k-NN, probes and the report."""
+    tiny_config.log.every_steps = 1
+    tiny_config.log.report = tiny_config.eval.probe_at_end = True
+    workdir = tmp_path / "run"
+    address = processes.free_address()
+    both = [
+        processes.start(
+            tiny_config, workdir, stop_step=stop, coordinator=address, process=(index, 2)
+        )
+        for index, stop in enumerate((2, 3))
+    ]
+    for index, process in enumerate(both):
+        process.join()
+        assert process.exitcode == 143, processes.printed(workdir, index)
+    assert newest_checkpoint(workdir) == newest_line(workdir) in (2, 3)
+    assert not (workdir / "report.html").exists()
+    assert processes.finish(tiny_config, workdir, num=2) == 0
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
+    rows = json.loads((workdir / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert (workdir / "report.html").exists()
+    assert "warning" not in processes.printed(workdir)
+    assert processes.printed(workdir, 1) == ""
