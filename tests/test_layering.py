@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 LAYERS = [
     ["errors", "whole_files", "user_cache"],
     ["blocks"],
-    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
+    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
+     "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],

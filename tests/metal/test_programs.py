@@ -67,6 +67,14 @@ def test_the_plugin_takes_accumulation(tiny_config):
     assert refusals(Step(tiny_config), PLATFORM) == []
 
 
+@pytest.mark.parametrize("kind", ["hierarchical", "random"])
+def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, kind):
+    tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
+    for option in ("vertical_flip", "blur", "solarize"):
+        tiny_config.data[option] = 0.5
+    assert refusals(Step(tiny_config), PLATFORM) == []
+
+
 def test_the_plugin_takes_the_linear_probe():
     features, labels = jnp.zeros((8, 5)), jnp.zeros(8, jnp.int32)
     weights, per_penalty = jnp.zeros((5, 3, 2)), jnp.ones((5, 1, 2))
