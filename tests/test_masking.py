@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from hjepa_jax.blocks import block_shapes, rank
@@ -130,9 +130,10 @@ def placements(mask: MaskSampler, cell: int, scale: tuple[float, float]) -> np.n
 
 
 @settings(
-    max_examples=16,
+    max_examples=10,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # shrinking would hunt for chance
     suppress_health_check=[HealthCheck.filter_too_much],
 )
 @given(kind=kinds_of_masks(), seed=st.integers(0, 2**31 - 1))
@@ -184,8 +185,8 @@ def test_masks_obey_their_rules(kind, seed):
         assert expected.min() > 0, "a patch is out of reach"
         sigma = np.sqrt(expected * (1 - expected) / NUM_SAMPLES) + 1e-9
         deviation = np.abs(hidden.mean(axis=0) - expected) / sigma
-        assert np.mean(deviation > 3) <= 0.01  # of a fair sampler 0.3 %
-        assert deviation.max() < 5
+        assert np.sum(deviation > 3) <= 1 + 0.01 * deviation.size  # of a fair sampler 0.3 %
+        assert deviation.max() < 4.5
 
 
 def test_blocks_grow_with_their_level_by_the_progression():

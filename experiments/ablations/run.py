@@ -142,7 +142,7 @@ def append(results: pathlib.Path, row: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Rows of results.csv.")
     parser.add_argument("--row", choices=ROWS, help="one row; all, if not given")
     parser.add_argument("--seed", type=int, help=f"one seed; {SEEDS}, if not given")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
