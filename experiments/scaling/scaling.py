@@ -24,10 +24,7 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Steps timed in a round.")
 
 HERE = pathlib.Path(__file__).parent
 # processes, devices in all, fsdp
-LAYOUTS = (
-    (1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 8, 2), (1, 8, 8),
-    (2, 2, 1), (2, 8, 1), (2, 8, 8),
-)  # fmt: skip
+LAYOUTS = ((1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 8, 8), (2, 2, 1), (2, 8, 1))
 STRONG, WEAK = 64, 8  # images per step, and per step and device
 
 
@@ -63,16 +60,17 @@ def main() -> None:
         for kind in ("strong", "weak")
         for layout in LAYOUTS
     ]
-    seconds, last = {case: [] for case in cases}, {}
+    programs = dict.fromkeys(case[1:] for case in cases)  # with 8 devices both kinds are the same
+    seconds, last = {program: [] for program in programs}, {}
     for _ in range(_ROUNDS.value):
-        for case in cases:
-            last[case] = measure(*case[1:])
-            seconds[case] += last[case]["sec"]
-            print(case, f"{np.median(seconds[case]):.4f} s", flush=True)
+        for program in programs:
+            last[program] = measure(*program)
+            seconds[program] += last[program]["sec"]
+            print(program, f"{np.median(seconds[program]):.4f} s", flush=True)
     rows = []
-    for case in cases:
-        kind, num_processes, devices, fsdp, batch_size = case
-        first = next(c for c in cases if c[0] == kind)
+    for kind, *program in cases:
+        num_processes, devices, fsdp, batch_size = case = tuple(program)
+        first = next(tuple(c[1:]) for c in cases if c[0] == kind)
         rate = batch_size / np.median(seconds[case])
         rows.append({
             "scaling": kind, "processes": num_processes, "devices": devices, "fsdp": fsdp,
