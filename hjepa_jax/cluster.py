@@ -117,14 +117,15 @@ def leave(reason: str = "") -> None:
     if _stopped.is_set() or _state().client is None:
         return
     client, state = _state().client, _state()
-    client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
-    until = time.monotonic() + PARTING_SEC
-    while time.monotonic() < until:
-        if len(client.key_value_dir_get("left/")) == state.num_processes:
-            _stopped.set()
-            jax.distributed.shutdown()
-            return
-        time.sleep(0.05)
+    with contextlib.suppress(RuntimeError):  # process 0, which keeps the records, is gone
+        client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
+        until = time.monotonic() + PARTING_SEC
+        while time.monotonic() < until:
+            if len(client.key_value_dir_get("left/")) == state.num_processes:
+                _stopped.set()
+                jax.distributed.shutdown()
+                return
+            time.sleep(0.05)
     _stopped.set()
     atexit.unregister(jax.distributed.shutdown)  # it would wait for the others once more
 
