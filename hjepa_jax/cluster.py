@@ -97,8 +97,10 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
             shutdown_timeout_seconds=PARTING_SEC,
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        refuse(f"the processes do not find each other: {reason}")
+        what = "the processes do not find each other"
+        if address is None:
+            what = "no SLURM, Open MPI or Kubernetes says where the others are"
+        refuse(f"{what} ({str(error).splitlines()[0]})")
     if _state().process_id != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first process speaks for all
     _stopped.clear()
