@@ -94,8 +94,8 @@ class TfdsRecords:
 
             # From the folder alone: the set's own code need not be there.
             builder = tfds.builder_from_directory(self.path)
-            skip_decoding: Any = tfds.decode.SkipDecoding
-            decoders = {self.keys[0]: skip_decoding()}
+            skip = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]
+            decoders = {self.keys[0]: skip}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
         return self._opened
 
