@@ -224,7 +224,7 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     canvas.draw()
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # A third of the size; by coverage, so that a rare colour, such as that of a frame, stays.
+    # A third of the size; by coverage, so that rare colours, such as a legend's, stay as they are.
     small = Image.fromarray(shown).quantize(256, Image.Quantize.MAXCOVERAGE)
     palette = np.array(small.getpalette(), np.uint8).reshape(-1, 3)
     palette[np.asarray(small)[0, 0]] = shown[0, 0]  # the paper is exactly the page's

@@ -137,6 +137,7 @@ return texts.join(' ');
         ("images", ["masks", "attention"]),
         ("hparams", ["optim.learning_rate", "train/loss"]),
         ("text", ["environment", "parameters"]),
+        ("projector", ["level_0", "summary"]),
     ],
 )
 def test_tensorboard_shows(browser, tensorboard, tab, words):
