@@ -14,7 +14,7 @@ from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import MAX_NUMBER, get_field
-from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.masking import HierarchicalMask, MaskSampler, MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
@@ -26,6 +26,7 @@ from hjepa_jax.optimizer import (
     warmup_cosine_schedule,
 )
 from hjepa_jax.platform import current_rules
+from hjepa_jax.random_mask import RandomMask
 from hjepa_jax.snapshot import make_snapshot_fn
 from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
 from hjepa_jax.train_state import TrainState, create_train_state
@@ -90,24 +91,27 @@ def _precision(dtype: str) -> Precision:
     return Precision(jnp.dtype(dtype), jnp.dtype("float32" if wide else dtype))
 
 
-def build_masks(config: Config) -> MultiBlockMask:
+def build_masks(config: Config) -> MaskSampler:
     """The mask sampler.
 
     Raises:
       InputError: for masks that no block fits or that leave no context.
     """
-    c = config.mask
-    align_level = config.model.num_levels - 1 if c.align_level is None else c.align_level
-    return MultiBlockMask(
-        grid_size=config.data.image_size // config.model.patch_size,
-        num_blocks=c.num_blocks,
-        scale=tuple(c.scale),
-        aspect_ratio=tuple(c.aspect_ratio),
-        context_scale=tuple(c.context_scale),
-        context_aspect_ratio=tuple(c.context_aspect_ratio),
-        align_level=align_level,
-        num_context=c.num_context,
-    )
+    c, num_levels = config.mask, config.model.num_levels
+    shared: dict[str, Any] = {
+        "grid_size": config.data.image_size // config.model.patch_size,
+        "scale": tuple(c.scale),
+        "context_scale": tuple(c.context_scale),
+        "context_aspect_ratio": tuple(c.context_aspect_ratio),
+        "num_context": c.num_context,
+    }
+    align_level = num_levels - 1 if c.align_level is None else c.align_level
+    if c.kind == "random":
+        return RandomMask(align_level=align_level, **shared)
+    shared |= {"num_blocks": c.num_blocks, "aspect_ratio": tuple(c.aspect_ratio)}
+    if c.kind == "hierarchical":
+        return HierarchicalMask(num_levels=num_levels, progression=tuple(c.progression), **shared)
+    return MultiBlockMask(align_level=align_level, **shared)
 
 
 def build_streaming(config: Config) -> Streaming:
@@ -131,24 +135,30 @@ def build_augment(config: Config) -> Augment:
         crop_scale=tuple(c.crop_scale),
         crop_ratio=tuple(c.crop_ratio),
         horizontal_flip=c.horizontal_flip,
+        vertical_flip=c.vertical_flip,
         brightness=c.brightness,
         contrast=c.contrast,
         saturation=c.saturation,
         grayscale=c.grayscale,
+        blur=c.blur,
+        blur_sigma=tuple(c.blur_sigma),
+        solarize=c.solarize,
     )
 
 
 def build_loss_weights(config: Config) -> LossWeights:
     """How the terms of the loss are combined."""
     c = config.loss
-    regularizer_weight = 0.0 if c.regularizer == "none" else c.regularizer_weight
+    vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
     level_weights = c.level_weights or (1.0,) * config.model.num_levels
     return LossWeights(
         kind=c.kind,
         level_weights=tuple(level_weights),
         summary_weight=c.summary_weight,
-        variance_weight=regularizer_weight * c.variance_weight,
-        covariance_weight=regularizer_weight * c.covariance_weight,
+        variance_weight=vicreg_weight * c.variance_weight,
+        covariance_weight=vicreg_weight * c.covariance_weight,
+        sigreg_weight=c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
+        num_slices=c.num_slices,
     )
 
 
@@ -192,7 +202,9 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
             kind="cosine",
             num_steps=num_steps,
         ),
-        ema_momentum_fn=interpolation_schedule(start, end, kind=kind, num_steps=num_steps),
+        ema_momentum_fn=interpolation_schedule(
+            start, end, kind=kind, num_steps=num_steps, at_most=c.max_ema_momentum
+        ),
     )
 
 

@@ -60,10 +60,14 @@ def base_config() -> Config:
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # its width / height
     c.data.horizontal_flip = 0.5  # probability
+    c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
     c.data.contrast = 0.2
     c.data.saturation = 0.2
     c.data.grayscale = 0.0  # probability
+    c.data.blur = 0.0  # probability of a Gaussian blur
+    c.data.blur_sigma = (0.1, 2.0)  # its standard deviation, pixels
+    c.data.solarize = 0.0  # probability of inverting the pixels of at least half brightness
 
     c.model = ConfigDict()
     c.model.name = "vit_tiny"  # sets width, depth and heads, where those are None
@@ -82,13 +86,16 @@ def base_config() -> Config:
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()
+    # What is hidden. multiblock: M blocks of whole cells of align_level; hierarchical: block m of
+    # whole cells of level m mod L, larger by progression; random: scattered cells of align_level.
     c.mask.kind = "multiblock"
-    c.mask.num_blocks = 4  # M, target blocks per image
-    c.mask.scale = (0.15, 0.25)  # area of a target block, fraction of the grid
+    c.mask.num_blocks = 4  # M, target blocks per image; random: always one set of cells
+    c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
+    c.mask.progression = ("geometric", 1.5)  # hierarchical: geometric | linear, level 1 / level 0
     c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block
     c.mask.context_scale = (0.85, 1.0)  # area of the context block, before targets are removed
     c.mask.context_aspect_ratio = (0.75, 1.5)
-    c.mask.align_level = placeholder(int)  # blocks of whole cells of this level; None: L - 1
+    c.mask.align_level = placeholder(int)  # targets are whole cells of this level; None: L - 1
     c.mask.num_context = placeholder(int)  # K, context tokens kept; None: the expected number
     c.mask.min_coverage = 1.0  # fraction of a cell that must be hidden for it to be a target
 
@@ -96,10 +103,11 @@ def base_config() -> Config:
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
-    c.loss.regularizer = "vicreg"  # vicreg | none
-    c.loss.regularizer_weight = 0.05  # multiplies the two terms below
-    c.loss.variance_weight = 25.0
-    c.loss.covariance_weight = 1.0
+    c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
+    c.loss.regularizer_weight = 0.05  # multiplies sigreg, or the two terms of vicreg
+    c.loss.variance_weight = 25.0  # of vicreg
+    c.loss.covariance_weight = 1.0  # of vicreg
+    c.loss.num_slices = 256  # of sigreg: random directions, drawn anew in each step
     c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
     c.optim = ConfigDict()
@@ -112,6 +120,7 @@ def base_config() -> Config:
     c.optim.b2 = 0.95
     c.optim.clip_norm = 3.0  # global gradient norm; 0: no clipping
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
+    c.optim.max_ema_momentum = 1.0  # where that schedule is above, this
     c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
 
     c.train = ConfigDict()
@@ -206,7 +215,9 @@ def validate(config: Config) -> None:
     check(min(config.data.std) > 0, "data.std", "must be greater than 0")
     increasing("data.crop_scale", 0, 1)
     increasing("data.crop_ratio", 0, 100)
-    fraction("data.horizontal_flip", "data.grayscale")
+    fraction("data.horizontal_flip", "data.vertical_flip")
+    fraction("data.grayscale", "data.blur", "data.solarize")
+    increasing("data.blur_sigma", 0, 100)
     fraction("data.brightness", "data.contrast", "data.saturation")
 
     one_of("model.name", tuple(SIZES))
@@ -240,7 +251,13 @@ def validate(config: Config) -> None:
         f"{grid_size}x{grid_size} grid",
     )
 
-    one_of("mask.kind", ("multiblock",))
+    one_of("mask.kind", ("multiblock", "hierarchical", "random"))
+    growth = config.mask.progression
+    growth_rule = "must be (geometric | linear, factor), with a factor of 1 to 100"
+    check(len(growth) == 2, "mask.progression", growth_rule)
+    check(growth[0] in ("geometric", "linear"), "mask.progression", growth_rule)
+    factor_fits = is_a(float, growth[1]) and 1 <= growth[1] <= 100
+    check(factor_fits, "mask.progression", growth_rule)
     increasing("mask.scale", 0, 1)
     increasing("mask.context_scale", 0, 1)
     increasing("mask.aspect_ratio", 0, 100)
@@ -256,10 +273,11 @@ def validate(config: Config) -> None:
     )
 
     one_of("loss.kind", PREDICTION_LOSSES)
-    one_of("loss.regularizer", ("vicreg", "none"))
+    one_of("loss.regularizer", ("vicreg", "sigreg", "none"))
     one_of("loss.regularized", REGULARIZED)
     at_least(0, "loss.summary_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
+    at_least(1, "loss.num_slices", at_most=65_536)
     weights = config.loss.level_weights
     weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
     if weights is not None:
@@ -281,6 +299,7 @@ def validate(config: Config) -> None:
     check(ema[2] in ("constant", "linear", "cosine"), "optim.ema_momentum", ema_rule)
     momenta = all(is_a(float, m) and 0 <= m <= 1 for m in ema[:2])
     check(momenta, "optim.ema_momentum", ema_rule)
+    at_least(ema[0], "optim.max_ema_momentum", at_most=1)
     at_least(1, "train.batch_size", "optim.accumulation_steps", at_most=2**20)
     at_least(1, "train.steps_per_call", at_most=10_000)  # whose rows of batches are made at once
     positive("train.num_epochs", "train.num_steps", "train.keep_checkpoints")
@@ -292,11 +311,11 @@ def validate(config: Config) -> None:
         "optim.accumulation_steps",
         f"must divide train.batch_size={config.train.batch_size}",
     )
-    vicreg = config.loss.regularizer == "vicreg"
+    regularizer = config.loss.regularizer
     check(
-        not vicreg or config.train.batch_size // config.optim.accumulation_steps >= 2,
+        regularizer == "none" or config.train.batch_size // config.optim.accumulation_steps >= 2,
         "train.batch_size",
-        "must leave at least 2 images per part, whose variance loss.regularizer='vicreg' needs",
+        f"must leave at least 2 images per part, which loss.regularizer='{regularizer}' compares",
     )
     at_least(1, "parallel.cpu_devices", at_most=256)
     at_least(1, "parallel.fsdp")  # run.build_run: it divides the number of devices

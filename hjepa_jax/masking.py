@@ -21,6 +21,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from hjepa_jax.blocks import BlockSampler, block_tokens, covers, rank
 from hjepa_jax.errors import InputError
 
 # A raw uint32 key (what checkpoints and every plugin can hold) or a typed key.
@@ -44,14 +45,6 @@ class Masks:
     target_valid: Any
 
 
-def rank(x: Float[Array, " N"]) -> Int[Array, " N"]:
-    """Position of each entry in ascending order, ties broken by index: a permutation of 0..N-1."""
-    index = jnp.arange(x.shape[0])
-    smaller = x[None, :] < x[:, None]
-    tied_before = (x[None, :] == x[:, None]) & (index[None, :] < index[:, None])
-    return jnp.sum(smaller | tied_before, axis=1, dtype=jnp.int32)
-
-
 def gather_tokens(
     x: Float[Array, "B N D"] | Float[Array, "N D"], index: Int[Array, "B K"]
 ) -> Float[Array, "B K D"]:
@@ -72,87 +65,46 @@ def target_union(masks: Masks, num_patches: int) -> Bool[Array, "B N"]:
     return jnp.any(hit, axis=(1, 2))
 
 
-def block_shapes(
-    grid_size: int,
-    scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-    *,
-    cell_size: int = 1,
-    field: str = "mask.scale",
-) -> Int[np.ndarray, "S 2"]:
-    """All block shapes (height, width), in cells, that satisfy area and aspect ratio.
-
-    Args:
-      grid_size: patches per side of the grid, G.
-      scale: smallest and largest area as a fraction of the grid, in (0, 1].
-      aspect_ratio: smallest and largest height / width, in patches.
-      cell_size: side of a cell in patches; blocks consist of whole cells.
-      field: the config field to name when no shape fits.
-
-    Raises:
-      InputError: when no block of whole cells satisfies both ranges.
-    """
-    side = np.arange(1, -(-grid_size // cell_size) + 1)
-    cells = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2)
-    patches = np.minimum(cells * cell_size, grid_size)
-    area = patches.prod(axis=1) / grid_size**2
-    aspect = patches[:, 0] / patches[:, 1]
-    eps = 1e-6
-    in_aspect = (aspect >= aspect_ratio[0] - eps) & (aspect <= aspect_ratio[1] + eps)
-    fits = in_aspect & (area >= scale[0] - eps) & (area <= scale[1] + eps)
-    if not fits.any():
-        possible = sorted({round(float(a), 3) for a in area[in_aspect]})
-        raise InputError(
-            field,
-            tuple(scale),
-            f"no block of whole {cell_size}x{cell_size}-patch cells on a {grid_size}x{grid_size} "
-            f"grid has its area in this range and its aspect ratio in {tuple(aspect_ratio)}; "
-            f"areas that exist: {possible}",
-        )
-    return cells[fits]
-
-
 @dataclasses.dataclass(frozen=True)
-class MultiBlockMask:
-    """Samples `num_blocks` rectangular target blocks and the context that remains.
+class MaskSampler:
+    """What the kinds of masks share: targets are sampled, and the context is what remains.
+
+    A kind says which patches are targets (`sample_targets`) and how many they will be.
 
     Attributes:
       grid_size: patches per side, G.
-      num_blocks: target blocks per image, M.
-      scale: area of a target block, fraction of the grid (uniform).
-      aspect_ratio: height / width of a target block (log-uniform).
       context_scale: area of the context block, from which the targets are removed.
       context_aspect_ratio: height / width of the context block.
-      align_level: target blocks consist of whole cells of this level.
       num_context: context tokens kept, K; None takes the expected number of visible patches,
         rounded up to a multiple of 8.
     """
 
     grid_size: int
-    num_blocks: int = 4
-    scale: tuple[float, float] = (0.15, 0.2)
-    aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    _: dataclasses.KW_ONLY
     context_scale: tuple[float, float] = (0.85, 1.0)
     context_aspect_ratio: tuple[float, float] = (0.75, 1.5)
-    align_level: int = 0
     num_context: int | None = None
 
-    def __post_init__(self):
-        if self.num_blocks < 1:
-            raise InputError("mask.num_blocks", self.num_blocks, "must be at least 1")
-        if self.num_context is not None and not 1 <= self.num_context <= self.num_patches:
-            raise InputError(
-                "mask.num_context", self.num_context, f"must be in 1..{self.num_patches} patches"
-            )
-        smallest_target = self._target_shapes.prod(axis=1).min() * self.cell_size**2
-        largest_context = self._context_shapes.prod(axis=1).max()
-        if largest_context <= smallest_target or self.expected_num_visible < 1:
-            raise InputError(
-                "mask.scale",
-                tuple(self.scale),
-                f"{self.num_blocks} blocks of this size leave no context in a block of "
-                f"mask.context_scale={tuple(self.context_scale)}",
-            )
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that `sample_targets` takes."""
+        raise NotImplementedError
+
+    @property
+    def visible_fraction(self) -> float:
+        """Expected share of patches that are no target, if all were targets equally often."""
+        raise NotImplementedError
+
+    @property
+    def smallest_union(self) -> int:
+        """Patches that are targets at least."""
+        raise NotImplementedError
+
+    def sample_targets(
+        self, u: Float[Array, " _"]
+    ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
+        """Index and validity of the targets, and which patches they hide."""
+        raise NotImplementedError
 
     @property
     def num_patches(self) -> int:
@@ -160,35 +112,9 @@ class MultiBlockMask:
         return self.grid_size**2
 
     @property
-    def cell_size(self) -> int:
-        """Side in patches of the cells that target blocks consist of."""
-        return 2**self.align_level
-
-    @property
-    def _target_shapes(self) -> np.ndarray:
-        return block_shapes(self.grid_size, self.scale, self.aspect_ratio, cell_size=self.cell_size)
-
-    @property
-    def _context_shapes(self) -> np.ndarray:
-        return block_shapes(
-            self.grid_size,
-            self.context_scale,
-            self.context_aspect_ratio,
-            field="mask.context_scale",
-        )
-
-    @property
-    def block_capacity(self) -> int:
-        """T, patches of the largest possible target block."""
-        patches = np.minimum(self._target_shapes * self.cell_size, self.grid_size)
-        return int(patches.prod(axis=1).max())
-
-    @property
     def expected_num_visible(self) -> float:
-        """Expected number of visible patches if blocks covered every patch equally often."""
-        target = np.mean(self._target_shapes.prod(axis=1)) * self.cell_size**2 / self.num_patches
-        context = np.mean(self._context_shapes.prod(axis=1))
-        return float(context * max(0.0, 1.0 - target) ** self.num_blocks)
+        """Expected number of visible patches, if all were targets equally often."""
+        return float(np.mean(self._context_block.areas) * self.visible_fraction)
 
     @property
     def context_capacity(self) -> int:
@@ -197,48 +123,53 @@ class MultiBlockMask:
             return self.num_context
         return min(self.num_patches, 8 * int(np.ceil(self.expected_num_visible / 8)))
 
+    @property
+    def _context_block(self) -> BlockSampler:
+        return BlockSampler(
+            self.grid_size,
+            self.context_scale,
+            self.context_aspect_ratio,
+            field="mask.context_scale",
+        )
+
+    def check_context(self, scale: tuple[float, float]) -> None:
+        """Checks that something can be seen.
+
+        Raises:
+          InputError: naming `mask.num_context`, or `mask.scale`, whose value is given.
+        """
+        if self.num_context is not None and not 1 <= self.num_context <= self.num_patches:
+            raise InputError(
+                "mask.num_context", self.num_context, f"must be in 1..{self.num_patches} patches"
+            )
+        largest_context = self._context_block.areas.max()
+        if largest_context <= self.smallest_union or self.expected_num_visible < 1:
+            raise InputError(
+                "mask.scale",
+                tuple(scale),
+                "targets of this size leave no context in a block of "
+                f"mask.context_scale={tuple(self.context_scale)}",
+            )
+
     def __call__(self, rngs: Rng | UInt32[Array, "B 2"]) -> Masks:
         """Samples the masks of a batch from one key per image, [B] keys."""
         return jax.vmap(self._sample_image)(rngs)
 
     def _sample_image(self, rng: Rng) -> Masks:
-        # One draw for everything: four numbers per block, then one per patch.
-        n, m = self.num_patches, self.num_blocks
-        u = jax.random.uniform(rng, (4 * (m + 1) + n,))
-        blocks = [
-            _place_block(
-                u[4 * i : 4 * i + 4],
-                self._target_shapes,
-                self.grid_size,
-                self.cell_size,
-                self.scale,
-                self.aspect_ratio,
-            )
-            for i in range(m)
-        ]
-        tokens = [_block_tokens(b, self.grid_size, self.block_capacity) for b in blocks]
-        target_index = jnp.stack([index for index, _ in tokens])
-        target_valid = jnp.stack([valid for _, valid in tokens])
-
-        context_block = _place_block(
-            u[4 * m : 4 * m + 4],
-            self._context_shapes,
-            self.grid_size,
-            1,
-            self.context_scale,
-            self.context_aspect_ratio,
+        # One draw for everything: targets, context block, then one number per patch.
+        of_targets, of_context = self.num_draws, self.num_draws + 4
+        u = jax.random.uniform(rng, (of_context + self.num_patches,))
+        target_index, target_valid, hidden = self.sample_targets(u[:of_targets])
+        context_block = self._context_block.place(u[of_targets:of_context])
+        visible = covers(context_block, self.grid_size) & ~hidden
+        # A uniformly random subset of the visible patches: in random order, hidden last.
+        context_index, context_valid = lowest_first(
+            u[of_context:] + jnp.where(visible, 0.0, 1.0),
+            jnp.sum(visible),
+            self.context_capacity,
         )
-        visible = _covers(context_block, self.grid_size)
-        for block in blocks:
-            visible &= ~_covers(block, self.grid_size)
-
-        # A uniformly random subset of the visible patches: rank them in random order, hidden last.
-        slot = rank(u[4 * (m + 1) :] + jnp.where(visible, 0.0, 1.0))
-        is_slot = slot[None, :] == jnp.arange(self.context_capacity)[:, None]
-        context_index = jnp.sum(is_slot * jnp.arange(n)[None], axis=1, dtype=jnp.int32)
-        context_valid = jnp.arange(self.context_capacity) < jnp.sum(visible)
         return Masks(
-            context_index=jnp.where(context_valid, context_index, 0),
+            context_index=context_index,
             context_valid=context_valid,
             target_index=target_index,
             # An image that shows nothing can predict nothing: it must not weigh in the loss.
@@ -246,66 +177,119 @@ class MultiBlockMask:
         )
 
 
-@struct.dataclass
-class _Block:
-    """A rectangle of patches: first row and column, and how many of each (int32 scalars)."""
+@dataclasses.dataclass(frozen=True)
+class BlockMask(MaskSampler):
+    """Masks whose targets are rectangular blocks, `blocks` of them.
 
-    top: Any
-    left: Any
-    height: Any
-    width: Any
+    Attributes:
+      num_blocks: target blocks per image, M.
+      scale: area of a target block, fraction of the grid (uniform).
+      aspect_ratio: height / width of a target block (log-uniform).
+    """
+
+    num_blocks: int = 4
+    scale: tuple[float, float] = (0.15, 0.2)
+    aspect_ratio: tuple[float, float] = (0.75, 1.5)
+
+    def __post_init__(self):
+        if self.num_blocks < 1:
+            raise InputError("mask.num_blocks", self.num_blocks, "must be at least 1")
+        self.check_context(self.scale)
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        """How each of the M blocks is placed."""
+        raise NotImplementedError
+
+    @property
+    def block_capacity(self) -> int:
+        """T, patches of the largest possible target block."""
+        return max(block.capacity for block in self.blocks)
+
+    @property
+    def num_draws(self) -> int:
+        return 4 * self.num_blocks
+
+    @property
+    def visible_fraction(self) -> float:
+        hidden = [np.mean(block.areas) / self.num_patches for block in self.blocks]
+        return float(np.prod([max(0.0, 1.0 - fraction) for fraction in hidden]))
+
+    @property
+    def smallest_union(self) -> int:
+        return max(int(block.areas.min()) for block in self.blocks)
+
+    def sample_targets(
+        self, u: Float[Array, " _"]
+    ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
+        placed = [block.place(u[4 * i : 4 * i + 4]) for i, block in enumerate(self.blocks)]
+        tokens = [block_tokens(block, self.grid_size, self.block_capacity) for block in placed]
+        index, valid = (jnp.stack(arrays) for arrays in zip(*tokens, strict=True))
+        hidden = [covers(block, self.grid_size) for block in placed]
+        return index, valid, jnp.any(jnp.stack(hidden), axis=0)
 
 
-def _place_block(
-    u: Float[Array, "4"],
-    shapes: Int[np.ndarray, "S 2"],
-    grid_size: int,
-    cell_size: int,
-    scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-) -> _Block:
-    """From four uniform numbers: area and aspect ratio, the nearest of `shapes`, its position."""
-    cells_per_side = -(-grid_size // cell_size)
-    area = scale[0] + (scale[1] - scale[0]) * u[0]
-    low, high = np.log(aspect_ratio)
-    log_aspect = low + (high - low) * u[1]
-    patches = np.minimum(shapes * cell_size, grid_size)
-    log_areas = np.log(patches.prod(axis=1) / grid_size**2).astype(np.float32)
-    log_aspects = np.log(patches[:, 0] / patches[:, 1]).astype(np.float32)
-    distance = (log_areas - jnp.log(area)) ** 2 + (log_aspects - log_aspect) ** 2
-    nearest = rank(distance) == 0
-    height = jnp.sum(nearest * shapes[:, 0], dtype=jnp.int32)
-    width = jnp.sum(nearest * shapes[:, 1], dtype=jnp.int32)
-    top = _uniform_int(u[2], cells_per_side - height + 1) * cell_size
-    left = _uniform_int(u[3], cells_per_side - width + 1) * cell_size
-    return _Block(
-        top=top,
-        left=left,
-        height=jnp.minimum(height * cell_size, grid_size - top),
-        width=jnp.minimum(width * cell_size, grid_size - left),
-    )
+@dataclasses.dataclass(frozen=True)
+class MultiBlockMask(BlockMask):
+    """Blocks that are all alike, of whole cells of level `align_level`."""
+
+    align_level: int = 0
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        cell_size = 2**self.align_level
+        block = BlockSampler(self.grid_size, self.scale, self.aspect_ratio, cell_size)
+        return (block,) * self.num_blocks
 
 
-def _uniform_int(u: Float[Array, ""], num_values: Int[Array, ""]) -> Int[Array, ""]:
-    """Uniform on 0..num_values-1 for u uniform on [0, 1)."""
-    value = jnp.floor(u * num_values).astype(jnp.int32)
-    return jnp.minimum(value, num_values - 1)  # u * n may round up to n
+@dataclasses.dataclass(frozen=True)
+class HierarchicalMask(BlockMask):
+    """Block m belongs to level m mod L: it consists of whole cells of it, and grows with it.
+
+    Attributes:
+      num_levels: L.
+      progression: (kind, factor). A block of level 1 has `factor` times the area of one of level
+        0, whose area `scale` is; above, each level multiplies by as much ("geometric",
+        factor^l) or adds as much ("linear", 1 + (factor - 1) l).
+    """
+
+    num_levels: int = 2
+    progression: tuple[str, float] = ("geometric", 1.5)
+
+    def __post_init__(self):
+        if self.num_blocks < self.num_levels:
+            rule = f"must be at least {self.num_levels}, a block for each level"
+            raise InputError("mask.num_blocks", self.num_blocks, rule)
+        super().__post_init__()
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        levels = [self._block(level) for level in range(self.num_levels)]
+        return tuple(levels[m % self.num_levels] for m in range(self.num_blocks))
+
+    def _block(self, level: int) -> BlockSampler:
+        kind, factor = self.progression
+        growth = factor**level if kind == "geometric" else 1.0 + (factor - 1.0) * level
+        low, high = (area * growth for area in self.scale)
+        # Level 0 is what mask.scale says; where a level above does not fit, it is the growth.
+        try:
+            if high > 1.0:
+                raise InputError("mask.scale", self.scale, f"blocks take {high:.3g} of the grid")
+            block = BlockSampler(self.grid_size, (low, high), self.aspect_ratio, 2**level)
+            _ = block.shapes
+        except InputError as error:
+            if level == 0:
+                raise
+            rule = f"at level {level}: {error.rule}"
+            raise InputError("mask.progression", self.progression, rule) from None
+        return block
 
 
-def _block_tokens(
-    block: _Block, grid_size: int, capacity: int
-) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
-    """Patch indices of a block, row by row, padded to `capacity`."""
-    t = jnp.arange(capacity, dtype=jnp.int32)
-    row, col = t // block.width, t % block.width
-    valid = row < block.height
-    index = (block.top + row) * grid_size + block.left + col
+def lowest_first(
+    order: Float[Array, " N"], count: Int[Array, ""], capacity: int
+) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
+    """The patches that come first in ascending `order`, `count` of them, padded to `capacity`."""
+    is_slot = rank(order)[None, :] == jnp.arange(capacity)[:, None]
+    index = jnp.sum(is_slot * jnp.arange(len(order))[None], axis=1, dtype=jnp.int32)
+    valid = jnp.arange(capacity) < count
     return jnp.where(valid, index, 0), valid
-
-
-def _covers(block: _Block, grid_size: int) -> Bool[Array, " N"]:
-    """Which patches of the grid the block covers."""
-    side = jnp.arange(grid_size)
-    rows = (side >= block.top) & (side < block.top + block.height)
-    cols = (side >= block.left) & (side < block.left + block.width)
-    return (rows[:, None] & cols[None, :]).reshape(-1)

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from hjepa_jax import losses
-from hjepa_jax.masking import Masks, MultiBlockMask, gather_tokens, target_union
+from hjepa_jax.masking import Masks, MaskSampler, gather_tokens, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 
@@ -60,7 +60,7 @@ def as_unit(images: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 
 
 def make_snapshot_fn(
     model: HJEPA,
-    sample_masks: MultiBlockMask,
+    sample_masks: MaskSampler,
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],

@@ -16,12 +16,15 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from hjepa_jax import losses
 from hjepa_jax.data.augment import Augment
-from hjepa_jax.masking import MultiBlockMask, gather_tokens
+from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Prediction
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
+
+# Number of no image of a batch: those are below 2^20.
+NO_IMAGE = 2**31 - 1
 
 
 @struct.dataclass
@@ -51,6 +54,8 @@ class LossWeights:
       level_weights: w_l of each level, in both passes.
       summary_weight: weight of the summary pass.
       variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
+      sigreg_weight: weight of SIGReg (0: none).
+      num_slices: random directions per step, of SIGReg.
     """
 
     kind: str = "smooth_l1"
@@ -58,6 +63,8 @@ class LossWeights:
     summary_weight: float = 1.0
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
+    sigreg_weight: float = 0.0
+    num_slices: int = 256
 
 
 def image_rngs(
@@ -70,17 +77,24 @@ def image_rngs(
     return pairs[:, 0], pairs[:, 1]
 
 
+def slice_rng(rng: Array, step: Int[Array, ""]) -> Array:
+    """The key of a step that belongs to no image, and so is the same for all of them."""
+    return jax.random.fold_in(jax.random.fold_in(rng, step), NO_IMAGE)
+
+
 def hjepa_loss(
     prediction: Prediction,
     targets: tuple[Float[Array, "B _ D"], ...],
     weights: LossWeights,
+    rng: Array,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss, sum_l w_l d_l + summary_weight * (same, from the summary) + VICReg.
+    """The training loss, sum_l w_l d_l + summary_weight * (same, from the summary) + regularizer.
 
     Args:
       prediction: output of the online networks.
       targets: per level, features aligned with `prediction.levels`; no gradient is stopped here.
       weights: how the terms are combined.
+      rng: of the directions that SIGReg looks along.
 
     Returns:
       The loss, and every term of it (unweighted) by its metric name.
@@ -107,6 +121,11 @@ def hjepa_loss(
         terms["loss_covariance"] = losses.covariance_loss(prediction.regularized)
         loss += weights.variance_weight * terms["loss_variance"]
         loss += weights.covariance_weight * terms["loss_covariance"]
+    if weights.sigreg_weight:
+        width = prediction.regularized.shape[-1]
+        directions = losses.random_directions(rng, weights.num_slices, width)
+        terms["loss_sigreg"] = losses.sigreg_loss(prediction.regularized, directions)
+        loss += weights.sigreg_weight * terms["loss_sigreg"]
     return loss, {"loss": loss, **terms}
 
 
@@ -114,7 +133,7 @@ def make_train_step(
     *,
     model: HJEPA,
     tx: optax.GradientTransformation,
-    sample_masks: MultiBlockMask,
+    sample_masks: MaskSampler,
     augment: Augment,
     loss_weights: LossWeights,
     ema_momentum_fn: Schedule,
@@ -130,7 +149,7 @@ def make_train_step(
       loss_weights: how the terms of the loss are combined.
       ema_momentum_fn: m as a function of the number of the update, from 1.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
-        before the update. Batch statistics (VICReg) are then those of a part.
+        before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     apply = _untyped_apply(model)
@@ -152,7 +171,8 @@ def make_train_step(
 
         def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Prediction]]:
             prediction = apply({"params": params}, views, masks)
-            loss, scalars = hjepa_loss(prediction, targets, loss_weights)
+            rng = slice_rng(state.rng, state.step)
+            loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
             return loss, (scalars, prediction)
 
         (_, (scalars, prediction)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

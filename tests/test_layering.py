@@ -10,7 +10,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
     ["errors", "whole_files", "user_cache"],
-    ["fields", "masking", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
+    ["blocks"],
+    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],

@@ -5,13 +5,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hjepa_jax.blocks import block_shapes, rank
 from hjepa_jax.errors import InputError
 from hjepa_jax.masking import (
     Masks,
     MultiBlockMask,
-    block_shapes,
     gather_tokens,
-    rank,
     target_union,
 )
 

@@ -23,6 +23,7 @@ from hjepa_jax.steps import (
     make_embed_fn,
     make_run_steps,
     make_train_step,
+    slice_rng,
 )
 from hjepa_jax.train_state import TrainState, create_train_state, ema_update
 
@@ -89,7 +90,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     state = make_state(adamw())
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    loss, terms = hjepa_loss(prediction, targets, WEIGHTS)
+    loss, terms = hjepa_loss(prediction, targets, WEIGHTS, slice_rng(state.rng, state.step))
     expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
     expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -105,7 +106,7 @@ def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
     state = make_state(tx)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    expected, _ = hjepa_loss(prediction, targets, WEIGHTS)
+    expected, _ = hjepa_loss(prediction, targets, WEIGHTS, slice_rng(state.rng, state.step))
     _, outputs = make_step(tx)(state, IMAGES)
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
 

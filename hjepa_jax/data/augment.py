@@ -4,7 +4,8 @@ One key per image decides everything about it, so a batch is the same however it
 Cropping and resizing is separable linear interpolation, written as two matrix products.
 
 References:
-  Chen et al. 2020, arXiv 2002.05709, appendix A (random resized crop, colour jitter, grayscale).
+  Chen et al. 2020, arXiv 2002.05709, appendix A (random resized crop, jitter, grayscale, blur).
+  Grill et al. 2020, arXiv 2006.07733, appendix B (solarization).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Random resized crop, flip, colour jitter, grayscale; each optional.
+    """Random resized crop, flips, colour jitter, grayscale, blur, solarization; each optional.
 
     Attributes:
       image_size: side of the result, pixels.
@@ -27,8 +28,12 @@ class Augment:
       crop_scale: area of the crop, fraction of the image (uniform); (1, 1) keeps the image.
       crop_ratio: width / height of the crop (log-uniform).
       horizontal_flip: probability of a left-right flip.
+      vertical_flip: probability of an upside-down flip.
       brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
       grayscale: probability of dropping the colour.
+      blur: probability of a Gaussian blur.
+      blur_sigma: its standard deviation in pixels (uniform).
+      solarize: probability of inverting the pixels that are not below half brightness.
     """
 
     image_size: int
@@ -37,10 +42,14 @@ class Augment:
     crop_scale: tuple[float, float] = (1.0, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
     grayscale: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
 
     def __call__(
         self, rngs: Shaped[Array, "B ..."], images: UInt8[Array, "B H W C"]
@@ -58,12 +67,23 @@ class Augment:
         else:
             x = _resize(x, self.image_size)
         if self.horizontal_flip:
-            flip = jax.random.uniform(flip_rng) < self.horizontal_flip
+            flip = _happens(flip_rng, self.horizontal_flip)
             x = jnp.where(flip, jnp.flip(x, axis=1), x)
+        if self.vertical_flip:
+            flip = _happens(jax.random.fold_in(rng, 4), self.vertical_flip)
+            x = jnp.where(flip, jnp.flip(x, axis=0), x)
         x = _jitter(color_rng, x, self.brightness, self.contrast, self.saturation)
         if self.grayscale:
-            drop = jax.random.uniform(gray_rng) < self.grayscale
+            drop = _happens(gray_rng, self.grayscale)
             x = jnp.where(drop, luma(x), x)
+        if self.blur:
+            blur_rng, sigma_rng = jax.random.split(jax.random.fold_in(rng, 5))
+            low, high = self.blur_sigma
+            sigma = jax.random.uniform(sigma_rng, minval=low, maxval=high)
+            x = jnp.where(_happens(blur_rng, self.blur), gaussian_blur(x, sigma), x)
+        if self.solarize:
+            invert = _happens(jax.random.fold_in(rng, 6), self.solarize)
+            x = jnp.where(invert & (x >= 0.5), 1.0 - x, x)
         return x
 
 
@@ -111,6 +131,23 @@ def crop_and_resize(
     h, w, c = image.shape
     x = jnp.matmul(rows, image.reshape(h, w * c)).reshape(size, w, c)
     return jnp.matmul(cols[None], x)
+
+
+def gaussian_blur(image: Float[Array, "S S C"], sigma: Array | float) -> Float[Array, "S S C"]:
+    """Convolves with a Gaussian of standard deviation `sigma`, in pixels.
+
+    At the border the weights of the pixels that there are make up 1.
+    """
+    size, _, c = image.shape
+    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
+    weight = jnp.exp(-0.5 * (distance / sigma) ** 2)
+    weight = weight / jnp.sum(weight, axis=1, keepdims=True)
+    x = jnp.matmul(weight, image.reshape(size, size * c)).reshape(size, size, c)
+    return jnp.matmul(weight[None], x)
+
+
+def _happens(rng: Array, probability: float) -> Array:
+    return jax.random.uniform(rng) < probability
 
 
 def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
