@@ -13,6 +13,7 @@ References:
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -212,8 +213,8 @@ class BlockMask(MaskSampler):
 
     @property
     def visible_fraction(self) -> float:
-        hidden = [np.mean(block.areas) / self.num_patches for block in self.blocks]
-        return float(np.prod([max(0.0, 1.0 - fraction) for fraction in hidden]))
+        hidden = (float(np.mean(block.areas)) / self.num_patches for block in self.blocks)
+        return math.prod(max(0.0, 1.0 - fraction) for fraction in hidden)
 
     @property
     def smallest_union(self) -> int:

@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 LAYERS = [
     ["errors", "whole_files", "user_cache"],
     ["blocks"],
-    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state", "data.sources", "data.shapes",
+    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
+     "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
@@ -33,6 +34,7 @@ LAYERS = [
     ["curve_sections", "probe_sections"],
     ["run_report"],
     ["publish"],
+    ["loop"],
     ["train"],
     ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
@@ -80,6 +82,6 @@ def test_only_checkpoint_imports_orbax():
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
-        "build", "run", "checkpoint", "judge", "train", "main", "probe", "embed",
+        "build", "run", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
         "selftest", "run_facts", "run_report", "publish",
     }  # fmt: skip
