@@ -217,7 +217,7 @@ def schedules(s: Sources) -> list:
     for name in ("learning_rate", "weight_decay", "ema_momentum"):
         values = s.values(f"train/{name}")
         cells = (four(values[0]), four(max(values)), four(values[-1]))
-        found.append(row(name.replace("_", " "), *cells))
+        found.append(row(name.replace("_", " ").replace("ema", "EMA"), *cells))
     return found
 
 
