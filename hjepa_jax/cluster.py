@@ -97,8 +97,10 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
             shutdown_timeout_seconds=PARTING_SEC,
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        refuse(f"the processes do not find each other: {reason}")
+        what = "the processes do not find each other"
+        if address is None:
+            what = "no SLURM, Open MPI or Kubernetes says where the others are"
+        refuse(f"{what} ({str(error).splitlines()[0]})")
     if _state().process_id != 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first process speaks for all
     _stopped.clear()
@@ -117,14 +119,15 @@ def leave(reason: str = "") -> None:
     if _stopped.is_set() or _state().client is None:
         return
     client, state = _state().client, _state()
-    client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
-    until = time.monotonic() + PARTING_SEC
-    while time.monotonic() < until:
-        if len(client.key_value_dir_get("left/")) == state.num_processes:
-            _stopped.set()
-            jax.distributed.shutdown()
-            return
-        time.sleep(0.05)
+    with contextlib.suppress(RuntimeError):  # process 0, which keeps the records, is gone
+        client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
+        until = time.monotonic() + PARTING_SEC
+        while time.monotonic() < until:
+            if len(client.key_value_dir_get("left/")) == state.num_processes:
+                _stopped.set()
+                jax.distributed.shutdown()
+                return
+            time.sleep(0.05)
     _stopped.set()
     atexit.unregister(jax.distributed.shutdown)  # it would wait for the others once more
 

@@ -87,9 +87,11 @@ def schedules_section(facts: Facts) -> Section | None:
     for name in ("learning_rate", "weight_decay", "ema_momentum"):
         steps, values = facts.history.series(f"train/{name}")
         if len(steps):
-            label = name.replace("_", " ")
+            label = name.replace("_", " ").replace("ema", "EMA")
             rows.append((label, num(values[0]), num(values.max()), num(values[-1])))
-            panels.append(Panel(label.capitalize(), label, {label: thin((steps, values))}))
+            panels.append(
+                Panel(label[0].upper() + label[1:], label, {label: thin((steps, values))})
+            )
     if not rows:
         return None
     text = table(["schedule", "first line", "highest", "newest line"], rows)

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -69,6 +70,7 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
             axes.set_yscale("log")
         if panel.from_zero:
             axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         finish(axes, panel.title, xlabel, panel.ylabel)
         if len(panel.lines) + len(panel.limits) > 1:
             axes.legend(
@@ -224,12 +226,17 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     canvas.draw()
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # A third of the size; by coverage, so that a rare colour, such as that of a frame, stays.
-    small = Image.fromarray(shown).quantize(256, Image.Quantize.MAXCOVERAGE)
-    palette = np.array(small.getpalette(), np.uint8).reshape(-1, 3)
-    palette[np.asarray(small)[0, 0]] = shown[0, 0]  # the paper is exactly the page's
-    small.putpalette(palette.tobytes())
-    small.save(file, "PNG", optimize=True)
+    # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs.
+    exact = [bytes.fromhex(c[1:]) for c in (INK, PAPER, DARK_INK, DARK_PAPER, GREY, *COLOURS)]
+    num_others = 256 - len(exact)
+    small = Image.fromarray(shown).quantize(num_others, Image.Quantize.MAXCOVERAGE)
+    others = bytes(small.getpalette() or [])[: 3 * num_others].ljust(3 * num_others, b"\0")
+    index = np.array(small)
+    for slot, colour in enumerate(exact, start=num_others):
+        index[(shown == list(colour)).all(axis=-1)] = slot
+    image = Image.frombytes("P", small.size, index.tobytes())
+    image.putpalette(others + b"".join(exact))
+    image.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

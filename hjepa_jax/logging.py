@@ -72,6 +72,11 @@ class RunLogger:
         if self._writer:
             self._writer.write_images(step, images)
 
+    def flush(self) -> None:
+        """Waits until TensorBoard has what was sent; a thread encodes pictures and writes."""
+        if self._writer:
+            self._writer.flush()
+
     def histograms(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         """Sends the distributions of arrays to TensorBoard."""
         if self._writer:

@@ -41,7 +41,7 @@ def main() -> None:
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise InputError("--config", path, f"must be a config file ({reason})") from error
 
-    from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
+    from hjepa_jax import cluster, loop, run, train  # here, so that a bad flag is refused at once
 
     if _DRY_RUN.value:
         print(json.dumps(run.describe(config)))
@@ -52,7 +52,7 @@ def main() -> None:
             _COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
         ):
             train.train_and_evaluate(config, workdir)
-    except train.Interrupted as stop:
+    except loop.Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
         sys.exit(128 + signal.Signals(stop.signum))
     if cluster.is_first():

@@ -213,7 +213,7 @@ class BlockMask(MaskSampler):
 
     @property
     def visible_fraction(self) -> float:
-        hidden = [float(np.mean(block.areas)) / self.num_patches for block in self.blocks]
+        hidden = (float(np.mean(block.areas)) / self.num_patches for block in self.blocks)
         return math.prod(max(0.0, 1.0 - fraction) for fraction in hidden)
 
     @property

@@ -61,7 +61,7 @@ def _setting(facts: Facts) -> Section:
     text += "`config.json`.\n\n" + table(["field", "value"], rows)
     if facts.meta:
         rows = [(name, f"`{value}`") for name, value in origin.items() if value]
-        text += "\n\nMade by (as the newest checkpoint says):\n\n" + table(["", "version"], rows)
+        text += "\n\nMade by (as the newest checkpoint says):\n\n" + table(["", "value"], rows)
     return "Configuration", text, {}
 
 

@@ -121,3 +121,4 @@ class Showcase:
         self._logger.images(
             step, {f"figures/{name}": figures.pixels(figure) for name, figure in drawn.items()}
         )
+        self._logger.flush()  # what they cost is paid and counted here, not beside the next steps

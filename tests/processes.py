@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import Any
 
-from hjepa_jax import cluster, train
+from hjepa_jax import cluster, loop, train
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.errors import InputError
 
@@ -142,5 +142,5 @@ def _work(
     except InputError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(2)
-    except train.Interrupted as stop:
+    except loop.Interrupted as stop:
         os._exit(128 + stop.signum)

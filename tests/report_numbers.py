@@ -21,13 +21,13 @@ class Checkpoint:
     Attributes:
       versions: by name, with the commit.
       sizes: as shown, by step.
-      top1: of k-NN on the held-out images.
-      verdict: the words about them.
+      features: the words about k-NN on the held-out images.
+      verdict: those about their spread.
     """
 
     versions: dict[str, str]
     sizes: dict[str, str]
-    top1: str
+    features: str
     verdict: str
 
 
@@ -217,7 +217,7 @@ def schedules(s: Sources) -> list:
     for name in ("learning_rate", "weight_decay", "ema_momentum"):
         values = s.values(f"train/{name}")
         cells = (four(values[0]), four(max(values)), four(values[-1]))
-        found.append(row(name.replace("_", " "), *cells))
+        found.append(row(name.replace("_", " ").replace("ema", "EMA"), *cells))
     return found
 
 
@@ -283,12 +283,15 @@ def look(s: Sources) -> list:
 
 
 def features(s: Sources) -> list:
-    top1 = re.escape(s.checkpoint.top1) if s.checkpoint else r"[\d.]+"
-    return [re.compile(
-        r"\d+ held-out training images beside \d+ others, target encoder at step "
-        rf"{s.lines[-1]['step']}, level 0, mean over patches\. k-NN with k = \d+ gets {top1} % of "
-        "them right"
-    )]  # fmt: skip
+    if s.checkpoint:
+        return [s.checkpoint.features]
+    step = s.lines[-1]["step"]
+    return [
+        re.compile(
+            rf"\d+ held-out training images beside \d+ others, target encoder at step {step}, "
+            r"level 0, mean over patches\. k-NN with k = \d+ gets [\d.]+ % of them right"
+        )
+    ]
 
 
 def checkpoints(s: Sources) -> list:

@@ -147,3 +147,19 @@ def test_tensorboard_shows(browser, tensorboard, tab, words):
         text = browser.execute_script(ALL_TEXT)
     for word in words:
         assert word in text, f"{tab}: {word}"
+
+
+def test_tensorboards_projector_loads_the_features(browser, tensorboard):
+    """A page within the page, in a tab that TensorBoard shows once it has looked for files."""
+    deadline, text = time.monotonic() + 120, ""
+    while time.monotonic() < deadline and "Points: 48" not in text:
+        browser.get("about:blank")
+        browser.get(f"{tensorboard}#projector")
+        time.sleep(5)
+        for frame in browser.find_elements("css selector", "iframe"):
+            browser.switch_to.frame(frame)
+            text = " ".join(browser.execute_script(ALL_TEXT).split())
+            browser.switch_to.default_content()
+    assert "level_0" in text
+    assert "Points: 48" in text
+    assert "Dimension: 16" in text

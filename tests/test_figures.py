@@ -72,16 +72,20 @@ def test_the_dark_png_is_dark_and_the_light_one_afterwards_as_it_was():
     np.testing.assert_array_equal(read(figures.png(figure)), read(light))
 
 
-def test_a_png_keeps_a_rare_colour_among_many():
+def test_no_pixel_of_a_png_is_far_from_its_colour():
     noise = np.random.default_rng(0).random((6, 32, 32, 3)).astype(np.float32)
     figure = image_figures.neighbours(noise, noise[:, None], ["cat"] * 6, [[True]] * 6)
-    blue = [int(figures.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
-    shown = read(figures.png(figure)).reshape(-1, 3).astype(int)
-    exact = (figures.pixels(figure)[0] * 255).round().reshape(-1, 3).astype(int)
-    framed = (exact == blue).all(axis=1)
-    assert framed.sum() > 100
-    assert np.median(np.abs(shown[framed] - blue), axis=0).max() <= 16
-    assert len(np.unique(exact, axis=0)) > 5_000 > 256 >= len(np.unique(shown, axis=0))
+    figures.pixels(figure)
+    figure.set_layout_engine("none")  # which may move by a pixel from one drawing to the next
+    shown = read(figures.png(figure)).astype(int)
+    exact = (figures.pixels(figure)[0] * 255).round().astype(int)
+    assert len(np.unique(exact.reshape(-1, 3), axis=0)) > 5_000
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) <= 256
+    assert np.abs(shown - exact).max() <= 48
+    for colour in (figures.COLOURS[0], figures.INK, figures.PAPER):
+        same = (exact == list(bytes.fromhex(colour[1:]))).all(axis=-1)
+        assert same.sum() > 10
+        np.testing.assert_array_equal(shown[same], exact[same])
 
 
 def test_pixels_are_those_of_the_figure():

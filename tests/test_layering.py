@@ -34,6 +34,7 @@ LAYERS = [
     ["curve_sections", "probe_sections"],
     ["run_report"],
     ["publish"],
+    ["loop"],
     ["train"],
     ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
@@ -81,6 +82,6 @@ def test_only_checkpoint_imports_orbax():
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
-        "build", "run", "checkpoint", "judge", "train", "main", "probe", "embed",
+        "build", "run", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
         "selftest", "run_facts", "run_report", "publish",
     }  # fmt: skip

@@ -212,8 +212,8 @@ def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
     assert last.scalars["loss_level_0"] < 0.67 * first.scalars["loss_level_0"]
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_several_steps_in_one_program_are_the_same_steps(count):
+@pytest.mark.parametrize(("count", "streamed"), [(1, True), (3, False)])
+def test_several_steps_in_one_program_are_the_same_steps(count, streamed):
     tx = optax.sgd(0.1)  # Adam would blow up the rounding of a gradient near zero
     step = make_step(tx, augment=RANDOM)
     rng = np.random.default_rng(1)
@@ -224,7 +224,8 @@ def test_several_steps_in_one_program_are_the_same_steps(count):
     window = metrics.empty_window(
         metrics.make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH
     )
-    together, summed = jax.jit(make_run_steps(step))(state, window, data, index, jnp.int32(count))
+    given = (data[index], None) if streamed else (data, index)
+    together, summed = jax.jit(make_run_steps(step))(state, window, *given, jnp.int32(count))
     losses_seen = []
     for i in range(count):
         state, outputs = step(state, data[index[i]])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, run, showcase, steps, train
+from hjepa_jax import checkpoint, loop, run, showcase, steps, train
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
@@ -94,7 +94,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_p
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, stop_step)
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(loop.Interrupted):
             train.train_and_evaluate(tiny_config, tmp_path / "parts")
     # The signal comes while step `stop_step` is being logged: the next step saves and stops.
     assert read_metrics(tmp_path / "parts/metrics.jsonl")[-1]["step"] == stop_step + 1

@@ -27,7 +27,7 @@ from hjepa_jax import build
 from hjepa_jax.checkpoint import load_encoder
 from hjepa_jax.config import Config
 from hjepa_jax.evaluation.features import extract_features
-from hjepa_jax.evaluation.knn import knn_probe
+from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import linear_probe
 from hjepa_jax.evaluation.quality import effective_rank
@@ -109,9 +109,11 @@ def measure(config: Config, workdir: pathlib.Path) -> dict[str, str]:
     fit, scored = hold_out(len(y), num_val=config.eval.num_val)
     arrays = (x[fit], y[fit], x[scored], y[scored])
     options = {"num_classes": len(source.info.class_names), "num_val": config.eval.num_val}
+    # As the protocol does: no more neighbours than the rows among which k is chosen.
+    ks = [k for k in DEFAULT_KS if k <= len(fit) - min(config.eval.num_val, len(fit) // 5)]
     return {
         "linear": f"{100 * linear_probe(*arrays, **options).top1:.2f}",
-        "knn": f"{100 * knn_probe(*arrays, **options).top1:.2f}",
+        "knn": f"{100 * knn_probe(*arrays, ks=ks, **options).top1:.2f}",
         "effective_rank": f"{effective_rank(x[scored]):.1f}",
         "images_per_sec": f"{statistics.median([s for s in speeds if s] or [0.0]):.0f}",
     }

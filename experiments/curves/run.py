@@ -74,9 +74,19 @@ def main() -> None:
         train_and_evaluate(short_config(f"npz:{workdir / 'shapes.npz'}", overrides), workdir / name)
     histories = {name: read_history(workdir / name / "metrics.jsonl") for name in CASES}
     draw(histories)
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = [row for name, h in histories.items() for row in results(workdir / name, h)]
-        csv.writer(file, lineterminator="\n").writerows([["run", "quantity", "value"], *rows])
+    points = [
+        [name, line["step"], *(f"{line[metric]:.4f}" for metric in METRICS)]
+        for name, history in histories.items()
+        for line in history.lines
+    ]
+    write_csv("curves.csv", [["run", "step", *METRICS], *points])
+    rows = [row for name, h in histories.items() for row in results(workdir / name, h)]
+    write_csv("results.csv", [["run", "quantity", "value"], *rows])
+
+
+def write_csv(name: str, rows: list[list[Any]]) -> None:
+    with (HERE / name).open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def draw(histories: dict[str, History]) -> None:

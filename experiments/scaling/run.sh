@@ -3,7 +3,7 @@
 set -euo pipefail
 export PYTHONPATH=.
 folder=experiments/scaling
-python $folder/scaling.py --rounds=3 --steps=20
+python $folder/scaling.py --rounds=2 --steps=12
 for layout in "1 16" "8 16"; do
   read -r fsdp batch <<< "$layout"
   # Only the program's text is wanted: the compiler need not try hard.

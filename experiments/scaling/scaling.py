@@ -3,8 +3,8 @@
     PYTHONPATH=. python experiments/scaling/scaling.py [--rounds=3]
 
 Every layout runs in processes of its own, one layout after the other; the rounds go through all of
-them, so that what else runs on the machine meets all alike. A row's time is the median over its
-rounds and steps; ratios are to the row of one device.
+them, so that what else runs on the machine meets all alike. Ratios are of the fastest step of any
+round to that of one device: of the time of a step, other work can only add to it.
 """
 
 import csv
@@ -24,10 +24,7 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Steps timed in a round.")
 
 HERE = pathlib.Path(__file__).parent
 # processes, devices in all, fsdp
-LAYOUTS = (
-    (1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 8, 2), (1, 8, 8),
-    (2, 2, 1), (2, 8, 1), (2, 8, 8),
-)  # fmt: skip
+LAYOUTS = ((1, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (1, 8, 8), (2, 2, 1), (2, 8, 1))
 STRONG, WEAK = 64, 8  # images per step, and per step and device
 
 
@@ -63,22 +60,24 @@ def main() -> None:
         for kind in ("strong", "weak")
         for layout in LAYOUTS
     ]
-    seconds, last = {case: [] for case in cases}, {}
+    programs = dict.fromkeys(case[1:] for case in cases)  # with 8 devices both kinds are the same
+    seconds, last = {program: [] for program in programs}, {}
     for _ in range(_ROUNDS.value):
-        for case in cases:
-            last[case] = measure(*case[1:])
-            seconds[case] += last[case]["sec"]
-            print(case, f"{np.median(seconds[case]):.4f} s", flush=True)
+        for program in programs:
+            last[program] = measure(*program)
+            seconds[program] += last[program]["sec"]
+            print(program, f"{min(seconds[program]):.4f} s", flush=True)
     rows = []
-    for case in cases:
-        kind, num_processes, devices, fsdp, batch_size = case
-        first = next(c for c in cases if c[0] == kind)
-        rate = batch_size / np.median(seconds[case])
+    for kind, *program in cases:
+        num_processes, devices, fsdp, batch_size = case = tuple(program)
+        first = next(tuple(c[1:]) for c in cases if c[0] == kind)
+        fastest = min(seconds[case])
+        ratio = batch_size / fastest * min(seconds[first]) / first[-1]
         rows.append({
             "scaling": kind, "processes": num_processes, "devices": devices, "fsdp": fsdp,
-            "batch_size": batch_size, "step_sec": round(float(np.median(seconds[case])), 5),
-            "images_per_sec": round(float(rate), 1),
-            "images_per_sec_ratio": round(float(rate * np.median(seconds[first]) / first[-1]), 3),
+            "batch_size": batch_size, "steps": len(seconds[case]),
+            "median_step_sec": round(float(np.median(seconds[case])), 4),
+            "fastest_step_sec": round(fastest, 4), "images_per_sec_ratio": round(ratio, 2),
             "state_bytes_per_device": last[case]["state_bytes_per_device"],
             **{
                 f"{operation}_{what}": last[case]["collectives"].get(operation, {}).get(what, 0)

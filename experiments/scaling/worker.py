@@ -33,7 +33,7 @@ def make_config(model: str) -> Config:
     """A model for this experiment: small enough for two cores, or ViT-S, B or L at 224 pixels."""
     c = base_config()
     if model == "small":
-        c.model.width, c.model.depth, c.model.num_heads = 96, 3, 3
+        c.model.width, c.model.depth, c.model.num_heads = 96, 2, 3
         c.model.predictor_width, c.model.predictor_depth = 48, 1
         return c
     c.data.image_size, c.model.patch_size = 224, 16

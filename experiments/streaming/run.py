@@ -166,7 +166,9 @@ def memory(folder: pathlib.Path, batch_size: int, num_workers: int, num: int) ->
 
 
 def children(pid: int) -> list[int]:
-    return [int(p) for p in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Of all its threads."""
+    lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for each in lists for child in each.read_text().split()]
 
 
 def resident_bytes(pid: int) -> int:

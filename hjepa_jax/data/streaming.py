@@ -6,6 +6,7 @@ share a batch changes what is in it. A record that cannot be read gives place to
 set that can, and is counted.
 """
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -156,7 +157,7 @@ class StreamedBatches:
     def close(self) -> None:
         """Ends thread and workers; what they have decoded is dropped."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(timeout=30)  # it is a daemon: a disk that hangs does not hold the run
 
     def _bring(self, batches: Any, put: Callable[..., Any]) -> None:
         try:
@@ -167,6 +168,7 @@ class StreamedBatches:
             self._offer(error)
         finally:
             batches.close()
+            gc.collect()  # grain's last arrays, in cycles, hold memory that is shared with workers
 
     def _offer(self, item: Any) -> bool:
         """Puts an item into the queue, unless there is no more need of it."""

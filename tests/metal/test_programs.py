@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from hjepa_jax import build, run
+from hjepa_jax.data.folder_source import FolderRecords
 from hjepa_jax.data.sources import Source, SourceInfo
 from hjepa_jax.evaluation import attentive, linear
 from tests.metal.judge import refusals
@@ -24,11 +25,12 @@ QUICK = "shapes_tiny"  # the others are slow
 class Step:
     """The training program of a run, which `refusals` lowers as it would a traced function."""
 
-    def __init__(self, config):
+    def __init__(self, config, *, streamed=False):
         size = 32 if "cifar" in config.data.source else config.data.image_size
         num = 10 * config.train.batch_size
         info = SourceInfo(num, num, (size, size, 3), tuple("0123456789"))
-        built = run.build_run(config, Source("none", info, load=tuple))
+        records = FolderRecords(["none"] * num, size) if streamed else None
+        built = run.build_run(config, Source("none", info, load=tuple, records=records))
         self._lower = built.lower
 
     def lower(self, *, lowering_platforms):
@@ -73,6 +75,10 @@ def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, 
     for option in ("vertical_flip", "blur", "solarize"):
         tiny_config.data[option] = 0.5
     assert refusals(Step(tiny_config), PLATFORM) == []
+
+
+def test_the_plugin_takes_streamed_batches(tiny_config):
+    assert refusals(Step(tiny_config, streamed=True), PLATFORM) == []
 
 
 def test_the_plugin_takes_the_linear_probe():

@@ -1,0 +1,281 @@
+"""The loop of a run: dispatches steps, and at their times logs, evaluates, shows and saves."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from hjepa_jax import build, cluster, metrics
+from hjepa_jax.alarms import Alarms
+from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
+from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
+from hjepa_jax.data.records import Records, report_skipped
+from hjepa_jax.data.sources import Split
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import knn_predict
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
+from hjepa_jax.platform import current_rules
+from hjepa_jax.run import Run, num_params
+from hjepa_jax.showcase import Showcase
+from hjepa_jax.train_state import TrainState
+
+# Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
+ONLINE_KNN_K = 20
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by `signum`; its state at `step` is saved."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+        super().__init__(f"{signal.Signals(signum).name} at step {step}")
+
+
+class Loop:
+    """Dispatches steps, and at their times logs, evaluates and saves."""
+
+    def __init__(
+        self,
+        run: Run,
+        train: Split,
+        records: Records | None,
+        checkpoints: Checkpoints,
+        logger: RunLogger,
+        backend: str,
+    ):
+        c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
+        self._run, self._config, self._schedules = run, c, run.schedules
+        self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._records = records
+        self._backend = backend
+        num_images = len(train.images) if records is None else len(records)
+        self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
+        self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
+        self._timer = StepTimer()
+        self._alarms = Alarms(
+            max_nonfinite_steps=c.train.max_nonfinite_steps,
+            on_collapse=c.train.on_collapse,
+            say=self._progress.note,
+            newest_checkpoint=checkpoints.latest_step,
+        )
+        self._embed = jax.jit(build.build_embed_fn(c, run.model))
+        self._save_every = c.train.checkpoint_every_steps or max(
+            1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
+        )
+        # 0 for never; a fraction of a short epoch is still one step.
+        self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
+        shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
+        self._show_every = math.ceil(shows_every * steps_per_epoch)
+        self._showcase = Showcase(run, train.images, logger)
+
+    def run(self, state: TrainState, window: metrics.LogWindow) -> TrainState:
+        """Runs from the state's step to the last one.
+
+        Raises:
+          Interrupted: when a signal asked for it.
+        """
+        num_steps, step = self._schedules.num_steps, int(state.step)
+        if step >= num_steps:
+            print(f"already trained: step {step} of {num_steps}")
+            return state
+        rules = current_rules()
+        size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
+        started = time.perf_counter()
+        run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
+        print(
+            f"{num_params(state.params):,} trainable parameters on {self._backend}"
+            + (f" ({rules})" if str(rules) else "")
+            + f", compiled in {time.perf_counter() - started:.1f} s, "
+            + (f"going on at step {step}" if step else "starting"),
+            flush=True,
+        )
+        if step == 0:
+            self._showcase.introduce(state)
+            if self._show_every:
+                self._show(state, window)
+        with self._batches(step, size) as batches, _StopSignals() as stop:
+            self._timer.restart()
+            while step < num_steps:
+                count = min(size, self._next_stop(step) - step)
+                if self._records is not None:  # else batch after batch would queue on the device
+                    jax.block_until_ready(state)
+                before = time.perf_counter()
+                images, index = batches.take(step, count)
+                data_wait = time.perf_counter() - before
+                state, window = run_steps(state, window, images, index, np.int32(count))
+                step += count
+                self._timer.add_steps(count, data_wait)
+                signum = self._agreed(stop.signum, step)
+                window = self._end_call(state, window, step, signum)
+                if signum and step < num_steps:
+                    raise Interrupted(signum, step)
+        self._progress.end()
+        return state
+
+    def _agreed(self, signum: int | None, step: int) -> int | None:
+        """The signal on which the run stops at this step, read once: what comes later can wait.
+
+        Of several processes some may have got it earlier than others. They ask each other where
+        they meet anyway, at the lines of the log.
+        """
+        if jax.process_count() > 1 and step % self._config.log.every_steps:
+            return None
+        return cluster.largest(signum or 0) or None
+
+    @contextlib.contextmanager
+    def _batches(self, step: int, size: int) -> Iterator[Any]:
+        """Where batches come from, from `step` on, `size` at most in one call of the program."""
+        place, records, c = self._run.placement, self._records, self._config
+        if records is None:
+            images = place.put(self._train.images, place.whole)
+            put = functools.partial(place.put, shardings=place.batches)
+            yield ResidentBatches(images, self._order, size=size, put=put)
+            return
+        from hjepa_jax.data import streaming  # grain takes its time to load
+
+        decoded = streaming.read_batches(
+            records,
+            self._order,
+            step,
+            self._schedules.num_steps,
+            num_workers=c.data.num_workers,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        batches = streaming.StreamedBatches(decoded, size=size, put=place.put_own_batches)
+        try:
+            yield batches
+        finally:
+            batches.close()
+            errors = streaming.unreadable_errors(records, batches.unreadable)
+            what = f"{len(records)} images (the next was trained on instead)"
+            report_skipped(c.data.source, errors, what)
+
+    def _next_stop(self, step: int) -> int:
+        """The next step after which the host has something to do."""
+        periods = (
+            self._config.log.every_steps, self._save_every, self._eval_every, self._show_every,
+        )  # fmt: skip
+        stops = [step + period - step % period for period in periods if period]
+        return min(*stops, self._schedules.num_steps)
+
+    def _end_call(
+        self, state: TrainState, window: metrics.LogWindow, step: int, signum: int | None
+    ) -> metrics.LogWindow:
+        """Logs, evaluates and saves where `step` asks for it; returns the window to go on with."""
+        last = step == self._schedules.num_steps
+        if step % self._config.log.every_steps == 0 or last:
+            window = self._log(window, step)
+        evaluates = self._eval_every and (step % self._eval_every == 0 or last)
+        saves = step % self._save_every == 0 or last or evaluates or signum
+        shows = self._show_every and (step % self._show_every == 0 or last)
+        if evaluates or saves or shows:
+            jax.block_until_ready(state)  # the steps under way belong to training time
+            self._alarms.check_finite(window, step)  # before a save could replace a good one
+        paused = time.perf_counter()
+        scores = self._evaluate(state, step) if evaluates else {}
+        self._logger.end_line()
+        if saves:
+            self._checkpoints.save(state, window, scores=scores)
+            if last or signum:
+                self._checkpoints.wait()
+        if shows and not signum:
+            self._show(state, window)
+        self._timer.add_pause(time.perf_counter() - paused)
+        return window
+
+    def _show(self, state: TrainState, window: metrics.LogWindow) -> None:
+        state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
+        if cluster.is_first():
+            self._showcase.show(state, window)
+
+    def _log(self, window: metrics.LogWindow, step: int) -> metrics.LogWindow:
+        """Writes the window's metrics, and says what is wrong with them."""
+        batch_size = self._config.train.batch_size
+        verdict = metrics.spread(window, step=step, batch_size=batch_size)
+        values = metrics.summarize(window, verdict)
+        rates = self._timer.rates(batch_size)
+        self._logger.scalars(
+            step,
+            {
+                **{f"train/{k}": v for k, v in values.items() if math.isfinite(v)},
+                "train/nonfinite_steps": int(window.nonfinite.count),
+                "train/learning_rate": float(self._schedules.learning_rate_fn(step)),
+                "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
+                "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
+                **rates,
+                "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
+            },
+        )
+        self._progress.show(
+            step,
+            loss=values["loss"],
+            images_per_sec=rates["perf/images_per_sec"],
+            steps_per_sec=rates["perf/steps_per_sec"],
+        )
+        self._alarms.check_finite(window, step)
+        if verdict:
+            self._alarms.check_spread(verdict, step)
+        self._timer.restart()
+        place = self._run.placement
+        return place.put(metrics.reset_averages(window), place.whole)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
+        c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
+        bank, queries = hold_out(len(images), num_val=c.num_val)
+        bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
+        params = self._run.placement.local(state.target_params)
+
+        def features(rows: Any) -> Any:
+            chosen = images[rows]
+            return extract_features(self._embed, params, chosen, batch_size=c.batch_size)["level_0"]
+
+        own = queries[jax.process_index() :: jax.process_count()]
+        (predictions,) = knn_predict(
+            cluster.divided(features, bank),
+            labels[bank],
+            features(own),
+            ks=[min(ONLINE_KNN_K, len(bank))],
+            num_classes=int(labels.max()) + 1,
+        )
+        correct = cluster.all_rows(np.array([np.sum(predictions == labels[own])], np.int32))
+        top1 = float(correct.sum() / len(queries))
+        self._logger.scalars(step, {BEST_METRIC: top1})
+        self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
+        return {BEST_METRIC: top1}
+
+
+class _StopSignals:
+    """Within the context SIGINT and SIGTERM ask to stop, by `signum`; a second SIGINT kills."""
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[signum] = signal.signal(signum, self._handle)
+            except ValueError:  # not the main thread: signals are not ours to handle
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("\nstopping after this step; once more (Ctrl-C) to stop at once", flush=True)
