@@ -351,6 +351,7 @@ def test_statistics_over_a_batch_need_two_images(regularizer):
 @pytest.mark.parametrize("kind", ["hierarchical", "random"])
 def test_every_kind_of_mask_is_built_shown_and_trained_with(kind, tiny_config):
     tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
+    tiny_config.mask.progression = ("geometric", 1.0)  # so that level 1 fits the 4 x 4 patches
     source = Source("x", SourceInfo(240, 60, (16, 16, 3), ("a",)), list)
     built = run.build_run(tiny_config, source)
     state, window = jax.eval_shape(built.create)

@@ -72,6 +72,7 @@ def test_the_plugin_takes_accumulation(tiny_config):
 @pytest.mark.parametrize("kind", ["hierarchical", "random"])
 def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, kind):
     tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
+    tiny_config.mask.progression = ("geometric", 1.0)  # so that level 1 fits the 4 x 4 patches
     for option in ("vertical_flip", "blur", "solarize"):
         tiny_config.data[option] = 0.5
     assert refusals(Step(tiny_config), PLATFORM) == []
