@@ -93,9 +93,8 @@ class TfdsRecords:
             import tensorflow_datasets as tfds
 
             # From the folder alone: the set's own code need not be there.
-            builder = tfds.builder_from_directory(self.path)
-            skip = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]
-            decoders = {self.keys[0]: skip}
+            builder: Any = tfds.builder_from_directory(self.path)
+            decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
         return self._opened
 
