@@ -90,10 +90,11 @@ class TfdsRecords:
 
     def _source(self) -> Any:
         if self._opened is None:
-            import tensorflow_datasets as tfds
+            import tensorflow_datasets
 
+            tfds: Any = tensorflow_datasets
             # From the folder alone: the set's own code need not be there.
-            builder: Any = tfds.builder_from_directory(self.path)
+            builder = tfds.builder_from_directory(self.path)
             decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
         return self._opened
