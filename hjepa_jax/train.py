@@ -223,6 +223,7 @@ class _Loop:
             self._showcase.introduce(state)
             if self._show_every:
                 self._show(state, window)
+        cluster.meet()  # compiling and drawing take each process its own time
         with _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
