@@ -102,6 +102,7 @@ class Loop:
             self._showcase.introduce(state)
             if self._show_every:
                 self._show(state, window)
+        cluster.meet()  # compiling and drawing take each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
