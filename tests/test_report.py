@@ -261,13 +261,13 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
 def test_of_three_million_lines_the_ends_and_the_evaluations_are_reported(finished, tmp_path):
     """How long that takes is in experiments/long_log."""
     workdir = copy_of(finished, tmp_path)
-    last = 3_000_000
+    last, rates = 3_000_000, '"perf/steps_per_sec": 4.0, "perf/images_per_sec": 64.0'
     with (workdir / "metrics.jsonl").open("w") as file:
         for step in range(1, last):
-            file.write(f'{{"step": {step}, "train/loss": 2.5, "perf/steps_per_sec": 4.0}}\n')
+            file.write(f'{{"step": {step}, "train/loss": 2.5, {rates}}}\n')
             if step == 1_234_567:
                 file.write(f'{{"step": {step}, "eval/knn_top1": 0.4321}}\n')
-        file.write(f'{{"step": {last}, "train/loss": 1.25, "eval/knn_top1": 0.5}}\n')
+        file.write(f'{{"step": {last}, "train/loss": 1.25, "eval/knn_top1": 0.5, {rates}}}\n')
     write_report([workdir], workdir, images=False)
     found = report_sections(workdir)
     assert "metrics.jsonl has 3000001 lines, of which" in found["What was reached"]
