@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
+from scipy.ndimage import gaussian_filter
 
 from hjepa_jax.data.augment import Augment, crop_and_resize, luma, resize_and_normalize
 
@@ -50,15 +52,41 @@ def test_crops_stay_inside_and_keep_their_area_range():
     assert row[:, -1].max() > 0.98
 
 
-def test_flip_happens_with_its_probability():
-    images = jnp.broadcast_to(IMAGES[:1], (500, 16, 16, 3))
-    views = Augment(16, **UNIT, horizontal_flip=0.3)(
-        jax.random.split(jax.random.PRNGKey(2), 500), images
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """By SciPy; the weights beyond the border are left out."""
+    kwargs = {"sigma": (sigma, sigma, 0), "mode": "constant", "truncate": 16.0}
+    image = image.astype(np.float64)
+    return gaussian_filter(image, **kwargs) / gaussian_filter(np.ones_like(image), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("horizontal_flip", lambda image: image[:, ::-1]),
+        ("vertical_flip", lambda image: image[::-1]),
+        ("solarize", lambda x: np.asarray(ImageOps.solarize(Image.fromarray(x), threshold=128))),
+        ("blur", lambda image: blurred(image, 1.3)),
+    ],
+)
+def test_what_happens_with_a_probability_is_what_others_compute(option, expected):
+    images = jnp.broadcast_to(IMAGES[:1], (300, 16, 16, 3))
+    views = Augment(16, **UNIT, **{option: 0.3}, blur_sigma=(1.3, 1.3))(
+        jax.random.split(jax.random.PRNGKey(2), 300), images
     )
-    flipped = np.isclose(views, IMAGES[0, :, ::-1] / 255.0, atol=1e-6).all(axis=(1, 2, 3))
-    same = np.isclose(views, IMAGES[0] / 255.0, atol=1e-6).all(axis=(1, 2, 3))
-    assert np.all(flipped ^ same)
-    assert abs(flipped.mean() - 0.3) < 0.07
+    changed = np.isclose(views, expected(np.asarray(IMAGES[0])) / 255.0, atol=1e-5)
+    same = np.isclose(views, IMAGES[0] / 255.0, atol=1e-6)
+    changed, same = (x.all(axis=(1, 2, 3)) for x in (changed, same))
+    assert np.all(changed ^ same)
+    assert abs(changed.mean() - 0.3) < 0.09
+
+
+def test_what_has_no_probability_is_not_in_the_program():
+    default = str(jax.make_jaxpr(Augment(16, **UNIT))(RNGS, IMAGES))
+    every = Augment(16, **UNIT, vertical_flip=0.5, blur=0.5, solarize=0.5)
+    program = str(jax.make_jaxpr(every)(RNGS, IMAGES))
+    for name in ("rev[", "dot_general", "exp ", "ge "):
+        assert name in program
+        assert name not in default
 
 
 def test_grayscale_leaves_three_equal_channels_of_luma():

@@ -113,3 +113,39 @@ def test_covariance_loss_by_hand():
 def test_batch_statistics_do_not_overflow_in_low_precision():
     x = (1000 * normal(16, 1, 4)).astype(jnp.float16)
     assert np.isfinite(losses.covariance_loss(jnp.asarray(x)))
+
+
+def epps_pulley(y: np.ndarray) -> float:
+    """The statistic of one projection by the closed form of its integral."""
+    y = y.astype(np.float64)
+    pairs = np.exp(-0.5 * (y[:, None] - y[None]) ** 2).mean()
+    singles = np.exp(-0.25 * y**2).mean()
+    return len(y) * np.sqrt(2 * np.pi) * (pairs - np.sqrt(2) * singles + 1 / np.sqrt(3))
+
+
+def test_sigreg_against_the_closed_form_of_its_integral():
+    x = 0.7 * normal(24, 2, 6) + 0.3
+    directions = losses.random_directions(jax.random.PRNGKey(0), 5, 6)
+    y = x @ np.asarray(directions)
+    expected = np.mean([epps_pulley(y[:, r, a]) for r in range(2) for a in range(5)])
+    np.testing.assert_allclose(losses.sigreg_loss(jnp.asarray(x), directions), expected, rtol=1e-4)
+
+
+def test_sigreg_by_hand():
+    """Three images at 0: 3 * integral of (1 - exp(-t^2/2))^2 exp(-t^2/2), three Gaussians."""
+    expected = 3 * np.sqrt(2 * np.pi) * (1 - 2 / np.sqrt(2) + 1 / np.sqrt(3))
+    loss = losses.sigreg_loss(jnp.zeros((3, 1, 4)), jnp.eye(4)[:, :1])
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_sigreg_of_isotropic_normal_features_is_a_tenth_of_that_of_collapsed_ones():
+    directions = losses.random_directions(jax.random.PRNGKey(1), 64, 16)
+    np.testing.assert_allclose(jnp.sum(directions**2, axis=0), 1, rtol=1e-5)
+    spread, grad = jax.value_and_grad(losses.sigreg_loss)(
+        jnp.asarray(normal(128, 1, 16)), directions
+    )
+    constant = jnp.broadcast_to(jnp.asarray(normal(1, 1, 16)), (128, 1, 16))
+    assert 0 < spread < 0.1 * losses.sigreg_loss(constant, directions)
+    assert spread < 2  # 1.06 in the mean
+    assert np.isfinite(grad).all()
+    assert np.any(grad)

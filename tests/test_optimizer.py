@@ -34,6 +34,11 @@ def test_interpolation_goes_from_start_to_end(kind, middle):
     np.testing.assert_allclose(fn(100), 0.9 if kind == "constant" else 1.0, rtol=1e-6)
 
 
+def test_interpolation_stays_below_its_cap():
+    fn = interpolation_schedule(0.9, 1.0, kind="linear", num_steps=100, at_most=0.96)
+    np.testing.assert_allclose([fn(50), fn(60), fn(90)], [0.95, 0.96, 0.96], rtol=1e-6)
+
+
 def test_interpolation_refuses_another_kind():
     with pytest.raises(ValueError, match="step"):
         interpolation_schedule(0.9, 1.0, kind="step", num_steps=10)

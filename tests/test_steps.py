@@ -12,7 +12,7 @@ from hjepa_jax import losses, metrics
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MultiBlockMask, gather_tokens
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Expander
+from hjepa_jax.models.hjepa import HJEPA, Expander, Prediction
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import make_optimizer
@@ -99,6 +99,21 @@ def test_loss_is_the_weighted_sum_of_its_terms():
         for p, t, v in zip(prediction.summary_levels, targets, prediction.query_valid, strict=True)
     ]
     np.testing.assert_allclose(terms["loss_summary"], by_hand[0] + 0.5 * by_hand[1], rtol=1e-6)
+
+
+def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 5)), jnp.float32)
+    prediction = Prediction((x,), (), (jnp.ones((6, 2), bool),), None, x, None, x)
+    weights, rng = LossWeights(sigreg_weight=0.3, num_slices=7), jax.random.PRNGKey(3)
+    keys = [slice_rng(rng, jnp.int32(step)) for step in (0, 1)]
+    values = []
+    for key in keys:
+        loss, terms = hjepa_loss(prediction, (0 * x,), weights, key)
+        expected = losses.sigreg_loss(x, losses.random_directions(key, 7, 5))
+        np.testing.assert_allclose(terms["loss_sigreg"], expected, rtol=1e-5)
+        np.testing.assert_allclose(loss, terms["loss_level_0"] + 0.3 * expected, rtol=1e-5)
+        values.append(float(expected))
+    assert values[0] != values[1]
 
 
 def test_the_step_reports_the_loss_of_the_parameters_it_started_from():

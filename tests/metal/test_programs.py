@@ -69,6 +69,14 @@ def test_the_plugin_takes_accumulation(tiny_config):
     assert refusals(Step(tiny_config), PLATFORM) == []
 
 
+@pytest.mark.parametrize("kind", ["hierarchical", "random"])
+def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, kind):
+    tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
+    for option in ("vertical_flip", "blur", "solarize"):
+        tiny_config.data[option] = 0.5
+    assert refusals(Step(tiny_config), PLATFORM) == []
+
+
 def test_the_plugin_takes_streamed_batches(tiny_config):
     assert refusals(Step(tiny_config, streamed=True), PLATFORM) == []
 
