@@ -14,6 +14,7 @@ In a single process all of this does nothing.
 
 import atexit
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -37,7 +38,10 @@ SILENT_SEC, JAX_SILENT_SEC = 30, 50
 PARTING_SEC = 15
 LOST = 3  # exit status when another process is lost
 
+MEETING_SEC = 24 * 3600
+
 _stopped = threading.Event()
+_meetings = itertools.count()
 
 
 def is_first() -> bool:
@@ -70,7 +74,9 @@ def member(
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Mostly another process that is gone, as the network puts it; `_watch` says it better.
             time.sleep(SILENT_SEC + 5)
-        leave(" ".join(str(error).split()) or type(error).__name__)
+        if not leave(" ".join(str(error).split()) or type(error).__name__):
+            # At its exit JAX would wait for the others once more, and die of it.
+            atexit.register(_exit, 2 if isinstance(error, InputError) else 1)
         raise
     leave()
 
@@ -107,29 +113,38 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
     threading.Thread(target=_watch, args=(_state().client,), daemon=True).start()
 
 
-def leave(reason: str = "") -> None:
+def leave(reason: str = "") -> bool:
     """Parts from the other processes; from here on this one is by itself.
 
     Waits a little for the others, which mostly come to the same end at the same step. Those that do
     not are ended by what this one leaves behind: its reason.
 
     Args:
-      reason: why, in one line; empty when the work is done.
+      reason: why, in one line; empty when the work is done, on which the others may take longer.
+
+    Returns:
+      Whether all have left.
     """
     if _stopped.is_set() or _state().client is None:
-        return
+        return _state().client is None
     client, state = _state().client, _state()
     with contextlib.suppress(RuntimeError):  # process 0, which keeps the records, is gone
         client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
-        until = time.monotonic() + PARTING_SEC
+        until = time.monotonic() + (PARTING_SEC if reason else 20 * PARTING_SEC)
         while time.monotonic() < until:
             if len(client.key_value_dir_get("left/")) == state.num_processes:
                 _stopped.set()
                 jax.distributed.shutdown()
-                return
+                return True
             time.sleep(0.05)
     _stopped.set()
-    atexit.unregister(jax.distributed.shutdown)  # it would wait for the others once more
+    return False
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _watch(client: Any) -> None:
@@ -153,8 +168,8 @@ def _watch(client: Any) -> None:
             elif now - heard[process][1] > SILENT_SEC and process not in left:
                 _end(f"process {process} of {state.num_processes} is silent for {SILENT_SEC} s")
         for process, reason in left.items():
-            if now - left_at.setdefault(process, now) > PARTING_SEC:
-                _end(f"process {process} of {state.num_processes} has ended ({reason or 'done'})")
+            if reason and now - left_at.setdefault(process, now) > PARTING_SEC:
+                _end(f"process {process} of {state.num_processes} has ended ({reason})")
         if _stopped.wait(1.0):
             return
 
@@ -171,14 +186,23 @@ def _end(what: str) -> None:
     os._exit(LOST)  # the main thread may be in a computation that never ends
 
 
+def meet() -> None:
+    """Waits until all processes are here, however long it takes (`_watch` sees to those that die).
+
+    On CPU, processes that compute together for the first time must come within 30 seconds.
+    """
+    if jax.process_count() > 1:
+        _state().client.wait_at_barrier(f"meeting {next(_meetings)}", 1000 * MEETING_SEC)
+
+
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """The first process runs the block by itself, then the others do: it may make shared files."""
     if not is_first():
-        multihost_utils.sync_global_devices("the first process is through")
+        meet()
     yield
-    if is_first() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the first process is through")
+    if is_first():
+        meet()
 
 
 def by_first(action: Callable[[], None]) -> None:
@@ -207,7 +231,10 @@ def largest(value: int) -> int:
 
 def all_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
     """The rows of all processes, each of which has as many, one process after the other."""
-    return multihost_utils.process_allgather(rows, tiled=True) if jax.process_count() > 1 else rows
+    if jax.process_count() == 1:
+        return rows
+    meet()
+    return multihost_utils.process_allgather(rows, tiled=True)
 
 
 def divided(

@@ -100,8 +100,7 @@ class Loop:
         )
         if step == 0:
             self._showcase.introduce(state)
-            if self._show_every:
-                self._show(state, window)
+        cluster.meet()  # compiling and drawing take each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:

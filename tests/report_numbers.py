@@ -42,7 +42,9 @@ class Sources:
       defaults: the same fields by default.
       params: number of parameters by part.
       width: of the encoder.
-      checkpoint: None where there is none.
+      num_images: of the training set.
+      saved: step of the newest checkpoint when the report was written; None for no checkpoint.
+      checkpoint: what the report must say of it; None where it is not there any more.
     """
 
     lines: list[dict]
@@ -51,6 +53,8 @@ class Sources:
     defaults: dict
     params: dict[str, int]
     width: int
+    num_images: int
+    saved: int | None
     checkpoint: Checkpoint | None = None
 
     @property
@@ -60,8 +64,7 @@ class Sources:
 
     @property
     def steps_per_epoch(self) -> int:
-        num_images = max(row["train_size"] for row in self.probes if "train_size" in row)
-        return num_images // self.config["train"]["batch_size"]
+        return self.num_images // self.config["train"]["batch_size"]
 
     @property
     def num_steps(self) -> int:
@@ -78,10 +81,11 @@ class Sources:
 
 
 def read_sources(folder: pathlib.Path, **known) -> Sources:
-    """Those in a workdir, or beside a report that was kept."""
+    """Those in a workdir, or beside a report that was kept; a run need not have been probed."""
+    probes = folder / "probe.json"
     return Sources(
         lines=[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-        probes=json.loads((folder / "probe.json").read_text())["results"],
+        probes=json.loads(probes.read_text())["results"] if probes.exists() else [],
         config=json.loads((folder / "config.json").read_text()),
         **known,
     )
@@ -138,16 +142,24 @@ def reached(s: Sources) -> list:
         (loss[-1] < loss[0], "The loss ended below its first value",
          f"{four(loss[0])} to {four(loss[-1])}"),
         (rank[-1] >= limit / 10, "Features have not collapsed", healthy),
-        (knn[-1] > knn[0], "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} %"),
+        (knn[-1] > knn[0], "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} %")
+        if len(knn) > 1 else (None, "k-NN accuracy rose", "fewer than two evaluations"),
     ]  # fmt: skip
     for protocol in ("linear", "knn"):
         for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
             ours, theirs = s.best(protocol, "target"), s.best(protocol, encoder)
             what = f"Trained features beat {name} by more than 1.00 points ({protocol})"
+            if ours is None or theirs is None:
+                checks.append((None, what, "not probed"))
+                continue
             says = f"{percent(ours)} against {percent(theirs)} %"
             checks.append((ours > theirs + 0.01, what, says))
-    checks.append((True, "The last step has a checkpoint", f"newest is step {step}"))
-    return found + [row("✓" if ok else "✗", what, why) for ok, what, why in checks]
+    saved = (None, "no checkpoint")
+    if s.saved is not None:
+        saved = (s.saved >= step, f"newest is step {s.saved}")
+    checks.append((saved[0], "The last step has a checkpoint", saved[1]))
+    marks = {True: "✓", False: "✗", None: "?"}
+    return found + [row(marks[ok], what, why) for ok, what, why in checks]
 
 
 def configuration(s: Sources) -> list:
@@ -159,6 +171,8 @@ def configuration(s: Sources) -> list:
             "seed"]  # fmt: skip
     changed = [field for field, value in flat.items() if value != s.defaults[field]]
     found = [row(f"`{f}`", f"`{flat[f]}`") for f in dict.fromkeys([*main, *changed])]
+    if s.saved is None:
+        return found
     if s.checkpoint is None:
         return [*found, re.compile(r"Made by \(as the newest checkpoint says\):[^#]*")]
     return found + [row(name, f"`{value}`") for name, value in s.checkpoint.versions.items()]
@@ -229,8 +243,10 @@ def collapse(s: Sources) -> list:
     rank, limit = s.values("train/effective_rank")[-1], s.max_rank
     label = "healthy" if rank >= limit / 10 else "collapsed"
     says = f"**{label}** ({rank:.1f} of at most {limit}; threshold {limit / 10:.1f})."
+    if s.saved is None:
+        return [*found, says]
     looked = re.compile(
-        rf"Of the checkpoint at step {s.lines[-1]['step']}, on \d+ held-out training images: "
+        rf"Of the checkpoint at step {s.saved}, on \d+ held-out training images: "
         r"\*\*[a-z ]+\*\*, effective rank [\d.]+ of \d+, relative std [\d.]+ \(threshold [\d.]+\)\."
     )
     return [*found, says, s.checkpoint.verdict if s.checkpoint else looked]
@@ -279,23 +295,25 @@ def probes(s: Sources) -> list:
 
 
 def look(s: Sources) -> list:
-    return [f"Training images, and the checkpoint at step {s.lines[-1]['step']}."]
+    return [] if s.saved is None else [f"Training images, and the checkpoint at step {s.saved}."]
 
 
 def features(s: Sources) -> list:
     if s.checkpoint:
         return [s.checkpoint.features]
-    step = s.lines[-1]["step"]
     return [
         re.compile(
-            rf"\d+ held-out training images beside \d+ others, target encoder at step {step}, "
+            rf"\d+ held-out training images beside \d+ others, target encoder at step {s.saved}, "
             r"level 0, mean over patches\. k-NN with k = \d+ gets [\d.]+ % of them right"
         )
     ]
 
 
 def checkpoints(s: Sources) -> list:
+    if s.saved is None:
+        return []
     scores = {line["step"]: line.get("eval/knn_top1") for line in s.lines}
+    scores.setdefault(s.saved, None)
     if s.checkpoint:
         return [row(k, size, percent(scores[int(k)])) for k, size in s.checkpoint.sizes.items()]
     rows = (rf"\| {step} \| [\d.]+ MB \| {percent(x)} \|" for step, x in scores.items())
@@ -321,7 +339,7 @@ def next_steps(s: Sources) -> list:
         rise = f"{percent(before[-1])} to {percent(knn[-1][1])} %"
         found.append(f"eval/knn_top1 rose from {rise} in the last third")
     ours, random = s.best("linear", "target"), s.best("linear", "random_init")
-    if ours <= random + 0.01:
+    if ours is not None and random is not None and ours <= random + 0.01:
         found.append(f"linear: {percent(ours)} %, random-init {percent(random)} %")
     return [f"*Because: {rule}.*" for rule in found]
 
@@ -346,7 +364,9 @@ EXPECTED = {
 def problems(report: str, sources: Sources) -> list[str]:
     """What of the report is not so, or not traced; empty where all is well."""
     sections, found = read_sections(report), []
-    if differing := EXPECTED.keys() ^ sections.keys():
+    absent = {"Features"} if sources.saved is None else set()
+    absent |= set() if sources.probes else {"Probes"}
+    if differing := (EXPECTED.keys() - absent) ^ sections.keys():
         found.append(f"sections differ: {sorted(differing)}")
     for heading in EXPECTED.keys() & sections.keys():
         rest = re.sub(r"^!\[\D*\]\(figures/\D+\.png\)$", "", sections[heading], flags=re.M)

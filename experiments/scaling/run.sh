@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results.csv: scaling on this machine. collectives.json: what ViT-Small's step exchanges. plan.csv.
+# results.csv: scaling on this machine. collectives_*.json: what ViT-Small exchanges. plan.csv.
 set -euo pipefail
 export PYTHONPATH=.
 folder=experiments/scaling

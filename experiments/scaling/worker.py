@@ -65,6 +65,7 @@ def measure() -> dict:
     size = built.config.data.image_size
     images = rng.integers(0, 256, (NUM_IMAGES, size, size, 3), np.uint8)
     images = place.put(images, place.whole)
+    cluster.meet()
     (state, window), seconds = built.create(), []
     for _ in range(WARMUP + _STEPS.value):
         index = rng.integers(0, NUM_IMAGES, (1, _BATCH_SIZE.value)).astype(np.int32)

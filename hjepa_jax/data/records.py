@@ -77,14 +77,14 @@ def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"]
     Raises:
       InputError: none of `MAX_UNREADABLE` in a row can be read.
     """
-    last_error = None
-    for offset in range(min(len(records), MAX_UNREADABLE)):
+    last_error, num_tries = None, min(len(records), MAX_UNREADABLE)
+    for offset in range(num_tries):
         try:
             return records.read((row + offset) % len(records)), offset == 0
         except InputError as error:
             last_error = error
     assert last_error is not None
-    rule = f"neither it nor any of the {MAX_UNREADABLE} before it can be read: {last_error.rule}"
+    rule = f"nor can any of the {num_tries - 1} before it be read: {last_error.rule}"
     raise InputError(last_error.field, last_error.value, rule)
 
 

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# The 5-epoch validation run; running it again continues it. Without an accelerator it takes hours.
+set -euo pipefail
+python -m hjepa_jax.main --config=configs/m1_max_quick_val.py --config.log.every_steps=5 --config.model.dtype=bfloat16
