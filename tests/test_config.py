@@ -260,7 +260,7 @@ def edited(edit) -> str:
     [
         ("", "Expecting value"),
         ("[]", "not an object"),
-        ("{}", "missing data.brightness"),
+        ("{}", "missing data.blur, "),
         ("[" * 99_999, "recursion"),
         (edited(lambda c: c.update(colour="red")), "unknown colour"),
         (edited(lambda c: c["model"].update(teacher={"width": 3})), "unknown model.teacher.width"),
