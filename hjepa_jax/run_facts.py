@@ -1,5 +1,6 @@
 """What is known of a run, read from its workdir and nowhere else."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -142,16 +143,19 @@ def read_facts(
             meta = checkpoint.read_meta(workdir)
         if images:
             source = open_config_source(config)
-            num_images = source.info.num_train
+            num_images = source.num_images
             if sizes:
                 train, _ = splits or source.load()
-                num_images = len(train.images)
+                if source.records is None:  # without a folder's files that are no images
+                    num_images = len(train.images)
                 look = _look(workdir, config, model, train, source.info.class_names)
     except InputError as error:
         reason = str(error)
     if num_images is None:
-        num_images = next((row["train_size"] for row in probes if "train_size" in row), None)
-    schedules = build.build_schedules(config, num_images) if num_images else None
+        num_images = _probed_size(config, probes)
+    schedules = None
+    with contextlib.suppress(InputError):  # the data is no longer what was trained on
+        schedules = build.build_schedules(config, num_images) if num_images else None
     num_steps = schedules.num_steps if schedules else config.train.num_steps
     return Facts(
         name=workdir.resolve().name,
@@ -168,6 +172,18 @@ def read_facts(
         no_look=reason,
         width=model.context_encoder.width,
     )
+
+
+def _probed_size(config: Config, probes: list[Row]) -> int | None:
+    """Number of training images that probes have seen, where it is that of all.
+
+    None where the run may be streamed: probes then see `max_labelled` of them, or another split.
+    """
+    c = config.data
+    size = next((row["train_size"] for row in probes if "train_size" in row), None)
+    streamed = c.streaming == "always" or c.train_split is not None
+    may_be = c.streaming == "auto" and size == c.max_labelled
+    return None if streamed or may_be else size
 
 
 def _status(workdir: pathlib.Path, config: Config, history: History, num_steps: int | None) -> str:

@@ -20,6 +20,9 @@ from hjepa_jax.data.records import Streaming, read_or_next, report_skipped
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.data.sources import fingerprint, open_source
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.results import write_probe_json
+from hjepa_jax.run import prepare_workdir
+from hjepa_jax.run_facts import read_facts
 from tests import processes
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
 from tests.test_sources import define_tiny_set
@@ -237,6 +240,36 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(streamed_config, folder, tm
     assert len(trained) == 1
     assert f"1 of 160 images (the next was trained on instead) skipped: {first}" in trained[0]
     assert newest_line(tmp_path / "run") == 22
+
+
+def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_ones(
+    streamed_config, folder, tmp_path
+):
+    few = tmp_path / "few"
+    for split in ("train", "test"):
+        for path in sorted((folder / split).glob("*/*"))[:: 8 if split == "train" else 1]:
+            copy = few / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, copy)
+    with streamed_config.unlocked():
+        c = streamed_config
+        c.data.source, c.data.max_labelled = f"folder:{few}", 8
+        c.train.batch_size, c.train.num_steps, c.train.num_epochs = 10, None, 3.0
+    workdir = tmp_path / "run"
+    prepare_workdir(streamed_config, workdir)
+    (workdir / "metrics.jsonl").write_text('{"step": 6, "train/loss": 1.0}\n')
+    facts = read_facts(workdir, images=True)
+    assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (2, 6, "finished")
+
+    write_probe_json(workdir / "probe.json", [{"train_size": 8}])
+    facts = read_facts(workdir, images=False)
+    assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (None, None, "interrupted")
+    for path in sorted(few.glob("train/*/*"))[1::2]:
+        path.unlink()
+    for path in sorted(few.glob("train/*/*"))[1:3]:
+        path.unlink()  # fewer than a batch
+    facts = read_facts(workdir, images=True)
+    assert (facts.steps_per_epoch, facts.status) == (None, "interrupted")
 
 
 # TensorFlow Datasets
