@@ -62,9 +62,13 @@ def member(
       process_id: which one this is, from 0.
 
     Raises:
-      InputError: when they do not find each other ("--coordinator").
+      InputError: when they do not find each other, or are several without a coordinator
+        ("--coordinator").
     """
     if coordinator is None:
+        if (num_processes or 1) > 1 or process_id:
+            rule = "must be given with --num_processes and --process_id"
+            raise InputError("--coordinator", coordinator, rule)
         yield
         return
     _join(coordinator, num_processes, process_id)
@@ -130,7 +134,8 @@ def leave(reason: str = "") -> bool:
     client, state = _state().client, _state()
     with contextlib.suppress(RuntimeError):  # process 0, which keeps the records, is gone
         client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
-        until = time.monotonic() + (PARTING_SEC if reason else 20 * PARTING_SEC)
+        # Process 0 holds the records: those that read its reason there must be gone before it is.
+        until = time.monotonic() + (PARTING_SEC + 5 if reason else 20 * PARTING_SEC)
         while time.monotonic() < until:
             if len(client.key_value_dir_get("left/")) == state.num_processes:
                 _stopped.set()
@@ -168,7 +173,8 @@ def _watch(client: Any) -> None:
             elif now - heard[process][1] > SILENT_SEC and process not in left:
                 _end(f"process {process} of {state.num_processes} is silent for {SILENT_SEC} s")
         for process, reason in left.items():
-            if reason and now - left_at.setdefault(process, now) > PARTING_SEC:
+            own = process == str(state.process_id)  # which waits for the others to read its reason
+            if reason and not own and now - left_at.setdefault(process, now) > PARTING_SEC:
                 _end(f"process {process} of {state.num_processes} has ended ({reason})")
         if _stopped.wait(1.0):
             return

@@ -122,10 +122,11 @@ def make_placement(devices: list[Any], *, fsdp: int) -> Placement:
     """A placement on `devices`, those of one process side by side.
 
     Args:
-      devices: as `jax.devices()` orders them.
+      devices: of all processes, in any order.
       fsdp: over how many of them parameters are cut; it divides their number. Neighbours share
         them, so that what is brought together in every step stays within a machine where it can.
     """
     if len(devices) == 1:
         return Placement(None)
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Placement(Mesh(np.array(devices).reshape(-1, fsdp), AXES))

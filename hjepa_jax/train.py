@@ -17,7 +17,7 @@ from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
-from hjepa_jax.loop import Loop
+from hjepa_jax.loop import Interrupted, Loop
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import (
     Run,
@@ -48,15 +48,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     """
     validate(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    source = open_config_source(config)
-    run = build_run(config, source)
-    with cluster.first_process_first():
+    with cluster.first_process_first():  # it downloads, and looks through
+        source = open_config_source(config)
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # a folder's files that are no images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
-        run = build_run(config, source)
-    _check_same_everywhere(config, fingerprint(train, source.records))
+    run = build_run(config, source)
+    data = fingerprint(train, source.records)
+    _check_same_everywhere(config, data)
     with contextlib.ExitStack() as held, writing(workdir):
 
         def claim() -> None:
@@ -64,11 +64,16 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             held.enter_context(locked(workdir))
 
         cluster.by_first(claim)
+        if cluster.largest(not (workdir / "config.json").exists()):
+            raise InputError("--workdir", str(workdir), "must be shared by all processes")
         try:
-            rows = _train_and_judge(run, source, train, test, workdir, backend)
+            rows = _train_and_judge(run, source, train, test, workdir, backend, data)
         except InputError as error:  # too many steps that are not finite, a collapse, a full disk
             cluster.leave(str(error))
             _report(config, workdir, (train, test))
+            raise
+        except Interrupted:  # an end that all agree on, though some may take long to close
+            cluster.leave()
             raise
         _report(config, workdir, (train, test))
         return rows
@@ -97,14 +102,21 @@ def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) 
 
 
 def _train_and_judge(
-    run: Run, source: Source, train: Split, test: Split, workdir: pathlib.Path, backend: str
+    run: Run,
+    source: Source,
+    train: Split,
+    test: Split,
+    workdir: pathlib.Path,
+    backend: str,
+    data: str,
 ) -> list[dict[str, Any]]:
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
-    data = fingerprint(train, source.records)
     checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
+    latest = checkpoints.latest_step()
+    cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
     state, window = run.create()
-    if checkpoints.latest_step() is not None:
+    if latest is not None:
         state, window = checkpoints.restore(state, window)
     logger = SilentLogger()
     if cluster.is_first():

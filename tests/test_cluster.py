@@ -1,6 +1,8 @@
 """Several processes: what they agree on, and what becomes of the others when one is gone."""
 
+import contextlib
 import json
+import os
 import pathlib
 import time
 
@@ -59,6 +61,13 @@ def test_a_coordinator_that_is_none_is_one_line(run_module):
     rule = "must be auto, or host and port" if jax.__version_info__ >= cluster.MIN_JAX else "needs"
     assert done.stderr.startswith(f"error: --coordinator='here': {rule}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("told", [{"num_processes": 2}, {"process_id": 1}])
+def test_one_of_several_processes_without_a_coordinator_is_refused(told):
+    refused = pytest.raises(InputError, match="--coordinator=None: must be given")
+    with refused, cluster.member(None, **told):
+        pass
 
 
 TREE = {"kernel": np.arange(64 * 96, dtype=np.float32).reshape(64, 96), "bias": np.ones(96, "f")}
@@ -153,6 +162,35 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_in_one(tiny_config,
     assert newest_checkpoint(workdir) >= saved + 2
 
 
+def give_up(path: pathlib.Path, coordinator: str, index: int) -> None:
+    """Process 0 ends with an error; the other works on."""
+    os.dup2(os.open(path / f"{index}.err", os.O_WRONLY | os.O_CREAT), 2)
+    member = cluster.member(coordinator, num_processes=2, process_id=index)
+    with contextlib.suppress(InputError), member:
+        cluster.meet()
+        if index == 0:
+            raise InputError("data.source", "x", "is a full disk")
+        time.sleep(600)
+
+
+@several
+@pytest.mark.slow
+def test_the_reason_of_process_0_ends_the_other_in_one_line(tmp_path):
+    address = processes.free_address()
+    both = [
+        processes.CONTEXT.Process(target=give_up, args=(tmp_path, address, index))
+        for index in range(2)
+    ]
+    for process in both:
+        process.start()
+    both[1].join(60)
+    both[0].join(60)
+    assert both[1].exitcode == cluster.LOST
+    lines = (tmp_path / "1.err").read_text().splitlines()
+    (line,) = [line for line in lines if "error: " in line]
+    assert line.startswith("error: process 0 of 2 has ended (data.source='x': is a full disk)")
+
+
 @several
 @pytest.mark.slow
 def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_path):
@@ -168,6 +206,21 @@ def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_
         told = processes.printed(tmp_path / "run", index)
         assert "must be the same in all processes of a run" in told
     assert not (tmp_path / "run").exists()
+
+
+@several
+@pytest.mark.slow
+def test_a_workdir_that_is_not_shared_is_refused(tiny_config, tmp_path):
+    address = processes.free_address()
+    workdirs = [tmp_path / "here", tmp_path / "there"]
+    both = [
+        processes.start(tiny_config, workdir, coordinator=address, process=(index, 2))
+        for index, workdir in enumerate(workdirs)
+    ]
+    for index, (process, workdir) in enumerate(zip(both, workdirs, strict=True)):
+        process.join()
+        assert process.exitcode == 2
+        assert "must be shared by all processes" in processes.printed(workdir, index)
 
 
 @several
