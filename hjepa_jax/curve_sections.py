@@ -6,7 +6,7 @@ from hjepa_jax.figures import Panel, curves
 from hjepa_jax.logging import format_duration
 from hjepa_jax.page import Section, table
 from hjepa_jax.run_facts import Facts
-from hjepa_jax.verdicts import gib, num, pct
+from hjepa_jax.verdicts import collapse_check, gib, num, pct
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 PLOTTED = 1500  # points of a curve: more than a figure shows
@@ -69,8 +69,7 @@ def loss_section(facts: Facts) -> Section | None:
     rows.append(["change, %", *changes, ""])
     heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
     text = table(heads, rows) + (
-        "\n\nMeans over the steps since the line before. Terms are unweighted; that the loss rises "
-        "after a first fall, while the effective rank grows, is what richer targets do."
+        "\n\nMeans over the steps since the line before. Terms are unweighted."
     )
     terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))})]
@@ -105,15 +104,18 @@ def collapse_section(facts: Facts) -> Section | None:
         return None
     rows = [
         (name, num(history.first(f"train/{name}")), num(history.last(f"train/{name}")))
-        for name in ("effective_rank", "target_std", "context_std", "pred_target_cosine")
+        for name in (
+            "effective_rank",
+            "relative_std",
+            "target_std",
+            "context_std",
+            "pred_target_cosine",
+        )
         if history.last(f"train/{name}") is not None
     ]
-    healthy = rank[-1] >= facts.min_rank
-    text = (
-        table(["indicator", "first line", "newest line"], rows)
-        + f"\n\nVerdict by effective rank: **{'healthy' if healthy else 'collapsed'}** "
-        f"({rank[-1]:.1f} of at most {facts.max_rank}; threshold {facts.min_rank:.1f})."
-    )
+    healthy, _, evidence = collapse_check(facts)
+    verdict = f"Verdict: **{'healthy' if healthy else 'collapsed'}** ({evidence})."
+    text = table(["indicator", "first line", "newest line"], rows) + "\n\n" + verdict
     if facts.look:
         v = facts.look.verdict
         text += (

@@ -226,10 +226,11 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     canvas.draw()
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs.
+    # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs:
+    # k-means, or the colours of maps would be far off.
     exact = [bytes.fromhex(c[1:]) for c in (INK, PAPER, DARK_INK, DARK_PAPER, GREY, *COLOURS)]
     num_others = 256 - len(exact)
-    small = Image.fromarray(shown).quantize(num_others, Image.Quantize.MAXCOVERAGE)
+    small = Image.fromarray(shown).quantize(num_others, Image.Quantize.MAXCOVERAGE, kmeans=3)
     others = bytes(small.getpalette() or [])[: 3 * num_others].ljust(3 * num_others, b"\0")
     index = np.array(small)
     for slot, colour in enumerate(exact, start=num_others):

@@ -123,9 +123,13 @@ def reset_averages(window: LogWindow) -> LogWindow:
 
 
 def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
-    """The window's means by name, nan where no step was finite, and the rank of its features."""
+    """The window's means by name, nan where no step was finite; rank and spread of its features."""
     values = {name: float(value) for name, value in window.averages.compute().items()}
-    return {**values, "effective_rank": verdict.effective_rank if verdict else 0.0}
+    return {
+        **values,
+        "effective_rank": verdict.effective_rank if verdict else 0.0,
+        "relative_std": verdict.relative_std if verdict else 0.0,
+    }
 
 
 def spread(window: LogWindow, *, step: int, batch_size: int) -> Verdict | None:

@@ -18,7 +18,12 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.evaluation.quality import MIN_RANK_FRACTION, Verdict, collapse_verdict
+from hjepa_jax.evaluation.quality import (
+    MIN_RANK_FRACTION,
+    MIN_RELATIVE_STD,
+    Verdict,
+    collapse_verdict,
+)
 from hjepa_jax.evaluation.results import Row, read_probe_json
 from hjepa_jax.history import History, read_history
 from hjepa_jax.metrics import FEATURE_ROWS
@@ -111,6 +116,28 @@ class Facts:
     def min_rank(self) -> float:
         """Effective rank below which features count as collapsed."""
         return MIN_RANK_FRACTION * self.max_rank
+
+    def signs_of_collapse(self, line: dict[str, Any] | None = None) -> list[str]:
+        """What says that the target features have collapsed, with the thresholds; else empty.
+
+        Constant features and rounding noise have full rank, so that their spread counts as well.
+
+        Args:
+          line: of the history, maybe without the numbers; None for the newest that has them, and
+            the newest checkpoint.
+        """
+        found, look = [], self.look if line is None else None
+        if line is None:
+            with_rank = (x for x in reversed(self.history.lines) if "train/effective_rank" in x)
+            line = next(with_rank, {})
+        rank, std = line.get("train/effective_rank"), line.get("train/relative_std")
+        if rank is not None and rank < self.min_rank:
+            found.append(f"effective rank {rank:.1f} is below {self.min_rank:.1f}")
+        if std is not None and std < MIN_RELATIVE_STD:
+            found.append(f"relative std {std:.2g} is below {MIN_RELATIVE_STD}")
+        if look and look.verdict.label != "healthy":
+            found.append(f"{look.verdict.label} at the checkpoint of step {look.step}")
+        return found
 
 
 def read_facts(

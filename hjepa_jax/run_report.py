@@ -76,16 +76,15 @@ def _warnings(facts: Facts) -> Section:
     found, before, sick = [], 0.0, False
     for line in facts.history.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
+        signs = facts.signs_of_collapse(line)
         if bad > before:
             text = f"step {line['step']}: {bad:.0f} steps in all were not finite and left out"
             found.append(text)
         before = bad
-        if rank is not None and (rank < facts.min_rank) != sick:
+        if rank is not None and bool(signs) != sick:
             sick = not sick
-            how = "below" if sick else "back above"
-            found.append(
-                f"step {line['step']}: effective rank {rank:.1f}, {how} {facts.min_rank:.1f}"
-            )
+            how = "; ".join(signs) if sick else f"no collapse any more, effective rank {rank:.1f}"
+            found.append(f"step {line['step']}: {how}")
     if facts.status == "stopped":
         limit = facts.config.train.max_nonfinite_steps
         found.append(f"the run ended: more than train.max_nonfinite_steps={limit} were left out")

@@ -50,11 +50,12 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     with cluster.first_process_first():  # it downloads, and looks through
         source = open_config_source(config)
+        run = build_run(config, source)  # before much is read: it refuses what cannot work
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # a folder's files that are no images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
-    run = build_run(config, source)
+        run = build_run(config, source)
     data = fingerprint(train, source.records)
     _check_same_everywhere(config, data)
     with contextlib.ExitStack() as held, writing(workdir):

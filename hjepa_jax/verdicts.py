@@ -3,6 +3,7 @@
 Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them.
 """
 
+from hjepa_jax.evaluation.quality import MIN_RELATIVE_STD
 from hjepa_jax.evaluation.results import best_score
 from hjepa_jax.run_facts import Facts
 
@@ -38,16 +39,7 @@ def checklist(facts: Facts) -> list[Check]:
         else (None, "The loss ended below its first value", "fewer than two values")
     )
 
-    rank = history.last("train/effective_rank")
-    checks.append(
-        (None, "Features have not collapsed", "no effective rank recorded")
-        if rank is None
-        else (
-            rank >= facts.min_rank,
-            "Features have not collapsed",
-            f"effective rank {rank:.1f}, threshold {facts.min_rank:.1f} of {facts.max_rank}",
-        )
-    )
+    checks.append(collapse_check(facts))
 
     _, knn = history.series("eval/knn_top1")
     checks.append(
@@ -77,6 +69,20 @@ def checklist(facts: Facts) -> list[Check]:
     return checks
 
 
+def collapse_check(facts: Facts) -> Check:
+    """Whether the features are spread and use many directions, by the newest line and the look."""
+    what, last = "Features have not collapsed", facts.history.last
+    if signs := facts.signs_of_collapse():
+        return False, what, "; ".join(signs)
+    rank, std = last("train/effective_rank"), last("train/relative_std")
+    if rank is None:
+        return None, what, "no effective rank recorded"
+    evidence = f"effective rank {rank:.1f}, threshold {facts.min_rank:.1f} of {facts.max_rank}"
+    if std is not None:
+        evidence += f"; relative std {std:.2g}, threshold {MIN_RELATIVE_STD}"
+    return True, what, evidence
+
+
 def next_steps(facts: Facts) -> list[tuple[str, str]]:
     """Suggestions, each with the rule that led to it; none where no rule applies."""
     history, found = facts.history, []
@@ -90,12 +96,12 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if bad := history.last("train/nonfinite_steps"):
         rule = f"train/nonfinite_steps is {bad:.0f}, above 0"
         found.append(("Lower `optim.learning_rate`, or `optim.clip_norm`.", rule))
-    rank = history.last("train/effective_rank")
-    if rank is not None and rank < facts.min_rank:
+    signs = facts.signs_of_collapse()
+    if signs:
         what = "Raise `loss.regularizer_weight`, or bring `loss.regularizer` into use."
-        found.append((what, f"effective rank {rank:.1f} is below {facts.min_rank:.1f}"))
+        found.append((what, "; ".join(signs)))
     cosine = history.last("train/pred_target_cosine")
-    if cosine is not None and cosine > EASY_COSINE:
+    if cosine is not None and cosine > EASY_COSINE and not signs:
         what = "Make prediction harder: larger `mask.scale`, smaller `mask.context_scale`."
         found.append((what, f"train/pred_target_cosine {cosine:.3f} is above {EASY_COSINE}"))
     wait = history.last("perf/data_wait_fraction")

@@ -130,10 +130,33 @@ def row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def signs(s: Sources, line: dict) -> list[str]:
+    """What says in a line that features have collapsed."""
+    rank, std, limit = line["train/effective_rank"], line.get("train/relative_std"), s.max_rank / 10
+    found = [f"effective rank {rank:.1f} is below {limit:.1f}"] if rank < limit else []
+    return found + ([f"relative std {std:.2g} is below 0.01"] if (std or 1) < 0.01 else [])
+
+
+def newest_signs(s: Sources) -> tuple[bool, str]:
+    """Whether features are healthy at the end, and why."""
+    line = [line for line in s.lines if "train/effective_rank" in line][-1]
+    found = signs(s, line)
+    if (
+        s.checkpoint
+        and (label := re.findall(r"\*\*(.+)\*\*", s.checkpoint.verdict)[0]) != "healthy"
+    ):
+        found.append(f"{label} at the checkpoint of step {s.saved}")
+    rank, limit = line["train/effective_rank"], s.max_rank
+    says = f"effective rank {rank:.1f}, threshold {limit / 10:.1f} of {limit}"
+    if "train/relative_std" in line:
+        says += f"; relative std {line['train/relative_std']:.2g}, threshold 0.01"
+    return not found, "; ".join(found) or says
+
+
 def reached(s: Sources) -> list:
-    step, loss, rank = s.lines[-1]["step"], s.values("train/loss"), s.values("train/effective_rank")
-    bad, knn, limit = s.values("train/nonfinite_steps")[-1], s.values("eval/knn_top1"), s.max_rank
-    healthy = f"effective rank {rank[-1]:.1f}, threshold {limit / 10:.1f} of {limit}"
+    step, loss = s.lines[-1]["step"], s.values("train/loss")
+    bad, knn = s.values("train/nonfinite_steps")[-1], s.values("eval/knn_top1")
+    healthy, spread = newest_signs(s)
     status = "finished" if step == s.num_steps else "interrupted"
     found = [f"**Status: {status}**, step {step} of {s.num_steps}."]
     checks = [
@@ -141,7 +164,7 @@ def reached(s: Sources) -> list:
         (bad == 0, "Every step was finite", f"{bad:.0f} steps left out"),
         (loss[-1] < loss[0], "The loss ended below its first value",
          f"{four(loss[0])} to {four(loss[-1])}"),
-        (rank[-1] >= limit / 10, "Features have not collapsed", healthy),
+        (healthy, "Features have not collapsed", spread),
         (knn[-1] > knn[0], "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} %")
         if len(knn) > 1 else (None, "k-NN accuracy rose", "fewer than two evaluations"),
     ]  # fmt: skip
@@ -237,31 +260,32 @@ def schedules(s: Sources) -> list:
 
 def collapse(s: Sources) -> list:
     found = []
-    for name in ("effective_rank", "target_std", "context_std", "pred_target_cosine"):
-        values = s.values(f"train/{name}")
-        found.append(row(name, four(values[0]), four(values[-1])))
-    rank, limit = s.values("train/effective_rank")[-1], s.max_rank
-    label = "healthy" if rank >= limit / 10 else "collapsed"
-    says = f"**{label}** ({rank:.1f} of at most {limit}; threshold {limit / 10:.1f})."
+    names = ("effective_rank", "relative_std", "target_std", "context_std", "pred_target_cosine")
+    for name in names:
+        if values := s.values(f"train/{name}"):
+            found.append(row(name, four(values[0]), four(values[-1])))
+    healthy, evidence = newest_signs(s)
+    says = f"Verdict: **{'healthy' if healthy else 'collapsed'}** ({evidence})."
     if s.saved is None:
         return [*found, says]
     looked = re.compile(
         rf"Of the checkpoint at step {s.saved}, on \d+ held-out training images: "
-        r"\*\*[a-z ]+\*\*, effective rank [\d.]+ of \d+, relative std [\d.]+ \(threshold [\d.]+\)\."
+        r"\*\*healthy\*\*, effective rank [\d.]+ of \d+, relative std [\d.]+ \(threshold [\d.]+\)\."
     )
     return [*found, says, s.checkpoint.verdict if s.checkpoint else looked]
 
 
 def warnings(s: Sources) -> list:
-    found, before, sick, limit = [], 0, False, s.max_rank / 10
+    found, before, sick = [], 0, False
     for line in s.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
         if bad > before:
             found.append(f"step {line['step']}: {bad} steps in all were not finite and left out")
-        if rank is not None and (rank < limit) != sick:
+        if rank is not None and bool(signs(s, line)) != sick:
             sick = not sick
-            where = "below" if sick else "back above"
-            found.append(f"step {line['step']}: effective rank {rank:.1f}, {where} {limit:.1f}")
+            healthy = f"no collapse any more, effective rank {rank:.1f}"
+            how = "; ".join(signs(s, line)) if sick else healthy
+            found.append(f"step {line['step']}: {how}")
         before = bad
     return [f"- {text}" for text in found]
 
@@ -323,13 +347,13 @@ def checkpoints(s: Sources) -> list:
 def next_steps(s: Sources) -> list:
     last = {name: values[-1] for name in {n for line in s.lines for n in line}
             if (values := s.values(name))}  # fmt: skip
-    rank, cosine = last["train/effective_rank"], last["train/pred_target_cosine"]
-    wait, found = last["perf/data_wait_fraction"], []
+    cosine, wait, found = last["train/pred_target_cosine"], last["perf/data_wait_fraction"], []
+    healthy, evidence = newest_signs(s)
     if bad := last["train/nonfinite_steps"]:
         found.append(f"train/nonfinite_steps is {bad}, above 0")
-    if rank < s.max_rank / 10:
-        found.append(f"effective rank {rank:.1f} is below {s.max_rank / 10:.1f}")
-    if cosine > 0.95:
+    if not healthy:
+        found.append(evidence)
+    if cosine > 0.95 and healthy:
         found.append(f"train/pred_target_cosine {cosine:.3f} is above 0.95")
     if wait > 0.1:
         found.append(f"perf/data_wait_fraction {wait:.3f} is above 0.1")

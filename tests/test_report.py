@@ -23,6 +23,7 @@ from hjepa_jax.evaluation.quality import collapse_verdict
 from hjepa_jax.fields import flatten
 from hjepa_jax.publish import write_report
 from hjepa_jax.run_facts import read_facts
+from hjepa_jax.run_report import sections as run_sections
 from hjepa_jax.verdicts import next_steps
 from tests.conftest import REPOSITORY
 from tests.report_numbers import (
@@ -236,11 +237,31 @@ def test_collapse_and_steps_left_out_are_told_with_their_rules(finished, tmp_pat
     write_report([workdir], workdir, images=False)
     found = report_sections(workdir)
     assert "step 4: 2 steps in all were not finite" in found["Warnings"]
-    assert "step 6: effective rank 1.2, below 1.6" in found["Warnings"]
+    assert "step 6: effective rank 1.2 is below 1.6" in found["Warnings"]
     assert found["Warnings"].count("- ") == 2, "each is told once, when it begins"
-    assert "**collapsed** (1.1 of at most 16; threshold 1.6)" in found["Collapse indicators"]
+    assert "**collapsed** (effective rank 1.1 is below 1.6" in found["Collapse indicators"]
     assert "train/nonfinite_steps is 2, above 0" in found["Next steps"]
     assert "effective rank 1.1 is below 1.6" in found["Next steps"]
+
+
+def test_constant_features_are_called_collapsed_whatever_their_rank(tmp_path):
+    """Rounding noise around one point has full rank."""
+    x = 1 + 1e-6 * np.random.default_rng(0).normal(size=(512, 192))
+    verdict = collapse_verdict(x)
+    kept = REPOSITORY / "experiments/cifar10_tiny/report"
+    shutil.copy(kept / "config.json", tmp_path)
+    lines = read_metrics(kept)
+    lines[-1]["train/effective_rank"] = verdict.effective_rank
+    lines[-1]["train/relative_std"] = verdict.relative_std
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = read_facts(tmp_path, images=False)
+    assert verdict.effective_rank > 9 * facts.min_rank
+    parts = {heading: text for heading, text, _ in run_sections(facts)}
+    sign = f"relative std {verdict.relative_std:.2g} is below 0.01"
+    assert f"| ✗ | Features have not collapsed | {sign}" in parts["What was reached"]
+    assert f"**collapsed** ({sign})" in parts["Collapse indicators"]
+    assert f"step {lines[-1]['step']}: {sign}" in parts["Warnings"]
+    assert sign in parts["Next steps"]
 
 
 def test_several_runs_stand_side_by_side(finished, tmp_path):

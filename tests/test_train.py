@@ -35,6 +35,7 @@ TRAIN_METRICS = {
     "train/context_std",
     "train/target_std",
     "train/effective_rank",
+    "train/relative_std",
     "train/nonfinite_steps",
     "train/pred_target_cosine",
     "perf/images_per_sec",
