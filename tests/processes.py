@@ -19,6 +19,7 @@ from hjepa_jax.errors import InputError
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hjepa_jax.train", "ml_collections.config_flags"])
 REPOSITORY = pathlib.Path(__file__).parent.parent
+COMMAND_SEC = 300  # for a command to end in
 
 
 def start(
@@ -94,7 +95,10 @@ def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str
         out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
         process = CONTEXT.Process(target=_run_module, args=(module, arguments, out, err))
         process.start()
-        process.join()
+        process.join(COMMAND_SEC)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired([module, *arguments], COMMAND_SEC)
         return subprocess.CompletedProcess(
             [module, *arguments], process.exitcode, out.read_text(), err.read_text()
         )
