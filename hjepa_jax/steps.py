@@ -265,9 +265,8 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
                 window, outputs.scalars, outputs.features, state.step, outputs.finite
             )
 
-        if (
-            len(images if index is None else index) == 1
-        ):  # no loop in the program where there is nothing to repeat
+        num_batches = len(images) if index is None else len(index)
+        if num_batches == 1:  # no loop in the program where there is nothing to repeat
             return body(0, (state, window))
         return jax.lax.fori_loop(0, count, body, (state, window))
 
