@@ -80,7 +80,7 @@ def member(
             time.sleep(SILENT_SEC + 5)
         if not leave(" ".join(str(error).split()) or type(error).__name__):
             # At its exit JAX would wait for the others once more, and die of it.
-            atexit.register(_exit, 2 if isinstance(error, InputError) else 1)
+            atexit.register(_exit, getattr(error, "status", 1))
         raise
     leave()
 

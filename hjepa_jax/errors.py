@@ -10,7 +10,12 @@ class InputError(Exception):
       field: what is wrong, by the name under which the user gave it ("mask.scale", "--workdir").
       value: the value that was given.
       rule: the rule that the value breaks, in words.
+
+    Attributes:
+      status: exit status of the command.
     """
+
+    status = 2
 
     def __init__(self, field: str, value: object, rule: str):
         self.field, self.value, self.rule = field, value, rule

@@ -17,7 +17,7 @@ from hjepa_jax import build, cluster, metrics
 from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
-from hjepa_jax.data.records import Records, report_skipped
+from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
 from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
@@ -33,10 +33,14 @@ ONLINE_KNN_K = 20
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by `signum`; its state at `step` is saved."""
+    """The run was asked to stop by `signum`; its state at `step` is saved.
+
+    Attributes:
+      status: exit status of the command.
+    """
 
     def __init__(self, signum: int, step: int):
-        self.signum, self.step = signum, step
+        self.status = 128 + signum
         super().__init__(f"{signal.Signals(signum).name} at step {step}")
 
 
@@ -155,7 +159,7 @@ class Loop:
             yield batches
         finally:
             batches.close()
-            errors = streaming.unreadable_errors(records, batches.unreadable)
+            errors = unreadable_errors(records, batches.unreadable)
             what = f"{len(records)} images (the next was trained on instead)"
             report_skipped(c.data.source, errors, what)
 

@@ -7,7 +7,6 @@ python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR] [--dry_
 
 import json
 import pathlib
-import signal
 import sys
 
 from absl import flags
@@ -54,7 +53,7 @@ def main() -> None:
             train.train_and_evaluate(config, workdir)
     except loop.Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
-        sys.exit(128 + signal.Signals(stop.signum))
+        sys.exit(stop.status)
     if cluster.is_first():
         print(summary(workdir))
 

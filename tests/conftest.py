@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from PIL import Image
 
 import tests.typechecker  # noqa: F401  (the hook below looks it up by name)
 
@@ -41,6 +42,18 @@ def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     save_npz(path, *create_shapes(240, 60, seed=1))
     return f"npz:{path}"
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A data set of 160 + 40 files, 32x32, in a folder for each class."""
+    root = tmp_path_factory.mktemp("shapes_folder")
+    for name, split in zip(("train", "test"), create_shapes(160, 40, seed=1), strict=True):
+        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = root / name / f"{label:02}" / f"{i:03}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
 
 
 @pytest.fixture

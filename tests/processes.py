@@ -145,6 +145,6 @@ def _work(
             train.train_and_evaluate(config, workdir)
     except InputError as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(error.status)
     except loop.Interrupted as stop:
-        os._exit(128 + stop.signum)
+        os._exit(stop.status)

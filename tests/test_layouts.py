@@ -7,12 +7,14 @@ from hjepa_jax.logging import read_metrics
 from tests import processes
 from tests.test_cluster import several
 
-# name: processes, devices of each, fsdp
+# name: processes, devices of each, fsdp, whether the data is streamed
 LAYOUTS = {
-    "data 8": (1, 8, 1),
-    "data 4 x fsdp 2": (1, 8, 2),
-    "fsdp 8": (1, 8, 8),
-    "2 processes x 4 devices, fsdp 2": (2, 4, 2),
+    "data 8": (1, 8, 1, False),
+    "data 4 x fsdp 2": (1, 8, 2, False),
+    "fsdp 8": (1, 8, 8, False),
+    "2 processes x 4 devices, fsdp 2": (2, 4, 2, False),
+    "data 4 x fsdp 2, streamed": (1, 8, 2, True),
+    "2 processes x 4 devices, fsdp 2, streamed": (2, 4, 2, True),
 }
 # Sums over a batch are taken in another order, each term rounded to 6e-8 of itself. Adam divides
 # gradients by their size and so repeats such differences at full scale in parameters whose gradient
@@ -26,15 +28,22 @@ METRIC_TOLERANCE = 1e-4
 @several
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_curve_of_fifty_steps_is_that_of_one_device(tiny_config, tmp_path, layout):
+def test_the_loss_curve_of_fifty_steps_is_that_of_one_device_with_resident_data(
+    tiny_config, shapes_folder, tmp_path, layout
+):
     c = tiny_config
+    if LAYOUTS[layout][-1]:
+        c.data.source, c.data.image_size = f"folder:{shapes_folder}", 32
+        c.model.patch_size = 8
     c.model.width, c.model.depth = 32, 2  # so that some arrays are large enough to be cut
     c.train.num_steps, c.log.every_steps = 50, 1
     c.train.checkpoint_every_steps = 50
     c.optim.warmup_epochs = 0.5
     curves = []
-    for name, (num, devices, fsdp) in {"one": (1, 1, 1), layout: LAYOUTS[layout]}.items():
+    one = (1, 1, 1, False)
+    for name, (num, devices, fsdp, streamed) in {"one": one, layout: LAYOUTS[layout]}.items():
         c.parallel.cpu_devices, c.parallel.fsdp = devices, fsdp
+        c.data.streaming = "always" if streamed else "never"
         workdir = tmp_path / name
         assert processes.finish(c, workdir, num=num) == 0, processes.printed(workdir)
         curves.append(read_metrics(workdir / "metrics.jsonl"))

@@ -5,19 +5,24 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import shutil
 import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from array_record.python import array_record_module
 
 from hjepa_jax import train
 from hjepa_jax.data import sources, streaming
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.records import Streaming, read_or_next, report_skipped
-from hjepa_jax.data.shapes import create_shapes
+from hjepa_jax.data.records import (
+    Streaming,
+    read_or_next,
+    report_skipped,
+    unreadable_errors,
+)
 from hjepa_jax.data.sources import fingerprint, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
@@ -81,7 +86,7 @@ def test_a_set_of_which_nothing_can_be_read_ends_in_one_line():
 
 
 def test_what_was_corrupt_is_named_in_one_line(capsys):
-    errors = streaming.unreadable_errors(Numbers(9, (1, 3, 5, 7)), {7, 5, 3, 1})
+    errors = unreadable_errors(Numbers(9, (1, 3, 5, 7)), {7, 5, 3, 1})
     report_skipped("folder:x", errors, "9 images")
     assert capsys.readouterr().err == (
         "folder:x: 4 of 9 images skipped: number 1 is corrupt; number 3 is corrupt; "
@@ -120,25 +125,13 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line():
 # Folders
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
-    """200 files of the procedural shapes."""
-    root = tmp_path_factory.mktemp("streamed")
-    for name, split in zip(("train", "test"), create_shapes(160, 40, seed=1), strict=True):
-        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-            path = root / name / f"{label:02}" / f"{i:03}.bmp"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    return root
-
-
 @pytest.fixture
-def streamed_config(tiny_config, folder):
+def streamed_config(tiny_config, shapes_folder):
     c = tiny_config
     with c.unlocked():
         c.update_from_flattened_dict(
             {
-                "data.source": f"folder:{folder}",
+                "data.source": f"folder:{shapes_folder}",
                 "data.streaming": "always",
                 "data.image_size": 32,
                 "data.num_workers": 1,
@@ -152,25 +145,27 @@ def streamed_config(tiny_config, folder):
     return c
 
 
-def test_a_folder_is_streamed_as_it_would_be_loaded(folder, monkeypatch):
+def test_a_folder_is_streamed_as_it_would_be_loaded(shapes_folder, monkeypatch):
     options = {"data_dir": None, "image_size": 16}
-    resident = open_source(f"folder:{folder}", **options)
-    streamed = open_source(f"folder:{folder}", **options, streaming=Streaming("always"))
+    resident = open_source(f"folder:{shapes_folder}", **options)
+    streamed = open_source(f"folder:{shapes_folder}", **options, streaming=Streaming("always"))
     train_set, _ = resident.load()
     images = np.stack([streamed.records.read(row) for row in range(len(streamed.records))])
     np.testing.assert_array_equal(images, train_set.images)
     assert (streamed.num_images, resident.num_images, resident.records) == (160, 160, None)
     few = Streaming("always", max_labelled=30)
-    drawn = [open_source(f"folder:{folder}", **options, streaming=few).load() for _ in range(2)]
+    drawn = [
+        open_source(f"folder:{shapes_folder}", **options, streaming=few).load() for _ in range(2)
+    ]
     assert [len(split.labels) for split in drawn[0]] == [30, 30]
     assert drawn[0][0].names == drawn[1][0].names
     assert set(drawn[0][0].names) < set(train_set.names)
     assert len({fingerprint(train_set), fingerprint(train_set, streamed.records)}) == 2
 
     auto = Streaming("auto", max_labelled=100)
-    assert open_source(f"folder:{folder}", **options, streaming=auto).records is None
+    assert open_source(f"folder:{shapes_folder}", **options, streaming=auto).records is None
     monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
-    assert len(open_source(f"folder:{folder}", **options, streaming=auto).records) == 160
+    assert len(open_source(f"folder:{shapes_folder}", **options, streaming=auto).records) == 160
 
 
 @pytest.mark.parametrize(
@@ -219,10 +214,12 @@ def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed
     jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
 
 
-def test_a_run_counts_corrupt_files_once_and_goes_on(streamed_config, folder, tmp_path, capsys):
+def test_a_run_counts_corrupt_files_once_and_goes_on(
+    streamed_config, shapes_folder, tmp_path, capsys
+):
     damaged = tmp_path / "damaged"
-    for path in folder.glob("*/*/*"):
-        copy = damaged / path.relative_to(folder)
+    for path in shapes_folder.glob("*/*/*"):
+        copy = damaged / path.relative_to(shapes_folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, copy)
     (first, *_) = sorted((damaged / "train").glob("*/*"))
@@ -243,12 +240,12 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(streamed_config, folder, tm
 
 
 def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_ones(
-    streamed_config, folder, tmp_path
+    streamed_config, shapes_folder, tmp_path
 ):
     few = tmp_path / "few"
     for split in ("train", "test"):
-        for path in sorted((folder / split).glob("*/*"))[:: 8 if split == "train" else 1]:
-            copy = few / path.relative_to(folder)
+        for path in sorted((shapes_folder / split).glob("*/*"))[:: 8 if split == "train" else 1]:
+            copy = few / path.relative_to(shapes_folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, copy)
     with streamed_config.unlocked():
@@ -305,14 +302,54 @@ def test_tfds_records_are_read_one_by_one_in_the_order_of_the_files(tfds_dir, tm
     for split in (streamed.load()[0], loaded):
         np.testing.assert_array_equal(split.labels, split.images[:, 0, 0, 0] // 10 % 2)
 
-    for data_dir, when, rule in (
-        (str(tmp_path), "always", r"is prepared as tfrecord in .* name another folder as data.dir"),
-        (tfds_dir, "never", r"is prepared as array_record, .*data.streaming='always'"),
-    ):
-        with pytest.raises(InputError, match=rule):
-            open_tfds(data_dir, when)
+    resident = open_tfds(tfds_dir, "never")
+    assert resident.records is None
+    for split, other in zip(resident.load(), open_tfds(str(tmp_path), "never").load(), strict=True):
+        np.testing.assert_array_equal(split.images, other.images)
+        np.testing.assert_array_equal(split.labels, other.labels)
+
+    rule = r"is prepared as tfrecord in .* name another folder as data.dir"
+    with pytest.raises(InputError, match=rule):
+        open_tfds(str(tmp_path), "always")
     with pytest.raises(InputError, match=r"data.train_split='x': must be a split of tfds:tiny_str"):
         open_tfds(tfds_dir, train_split="x")
+
+
+def test_what_may_be_streamed_is_prepared_for_it_before_its_size_is_known(tmp_path, monkeypatch):
+    define_tiny_set("TinyAuto", [("train", 20), ("test", 6)], (4, 6, 3))
+    options = {"data_dir": str(tmp_path), "image_size": 8, "streaming": Streaming("auto")}
+    resident = open_source("tfds:tiny_auto", **options)
+    assert (resident.records, len(resident.load()[0].labels)) == (None, 20)
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 100)
+    assert len(open_source("tfds:tiny_auto", **options).records) == 20
+
+
+@pytest.mark.parametrize("num_corrupt", [1, 20])
+def test_a_corrupt_record_of_a_list_of_classes_is_counted_and_skipped(
+    tfds_dir, tmp_path, capsys, num_corrupt
+):
+    (path,) = pathlib.Path(tfds_dir).glob("*/*/*train*array_record*")
+    folder = tmp_path / "tiny_streamed" / path.parent.name
+    shutil.copytree(path.parent, folder)
+    # Records that are no examples, in a file that is sound: a damaged one is not opened at all.
+    records = array_record_module.ArrayRecordReader(str(path)).read_all()
+    writer = array_record_module.ArrayRecordWriter(str(folder / path.name), "group_size:1")
+    for i, record in enumerate(records):
+        writer.write(b"\xff" if i < num_corrupt else record)
+    writer.close()
+    classes = tmp_path / "classes.txt"
+    classes.write_text("x\ny\n")
+    if num_corrupt == 20:
+        with pytest.raises(InputError, match=r"data.source='train\[0\]': cannot be read"):
+            open_tfds(str(tmp_path), class_list=str(classes))
+        return
+    source = open_tfds(str(tmp_path), class_list=str(classes))
+    assert source.num_images == 19
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert "1 of 20 records of split train (their class is unknown) skipped: train[0] can" in said
+    assert len(source.load()[0].labels) == 19
+    open_tfds(str(tmp_path), class_list=str(classes))  # the labels are kept: it is said once more
+    assert "skipped: train[0] can" in capsys.readouterr().err
 
 
 def test_a_list_of_classes_restricts_a_tfds_set_and_renumbers_its_labels(tfds_dir, tmp_path):

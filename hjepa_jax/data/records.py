@@ -6,7 +6,7 @@
 import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
@@ -118,6 +118,20 @@ def read_all(
                     images[len(kept)] = image
                     kept.append(row)
     return images[: len(kept)], kept, errors
+
+
+def unreadable_errors(records: Records, rows: Iterable[int]) -> list[InputError]:
+    """What is wrong with each row; only the few that will be named are read again."""
+    errors = []
+    for i, row in enumerate(sorted(rows)):
+        error = InputError("data.source", row, "could not be read")
+        if i < NUM_LISTED:
+            try:
+                records.read(row)
+            except InputError as why:
+                error = why
+        errors.append(error)
+    return errors
 
 
 def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None:

@@ -23,7 +23,7 @@ from absl import flags
 from jaxtyping import Int32, UInt8
 
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.records import NUM_LISTED, Records, read_or_next
+from hjepa_jax.data.records import Records, read_or_next
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
 
@@ -179,17 +179,3 @@ class StreamedBatches:
             except queue.Full:
                 continue
         return False
-
-
-def unreadable_errors(records: Records, rows: set[int]) -> list[InputError]:
-    """What is wrong with each row; only the few that will be named are read again."""
-    errors = []
-    for i, row in enumerate(sorted(rows)):
-        error = InputError("data.source", row, "could not be read")
-        if i < NUM_LISTED:
-            try:
-                records.read(row)
-            except InputError as why:
-                error = why
-        errors.append(error)
-    return errors

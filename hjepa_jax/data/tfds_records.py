@@ -11,7 +11,13 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from hjepa_jax.data.records import Streaming, read_all, report_skipped
+from hjepa_jax.data.records import (
+    MAX_UNREADABLE,
+    Streaming,
+    read_all,
+    report_skipped,
+    unreadable_errors,
+)
 from hjepa_jax.data.sources import (
     Source,
     SourceInfo,
@@ -25,6 +31,7 @@ from hjepa_jax.data.tfds_source import TEST_SPLITS, files_of, formats_of
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
+UNREADABLE = -2  # the label of a corrupt record; TFDS has -1 for an image without a label
 SCAN_BATCH = 1000  # records that are looked through at a time for those of some classes
 
 
@@ -73,17 +80,18 @@ class TfdsRecords:
             raise InputError("data.source", record, rule) from error
 
     def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
-        """The labels of some rows.
-
-        Raises:
-          InputError: a record cannot be read.
-        """
+        """The labels of some rows; `UNREADABLE` for a record that is corrupt, -1 for none."""
         try:
             examples = self._source().__getitems__([int(self.rows[row]) for row in rows])
             return np.array([example[self.keys[1]] for example in examples], np.int32)
-        except Exception as error:  # as above
-            rule = f"has labels that cannot be read: {first_line(error)}"
-            raise InputError("data.source", f"{self.path} {self.split}", rule) from error
+        except Exception:  # as above; together they are read faster than one by one
+            return np.array([self._label(row) for row in rows], np.int32)
+
+    def _label(self, row: int) -> int:
+        try:
+            return int(self._source()[int(self.rows[row])][self.keys[1]])
+        except Exception:  # as above
+            return UNREADABLE
 
     def part(self, rows: Int[np.ndarray, " rows"]) -> "TfdsRecords":
         return dataclasses.replace(self, rows=self.rows[rows])
@@ -129,22 +137,20 @@ def open_streamed(
             "array_record"
         )
         raise InputError("data.source", source, rule)
-    splits, keys = builder.info.splits, builder.info.supervised_keys
-    names = tuple(builder.info.features[keys[1]].names)
+    names = tuple(builder.info.features[builder.info.supervised_keys[1]].names)
     classes = list(range(len(names)))
     if streaming.class_list is not None:
         classes = _read_classes(streaming.class_list, names)
 
     def open_split(name: str) -> TfdsRecords:
-        rows = np.arange(splits[name].num_examples, dtype=np.int32)
-        records = TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
+        records = _all_records(builder, name, image_shape, crops=crops)
         if streaming.class_list is None:
             return records
         return records.part(_rows_of(records, classes, builder))
 
     labelled = open_split("train")
-    others = (open_split(name) for name in TEST_SPLITS if name in splits)
-    test = next((split for split in others if len(split) and split.labels([0])[0] >= 0), None)
+    others = (open_split(name) for name in TEST_SPLITS if name in builder.info.splits)
+    test = next((split for split in others if _is_labelled(split)), None)
     if test is None:
         num_test = num_held_out(source, len(labelled))
         labelled, test = map(labelled.part, hold_out(len(labelled), num_test, seed))
@@ -160,12 +166,8 @@ def open_streamed(
         skipped: list[InputError] = []
         loaded = []
         for split in drawn:
-            images, kept, errors = read_all(split)
-            labels = split.labels(kept)
-            if labels.min(initial=0) < 0:
-                rule = f"split {split.split} has images without a label"
-                raise InputError("data.source", source, rule)
-            loaded.append(Split(images, new_label[labels]))
+            read, errors = _read_labelled(source, split)
+            loaded.append(Split(read.images, new_label[read.labels]))
             skipped += errors
         report_skipped(source, skipped, f"{sum(map(len, drawn))} images")
         return loaded[0], loaded[1]
@@ -173,6 +175,43 @@ def open_streamed(
     class_names = tuple(names[label] for label in classes)
     info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
     return Source(source, info, load, records)
+
+
+def read_split(source: str, builder: Any, name: str, image_shape: tuple[int, int, int]) -> Split:
+    """A whole split that is prepared as array_record, in the order of its files.
+
+    Raises:
+      InputError: images are without labels, or one cannot be read.
+    """
+    crops = None in builder.info.features[builder.info.supervised_keys[0]].shape
+    records = _all_records(builder, name, image_shape, crops=crops)
+    split, errors = _read_labelled(source, records)
+    if errors:
+        raise errors[0]
+    return split
+
+
+def _all_records(
+    builder: Any, name: str, image_shape: tuple[int, int, int], *, crops: bool
+) -> TfdsRecords:
+    rows = np.arange(builder.info.splits[name].num_examples, dtype=np.int32)
+    keys = builder.info.supervised_keys
+    return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
+
+
+def _read_labelled(source: str, records: TfdsRecords) -> tuple[Split, list[InputError]]:
+    """Images and labels of the records, and what is wrong with those that cannot be read."""
+    images, kept, errors = read_all(records)
+    labels = records.labels(kept)
+    if labels.min(initial=0) < 0:
+        rule = f"split {records.split} has images without a label"
+        raise InputError("data.source", source, rule)
+    return Split(images, labels), errors
+
+
+def _is_labelled(split: TfdsRecords) -> bool:
+    """Whether there are labels, as far as the first records say that are not corrupt."""
+    return bool(split.labels(range(min(len(split), MAX_UNREADABLE))).max(initial=-1) >= 0)
 
 
 def _read_classes(path: str, names: Sequence[str]) -> list[int]:
@@ -206,4 +245,9 @@ def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np
 
     key = f"labels {builder.info.full_name} {records.split} {files_of(builder.data_path)}"
     labels = kept_arrays(key, scan)["labels"]
+    corrupt = np.flatnonzero(labels == UNREADABLE).tolist()
+    if len(corrupt) == len(labels):
+        raise unreadable_errors(records, corrupt[:1])[0]
+    what = f"{len(records)} records of split {records.split} (their class is unknown)"
+    report_skipped("data.class_list", unreadable_errors(records, corrupt), what)
     return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)

@@ -31,6 +31,7 @@ from hjepa_jax.data.sources import (
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
+SMALL_DOWNLOAD_BYTES = 2**28  # decoded, images of such a download fit the memory in any case
 PROBE_SEC = 5.0  # how long the host of a download may take to answer
 TEST_SPLITS = ("test", "validation")  # the first that there is
 READ_BATCH = 1000  # images that TensorFlow hands over at a time
@@ -55,7 +56,7 @@ def open_tfds(
     except (ImportError, ValueError, AssertionError) as error:
         raise InputError("data.source", source, first_line(error)) from error
     if not builder.data_path.exists():  # is_prepared() would log a warning
-        if streaming.when == "always":
+        if _may_be_streamed(streaming, builder):
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _download(source, builder)
 
@@ -83,9 +84,6 @@ def open_tfds(
         return tfds_records.open_streamed(
             source, builder, shape, crops=None in image.shape, seed=seed, streaming=streaming
         )
-    if formats_of(builder) == {"array_record"}:
-        rule = "is prepared as array_record, which is read with data.streaming='always' only"
-        raise InputError("data.source", source, rule)
 
     def load() -> tuple[Split, Split]:
         def decode() -> dict[str, np.ndarray]:
@@ -115,6 +113,14 @@ def formats_of(builder: Any) -> set[str]:
     return {found.value for found in builder.info.available_file_formats()}
 
 
+def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
+    """Whether a set is to be prepared so that it can be; how much there is of it is known later."""
+    size = sum(info.size for info in (builder.url_infos or {}).values())
+    return streaming.when == "always" or (
+        streaming.when == "auto" and not 0 < size < SMALL_DOWNLOAD_BYTES
+    )
+
+
 def files_of(folder: Any) -> list[tuple[str, int, int]]:
     """Name, size and time of each file of a prepared set: what changes when it is made anew."""
     stats = ((path.name, os.stat(path)) for path in folder.iterdir())
@@ -122,7 +128,15 @@ def files_of(folder: Any) -> list[tuple[str, int, int]]:
 
 
 def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
-    """Decodes one split, in the order of its files."""
+    """Decodes one split, in the order of its files.
+
+    Raises:
+      InputError: images are without labels, or one cannot be read.
+    """
+    if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read that
+        from hjepa_jax.data import tfds_records
+
+        return tfds_records.read_split(source, builder, name, shape)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no chatter about the CPU's abilities
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
