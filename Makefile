@@ -55,8 +55,7 @@ lint: $(VENV)/.dev  ## Style and common mistakes
 types: $(VENV)/.dev  ## Static types
 	$(BIN)/basedpyright
 
-check: lint types  ## All tests, style and types (CI also runs test-jax050)
-	$(OTHER_PYTHON) $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+check: lint types test  ## What to run before a commit (CI also runs test-slow and test-jax050)
 
 format: $(VENV)/.dev  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .

@@ -60,6 +60,7 @@ def build_model(config: Config) -> HJEPA:
         "mlp_ratio": c.mlp_ratio,
         "positions": c.positions,
         "precision": _precision(c.dtype),
+        "remat": c.remat,
     }
     return HJEPA(
         context_encoder=VisionTransformer(
@@ -68,6 +69,9 @@ def build_model(config: Config) -> HJEPA:
             depth=depth,
             num_heads=num_heads,
             num_summary_tokens=c.num_summary_tokens,
+            num_registers=c.num_registers,
+            drop_path=c.drop_path,
+            layer_scale=c.layer_scale,
             **shared,
         ),
         predictor=Predictor(
@@ -76,6 +80,8 @@ def build_model(config: Config) -> HJEPA:
             width=c.predictor_width,
             depth=c.predictor_depth,
             num_heads=c.predictor_num_heads,
+            mode=c.predictor_mode,
+            global_level=c.global_level,
             **shared,
         ),
         summary_pass=config.loss.summary_weight > 0,
@@ -151,6 +157,9 @@ def build_loss_weights(config: Config) -> LossWeights:
     c = config.loss
     vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
     level_weights = c.level_weights or (1.0,) * config.model.num_levels
+    global_terms = ()
+    if config.model.global_level:
+        global_terms = ("loss_global", 1.0 - c.cross_view), ("loss_cross_view", c.cross_view)
     return LossWeights(
         kind=c.kind,
         level_weights=tuple(level_weights),
@@ -159,6 +168,7 @@ def build_loss_weights(config: Config) -> LossWeights:
         covariance_weight=vicreg_weight * c.covariance_weight,
         sigreg_weight=c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
         num_slices=c.num_slices,
+        global_terms=tuple((name, weight) for name, weight in global_terms if weight),
     )
 
 
@@ -229,7 +239,8 @@ def build_train_step(
         sample_masks=build_masks(config),
         augment=build_augment(config),
         loss_weights=build_loss_weights(config),
-        ema_momentum_fn=schedules.ema_momentum_fn,
+        ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
+        num_target_layers=config.model.target_layers,
         num_accumulation_steps=config.optim.accumulation_steps,
     )
 
@@ -287,7 +298,11 @@ def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
         resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3
     )
     return make_snapshot_fn(
-        model, build_masks(config), preprocess=build_preprocess(config), as_pixels=as_pixels
+        model,
+        build_masks(config),
+        preprocess=build_preprocess(config),
+        as_pixels=as_pixels,
+        num_target_layers=config.model.target_layers,
     )
 
 

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Shaped
 
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, Interrupted
 
 # The first whose heartbeats can be set.
 MIN_JAX = (0, 7, 1)
@@ -80,7 +81,7 @@ def member(
             time.sleep(SILENT_SEC + 5)
         if not leave(" ".join(str(error).split()) or type(error).__name__):
             # At its exit JAX would wait for the others once more, and die of it.
-            atexit.register(_exit, getattr(error, "status", 1))
+            atexit.register(_exit, _status(error))
         raise
     leave()
 
@@ -144,6 +145,13 @@ def leave(reason: str = "") -> bool:
             time.sleep(0.05)
     _stopped.set()
     return False
+
+
+def _status(error: BaseException) -> int:
+    """The command's exit status after `error`."""
+    if isinstance(error, (InputError, Interrupted)):
+        return error.status
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _exit(status: int) -> None:
@@ -233,6 +241,11 @@ def by_first(action: Callable[[], None]) -> None:
 def largest(value: int) -> int:
     """The largest of the processes' values, in each of them; all must ask."""
     return int(all_rows(np.array([value], np.int32)).max())
+
+
+def total(value: int) -> int:
+    """The sum of the processes' values, in each of them; all must ask."""
+    return int(all_rows(np.array([value], np.int32)).sum())
 
 
 def all_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:

@@ -15,7 +15,9 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.fields import check_types, flatten, get_field, is_a
 from hjepa_jax.losses import PREDICTION_LOSSES
 from hjepa_jax.models.hjepa import REGULARIZED
-from hjepa_jax.models.vit import POSITIONS, SIZES
+from hjepa_jax.models.positions import POSITIONS
+from hjepa_jax.models.predictor import MODES
+from hjepa_jax.models.vit import SIZES
 
 # An ml_collections.ConfigDict, whose fields no type checker knows.
 Config = Any
@@ -27,6 +29,7 @@ FREE_FIELDS = (
     "data.num_workers",
     "eval.",
     "log.",
+    "model.remat",
     "parallel.",
     "platform",
     "train.checkpoint_every_epochs",
@@ -35,6 +38,20 @@ FREE_FIELDS = (
     "train.max_nonfinite_steps",
     "train.on_collapse",
     "train.steps_per_call",
+)
+
+# Fields that came later than others. A run without them did what their defaults do, so that its
+# config.json may lack them.
+ADDED_FIELDS = (
+    "loss.cross_view",
+    "model.drop_path",
+    "model.global_level",
+    "model.layer_scale",
+    "model.num_registers",
+    "model.predictor_mode",
+    "model.target",
+    "model.target_layers",
+    "train.init_from",
 )
 
 
@@ -76,11 +93,19 @@ def base_config() -> Config:
     c.model.patch_size = 4  # pixels per side of a patch
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R
-    c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed)
+    c.model.num_registers = 0  # further such tokens, that nobody reads
+    c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed) | rope2d
+    c.model.layer_scale = 0.0  # initial factor of each residual branch, per feature; 0: none
+    c.model.drop_path = 0.0  # probability to leave out a branch of the last block (first: 0)
+    c.model.remat = False  # compute blocks again in the backward pass: less memory, slower
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
     c.model.predictor_width = 96
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
+    c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
+    c.model.global_level = False  # one query more, for the mean of the whole image
+    c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
+    c.model.target_layers = 1  # k, blocks of the target encoder whose mean is the target
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()
@@ -101,6 +126,7 @@ def base_config() -> Config:
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
+    c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     c.loss.regularizer_weight = 0.05  # multiplies sigreg, or the two terms of vicreg
     c.loss.variance_weight = 25.0  # of vicreg
@@ -125,6 +151,7 @@ def base_config() -> Config:
     c.train.batch_size = 256  # images per update, global
     c.train.num_epochs = 20.0
     c.train.num_steps = placeholder(int)  # wins over num_epochs
+    c.train.init_from = placeholder(str)  # another run's workdir: start from its parameters
     c.train.steps_per_call = 1  # updates per dispatch to the device
     c.train.checkpoint_every_epochs = 1.0
     c.train.checkpoint_every_steps = placeholder(int)  # wins over checkpoint_every_epochs
@@ -227,14 +254,23 @@ def validate(config: Config) -> None:
     at_least(0.25, "model.mlp_ratio", at_most=64)  # of a width of at least 4: one unit
     at_least(1, "model.num_levels", at_most=16)
     at_least(0, "model.num_summary_tokens", at_most=1024)
+    at_least(0, "model.num_registers", at_most=1024)
     at_least(0, "model.expander_width", at_most=65_536)
-    width, _, num_heads = encoder_size(config)
+    at_least(0, "model.layer_scale", at_most=100)
+    check(0 <= config.model.drop_path < 1, "model.drop_path", "must be in [0, 1)")
+    one_of("model.predictor_mode", MODES)
+    one_of("model.target", ("ema", "online"))
+    width, depth, num_heads = encoder_size(config)
+    at_least(1, "model.target_layers", at_most=depth)
     head_rule = "must be a multiple of the number of heads, {}, and of 4, for the positions"
     for field, w, heads in (
         ("model.width", width, num_heads),
         ("model.predictor_width", config.model.predictor_width, config.model.predictor_num_heads),
     ):
         check(w % heads == 0 and w % 4 == 0, field, head_rule.format(heads))
+        rotates = config.model.positions == "rope2d"
+        rule = f"must be a multiple of 4 times {heads} heads, for model.positions='rope2d'"
+        check(not rotates or w // heads % 4 == 0, field, rule)
     check(
         config.data.image_size % config.model.patch_size == 0,
         "data.image_size",
@@ -276,6 +312,13 @@ def validate(config: Config) -> None:
     at_least(0, "loss.summary_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     at_least(1, "loss.num_slices", at_most=65_536)
+    fraction("loss.cross_view")
+    has_top = config.model.global_level or not config.loss.cross_view
+    check(has_top, "loss.cross_view", "needs model.global_level=True")
+    if config.model.target == "online":
+        rule = "needs loss.regularizer='sigreg' of the patches (loss.regularized: context or both)"
+        held = config.loss.regularizer == "sigreg" and config.loss.regularizer_weight > 0
+        check(held and config.loss.regularized != "summary", "model.target", rule)
     weights = config.loss.level_weights
     weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
     if weights is not None:

@@ -1,4 +1,6 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""Exceptions by which a command ends in one line; all others mean that the program is wrong."""
+
+import signal
 
 
 class InputError(Exception):
@@ -23,6 +25,18 @@ class InputError(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:  # from a worker process
         return InputError, (self.field, self.value, self.rule)
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by `signum`; its state at `step` is saved.
+
+    Attributes:
+      status: exit status of the command.
+    """
+
+    def __init__(self, signum: int, step: int):
+        self.status = 128 + signum
+        super().__init__(f"{signal.Signals(signum).name} at step {step}")
 
 
 def _show(value: object) -> str:

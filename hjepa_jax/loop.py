@@ -19,6 +19,7 @@ from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
 from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
 from hjepa_jax.data.sources import Split
+from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
@@ -30,18 +31,6 @@ from hjepa_jax.train_state import TrainState
 
 # Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
 ONLINE_KNN_K = 20
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by `signum`; its state at `step` is saved.
-
-    Attributes:
-      status: exit status of the command.
-    """
-
-    def __init__(self, signum: int, step: int):
-        self.status = 128 + signum
-        super().__init__(f"{signal.Signals(signum).name} at step {step}")
 
 
 class Loop:
@@ -60,6 +49,7 @@ class Loop:
         self._run, self._config, self._schedules = run, c, run.schedules
         self._train, self._checkpoints, self._logger = train, checkpoints, logger
         self._records = records
+        self._unreadable: set[int] = set()  # rows of it, as far as this process has come across
         self._backend = backend
         num_images = len(train.images) if records is None else len(records)
         self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
@@ -155,6 +145,7 @@ class Loop:
             shard_count=jax.process_count(),
         )
         batches = streaming.StreamedBatches(decoded, size=size, put=place.put_own_batches)
+        self._unreadable = batches.unreadable
         try:
             yield batches
         finally:
@@ -183,7 +174,7 @@ class Loop:
         shows = self._show_every and (step % self._show_every == 0 or last)
         if evaluates or saves or shows:
             jax.block_until_ready(state)  # the steps under way belong to training time
-            self._alarms.check_finite(window, step)  # before a save could replace a good one
+            self._check_finite(window, step)  # before a save could replace a good one
         paused = time.perf_counter()
         scores = self._evaluate(state, step) if evaluates else {}
         self._logger.end_line()
@@ -196,6 +187,19 @@ class Loop:
         self._timer.add_pause(time.perf_counter() - paused)
         return window
 
+    def _ema_momentum(self, step: int) -> dict[str, float]:
+        if self._config.model.target == "online":  # there is none
+            return {}
+        return {"train/ema_momentum": float(self._schedules.ema_momentum_fn(step))}
+
+    def _check_finite(self, window: metrics.LogWindow, step: int) -> None:
+        """See `Alarms.check_finite`; a run that ends here leaves its count in the log."""
+        try:
+            self._alarms.check_finite(window, step)
+        except InputError:
+            self._logger.scalars(step, {"train/nonfinite_steps": int(window.nonfinite.count)})
+            raise
+
     def _show(self, state: TrainState, window: metrics.LogWindow) -> None:
         state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
         if cluster.is_first():
@@ -207,6 +211,7 @@ class Loop:
         verdict = metrics.spread(window, step=step, batch_size=batch_size)
         values = metrics.summarize(window, verdict)
         rates = self._timer.rates(batch_size)
+        unreadable = 0 if self._records is None else cluster.total(len(self._unreadable))
         self._logger.scalars(
             step,
             {
@@ -214,7 +219,8 @@ class Loop:
                 "train/nonfinite_steps": int(window.nonfinite.count),
                 "train/learning_rate": float(self._schedules.learning_rate_fn(step)),
                 "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
-                "train/ema_momentum": float(self._schedules.ema_momentum_fn(step)),
+                **self._ema_momentum(step),
+                **({"train/unreadable_images": unreadable} if unreadable else {}),
                 **rates,
                 "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
             },
@@ -225,7 +231,7 @@ class Loop:
             images_per_sec=rates["perf/images_per_sec"],
             steps_per_sec=rates["perf/steps_per_sec"],
         )
-        self._alarms.check_finite(window, step)
+        self._check_finite(window, step)
         if verdict:
             self._alarms.check_spread(verdict, step)
         self._timer.restart()

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, Interrupted
 
 try:
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -40,7 +40,7 @@ def main() -> None:
         reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
         raise InputError("--config", path, f"must be a config file ({reason})") from error
 
-    from hjepa_jax import cluster, loop, run, train  # here, so that a bad flag is refused at once
+    from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
 
     if _DRY_RUN.value:
         print(json.dumps(run.describe(config)))
@@ -51,7 +51,7 @@ def main() -> None:
             _COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
         ):
             train.train_and_evaluate(config, workdir)
-    except loop.Interrupted as stop:
+    except Interrupted as stop:
         print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
         sys.exit(stop.status)
     if cluster.is_first():

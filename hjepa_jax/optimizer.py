@@ -16,7 +16,15 @@ import optax
 Schedule = Callable[[Any], Any]
 
 # Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions.
-UNDECAYED = ("bias", "scale", "embedding", "mask_token", "level_tokens", "summary_tokens")
+UNDECAYED = (
+    "bias",
+    "scale",
+    "embedding",
+    "mask_token",
+    "level_tokens",
+    "summary_tokens",
+    "register_tokens",
+)
 
 
 def warmup_cosine_schedule(

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from hjepa_jax import build, metrics
-from hjepa_jax.config import FREE_FIELDS, Config, base_config, differing_fields, validate
+from hjepa_jax.config import (
+    ADDED_FIELDS,
+    FREE_FIELDS,
+    Config,
+    base_config,
+    differing_fields,
+    validate,
+)
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, first_line, open_source
 from hjepa_jax.errors import InputError
@@ -282,11 +289,12 @@ def load_config(workdir: pathlib.Path) -> Config:
 
 
 def _check_same_fields(saved: Any, defaults: dict[str, Any]) -> None:
-    """A run is described by all fields: what another version lacks must not be guessed."""
+    """A run is described by all fields: what another version lacks is known, or not guessed."""
     if not isinstance(saved, dict):
         raise TypeError("not an object")
     found, expected = flatten(saved).keys(), flatten(defaults).keys()
-    missing = [field for field in expected - found if not field.startswith(FREE_FIELDS)]
+    missing = expected - found - {*ADDED_FIELDS}
+    missing = [field for field in missing if not field.startswith(FREE_FIELDS)]
     for which, fields in (("unknown", found - expected), ("missing", missing)):
         if fields:
             raise ValueError(f"{which} {', '.join(sorted(fields))}")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax import losses
 from hjepa_jax.masking import Masks, MaskSampler, gather_tokens, target_union
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.hjepa import HJEPA, last_layers
 
 # Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
 NUM_IMAGES = 6
@@ -64,6 +64,7 @@ def make_snapshot_fn(
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],
+    num_target_layers: int = 1,
 ) -> Callable[..., Snapshot]:
     """Returns `snapshot(params, target_params, images)`.
 
@@ -72,29 +73,37 @@ def make_snapshot_fn(
       sample_masks: the masks of training.
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
+      num_target_layers: blocks of the target encoder whose mean is the target.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
-    num_summary, depth = model.context_encoder.num_summary_tokens, model.context_encoder.depth
+    encoder = model.context_encoder
+    num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
     apply: Any = model.apply
 
     def snapshot(params: Any, target_params: Any, images: UInt8[Array, "B H W C"]) -> Snapshot:
         masks = sample_masks(jax.random.split(jax.random.PRNGKey(MASK_SEED), len(images)))
         views = preprocess(images)
-        (tokens, _), intermediates = apply(
+        _, intermediates = apply(
             {"params": {"context_encoder": target_params}},
             views,
             method="encode",
             mutable=["intermediates"],
         )
         blocks = intermediates["intermediates"]["context_encoder"]
-        weights = [blocks[f"block_{i}"]["attention"]["weights"][0] for i in range(depth)]
+        weights = [blocks[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
+        layers = last_layers(model, target_params, views, num_target_layers)
+        tokens = hierarchy.mixed_layers([tokens for tokens, _ in layers])
         levels = hierarchy.level_features(tokens, grid_size, num_levels)
         prediction = apply({"params": params}, views, masks)
         cosine = _cosine(prediction, levels, masks)
-        shown = [_seen(x, num_summary) for x in (weights[-1], _rollout(weights)[:, None])]
+        shown = [
+            _seen(x, num_summary, num_prefix) for x in (weights[-1], _rollout(weights)[:, None])
+        ]
         return Snapshot(
             pixels=as_pixels(images),
-            states=tuple(map(_square, _states(prediction.query_valid, masks, grid_size))),
+            states=tuple(
+                map(_square, _states(prediction.query_valid[:num_levels], masks, grid_size))
+            ),
             tokens=levels,
             cosine=tuple(map(_square, cosine)),
             attention=_square(shown[0]),
@@ -145,10 +154,12 @@ def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
     return product
 
 
-def _seen(attention: Float[Array, "B h T T"], num_summary: int) -> Float[Array, "B h N"]:
+def _seen(
+    attention: Float[Array, "B h T T"], num_summary: int, num_prefix: int
+) -> Float[Array, "B h N"]:
     """From the summary tokens, or else from all patches, to the patches."""
-    rows = attention[:, :, : num_summary or None]
-    return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_summary:]
+    rows = attention[:, :, :num_summary] if num_summary else attention[:, :, num_prefix:]
+    return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_prefix:]
 
 
 def _square(x: Shaped[Array, "*B n"]) -> Shaped[Array, "*B G G"]:

@@ -19,7 +19,7 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Prediction
+from hjepa_jax.models.hjepa import HJEPA, Prediction, last_layers
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
 
@@ -55,6 +55,8 @@ class LossWeights:
       summary_weight: weight of the summary pass.
       variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
       sigreg_weight: weight of SIGReg (0: none).
+      global_terms: names and weights of the terms of the global level, where the model has it:
+        "loss_global", whose target is of the same view, and "loss_cross_view", of a second one.
       num_slices: random directions per step, of SIGReg.
     """
 
@@ -65,6 +67,7 @@ class LossWeights:
     covariance_weight: float = 0.0
     sigreg_weight: float = 0.0
     num_slices: int = 256
+    global_terms: tuple[tuple[str, float], ...] = ()
 
 
 def image_rngs(
@@ -77,7 +80,7 @@ def image_rngs(
     return pairs[:, 0], pairs[:, 1]
 
 
-def slice_rng(rng: Array, step: Int[Array, ""]) -> Array:
+def batch_rng(rng: Array, step: Int[Array, ""]) -> Array:
     """The key of a step that belongs to no image, and so is the same for all of them."""
     return jax.random.fold_in(jax.random.fold_in(rng, step), NO_IMAGE)
 
@@ -99,19 +102,24 @@ def hjepa_loss(
     Returns:
       The loss, and every term of it (unweighted) by its metric name.
     """
+    num_more = len(targets) - len(prediction.levels)  # the global prediction may have two targets
 
     def level_losses(predictions: tuple[Array, ...]) -> list[Array]:
-        triples = zip(predictions, targets, prediction.query_valid, strict=True)
+        predictions, valid = (x + x[-1:] * num_more for x in (predictions, prediction.query_valid))
+        triples = zip(predictions, targets, valid, strict=True)
         return [losses.prediction_loss(p, t, v, weights.kind) for p, t, v in triples]
+
+    term_weights = {f"loss_level_{level}": w for level, w in enumerate(weights.level_weights)}
+    term_weights |= dict(weights.global_terms)
 
     def weighted(values: list[Array]) -> Array:
         return sum(
-            (w * v for w, v in zip(weights.level_weights, values, strict=True)),
+            (w * v for w, v in zip(term_weights.values(), values, strict=True)),
             start=jnp.zeros(()),
         )
 
     level_values = level_losses(prediction.levels)
-    terms = {f"loss_level_{level}": value for level, value in enumerate(level_values)}
+    terms = dict(zip(term_weights, level_values, strict=True))
     loss = weighted(level_values)
     if prediction.summary_levels:
         terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
@@ -136,7 +144,8 @@ def make_train_step(
     sample_masks: MaskSampler,
     augment: Augment,
     loss_weights: LossWeights,
-    ema_momentum_fn: Schedule,
+    ema_momentum_fn: Schedule | None,
+    num_target_layers: int = 1,
     num_accumulation_steps: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
@@ -147,12 +156,34 @@ def make_train_step(
       sample_masks: masks of a batch from one key per image.
       augment: uint8 images to normalised pixels, from one key per image.
       loss_weights: how the terms of the loss are combined.
-      ema_momentum_fn: m as a function of the number of the update, from 1.
+      ema_momentum_fn: m as a function of the number of the update, from 1. None for no EMA: the
+        targets are then features of the context encoder itself, and the gradient flows through
+        them too (the regularizer alone keeps them from collapsing).
+      num_target_layers: k, how many of the target encoder's last blocks are averaged, each
+        standardized, for the targets (Baevski et al. 2022, arXiv 2202.03555, section 3.3).
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
-    apply = _untyped_apply(model)
+    apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
+    cross_view = "loss_cross_view" in global_terms
+
+    def encode_targets(
+        encoder_params: Any, views: Array, second_views: Array | None, target_index: Array
+    ) -> tuple[tuple[Array, ...], Array]:
+        """Targets of every level, and the tokens that the target encoder gave."""
+
+        def encode(images: Array) -> tuple[Array, Array]:
+            layers = last_layers(model, encoder_params, images, num_target_layers)
+            return hierarchy.mixed_layers([tokens for tokens, _ in layers]), layers[0][0]
+
+        mixed, tokens = encode(views)
+        finest, *coarse = hierarchy.level_features(mixed, grid_size, num_levels)
+        if "loss_global" in global_terms:
+            coarse.append(hierarchy.global_feature(mixed))
+        if second_views is not None:
+            coarse.append(hierarchy.global_feature(encode(second_views)[0]))
+        return (gather_tokens(finest, target_index), *coarse), tokens
 
     def loss_and_grads(
         state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
@@ -161,21 +192,26 @@ def make_train_step(
         masks = sample_masks(mask_rngs)
         views = augment(augment_rngs, images)
 
-        # 2. Forward, loss, gradient. The targets come from the EMA parameters alone.
-        tokens, _ = apply(
-            {"params": {"context_encoder": state.target_params}}, views, method="encode"
-        )
-        targets = hierarchy.level_features(jax.lax.stop_gradient(tokens), grid_size, num_levels)
+        # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
+        second_views = augment(jax.vmap(second_rng)(augment_rngs), images) if cross_view else None
         target_index = masks.target_index.reshape(len(views), -1)
-        targets = (gather_tokens(targets[0], target_index), *targets[1:])
+        inputs = (views, second_views, target_index)
+        rng = batch_rng(state.rng, state.step)
+        rngs = {}
+        if model.context_encoder.drop_path:  # of this part of the batch
+            rngs["drop_path"] = jax.random.fold_in(mask_rngs[0], NO_IMAGE)
+        ema_targets = None
+        if ema_momentum_fn is not None:
+            ema_targets = jax.lax.stop_gradient(encode_targets(state.target_params, *inputs))
 
-        def loss_fn(params: Any) -> tuple[Array, tuple[dict[str, Array], Prediction]]:
-            prediction = apply({"params": params}, views, masks)
-            rng = slice_rng(state.rng, state.step)
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            targets, tokens = ema_targets or encode_targets(params["context_encoder"], *inputs)
+            prediction = apply({"params": params}, views, masks, rngs=rngs)
             loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
-            return loss, (scalars, prediction)
+            return loss, (scalars, prediction, targets, tokens)
 
-        (_, (scalars, prediction)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        scalars, prediction, targets, tokens = aux
         features = jnp.mean(tokens, axis=1)
         scalars["context_std"] = _mean_std(prediction.context_mean)
         scalars["target_std"] = _mean_std(features)
@@ -213,9 +249,11 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
 
-        # 4. EMA, of the updated parameters.
-        ema_momentum = ema_momentum_fn(state.step + 1)
-        target_params = ema_update(state.target_params, params["context_encoder"], ema_momentum)
+        # 4. EMA, of the updated parameters. Without one, what is judged is the encoder itself.
+        target_params = params["context_encoder"]
+        if ema_momentum_fn is not None:
+            ema_momentum = ema_momentum_fn(state.step + 1)
+            target_params = ema_update(state.target_params, target_params, ema_momentum)
 
         outputs.scalars["grad_norm"] = global_norm(grads)
         outputs.scalars["update_norm"] = global_norm(updates)
@@ -279,8 +317,8 @@ def make_embed_fn(
     """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
     The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
-    very quantity that level l predicts) and `summary` [B, R * n * D] (the summary tokens,
-    concatenated).
+    very quantity that level l predicts, unless its target mixes several layers) and `summary`
+    [B, R * n * D] (the summary tokens, concatenated).
 
     Args:
       model: the networks whose encoder is used.
@@ -289,22 +327,11 @@ def make_embed_fn(
         of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
-    apply = _untyped_apply(model)
 
     def embed(
         encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array
     ) -> dict[str, Float[Array, "B _"]]:
-        (tokens, summary), intermediates = apply(
-            {"params": {"context_encoder": encoder_params}},
-            preprocess(images, *rngs),
-            method="encode",
-            mutable=["intermediates"],
-        )
-        r, depth = summary.shape[1], model.context_encoder.depth
-        layers = [(tokens, summary)]
-        for i in range(depth - 2, depth - 1 - num_layers, -1):
-            (x,) = intermediates["intermediates"]["context_encoder"][f"tokens_{i}"]
-            layers.append((x[:, r:].astype(jnp.float32), hierarchy.standardize(x[:, :r])))
+        layers = last_layers(model, encoder_params, preprocess(images, *rngs), num_layers)
         means = [
             [jnp.mean(x, axis=1) for x in hierarchy.level_features(tokens, grid_size, num_levels)]
             for tokens, _ in layers
@@ -313,12 +340,17 @@ def make_embed_fn(
             f"level_{level}": jnp.concatenate([layer[level] for layer in means], axis=-1)
             for level in range(num_levels)
         }
-        if r:
+        if model.context_encoder.num_summary_tokens:
             summaries = [summary.reshape(len(images), -1) for _, summary in layers]
             features["summary"] = jnp.concatenate(summaries, axis=-1)
         return features
 
     return embed
+
+
+def second_rng(augment_rng: Array) -> Array:
+    """The key of an image's second view."""
+    return jax.random.fold_in(augment_rng, NO_IMAGE)
 
 
 def _untyped_apply(model: HJEPA) -> Any:

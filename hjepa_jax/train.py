@@ -8,16 +8,16 @@ import sys
 import zlib
 from typing import Any
 
-from hjepa_jax import cluster
+from hjepa_jax import cluster, warm_start
 from hjepa_jax.checkpoint import Checkpoints
 from hjepa_jax.config import Config, validate
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
-from hjepa_jax.loop import Interrupted, Loop
+from hjepa_jax.loop import Loop
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import (
     Run,
@@ -58,6 +58,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         run = build_run(config, source)
     data = fingerprint(train, source.records)
     _check_same_everywhere(config, data)
+    warm_start.check_source(config)
     with contextlib.ExitStack() as held, writing(workdir):
 
         def claim() -> None:
@@ -119,6 +120,8 @@ def _train_and_judge(
     state, window = run.create()
     if latest is not None:
         state, window = checkpoints.restore(state, window)
+    elif config.train.init_from:
+        state = warm_start.start_from(config.train.init_from, run, state)
     logger = SilentLogger()
     if cluster.is_first():
         tensorboard, step = config.log.tensorboard, int(state.step)

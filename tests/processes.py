@@ -11,9 +11,9 @@ import sys
 import tempfile
 from typing import Any
 
-from hjepa_jax import cluster, loop, train
+from hjepa_jax import cluster, train
 from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, Interrupted
 
 # The server imports the package and starts no backend, so that a fork of it may.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -146,5 +146,5 @@ def _work(
     except InputError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(error.status)
-    except loop.Interrupted as stop:
+    except Interrupted as stop:
         os._exit(stop.status)

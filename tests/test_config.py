@@ -116,6 +116,13 @@ def test_every_field_has_a_reader():
         ("model.width", 190),
         ("model.predictor_width", 100),
         ("model.num_summary_tokens", -1),
+        ("model.num_registers", -1),
+        ("model.layer_scale", -0.1),
+        ("model.drop_path", 1.0),
+        ("model.predictor_mode", "guess"),
+        ("model.target", "teacher"),
+        ("model.target", "online"),
+        ("model.target_layers", 13),
         ("mask.kind", "stripes"),
         ("mask.progression", ("geometric",)),
         ("mask.progression", ("cubic", 1.5)),
@@ -132,6 +139,8 @@ def test_every_field_has_a_reader():
         ("loss.regularizer", "hope"),
         ("loss.num_slices", 0),
         ("loss.summary_weight", -1.0),
+        ("loss.cross_view", 0.5),
+        ("loss.cross_view", 1.5),
         ("optim.b1", 1.0),
         ("optim.ema_momentum", (0.9, 1.0, "sine")),
         ("optim.ema_momentum", (0.9, 1.1, "cosine")),
@@ -183,6 +192,29 @@ def test_a_broken_rule_is_named(field, value):
         validate(config)
     assert error.value.field == field
     assert repr(value) in str(error.value)
+
+
+def test_a_target_without_ema_needs_a_regularizer_of_what_it_is_made_of():
+    config = base_config()
+    config.model.target, config.loss.regularizer = "online", "sigreg"
+    for regularized, weight, fits in (
+        ("summary", 0.1, False), ("context", 0.0, False), ("context", 0.1, True),
+    ):  # fmt: skip
+        config.loss.regularized, config.loss.regularizer_weight = regularized, weight
+        if fits:
+            validate(config)
+        else:
+            with pytest.raises(InputError, match=r"model.target='online': needs loss.regularizer"):
+                validate(config)
+
+
+def test_rotary_positions_need_heads_of_a_width_that_divides_by_four():
+    config = base_config()
+    config.model.positions = "rope2d"
+    validate(config)
+    config.model.width, config.model.num_heads = 180, 6
+    with pytest.raises(InputError, match=r"model.width=180: must be a multiple of 4 times 6 heads"):
+        validate(config)
 
 
 def test_a_list_of_classes_and_a_split_without_labels_exclude_each_other():
@@ -286,6 +318,7 @@ def test_a_config_json_comes_back_as_saved_and_lacks_only_what_changes_no_result
     saved = config.to_dict()
     saved.pop("log")
     saved["parallel"].pop("cpu_devices")
+    saved["model"].pop("target_layers")  # a field that came later
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert differing_fields(run.load_config(tmp_path).to_dict(), config.to_dict()) == []
 

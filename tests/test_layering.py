@@ -16,7 +16,8 @@ LAYERS = [
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
-    ["models.hierarchy", "models.products", "models.vit", "models.predictor", "models.hjepa"],
+    ["models.hierarchy", "models.products", "models.positions", "models.transformer", "models.vit",
+     "models.predictor", "models.hjepa"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
      "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],
     ["evaluation.attentive", "evaluation.finetune"],
@@ -29,7 +30,7 @@ LAYERS = [
     ["build"],
     ["run"],
     ["checkpoint", "showcase"],
-    ["judge", "run_facts"],
+    ["judge", "run_facts", "warm_start"],
     ["verdicts"],
     ["curve_sections", "probe_sections"],
     ["run_report"],
@@ -83,5 +84,5 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
-        "selftest", "run_facts", "run_report", "publish",
+        "selftest", "run_facts", "run_report", "publish", "warm_start",
     }  # fmt: skip

@@ -25,6 +25,31 @@ LOSS_TOLERANCE = 5e-6
 METRIC_TOLERANCE = 1e-4
 
 
+# Everything that draws numbers, mixes images or adds parameters.
+OPTIONS = {
+    "model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.5,
+    "model.drop_path": 0.2, "model.predictor_mode": "cross", "model.global_level": True,
+    "model.target_layers": 2, "loss.cross_view": 0.5, "loss.regularizer": "sigreg",
+    "optim.accumulation_steps": 2,
+}  # fmt: skip
+
+
+@several
+@pytest.mark.slow
+def test_with_every_option_the_loss_curve_is_that_of_one_device_too(tiny_config, tmp_path):
+    c = tiny_config
+    c.update_from_flattened_dict({"model.width": 32, "model.depth": 2, **OPTIONS})
+    c.train.num_steps, c.log.every_steps, c.train.checkpoint_every_steps = 20, 1, 20
+    losses = []
+    for devices, fsdp in ((1, 1), (8, 2)):
+        c.parallel.cpu_devices, c.parallel.fsdp = devices, fsdp
+        workdir = tmp_path / str(devices)
+        assert processes.finish(c, workdir) == 0, processes.printed(workdir)
+        losses.append([line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl")])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(*losses, rtol=LOSS_TOLERANCE)
+
+
 @several
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,9 +9,10 @@ import pytest
 
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
-from hjepa_jax.models.vit import VisionTransformer, patchify, sincos2d_positions
+from hjepa_jax.models.vit import VisionTransformer, patchify
 
 GRID, PATCH, WIDTH = 4, 4, 16
 RNG = np.random.default_rng(0)

@@ -18,12 +18,12 @@ from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import make_optimizer
 from hjepa_jax.steps import (
     LossWeights,
+    batch_rng,
     hjepa_loss,
     image_rngs,
     make_embed_fn,
     make_run_steps,
     make_train_step,
-    slice_rng,
 )
 from hjepa_jax.train_state import TrainState, create_train_state, ema_update
 
@@ -90,7 +90,7 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     state = make_state(adamw())
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    loss, terms = hjepa_loss(prediction, targets, WEIGHTS, slice_rng(state.rng, state.step))
+    loss, terms = hjepa_loss(prediction, targets, WEIGHTS, batch_rng(state.rng, state.step))
     expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
     expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -105,7 +105,7 @@ def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 5)), jnp.float32)
     prediction = Prediction((x,), (), (jnp.ones((6, 2), bool),), None, x, None, x)
     weights, rng = LossWeights(sigreg_weight=0.3, num_slices=7), jax.random.PRNGKey(3)
-    keys = [slice_rng(rng, jnp.int32(step)) for step in (0, 1)]
+    keys = [batch_rng(rng, jnp.int32(step)) for step in (0, 1)]
     values = []
     for key in keys:
         loss, terms = hjepa_loss(prediction, (0 * x,), weights, key)
@@ -121,7 +121,7 @@ def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
     state = make_state(tx)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    expected, _ = hjepa_loss(prediction, targets, WEIGHTS, slice_rng(state.rng, state.step))
+    expected, _ = hjepa_loss(prediction, targets, WEIGHTS, batch_rng(state.rng, state.step))
     _, outputs = make_step(tx)(state, IMAGES)
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, loop, run, showcase, steps, train
-from hjepa_jax.errors import InputError
+from hjepa_jax import checkpoint, run, run_facts, showcase, steps, train
+from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
 from hjepa_jax.publish import write_report
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_p
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, stop_step)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(tiny_config, tmp_path / "parts")
     # The signal comes while step `stop_step` is being logged: the next step saves and stops.
     assert read_metrics(tmp_path / "parts/metrics.jsonl")[-1]["step"] == stop_step + 1
@@ -211,9 +211,10 @@ def test_too_many_steps_that_are_not_finite_end_the_run_by_name(tiny_config, tmp
     rule = r"max_nonfinite_steps=2: .* 3 of 3 steps.* is step 3: .*loss_level_0.*No checkpoint yet"
     with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(tiny_config, tmp_path)
-    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    line, end = read_metrics(tmp_path / "metrics.jsonl")
     assert (line["step"], line["train/nonfinite_steps"]) == (2, 2)
     assert "train/loss" not in line  # JSON has no NaN
+    assert end == {"step": 3, "train/nonfinite_steps": 3}
 
 
 def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
@@ -223,9 +224,14 @@ def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
     monkeypatch.setattr(quality, "MIN_RANK_FRACTION", 2.0)
     train.train_and_evaluate(tiny_config, tmp_path / "warns")
     assert capsys.readouterr().out.count("WARNING: target features at step 2: partial coll") == 1
-    tiny_config.train.on_collapse = "stop"
+    monkeypatch.setattr(run_facts, "MIN_RANK_FRACTION", 2.0)
+    tiny_config.train.on_collapse, tiny_config.log.report = "stop", True
     with pytest.raises(InputError, match=r"on_collapse='stop': .*partial collapse"):
         train.train_and_evaluate(tiny_config, tmp_path / "stops")
+    report = (tmp_path / "stops" / "report.md").read_text()
+    assert "**Status: stopped**, step 2 of 6." in report
+    assert "the run ended: train.on_collapse=stop: effective rank" in report
+    assert "Run the same command again" not in report
 
 
 def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp_path):
@@ -358,3 +364,13 @@ def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "**Status: stopped**" in report
     assert "Lower `optim.learning_rate`" in report
+    assert "the run ended: more than train.max_nonfinite_steps=1 were left out" in report
+
+
+def test_a_run_that_ends_where_it_would_save_leaves_its_count_in_the_log(tiny_config, tmp_path):
+    tiny_config.data.std = (1e-38,) * 3
+    tiny_config.train.max_nonfinite_steps = 0
+    tiny_config.train.checkpoint_every_steps, tiny_config.log.every_steps = 1, 4
+    with pytest.raises(InputError, match="max_nonfinite_steps"):
+        train.train_and_evaluate(tiny_config, tmp_path)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/nonfinite_steps": 1}]

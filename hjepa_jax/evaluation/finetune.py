@@ -24,7 +24,8 @@ from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features, progress
-from hjepa_jax.models.vit import VisionTransformer, layer_norm
+from hjepa_jax.models.transformer import layer_norm
+from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import make_optimizer, warmup_cosine_schedule
 from hjepa_jax.platform import initialise
 

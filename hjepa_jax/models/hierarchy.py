@@ -48,6 +48,13 @@ def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     return (x - mean) * jax.lax.rsqrt(variance + TARGET_EPSILON)
 
 
+def mixed_layers(layers: list[Float[Array, "B N D"]]) -> Float[Array, "B N D"]:
+    """Tokens z_0 of several blocks as one: the mean of the standardized; one stays as it is."""
+    if len(layers) == 1:
+        return layers[0]
+    return jnp.mean(jnp.stack([*map(standardize, layers)]), axis=0)
+
+
 def level_features(
     tokens: Float[Array, "B N D"], grid_size: int, num_levels: int
 ) -> tuple[Float[Array, "B _ D"], ...]:
@@ -62,6 +69,11 @@ def level_features(
       L arrays [B, N_l, D], finest first.
     """
     return tuple(standardize(pool(tokens, grid_size, level)) for level in range(num_levels))
+
+
+def global_feature(tokens: Float[Array, "B N D"]) -> Float[Array, "B 1 D"]:
+    """The top of the hierarchy, one cell over the whole grid: LN of the mean of all tokens."""
+    return standardize(jnp.mean(tokens, axis=1, keepdims=True))
 
 
 def hidden_cells(

@@ -21,7 +21,8 @@ class Prediction:
     """What the online networks make of a masked batch.
 
     Attributes:
-      levels: per level, predictions from context and summary tokens, [B, Q_l, D].
+      levels: per level, predictions from context and summary tokens, [B, Q_l, D]; after the L
+        levels that of the global one, [B, 1, D], where the predictor has it.
       summary_levels: the same from the summary tokens alone; empty without a summary pass.
       query_valid: per level, which predictions count, bool [B, Q_l].
       context: tokens of the visible patches, float32 [B, K, D].
@@ -82,6 +83,7 @@ class HJEPA(nn.Module):
         """Encodes what is visible and predicts what is not."""
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         b, r, _ = summary.shape
+        num_blocks = masks.target_index.shape[1]
         target_index = masks.target_index.reshape(b, -1)
         query_valid = self.query_valid(masks)
         summary_valid = jnp.ones((b, r), bool)
@@ -92,10 +94,13 @@ class HJEPA(nn.Module):
             jnp.concatenate([summary_valid, masks.context_valid], axis=1),
             target_index,
             query_valid,
+            num_blocks=num_blocks,
         )
         summary_levels = ()
         if self.summary_pass:
-            summary_levels = self.predictor(summary, None, summary_valid, target_index, query_valid)
+            summary_levels = self.predictor(
+                summary, None, summary_valid, target_index, query_valid, num_blocks=num_blocks
+            )
         context_mean = _valid_mean(context, masks.context_valid)
         regularized = {
             "summary": summary,
@@ -109,14 +114,18 @@ class HJEPA(nn.Module):
         )
 
     def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
-        """Which level-0 targets are real, then which cells of each level above are hidden."""
+        """Which level-0 targets are real, then which cells of each level above are hidden.
+
+        The global query, where there is one, is always valid.
+        """
         grid_size, num_levels = self.predictor.grid_size, self.predictor.num_levels
         hidden = target_union(masks, grid_size**2)
         cells = (
             hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
             for level in range(1, num_levels)
         )
-        return (masks.target_valid.reshape(len(hidden), -1), *cells)
+        whole = (jnp.ones((len(hidden), 1), bool),) * self.predictor.global_level
+        return (masks.target_valid.reshape(len(hidden), -1), *cells, *whole)
 
     def encode(
         self,
@@ -131,3 +140,30 @@ class HJEPA(nn.Module):
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
     weight = valid.astype(jnp.float32)[..., None]
     return jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+
+
+def last_layers(
+    model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], num_layers: int
+) -> list[tuple[Float[Array, "B N D"], Float[Array, "B R D"]]]:
+    """Patch and summary tokens after each of the encoder's last blocks, the last one first.
+
+    Those of the last block are behind the final LayerNorm; of the others, which have none, the
+    summary tokens are standardized.
+
+    Args:
+      model: the networks.
+      encoder_params: of its encoder, online or EMA.
+      pixels: normalised images.
+      num_layers: how many blocks, at most all.
+    """
+    apply: Any = model.apply
+    encoder, variables = model.context_encoder, {"params": {"context_encoder": encoder_params}}
+    if num_layers == 1:
+        return [apply(variables, pixels, method="encode")]
+    last, found = apply(variables, pixels, method="encode", mutable=["intermediates"])
+    layers = [last]
+    for i in range(encoder.depth - 2, encoder.depth - 1 - num_layers, -1):
+        (x,) = found["intermediates"]["context_encoder"][f"tokens_{i}"]
+        summary = hierarchy.standardize(x[:, : encoder.num_summary_tokens])
+        layers.append((x[:, encoder.num_prefix_tokens :].astype(jnp.float32), summary))
+    return layers

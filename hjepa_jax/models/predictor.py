@@ -7,31 +7,40 @@ References:
 """
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
 from hjepa_jax.models import hierarchy
+from hjepa_jax.models.positions import PositionTable, rope2d_angles
 from hjepa_jax.models.products import Dense, Precision
-from hjepa_jax.models.vit import (
-    Block,
-    PositionTable,
-    layer_norm,
-    residual_scale,
-    token_init,
-)
+from hjepa_jax.models.transformer import block_type, layer_norm, residual_scale, token_init
+
+MODES = ("self", "blocks", "cross")
 
 
 class Predictor(nn.Module):
-    """Joint self-attention over context and queries, one linear head per level.
+    """A transformer over context and queries, with one linear head per level.
+
+    Who attends to whom is its `mode`:
+      self: all tokens to all, so that what is predicted of one block depends on the others.
+      blocks: each block's queries to the context and to themselves, as if every block were
+        predicted by a pass of its own, but for the context, which attends to itself and not to
+        queries; likewise the queries of each coarser level.
+      cross: each query to the context alone, whose tokens stay as they are: the cheapest.
 
     Attributes:
       grid_size: patches per side, G.
       num_levels: L.
       out_width: width of the encoder's tokens, D.
       width, depth, num_heads, mlp_ratio: size of the predictor.
-      positions: "learned" or "sincos2d".
+      global_level: whether one query more, on top of the levels, stands for the whole grid.
+      mode: one of `MODES`.
+      positions: "learned", "sincos2d" or "rope2d"; the last beside "sincos2d", so that a query says
+        where it is even where it attends to summary tokens alone, which are nowhere.
       precision: of the matrix products; parameters are float32.
+      remat: see `block_type`.
     """
 
     grid_size: int
@@ -41,21 +50,28 @@ class Predictor(nn.Module):
     depth: int
     num_heads: int
     mlp_ratio: float = 4.0
+    global_level: bool = False
+    mode: str = "self"
     positions: str = "learned"
     precision: Precision = Precision()
+    remat: bool = False
 
     def setup(self):
-        self.position_table = PositionTable(self.positions, self.grid_size, self.width)
+        added = "sincos2d" if self.positions == "rope2d" else self.positions
+        self.position_table = PositionTable(added, self.grid_size, self.width)
+        num_levels = self.num_levels + self.global_level
         self.mask_token = self.param("mask_token", token_init, (1, 1, self.width))
-        self.level_tokens = self.param("level_tokens", token_init, (self.num_levels, self.width))
+        self.level_tokens = self.param("level_tokens", token_init, (num_levels, self.width))
         self.project_in = Dense(self.width, self.precision)
-        scale = residual_scale(self.depth)
+        scale, block_class = residual_scale(self.depth), block_type(remat=self.remat)
         self.blocks = [
-            Block(self.num_heads, self.mlp_ratio, self.precision, out_scale=scale)
+            block_class(self.num_heads, self.mlp_ratio, self.precision, out_scale=scale)
             for _ in range(self.depth)
         ]
         self.norm = layer_norm()
-        self.heads = [Dense(self.out_width, self.precision) for _ in range(self.num_levels)]
+        if self.mode == "cross":
+            self.norm_context = layer_norm()
+        self.heads = [Dense(self.out_width, self.precision) for _ in range(num_levels)]
 
     def __call__(
         self,
@@ -64,6 +80,8 @@ class Predictor(nn.Module):
         context_valid: Bool[Array, "B C"],
         target_index: Int[Array, "B Q"],
         query_valid: tuple[Bool[Array, "B _"], ...],
+        *,
+        num_blocks: int = 1,
     ) -> tuple[Float[Array, "B _ D"], ...]:
         """Predicts the level-0 features of `target_index` and those of all cells above.
 
@@ -73,35 +91,84 @@ class Predictor(nn.Module):
           context_valid: False where a context token is padding.
           target_index: patches to predict at level 0.
           query_valid: per level, which queries count: [B, Q] for `target_index`, then [B, N_l]
-            for every cell of level l. No other token attends to one that does not.
+            for every cell of level l, [B, 1] for the global one. No other token attends to one
+            that does not.
+          num_blocks: M, how many blocks of equal size `target_index` consists of.
 
         Returns:
-          Predictions per level: float32 [B, Q, D], then [B, N_l, D].
+          Predictions per level: float32 [B, Q, D], then [B, N_l, D], then [B, 1, D].
         """
-        table = self.position_table()
+        table, angles = self.position_table(), None
+        if self.positions == "rope2d":
+            angles = jnp.asarray(rope2d_angles(self.grid_size, self.width // self.num_heads))
         x = self.project_in(context)
+        num_context = x.shape[1]
+        num_summary = num_context - (0 if context_index is None else context_index.shape[1])
+
+        def of_context(rows: Float[Array, "N _"]) -> Float[Array, "#B C _"]:
+            """Rows of the context's patches, and zeros for its summary tokens."""
+            if context_index is None:
+                return jnp.zeros((1, num_summary, rows.shape[1]))
+            found = gather_tokens(rows, context_index)
+            return jnp.pad(found, ((0, 0), (num_summary, 0), (0, 0)))
+
+        def of_queries(rows: Float[Array, "N _"]) -> list[Float[Array, "#B _ _"]]:
+            """Rows of the target patches, and per level their means over its cells."""
+            found = [gather_tokens(rows, target_index)]
+            for level in range(1, self.num_levels):
+                found.append(hierarchy.pool(rows, self.grid_size, level)[None])
+            if self.global_level:
+                found.append(jnp.mean(rows, axis=0)[None, None])
+            return found
+
         if context_index is not None:
-            position = gather_tokens(table, context_index)
-            num_summary = x.shape[1] - position.shape[1]
-            x = x + jnp.pad(position, ((0, 0), (num_summary, 0), (0, 0))).astype(x.dtype)
+            x = x + of_context(table).astype(x.dtype)
+        num_queries = [valid.shape[1] for valid in query_valid]
+        queries = [
+            jnp.broadcast_to(self.mask_token + token[None, None], (1, n, self.width))
+            for token, n in zip(self.level_tokens, num_queries, strict=True)
+        ]
+        queries = [q + rows for q, rows in zip(queries, of_queries(table), strict=True)]
+        queries = _side_by_side(queries, len(x)).astype(x.dtype)
+        context_angles = query_angles = None
+        if angles is not None:
+            context_angles = jnp.broadcast_to(
+                of_context(angles), (len(x), num_context, angles.shape[1])
+            )
+            query_angles = _side_by_side(of_queries(angles), len(x))
 
-        queries = []
-        for level in range(self.num_levels):
-            if level == 0:
-                position = gather_tokens(table, target_index)
-            else:
-                position = hierarchy.pool(table, self.grid_size, level)[None]
-            query = self.mask_token + self.level_tokens[level][None, None] + position
-            queries.append(jnp.broadcast_to(query, (len(x), *query.shape[1:])))
+        if self.mode == "cross":
+            x = self.norm_context(x).astype(x.dtype)
+            for block in self.blocks:
+                queries = block(queries, context_valid[:, None], query_angles, x, context_angles)
+        else:
+            tokens = jnp.concatenate([x, queries], axis=1)
+            allowed = jnp.concatenate([context_valid, *query_valid], axis=1)[:, None]
+            if self.mode == "blocks":
+                groups = _groups(num_context, num_blocks, num_queries)
+                of_context_or_own = (groups == 0) | (groups[:, None] == groups)
+                allowed = allowed & of_context_or_own[None]
+            if context_angles is not None and query_angles is not None:
+                context_angles = jnp.concatenate([context_angles, query_angles], axis=1)
+            for block in self.blocks:
+                tokens = block(tokens, allowed, context_angles)
+            queries = tokens[:, num_context:]
 
-        num_queries = [q.shape[1] for q in queries]
-        x = jnp.concatenate([x, *(q.astype(x.dtype) for q in queries)], axis=1)
-        key_valid = jnp.concatenate([context_valid, *query_valid], axis=1)
-        for block in self.blocks:
-            x = block(x, key_valid)
-
-        predictions, start = [], context.shape[1]
+        predictions, start = [], 0
         for head, n in zip(self.heads, num_queries, strict=True):
-            predictions.append(head(self.norm(x[:, start : start + n])).astype(jnp.float32))
+            predictions.append(head(self.norm(queries[:, start : start + n])).astype(jnp.float32))
             start += n
         return tuple(predictions)
+
+
+def _side_by_side(parts: list[Float[Array, "_ _ D"]], batch_size: int) -> Float[Array, "B Q D"]:
+    """Parts that each or all images share, one after the other, for each image."""
+    return jnp.concatenate(
+        [jnp.broadcast_to(part, (batch_size, *part.shape[1:])) for part in parts], axis=1
+    )
+
+
+def _groups(num_context: int, num_blocks: int, num_queries: list[int]) -> Int[np.ndarray, " T"]:
+    """Which of the tokens attend to each other: 0 for the context, then each block and level."""
+    sizes = [num_context] + [num_queries[0] // num_blocks] * num_blocks + num_queries[1:]
+    return np.repeat(np.arange(len(sizes)), sizes)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, loop, run, train
-from hjepa_jax.errors import InputError
+from hjepa_jax import checkpoint, run, train
+from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.logging import Progress, read_metrics
 
 pytestmark = [
@@ -101,7 +101,7 @@ def test_a_read_only_disk_is_one_line_and_nothing_is_lost(
     workdir = small_disk / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(tiny_config, workdir)
 
     def remount(mode: str) -> None:

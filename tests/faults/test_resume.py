@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hjepa_jax import loop, train
+from hjepa_jax import train
 from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.errors import Interrupted
 from hjepa_jax.logging import read_metrics
 from tests import processes
 from tests.faults.test_kills import newest_checkpoint, state_and_lines
@@ -75,7 +76,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
         processes.stop_in_step(stop)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(config, workdir)
     assert stop <= newest_checkpoint(workdir) < NUM_STEPS
     train.train_and_evaluate(config, workdir)

@@ -1,0 +1,74 @@
+"""Where a patch is: embeddings that are added to tokens, or rotations of queries and keys.
+
+Tables have a row per patch of the grid, in row-major order. Means of rows stand for cells: of
+embeddings their mean, of angles the angle of the cell's centre.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+POSITIONS = ("learned", "sincos2d", "rope2d")
+# Rotations per patch go from 1 radian down to 1/100: grids of up to some hundred patches a side.
+ROPE_BASE = 100.0
+
+
+def sincos2d_positions(grid_size: int, width: int) -> Float[np.ndarray, "N D"]:
+    """Fixed 2-D sine-cosine position embeddings: half of the width for rows, half for columns.
+
+    References:
+      Chen et al. 2021, arXiv 2104.02057 (MoCo v3), section 4.1. Frequencies 10000^(-4i/D).
+    """
+    frequency = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
+    angle = np.arange(grid_size)[:, None] * frequency
+    side = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [G, D/2]
+    rows = np.repeat(side, grid_size, axis=0)
+    cols = np.tile(side, (grid_size, 1))
+    return np.concatenate([rows, cols], axis=1).astype(np.float32)
+
+
+def rope2d_angles(grid_size: int, head_width: int) -> Float[np.ndarray, "N d_2"]:
+    """Angles by which the d / 2 pairs of a head's features turn: half by row, half by column.
+
+    They count in patches, not in parts of the image, so that the same encoder serves any grid.
+
+    References:
+      Su et al. 2021, arXiv 2104.09864 (RoPE); Heo et al. 2024, arXiv 2403.13298, section 3 ("axial"
+      frequencies, base 100).
+    """
+    frequency = ROPE_BASE ** -(np.arange(head_width // 4) / (head_width // 4))
+    angle = np.arange(grid_size)[:, None] * frequency  # [G, d/4]
+    rows, cols = np.repeat(angle, grid_size, axis=0), np.tile(angle, (grid_size, 1))
+    return np.concatenate([rows, cols], axis=1).astype(np.float32)
+
+
+def rotate(x: Float[Array, "B h N d"], angles: Float[Array, "#B N d_2"]) -> Float[Array, "B h N d"]:
+    """Turns the pair (x_i, x_{i + d/2}) of each token by its i-th angle.
+
+    The product of a query and a key that are both turned depends on the difference of their angles
+    only, and so on the vector from one position to the other.
+    """
+    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(turned, axis=-1)
+
+
+class PositionTable(nn.Module):
+    """Position embeddings of all patches of the grid, [N, D], learned or fixed.
+
+    Learned ones start from the sine-cosine table, not from small noise: beside patch embeddings of
+    full size, small positions stay invisible for most of a short run (experiments/recipes).
+    """
+
+    kind: str
+    grid_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "N D"]:
+        table = jnp.asarray(sincos2d_positions(self.grid_size, self.width))
+        if self.kind == "learned":
+            return self.param("embedding", lambda _: table)
+        return table

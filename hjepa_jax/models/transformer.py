@@ -1,0 +1,165 @@
+"""Pre-norm transformer blocks, of which encoder and predictor are made.
+
+References:
+  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
+  backend); softmax and LayerNorm are computed in float32 whatever the precision is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from hjepa_jax.models.positions import rotate
+from hjepa_jax.models.products import Dense, Precision, product
+
+LAYER_NORM_EPSILON = 1e-6
+
+token_init = nn.initializers.truncated_normal(0.02)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, explicit in [B, h, N, d], the layout every backend likes.
+
+    Of tokens to each other; given a `source`, of tokens to those of the source.
+    """
+
+    num_heads: int
+    precision: Precision = Precision()
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        allowed: Bool[Array, "B _ K"] | None = None,
+        angles: Float[Array, "_ N _"] | None = None,
+        source: Float[Array, "B K D"] | None = None,
+        source_angles: Float[Array, "_ K _"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        b, n, d = x.shape
+        if source is None:
+            query, key, value = self._heads(Dense(3 * d, self.precision, name="qkv")(x), 3)
+            source_angles = angles
+        else:
+            (query,) = self._heads(Dense(d, self.precision, name="query")(x), 1)
+            pair = Dense(2 * d, self.precision, name="key_value")(source)
+            key, value = self._heads(pair, 2)
+        if angles is not None and source_angles is not None:
+            query, key = rotate(query, angles), rotate(key, source_angles)
+        scale = (d // self.num_heads) ** -0.5
+        logits = product("bhqd,bhkd->bhqk", query * scale, key, self.precision)
+        logits = logits.astype(jnp.float32)
+        if allowed is not None:
+            # Finite, so that a row without one allowed key gives a mean and not NaN.
+            logits = jnp.where(allowed[:, None], logits, -1e9)
+        # The softmax's division comes after the product: over d numbers a row instead of N.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        self.sow("intermediates", "weights", weights / total)  # for who asks; nothing in training
+        out = product("bhqk,bhkd->bhqd", weights, value, self.precision)
+        out = out / total.astype(out.dtype)
+        out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
+        return Dense(d, self.precision, self.out_scale, name="out")(out)
+
+    def _heads(self, x: Float[Array, "B N _"], count: int) -> Float[Array, "count B h N d"]:
+        b, n, width = x.shape
+        heads = x.reshape(b, n, count, self.num_heads, width // count // self.num_heads)
+        return heads.transpose(2, 0, 3, 1, 4)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per feature, at first `initial`.
+
+    References:
+      Touvron et al. 2021, arXiv 2103.17239, section 2 (LayerScale).
+    """
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        scale = self.param("scale", nn.initializers.constant(self.initial), (x.shape[-1],))
+        return x * scale.astype(x.dtype)[None, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `out_scale` scales what either branch adds at initialisation. With 1 / sqrt(2 depth) the 2 depth
+    branches of a network together add about as much as one, however deep it is. `layer_scale` above
+    0 multiplies them by learned factors, which begin there (`LayerScale`).
+
+    Where it is applied with a key of the name "drop_path", either branch is left out with
+    probability `drop_path`, per image, and scaled up by 1 / (1 - drop_path) where it stays.
+
+    References:
+      Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3
+      (`out_scale`); Huang et al. 2016, arXiv 1603.09382, section 3 (stochastic depth).
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    precision: Precision = Precision()
+    drop_path: float = 0.0
+    out_scale: float = 1.0
+    layer_scale: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        allowed: Bool[Array, "B _ K"] | None = None,
+        angles: Float[Array, "_ N _"] | None = None,
+        source: Float[Array, "B K D"] | None = None,
+        source_angles: Float[Array, "_ K _"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        """See `Attention`.
+
+        Args:
+          x: tokens.
+          allowed: which keys each token may attend to; None for all.
+          angles: of rotary positions, see `positions.rotate`; None for no rotation.
+          source: tokens to attend to; None for those of `x`.
+          source_angles: theirs.
+        """
+        d = x.shape[-1]
+        y = layer_norm("norm_attention")(x)
+        attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
+        y = attention(y, allowed, angles, source, source_angles)
+        x = x + self._branch(y, "scale_attention")
+        y = layer_norm("norm_mlp")(x)
+        y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
+        y = nn.gelu(y, approximate=True)
+        y = Dense(d, self.precision, self.out_scale, name="mlp_out")(y)
+        return x + self._branch(y, "scale_mlp")
+
+    def _branch(self, branch: Float[Array, "B N D"], name: str) -> Float[Array, "B N D"]:
+        if self.layer_scale:
+            branch = LayerScale(self.layer_scale, name=name)(branch)
+        if not self.drop_path or not self.has_rng("drop_path"):
+            return branch
+        keep = jax.random.bernoulli(
+            self.make_rng("drop_path"), 1.0 - self.drop_path, (len(branch), 1, 1)
+        )
+        return branch * keep.astype(branch.dtype) / (1.0 - self.drop_path)
+
+
+def block_type(*, remat: bool) -> Any:
+    """`Block`; with `remat`, one whose backward pass computes the forward pass again.
+
+    That keeps the input of each block only: less memory for a third more computation.
+    """
+    return nn.remat(Block) if remat else Block
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm with the affine parameters and the epsilon used throughout, in float32."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
+
+
+def residual_scale(depth: int) -> float:
+    """1 / sqrt(2 depth), the `out_scale` of the blocks of a network."""
+    return (2 * depth) ** -0.5

@@ -1,0 +1,383 @@
+"""What an encoder, a predictor or a target may be beside the default."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hjepa_jax import train
+from hjepa_jax.logging import read_metrics
+from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.models import hierarchy
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.positions import rope2d_angles, rotate
+from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.transformer import Attention, Block
+from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.optimizer import decay_mask, global_norm
+from hjepa_jax.steps import LossWeights, hjepa_loss, image_rngs, make_train_step, second_rng
+from hjepa_jax.train_state import create_train_state
+from tests.test_steps import BATCH, GRID, IMAGES, MASK, PATCH, RANDOM, SIZE, WIDTH
+
+RNG = np.random.default_rng(0)
+ENCODER = VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2)
+PREDICTOR = Predictor(GRID, 2, WIDTH, width=8, depth=1, num_heads=2)
+RNGS = jax.random.split(jax.random.PRNGKey(0), BATCH)
+MASKS = MASK(RNGS)
+VIEWS = jnp.asarray(RNG.normal(size=(BATCH, SIZE, SIZE, 3)), jnp.float32)
+
+
+def make_model(encoder=None, predictor=None, **kwargs) -> HJEPA:
+    encoder, predictor = ENCODER.clone(**(encoder or {})), PREDICTOR.clone(**(predictor or {}))
+    return HJEPA(encoder, predictor, **kwargs)
+
+
+@functools.cache
+def init_params(model: HJEPA):
+    return jax.jit(model.init)(jax.random.PRNGKey(1), VIEWS[:1], MASK(RNGS[:1]))["params"]
+
+
+@functools.cache
+def jitted(model: HJEPA):
+    return jax.jit(model.apply, static_argnames="method")
+
+
+def predict(model: HJEPA, params=None, masks=MASKS, views=VIEWS):
+    return jitted(model)({"params": params or init_params(model)}, views, masks)
+
+
+def encode(model: HJEPA, encoder_params, views):
+    variables = {"params": {"context_encoder": encoder_params}}
+    return jitted(model)(variables, views, method="encode")
+
+
+# Rotary positions
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, 3), (2, 5)])
+def test_rotated_scores_depend_on_relative_position_alone(shift):
+    grid, width, (down, right) = 12, 8, shift
+    angles = jnp.asarray(rope2d_angles(grid, width)).reshape(grid, grid, -1)
+    query, key = jnp.asarray(RNG.normal(size=(2, 1, 1, 1, width)), jnp.float32)
+
+    def score(row, col, other_row, other_col):
+        turned = [
+            rotate(x, angles[r, c][None, None])
+            for x, r, c in ((query, row, col), (key, other_row, other_col))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    here, there = (3, 1, 5, 4), (3 + down, 1 + right, 5 + down, 4 + right)
+    np.testing.assert_allclose(score(*here), score(*there), rtol=1e-4, atol=1e-5)
+    assert abs(score(*here) - score(3, 1, 5, 5)) > 1e-3
+    assert abs(score(*here) - score(3, 1, 6, 4)) > 1e-3
+    np.testing.assert_allclose(
+        np.linalg.norm(rotate(query, angles[7, 9][None, None])), np.linalg.norm(query), rtol=1e-5
+    )
+
+
+def test_the_angle_of_a_cell_is_that_of_its_centre():
+    cells = np.asarray(hierarchy.pool(jnp.asarray(rope2d_angles(8, 8)), 8, 1))
+    frequency = 100.0 ** -np.array([0.0, 0.5])
+    np.testing.assert_allclose(
+        cells[5], np.concatenate([2.5 * frequency, 2.5 * frequency]), rtol=1e-5
+    )
+
+
+def test_a_rotary_model_knows_positions_and_runs_at_one_and_a_half_times_the_resolution():
+    model = make_model({"positions": "rope2d"}, {"positions": "rope2d"})
+    params = init_params(model)
+    assert "positions" not in params["context_encoder"]
+    tokens, _ = encode(model, params["context_encoder"], VIEWS)
+    order = RNG.permutation(GRID**2)
+    blocks = VIEWS.reshape(BATCH, GRID, PATCH, GRID, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
+    blocks = blocks.reshape(BATCH, GRID**2, PATCH, PATCH, 3)[:, order]
+    moved = blocks.reshape(BATCH, GRID, GRID, PATCH, PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
+    moved_tokens, _ = encode(model, params["context_encoder"], moved.reshape(VIEWS.shape))
+    assert np.abs(np.asarray(tokens)[:, order] - moved_tokens).max() > 1e-3
+
+    side = GRID * 3 // 2
+    larger = make_model(
+        {"positions": "rope2d", "grid_size": side}, {"positions": "rope2d", "grid_size": side}
+    )
+    mask = MultiBlockMask(side, 2, (0.1, 0.25), align_level=1)
+    views = jnp.asarray(RNG.normal(size=(2, side * PATCH, side * PATCH, 3)), jnp.float32)
+    prediction = predict(larger, params, mask(RNGS[:2]), views)
+    assert prediction.levels[1].shape == (2, 9, WIDTH)
+    assert all(np.isfinite(level).all() for level in prediction.levels)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_query_says_where_it_is_even_to_one_summary_token_that_is_nowhere(mode):
+    encoder = {"positions": "rope2d", "num_summary_tokens": 1}
+    model = make_model(encoder, {"positions": "rope2d", "mode": mode})
+    prediction = predict(model)
+    for levels in (prediction.levels, prediction.summary_levels):
+        assert [level.shape for level in levels] == [(BATCH, 8, WIDTH), (BATCH, 4, WIDTH)]
+        for level in levels:
+            assert np.asarray(level).std(axis=1).max() > 1e-4
+            assert np.isfinite(level).all()
+
+
+# Predictor modes
+
+
+def other_blocks(masks):
+    """The same first block; the patches of the others are others."""
+    index = (masks.target_index + 5) % GRID**2
+    return masks.replace(target_index=index.at[:, 0].set(masks.target_index[:, 0]))
+
+
+def test_what_a_block_is_predicted_to_be_depends_on_other_blocks_in_joint_attention_only():
+    size = MASKS.target_index.shape[2]
+    for mode in MODES:
+        model = make_model(None, {"mode": mode})
+        # At initialisation the branches say little: larger parameters, to see what depends on what.
+        params = jax.tree.map(lambda x: 3 * x, init_params(model))
+        first, second = (
+            predict(model, params, masks).levels[0][:, :size]
+            for masks in (MASKS, other_blocks(MASKS))
+        )
+        same = np.allclose(first, second, atol=1e-5)
+        assert same == (mode != "self"), mode
+
+
+def test_in_blocks_the_context_does_not_listen_to_queries():
+    """So the coarse level, which the blocks' queries cannot reach either, stays as it is."""
+    for mode in MODES:
+        model = make_model(None, {"mode": mode})
+        params = jax.tree.map(lambda x: 3 * x, init_params(model))
+        context = jnp.asarray(np.random.default_rng(1).normal(size=(BATCH, 2, WIDTH)), jnp.float32)
+        seen, levels = jnp.ones((BATCH, 2), bool), []
+        apply = jax.jit(functools.partial(model.predictor.apply, num_blocks=2))
+        for masks in (MASKS, other_blocks(MASKS)):
+            valid = (masks.target_valid.reshape(BATCH, -1), jnp.ones((BATCH, 4), bool))
+            index = masks.target_index.reshape(BATCH, -1)
+            found = apply({"params": params["predictor"]}, context, None, seen, index, valid)
+            levels.append(found[1])
+        assert np.allclose(*levels, atol=1e-5) == (mode != "self"), mode
+
+
+def test_cross_attention_by_hand():
+    """One head, one query, two keys: a softmax over two scores."""
+    attention = Attention(1)
+    x, source = (jnp.asarray(RNG.normal(size=(1, n, 4)), jnp.float32) for n in (1, 2))
+    params = attention.init(jax.random.PRNGKey(0), x, None, None, source)["params"]
+    query, pair = (np.asarray(params[name]["kernel"]) for name in ("query", "key_value"))
+    q, key, value = x[0] @ query, source[0] @ pair[:, :4], source[0] @ pair[:, 4:]
+    score = np.exp(np.asarray(q @ key.T)[0] / 2)
+    expected = (score / score.sum()) @ np.asarray(value) @ np.asarray(params["out"]["kernel"])
+    out = attention.apply({"params": params}, x, None, None, source)
+    np.testing.assert_allclose(out[0, 0], expected, rtol=1e-4)
+
+
+# Encoder
+
+
+def test_registers_are_attended_to_and_nobody_reads_them():
+    plain, model = make_model(), make_model({"num_registers": 3})
+    params = init_params(model)
+    assert params["context_encoder"]["register_tokens"].shape == (1, 3, WIDTH)
+    prediction = predict(model)
+    assert prediction.summary.shape == (BATCH, 2, WIDTH)
+    assert prediction.context.shape == predict(plain).context.shape
+    changed = jax.tree.map(lambda x: x, params)
+    changed["context_encoder"]["register_tokens"] = (
+        5 + changed["context_encoder"]["register_tokens"]
+    )
+    assert np.abs(predict(model, changed).context - prediction.context).max() > 1e-4
+
+
+def test_layer_scale_multiplies_each_branch_and_is_not_decayed():
+    x = jnp.asarray(RNG.normal(size=(2, 5, WIDTH)), jnp.float32)
+    plain, scaled = Block(2), Block(2, layer_scale=0.5)
+    params = scaled.init(jax.random.PRNGKey(0), x)["params"]
+    assert not any(decay_mask(params)[name]["scale"] for name in ("scale_attention", "scale_mlp"))
+    factors = {
+        "scale_attention": {"scale": jnp.zeros(WIDTH)},
+        "scale_mlp": {"scale": jnp.zeros(WIDTH)},
+    }
+    np.testing.assert_array_equal(scaled.apply({"params": {**params, **factors}}, x), x)
+    ones = jax.tree.map(jnp.ones_like, factors)
+    without = {name: leaf for name, leaf in params.items() if name not in factors}
+    np.testing.assert_allclose(
+        scaled.apply({"params": {**params, **ones}}, x),
+        plain.apply({"params": without}, x),
+        atol=1e-6,
+    )
+
+
+def test_remat_changes_no_number_and_no_parameter():
+    plain, again = make_model(), make_model({"remat": True}, {"remat": True})
+    params = init_params(plain)
+    assert jax.tree.structure(init_params(again)) == jax.tree.structure(params)
+
+    def grads(model):
+        def loss(params):
+            prediction = model.apply({"params": params}, VIEWS, MASKS)
+            return sum(jnp.sum(level**2) for level in prediction.levels)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        grads(plain),
+        grads(again),
+    )
+    count = [
+        str(jax.make_jaxpr(lambda m=m: predict_jaxpr(m, params))()).count("remat")
+        for m in (plain, again)
+    ]
+    assert count[0] == 0
+    assert count[1] > 0
+
+
+def predict_jaxpr(model, params):
+    return model.apply({"params": params}, VIEWS, MASKS).levels
+
+
+# Steps
+
+
+def make_step(model, *, tx=None, ema_momentum=0.9, augment=RANDOM, weights=None, **kwargs):
+    tx = tx or optax.sgd(0.1)
+    weights = weights or LossWeights(level_weights=(1.0, 0.5))
+    step = make_train_step(
+        model=model,
+        tx=tx,
+        sample_masks=MASK,
+        augment=augment,
+        loss_weights=weights,
+        ema_momentum_fn=None if ema_momentum is None else lambda s: jnp.float32(ema_momentum),
+        **kwargs,
+    )
+    state = create_train_state(init_params(model), tx, jax.random.PRNGKey(2))
+    return jax.jit(step), state
+
+
+def views_and_masks(state):
+    augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
+    augment = jax.jit(RANDOM)
+    second = augment(jax.vmap(second_rng)(augment_rngs), IMAGES)
+    return augment(augment_rngs, IMAGES), second, MASK(mask_rngs)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(share):
+    model = make_model(None, {"global_level": True})
+    global_terms = {"loss_global": 1 - share, "loss_cross_view": share}
+    global_terms = {name: weight for name, weight in global_terms.items() if weight}
+    weights = LossWeights(level_weights=(1.0, 0.5), global_terms=tuple(global_terms.items()))
+    step, state = make_step(model, weights=weights)
+    _, outputs = step(state, IMAGES)
+    views, second, masks = views_and_masks(state)
+    prediction = predict(model, state.params, masks, views)
+    assert [len(prediction.levels), prediction.levels[2].shape] == [3, (BATCH, 1, WIDTH)]
+    expected = []
+    for view in (views, second):
+        mean = np.asarray(encode(model, state.target_params, view)[0]).mean(axis=1)
+        target = (mean - mean.mean(axis=1, keepdims=True)) / mean.std(axis=1, keepdims=True)
+        error = np.abs(np.asarray(prediction.levels[2])[:, 0] - target)
+        expected.append(np.where(error < 1, error**2 / 2, error - 0.5).mean())
+    assert abs(expected[0] - expected[1]) > 1e-3 * expected[0]
+    by_name = dict(zip(("loss_global", "loss_cross_view"), expected, strict=True))
+    for name in by_name:
+        assert (name in outputs.scalars) == (name in global_terms)
+        if name in global_terms:
+            np.testing.assert_allclose(outputs.scalars[name], by_name[name], rtol=1e-3)
+    terms = {"loss_level_0": 1.0, "loss_level_1": 0.5, "loss_summary": 1.0, **global_terms}
+    total = sum(weight * outputs.scalars[name] for name, weight in terms.items())
+    np.testing.assert_allclose(outputs.scalars["loss"], total, rtol=1e-5)
+
+
+def test_targets_may_be_the_mean_of_the_last_blocks():
+    model = make_model(summary_pass=False)
+    step, state = make_step(model, num_target_layers=2)
+    _, outputs = step(state, IMAGES)
+    views, _, masks = views_and_masks(state)
+    variables = {"params": {"context_encoder": state.target_params}}
+    apply = jax.jit(functools.partial(model.apply, method="encode", mutable=["intermediates"]))
+    (tokens, _), found = apply(variables, views)
+    before = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2:]
+    mixed = (hierarchy.standardize(tokens) + hierarchy.standardize(before)) / 2
+    finest, coarse = hierarchy.level_features(mixed, GRID, 2)
+    index = masks.target_index.reshape(BATCH, -1, 1)
+    targets = (jnp.take_along_axis(finest, index, axis=1), coarse)
+    prediction = predict(model, state.params, masks, views)
+    expected, _ = hjepa_loss(
+        prediction, targets, LossWeights(level_weights=(1.0, 0.5)), jax.random.PRNGKey(0)
+    )
+    np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-4)
+
+
+def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_judged():
+    model = make_model(summary_pass=False)
+    step, state = make_step(model, ema_momentum=None)
+    new_state, outputs = step(state, IMAGES)
+    views, _, masks = views_and_masks(state)
+    index = masks.target_index.reshape(BATCH, -1, 1)
+
+    def loss_fn(params, *, stopped):
+        tokens, _ = model.apply({"params": params}, views, method="encode")
+        tokens = jax.lax.stop_gradient(tokens) if stopped else tokens
+        finest, coarse = hierarchy.level_features(tokens, GRID, 2)
+        targets = (jnp.take_along_axis(finest, index, axis=1), coarse)
+        prediction = model.apply({"params": params}, views, masks)
+        weights = LossWeights(level_weights=(1.0, 0.5))
+        return hjepa_loss(prediction, targets, weights, jax.random.PRNGKey(0))[0]
+
+    for stopped in (False, True):
+        grads = jax.jit(jax.grad(functools.partial(loss_fn, stopped=stopped)))(state.params)
+        close = np.isclose(outputs.scalars["grad_norm"], global_norm(grads), rtol=1e-3)
+        assert close == (not stopped)
+    jax.tree.map(
+        np.testing.assert_array_equal, new_state.target_params, new_state.params["context_encoder"]
+    )
+
+
+def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
+    model = make_model({"drop_path": 0.5})
+    step, state = make_step(model)
+    outputs = [
+        step(dataclasses.replace(state, step=jnp.int32(n)), IMAGES)[1].scalars for n in (0, 0, 1)
+    ]
+    assert outputs[0]["loss"] == outputs[1]["loss"] != outputs[2]["loss"]
+    plain, plain_state = make_step(make_model())
+    plain_state = dataclasses.replace(plain_state, params=state.params)
+    plain_state = dataclasses.replace(plain_state, target_params=state.target_params)
+    expected = plain(plain_state, IMAGES)[1].scalars
+    assert expected["loss"] != outputs[0]["loss"]
+    np.testing.assert_allclose(outputs[0]["target_std"], expected["target_std"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.1},
+        {"model.predictor_mode": "cross", "model.global_level": True, "loss.cross_view": 0.5},
+        {"model.predictor_mode": "blocks", "model.drop_path": 0.1, "model.remat": True},
+        {
+            "model.target": "online",
+            "loss.regularizer": "sigreg",
+            "loss.regularized": "both",
+            "model.target_layers": 2,
+            "optim.accumulation_steps": 2,
+            "model.drop_path": 0.1,
+        },
+    ],
+    ids=str,
+)
+def test_a_config_builds_and_trains_with_its_options(tiny_config, overrides, tmp_path):
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict({"model.depth": 2, **overrides})
+    train.train_and_evaluate(tiny_config, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert np.isfinite(lines[-1]["train/loss"])
+    assert ("train/loss_cross_view" in lines[-1]) == ("model.global_level" in overrides)
+    assert ("train/ema_momentum" in lines[-1]) == ("model.target" not in overrides)

@@ -1,0 +1,88 @@
+"""A run that begins where another one ended, at its resolution or another."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax import checkpoint, train
+from hjepa_jax.errors import InputError
+from hjepa_jax.logging import read_metrics
+from hjepa_jax.warm_start import interpolate_positions
+
+
+@pytest.fixture
+def trained(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_positions_of_another_grid_lie_between_those_of_the_old_one():
+    table = jnp.asarray([[0.0], [1.0], [10.0], [11.0]])  # 2x2: columns differ by 1, rows by 10
+    wider = np.asarray(interpolate_positions(table, 16)).reshape(4, 4)
+    np.testing.assert_allclose(wider[0], [0, 0.25, 0.75, 1], atol=1e-6)
+    np.testing.assert_allclose(wider[:, 0], [0, 2.5, 7.5, 10], atol=1e-5)
+    np.testing.assert_allclose(interpolate_positions(table, 4), table)
+
+
+@pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
+def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
+    with tiny_config.unlocked():
+        tiny_config.model.positions = positions
+    train.train_and_evaluate(tiny_config, tmp_path / "small")
+    _, before, _ = checkpoint.load_state(tmp_path / "small")
+    with tiny_config.unlocked():
+        tiny_config.data.image_size, tiny_config.mask.scale = 24, (0.1, 0.25)
+        tiny_config.train.init_from = str(tmp_path / "small")
+        tiny_config.train.num_steps = 1
+        tiny_config.train.checkpoint_every_steps = 1
+        tiny_config.optim.learning_rate, tiny_config.optim.weight_decay = 0.0, 0.0
+        tiny_config.optim.ema_momentum = (1.0, 1.0, "constant")
+    train.train_and_evaluate(tiny_config, tmp_path / "large")
+    _, after, initial = checkpoint.load_state(tmp_path / "large")
+    changed = []
+    for old, new in (
+        (before.params, after.params),
+        (before.target_params, after.target_params),
+    ):
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
+        ):
+            if a.shape == b.shape:
+                np.testing.assert_array_equal(a, b)
+            else:
+                changed.append(path[-1].key)
+    assert changed == ["embedding"] * (3 if positions == "learned" else 0)
+    assert int(after.step) == 1
+    kernel = lambda state: state.params["context_encoder"]["patch_embedding"]["kernel"]
+    assert np.any(kernel(initial) != kernel(after)), "the baseline stays random"
+
+
+def test_it_begins_there_once_and_then_goes_on_by_itself(tiny_config, trained, tmp_path):
+    with tiny_config.unlocked():
+        tiny_config.train.init_from = str(trained)
+    train.train_and_evaluate(tiny_config, tmp_path / "next")
+    lines = read_metrics(tmp_path / "next" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines != read_metrics(trained / "metrics.jsonl")
+    train.train_and_evaluate(tiny_config, tmp_path / "next")
+    assert read_metrics(tmp_path / "next" / "metrics.jsonl") == lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        ({"model.predictor_width": 12}, "other networks: model.predictor_width is 8 there and 12"),
+        ({"model.num_heads": 4}, "other networks: model.num_heads is 2 there and 4 here"),
+        ({"model.positions": "sincos2d"}, "other networks: model.positions is 'learned' there"),
+        ({"train.init_from": "/nowhere"}, r"'/nowhere': holds no run"),
+    ],
+)
+def test_another_run_must_have_the_same_networks_and_nothing_is_written_before(
+    tiny_config, trained, tmp_path, overrides, rule
+):
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict({"train.init_from": str(trained), **overrides})
+    with pytest.raises(InputError, match=rf"train.init_from=.*{rule}"):
+        train.train_and_evaluate(tiny_config, tmp_path / "next")
+    assert not (tmp_path / "next").exists()
