@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from hjepa_jax.data.records import (
 from hjepa_jax.data.sources import fingerprint, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
+from hjepa_jax.publish import write_report
 from hjepa_jax.run import prepare_workdir
 from hjepa_jax.run_facts import read_facts
 from tests import processes
@@ -237,6 +239,9 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
     assert len(trained) == 1
     assert f"1 of 160 images (the next was trained on instead) skipped: {first}" in trained[0]
     assert newest_line(tmp_path / "run") == 22
+    write_report([tmp_path / "run"], tmp_path / "run", images=False)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert re.search(r"- step \d+: training images: 1 unreadable in all", report)
 
 
 def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_ones(

@@ -58,7 +58,8 @@ class _Batches:
 
 def _start_worker(index: int, count: int) -> None:
     """Signals are the run's to handle, and a worker ends with it, even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a batch system sends it to all processes
+        signal.signal(signum, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # odd metadata: what matters is whether there is a picture
     parent = multiprocessing.parent_process()
     assert parent is not None

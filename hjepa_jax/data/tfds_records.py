@@ -81,8 +81,9 @@ class TfdsRecords:
 
     def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
         """The labels of some rows; `UNREADABLE` for a record that is corrupt, -1 for none."""
+        source = self._source()
         try:
-            examples = self._source().__getitems__([int(self.rows[row]) for row in rows])
+            examples = source.__getitems__([int(self.rows[row]) for row in rows])
             return np.array([example[self.keys[1]] for example in examples], np.int32)
         except Exception:  # as above; together they are read faster than one by one
             return np.array([self._label(row) for row in rows], np.int32)
@@ -203,15 +204,24 @@ def _read_labelled(source: str, records: TfdsRecords) -> tuple[Split, list[Input
     """Images and labels of the records, and what is wrong with those that cannot be read."""
     images, kept, errors = read_all(records)
     labels = records.labels(kept)
-    if labels.min(initial=0) < 0:
+    if np.any(labels == -1):
         rule = f"split {records.split} has images without a label"
         raise InputError("data.source", source, rule)
-    return Split(images, labels), errors
+    readable = labels != UNREADABLE
+    errors += unreadable_errors(records, np.array(kept)[~readable].tolist())
+    return Split(images[readable], labels[readable]), errors
 
 
 def _is_labelled(split: TfdsRecords) -> bool:
-    """Whether there are labels, as far as the first records say that are not corrupt."""
-    return bool(split.labels(range(min(len(split), MAX_UNREADABLE))).max(initial=-1) >= 0)
+    """Whether there are labels, as far as the first records say that are not corrupt.
+
+    Raises:
+      InputError: all of those are.
+    """
+    labels = split.labels(range(min(len(split), MAX_UNREADABLE)))
+    if len(labels) and labels.max() == UNREADABLE:
+        raise unreadable_errors(split, [0])[0]
+    return bool(labels.max(initial=-1) >= 0)
 
 
 def _read_classes(path: str, names: Sequence[str]) -> list[int]:
@@ -237,17 +247,19 @@ def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np
             f"looking through {len(records)} labels of split {records.split}, once",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        parts = [
-            records.labels(range(start, min(start + SCAN_BATCH, len(records))))
-            for start in range(0, len(records), SCAN_BATCH)
-        ]
+        parts = []
+        for start in range(0, len(records), SCAN_BATCH):
+            labels = records.labels(range(start, min(start + SCAN_BATCH, len(records))))
+            if labels.max() == UNREADABLE:  # then it is not the records that are at fault
+                raise unreadable_errors(records, [start])[0]
+            parts.append(labels)
         return {"labels": np.concatenate(parts)}
 
     key = f"labels {builder.info.full_name} {records.split} {files_of(builder.data_path)}"
     labels = kept_arrays(key, scan)["labels"]
+    corrupt = np.flatnonzero(labels == UNREADABLE)
+    labels[corrupt] = records.labels(corrupt.tolist())  # it may have been the disk, and pass
     corrupt = np.flatnonzero(labels == UNREADABLE).tolist()
-    if len(corrupt) == len(labels):
-        raise unreadable_errors(records, corrupt[:1])[0]
     what = f"{len(records)} records of split {records.split} (their class is unknown)"
     report_skipped("data.class_list", unreadable_errors(records, corrupt), what)
     return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
