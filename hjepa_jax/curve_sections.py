@@ -72,7 +72,7 @@ def loss_section(facts: Facts) -> Section | None:
         "\n\nMeans over the steps since the line before. Terms are unweighted."
     )
     terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
-    panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))})]
+    panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]
     panels += [Panel("Terms of the loss", "loss, unweighted", terms, log=True)] if terms else []
     return "Loss", text, {"loss": (curves(panels), "Loss over training")}
 

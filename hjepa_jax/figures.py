@@ -70,7 +70,9 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
             axes.set_yscale("log")
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if axes.get_yscale() == "linear":
+            axes.ticklabel_format(axis="y", useOffset=False)
         finish(axes, panel.title, xlabel, panel.ylabel)
         if len(panel.lines) + len(panel.limits) > 1:
             axes.legend(
@@ -116,12 +118,14 @@ def bars(
 def spectrum(values: Mapping[str, Float[np.ndarray, " _"]]) -> Figure:
     """Singular values of centred features, largest first, relative to the largest.
 
-    A healthy spectrum decays slowly; one that falls off a cliff uses few directions.
+    A healthy spectrum decays slowly; one that falls off a cliff uses few directions. The last value
+    is left out where it is rounding: features behind a LayerNorm sum to zero, as centred rows do.
     """
-    lines = {
-        name: (np.arange(1, len(v) + 1), np.maximum(v / max(v[0], 1e-30), 1e-8))
-        for name, v in values.items()
-    }
+    lines = {}
+    for name, v in values.items():
+        shown = v[:-1] if len(v) > 1 and v[-1] < 1e-4 * v[-2] else v
+        relative = np.maximum(shown / max(v[0], 1e-30), 1e-8)
+        lines[name] = (np.arange(1, len(shown) + 1), relative)
     panel = Panel("Singular values of the features", "relative to the largest", lines, log=True)
     return curves([panel], xlabel="index of the singular value")
 
@@ -225,6 +229,7 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
             text.set_color(ink)  # pyright: ignore[reportAttributeAccessIssue]
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     canvas.draw()
+    canvas.draw()  # the layout settles with the sizes that the first drawing found
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
     # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs:
     # k-means, or the colours of maps would be far off.

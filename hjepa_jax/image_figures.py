@@ -175,6 +175,7 @@ def neighbours(
             for spine in figure.axes[(j + 1) * len(queries) + i].spines.values():
                 spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
                 spine.set_linestyle("-" if same else (0, (2, 1)))
+                spine.set_capstyle("butt")  # round ones would fill the gaps
     handles = [
         Patch(facecolor="none", edgecolor=COLOURS[0], label="same class"),
         Patch(facecolor="none", edgecolor=COLOURS[1], linestyle="--", label="another class"),

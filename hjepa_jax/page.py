@@ -26,6 +26,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 
 th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left; }
 th { background: var(--soft); }
 img { max-width: 100%; height: auto; }
+figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; opacity: .8; }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; }
 pre code { padding: 0; }
@@ -58,9 +59,10 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
     for address, (light, dark) in pictures.items():
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
         body = re.sub(
-            f'<img src="{re.escape(address)}"([^>]*)>',
+            f'<p><img src="{re.escape(address)}"( alt="([^"]*)"[^>]*)></p>',
             lambda found, source=source, light=light: (
-                f'<picture>{source}<img src="{_data(light)}"{found[1]}></picture>'
+                f'<figure><picture>{source}<img src="{_data(light)}"{found[1]}></picture>'
+                f"<figcaption>{found[2]}</figcaption></figure>"
             ),
             body,
         )

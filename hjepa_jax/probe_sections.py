@@ -23,6 +23,8 @@ from hjepa_jax.run_facts import KNN_K, Facts
 from hjepa_jax.snapshot import as_unit
 from hjepa_jax.verdicts import num, pct
 
+_TITLES = {"knn": "k-NN"}  # of protocols, where it is not their name
+
 
 def probes_section(facts: Facts) -> Section | None:
     figures, parts = {}, []
@@ -45,7 +47,10 @@ def probes_section(facts: Facts) -> Section | None:
             table(["encoder", "step", "pool", "level", "dim", *names], rows),
         ]
     for name in dict.fromkeys(row["protocol"] for row in scored if not row.get("labels")):
-        figures[f"probe_{name}"] = (_bars(facts, name), f"{name} probe beside its baselines")
+        figures[f"probe_{name}"] = (
+            _bars(facts, name),
+            f"{_TITLES.get(name, name.capitalize())} probe beside its baselines",
+        )
     quality = [row for row in facts.probes if row["protocol"] == "quality"]
     if quality:
         rows = [
@@ -75,7 +80,7 @@ def _bars(facts: Facts, protocol: str) -> Figure:
     return bars(
         [f"{pool}, level {level}" if pool == "mean" else pool for pool, level in groups],
         {e.replace("_", "-"): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
-        title=f"{protocol} probe",
+        title=f"{_TITLES.get(protocol, protocol.capitalize())} probe",
         ylabel="top-1, percent",
         limits={"raw pixels": pixels[-1]} if pixels else {},
     )

@@ -78,6 +78,7 @@ class Facts:
       probes: the rows of its probe.json.
       status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or
         "not started".
+      stopped_by: the rule that ended it, and the numbers it looked at; empty for none.
       num_steps, steps_per_epoch: None where the number of training images is not known.
       params: number of parameters by part.
       checkpoints: bytes by step.
@@ -91,6 +92,7 @@ class Facts:
     history: History
     probes: list[Row]
     status: str
+    stopped_by: str
     num_steps: int | None
     steps_per_epoch: int | None
     params: dict[str, int]
@@ -184,12 +186,13 @@ def read_facts(
     with contextlib.suppress(InputError):  # the data is no longer what was trained on
         schedules = build.build_schedules(config, num_images) if num_images else None
     num_steps = schedules.num_steps if schedules else config.train.num_steps
-    return Facts(
+    facts = Facts(
         name=workdir.resolve().name,
         config=config,
         history=history,
         probes=probes,
-        status=_status(workdir, config, history, num_steps),
+        status=_status(workdir, history, num_steps),
+        stopped_by="",
         num_steps=num_steps,
         steps_per_epoch=schedules.steps_per_epoch if schedules else None,
         params={**params, "target_encoder": num_params(state.target_params)},
@@ -199,6 +202,8 @@ def read_facts(
         no_look=reason,
         width=model.context_encoder.width,
     )
+    rule = _stopped_by(facts) if facts.status == "interrupted" else ""
+    return dataclasses.replace(facts, status="stopped", stopped_by=rule) if rule else facts
 
 
 def _probed_size(config: Config, probes: list[Row]) -> int | None:
@@ -213,14 +218,23 @@ def _probed_size(config: Config, probes: list[Row]) -> int | None:
     return None if streamed or may_be else size
 
 
-def _status(workdir: pathlib.Path, config: Config, history: History, num_steps: int | None) -> str:
+def _status(workdir: pathlib.Path, history: History, num_steps: int | None) -> str:
     if lock_owner(workdir):
         return "running"
     if num_steps and history.last_step() >= num_steps:
         return "finished"
-    if (history.last("train/nonfinite_steps") or 0) > config.train.max_nonfinite_steps:
-        return "stopped"
     return "interrupted" if history.lines else "not started"
+
+
+def _stopped_by(facts: Facts) -> str:
+    """The rule of the config that ended a run which is not at its last step; empty for none."""
+    c, count = facts.config.train, facts.history.last("train/nonfinite_steps") or 0
+    if count > c.max_nonfinite_steps:
+        return f"more than train.max_nonfinite_steps={c.max_nonfinite_steps} were left out"
+    signs = facts.signs_of_collapse(facts.history.lines[-1])
+    return (
+        f"train.on_collapse=stop: {'; '.join(signs)}" if c.on_collapse == "stop" and signs else ""
+    )
 
 
 def _look(

@@ -73,7 +73,7 @@ def _parameters(facts: Facts) -> Section:
 
 
 def _warnings(facts: Facts) -> Section:
-    found, before, sick = [], 0.0, False
+    found, before, unreadable, sick = [], 0.0, 0, False
     for line in facts.history.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
         signs = facts.signs_of_collapse(line)
@@ -81,13 +81,17 @@ def _warnings(facts: Facts) -> Section:
             text = f"step {line['step']}: {bad:.0f} steps in all were not finite and left out"
             found.append(text)
         before = bad
+        skipped = line.get("train/unreadable_images", unreadable)
+        if skipped > unreadable:
+            text = f"{skipped} unreadable in all, and the next ones trained on instead"
+            found.append(f"step {line['step']}: training images: {text}")
+        unreadable = skipped
         if rank is not None and bool(signs) != sick:
             sick = not sick
             how = "; ".join(signs) if sick else f"no collapse any more, effective rank {rank:.1f}"
             found.append(f"step {line['step']}: {how}")
-    if facts.status == "stopped":
-        limit = facts.config.train.max_nonfinite_steps
-        found.append(f"the run ended: more than train.max_nonfinite_steps={limit} were left out")
+    if facts.stopped_by:
+        found.append(f"the run ended: {facts.stopped_by}")
     shown = found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])
     return "Warnings", "\n".join(f"- {text}" for text in shown) or "None in metrics.jsonl.", {}
 

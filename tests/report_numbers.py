@@ -276,7 +276,7 @@ def collapse(s: Sources) -> list:
 
 
 def warnings(s: Sources) -> list:
-    found, before, sick = [], 0, False
+    found, before, unreadable, sick = [], 0, 0, False
     for line in s.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
         if bad > before:
@@ -286,7 +286,11 @@ def warnings(s: Sources) -> list:
             healthy = f"no collapse any more, effective rank {rank:.1f}"
             how = "; ".join(signs(s, line)) if sick else healthy
             found.append(f"step {line['step']}: {how}")
-        before = bad
+        before, skipped = bad, line.get("train/unreadable_images", unreadable)
+        if skipped > unreadable:
+            text = f"{skipped} unreadable in all, and the next ones trained on instead"
+            found.append(f"step {line['step']}: training images: {text}")
+        unreadable = skipped
     return [f"- {text}" for text in found]
 
 

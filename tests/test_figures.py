@@ -110,8 +110,10 @@ def test_bars_are_as_high_as_the_scores_and_a_missing_one_leaves_a_gap():
 
 
 def test_the_spectrum_is_relative_to_its_largest_value():
-    (axes,) = figures.spectrum({"a": np.array([4.0, 2.0, 0.0])}).axes
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [1.0, 0.5, 1e-8])
+    values = {"a": np.array([4.0, 0.0, 0.0]), "rounding last": np.array([4.0, 2.0, 1e-6])}
+    (axes,) = figures.spectrum(values).axes
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [1.0, 1e-8, 1e-8])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), [1.0, 0.5])
     assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
 
 
