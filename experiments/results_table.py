@@ -1,0 +1,49 @@
+"""The README's table of results, from the reports that are kept in experiments/*/report.
+
+  python experiments/results_table.py     # writes it between the two marks in README.md
+
+Top-1 in percent on the test images, of everything concatenated (levels and summary tokens).
+"""
+
+import json
+import pathlib
+
+EXPERIMENTS = pathlib.Path(__file__).parent
+README = EXPERIMENTS.parent / "README.md"
+BEGIN, END = "<!-- results: experiments/results_table.py -->", "<!-- end of results -->"
+PROTOCOLS = {"linear": "linear", "knn": "k-NN"}
+ENCODERS = ("target", "random_init", "pixels")
+
+
+def results_table() -> str:
+    """A row per kept run and protocol; the best score of a row is bold."""
+    lines = [
+        "| run | epochs | probe | trained | random-init | raw pixels |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(EXPERIMENTS.glob("*/report/probe.json")):
+        rows = json.loads(path.read_text())["results"]
+        config = json.loads((path.parent / "config.json").read_text())
+        name, epochs = path.parent.parent.name, f"{config['train']['num_epochs']:g}"
+        for protocol, shown in PROTOCOLS.items():
+            scores = {
+                row["encoder"]: f"{100 * row['top1']:.1f}"
+                for row in rows
+                if row["protocol"] == protocol and row["pool"] == "concat" and "labels" not in row
+            }
+            best = max(scores.values(), key=float)
+            cells = [f"**{s}**" if (s := scores[e]) == best else s for e in ENCODERS]
+            link = f"[`{name}`](experiments/{name}/README.md)"
+            lines.append("| " + " | ".join([link, epochs, shown, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """The README with the table of now."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{results_table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))
