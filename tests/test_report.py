@@ -111,7 +111,8 @@ def test_a_number_that_is_not_so_is_found_in_every_section(finished, sources):
 
 
 KEPT = sorted((REPOSITORY / "experiments").glob("*/report"))
-SAVED = {"cifar10_tiny": 4686, "m1_max_quick_val": 86}  # newest checkpoint, if there was one
+SAVED = {"cifar10_tiny": 4686, "m1_max_quick_val": 86, "shapes_tiny": 936}  # newest checkpoint
+NUM_IMAGES = {"tfds:cifar10": 50_000, "shapes": 20_000}
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=[folder.parent.name for folder in KEPT])
@@ -129,11 +130,10 @@ def test_every_number_of_a_kept_report_is_recomputed_from_the_files_beside_it(fo
         defaults=flatten(base_config().to_dict()),
         params={**params, "target_encoder": run.num_params(state.target_params)},
         width=model.context_encoder.width,
-        num_images=50_000,  # all are of CIFAR-10
+        num_images=NUM_IMAGES[config.data.source],
         saved=SAVED[folder.parent.name],
         checkpoint=Checkpoint(**json.loads(known.read_text())) if known.exists() else None,
     )
-    assert config.data.source == "tfds:cifar10"
     assert problems((folder / "report.md").read_text(), sources) == []
 
 
