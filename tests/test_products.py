@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from hjepa_jax.losses import prediction_loss
 from hjepa_jax.masking import MultiBlockMask
-from hjepa_jax.models import hjepa, predictor, vit
+from hjepa_jax.models import hjepa, predictor, transformer, vit
 from hjepa_jax.models.products import Dense, Precision, product
 
 LOW = Precision(jnp.bfloat16, jnp.float32)
@@ -55,13 +55,14 @@ class PlainAttention(nn.Module):
     out_scale: float
 
     @nn.compact
-    def __call__(self, x, key_valid=None):
+    def __call__(self, x, allowed, angles, source, source_angles):
+        assert angles is source is source_angles is None
         b, n, d = x.shape
         qkv = nn.Dense(3 * d, name="qkv")(x).reshape(b, n, 3, self.num_heads, -1)
         query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
         logits = query @ key.transpose(0, 1, 3, 2) / (d / self.num_heads) ** 0.5
-        if key_valid is not None:
-            logits = jnp.where(key_valid[:, None, None], logits, -1e9)
+        if allowed is not None:
+            logits = jnp.where(allowed[:, None], logits, -1e9)
         out = (jax.nn.softmax(logits) @ value).transpose(0, 2, 1, 3).reshape(b, n, d)
         return nn.Dense(d, name="out")(out)
 
@@ -90,9 +91,9 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
 
     fast = loss_and_grads()
     plain_dense = lambda features, precision, scale=1.0, name=None: nn.Dense(features, name=name)
-    monkeypatch.setattr(vit, "Attention", PlainAttention)
-    monkeypatch.setattr(vit, "Dense", plain_dense)
-    monkeypatch.setattr(predictor, "Dense", plain_dense)
+    monkeypatch.setattr(transformer, "Attention", PlainAttention)
+    for module in (transformer, vit, predictor):
+        monkeypatch.setattr(module, "Dense", plain_dense)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), fast, loss_and_grads()
     )

@@ -325,7 +325,8 @@ def test_what_may_be_streamed_is_prepared_for_it_before_its_size_is_known(tmp_pa
     options = {"data_dir": str(tmp_path), "image_size": 8, "streaming": Streaming("auto")}
     resident = open_source("tfds:tiny_auto", **options)
     assert (resident.records, len(resident.load()[0].labels)) == (None, 20)
-    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 20 * 4 * 6 * 3 - 1)
+    options["streaming"] = Streaming("auto", max_labelled=5)
     assert len(open_source("tfds:tiny_auto", **options).records) == 20
 
 

@@ -115,7 +115,7 @@ def formats_of(builder: Any) -> set[str]:
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
     """Whether a set is to be prepared so that it can be; how much there is of it is known later."""
-    size = sum(info.size for info in (builder.url_infos or {}).values())
+    size = sum(info.size for info in (builder.url_infos or {}).values() if info)
     return streaming.when == "always" or (
         streaming.when == "auto" and not 0 < size < SMALL_DOWNLOAD_BYTES
     )
