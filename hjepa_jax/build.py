@@ -241,7 +241,6 @@ def build_train_step(
         loss_weights=build_loss_weights(config),
         ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
         num_target_layers=config.model.target_layers,
-        cross_colour=config.loss.cross_colour,
         num_accumulation_steps=config.optim.accumulation_steps,
     )
 

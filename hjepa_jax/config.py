@@ -43,7 +43,6 @@ FREE_FIELDS = (
 # Fields that came later than others. A run without them did what their defaults do, so that its
 # config.json may lack them.
 ADDED_FIELDS = (
-    "loss.cross_colour",
     "loss.cross_view",
     "model.drop_path",
     "model.global_level",
@@ -128,7 +127,6 @@ def base_config() -> Config:
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
     c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
-    c.loss.cross_colour = False  # targets see the same crop with colours and blur drawn anew
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     c.loss.regularizer_weight = 0.05  # multiplies sigreg, or the two terms of vicreg
     c.loss.variance_weight = 25.0  # of vicreg

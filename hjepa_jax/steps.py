@@ -146,7 +146,6 @@ def make_train_step(
     loss_weights: LossWeights,
     ema_momentum_fn: Schedule | None,
     num_target_layers: int = 1,
-    cross_colour: bool = False,
     num_accumulation_steps: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
@@ -162,8 +161,6 @@ def make_train_step(
         them too (the regularizer alone keeps them from collapsing).
       num_target_layers: k, how many of the target encoder's last blocks are averaged, each
         standardized, for the targets (Baevski et al. 2022, arXiv 2202.03555, section 3.3).
-      cross_colour: whether the target encoder sees colours and sharpness that were drawn anew, on
-        the same crop: what is predicted can then not be read off the colours nearby.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
     """
@@ -198,10 +195,7 @@ def make_train_step(
         # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
         second_views = augment(jax.vmap(second_rng)(augment_rngs), images) if cross_view else None
         target_index = masks.target_index.reshape(len(views), -1)
-        target_views = views
-        if cross_colour:
-            target_views = augment(augment_rngs, images, jax.vmap(second_rng)(augment_rngs))
-        inputs = (target_views, second_views, target_index)
+        inputs = (views, second_views, target_index)
         rng = batch_rng(state.rng, state.step)
         rngs = {}
         if model.context_encoder.drop_path:  # of this part of the batch

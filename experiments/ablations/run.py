@@ -68,14 +68,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "target_layers_2": {"model.target_layers": 2},
     "global_level": {"model.global_level": True},
     "global_level_cross_view": {"model.global_level": True, "loss.cross_view": 1.0},
-    "cross_colour": {
-        "loss.cross_colour": True, "data.brightness": 0.4, "data.contrast": 0.4,
-        "data.saturation": 0.4, "data.grayscale": 0.2,
-    },
-    "strong_colour": {
-        "data.brightness": 0.4, "data.contrast": 0.4, "data.saturation": 0.4,
-        "data.grayscale": 0.2,
-    },
     "no_regularizer": {"loss.regularizer": "none"},
     "vicreg_on_context": {"loss.regularized": "context"},
     "vicreg_on_both": {"loss.regularized": "both"},

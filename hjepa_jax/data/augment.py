@@ -52,23 +52,14 @@ class Augment:
     solarize: float = 0.0
 
     def __call__(
-        self,
-        rngs: Shaped[Array, "B ..."],
-        images: UInt8[Array, "B H W C"],
-        colour_rngs: Shaped[Array, "B ..."] | None = None,
+        self, rngs: Shaped[Array, "B ..."], images: UInt8[Array, "B H W C"]
     ) -> Float[Array, "B S S C"]:
-        """Augments image b with key `rngs[b]`; its colours and sharpness with `colour_rngs[b]`."""
-        if colour_rngs is None:
-            colour_rngs = rngs
-        views = jax.vmap(self._augment_image)(rngs, colour_rngs, images)
-        return normalize(views, self.mean, self.std)
+        """Augments image b with key `rngs[b]`."""
+        return normalize(jax.vmap(self._augment_image)(rngs, images), self.mean, self.std)
 
-    def _augment_image(
-        self, rng: Array, colour_rng: Array, image: UInt8[Array, "H W C"]
-    ) -> Float[Array, "S S C"]:
+    def _augment_image(self, rng: Array, image: UInt8[Array, "H W C"]) -> Float[Array, "S S C"]:
         height, width, _ = image.shape
-        crop_rng, flip_rng, _, _ = jax.random.split(rng, 4)
-        _, _, jitter_rng, gray_rng = jax.random.split(colour_rng, 4)
+        crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
         x = image.astype(jnp.float32) / 255.0
         if self.crop_scale != (1.0, 1.0):
             box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
@@ -81,17 +72,17 @@ class Augment:
         if self.vertical_flip:
             flip = _happens(jax.random.fold_in(rng, 4), self.vertical_flip)
             x = jnp.where(flip, jnp.flip(x, axis=0), x)
-        x = _jitter(jitter_rng, x, self.brightness, self.contrast, self.saturation)
+        x = _jitter(color_rng, x, self.brightness, self.contrast, self.saturation)
         if self.grayscale:
             drop = _happens(gray_rng, self.grayscale)
             x = jnp.where(drop, luma(x), x)
         if self.blur:
-            blur_rng, sigma_rng = jax.random.split(jax.random.fold_in(colour_rng, 5))
+            blur_rng, sigma_rng = jax.random.split(jax.random.fold_in(rng, 5))
             low, high = self.blur_sigma
             sigma = jax.random.uniform(sigma_rng, minval=low, maxval=high)
             x = jnp.where(_happens(blur_rng, self.blur), gaussian_blur(x, sigma), x)
         if self.solarize:
-            invert = _happens(jax.random.fold_in(colour_rng, 6), self.solarize)
+            invert = _happens(jax.random.fold_in(rng, 6), self.solarize)
             x = jnp.where(invert & (x >= 0.5), 1.0 - x, x)
         return x
 
