@@ -343,7 +343,7 @@ def checkpoints(s: Sources) -> list:
     scores = {line["step"]: line.get("eval/knn_top1") for line in s.lines}
     scores.setdefault(s.saved, None)
     if s.checkpoint:
-        return [row(k, size, percent(scores[int(k)])) for k, size in s.checkpoint.sizes.items()]
+        return [row(k, size, percent(scores.get(int(k)))) for k, size in s.checkpoint.sizes.items()]
     rows = (rf"\| {step} \| [\d.]+ MB \| {percent(x)} \|" for step, x in scores.items())
     return [re.compile("(" + "|".join(rows) + r"|\s)+$")]
 
