@@ -257,8 +257,7 @@ class Loop:
             ks=[min(ONLINE_KNN_K, len(bank))],
             num_classes=int(labels.max()) + 1,
         )
-        correct = cluster.all_rows(np.array([np.sum(predictions == labels[own])], np.int32))
-        top1 = float(correct.sum() / len(queries))
+        top1 = cluster.total(int(np.sum(predictions == labels[own]))) / len(queries)
         self._logger.scalars(step, {BEST_METRIC: top1})
         self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
         return {BEST_METRIC: top1}

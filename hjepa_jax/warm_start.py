@@ -33,8 +33,9 @@ def check_source(config: Config) -> None:
         checkpoint.read_meta(pathlib.Path(workdir))
     except InputError as error:
         raise InputError(FIELD, workdir, error.rule) from error
+    ours = _networks(config)
     for name, there in _networks(theirs).items():
-        here = _networks(config)[name]
+        here = ours[name]
         if there != here:
             rule = f"has other networks: model.{name} is {there!r} there and {here!r} here"
             raise InputError(FIELD, workdir, rule)

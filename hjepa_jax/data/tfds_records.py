@@ -114,7 +114,6 @@ def open_streamed(
     builder: Any,
     image_shape: tuple[int, int, int],
     *,
-    crops: bool,
     seed: int,
     streaming: Streaming,
 ) -> Source:
@@ -124,7 +123,6 @@ def open_streamed(
       source: its name.
       builder: its TFDS builder.
       image_shape: (H, W, 3) of its images as they are returned.
-      crops: whether they vary in size.
       seed: chooses the labelled images, and those of train to test on where no split is for it.
       streaming: what of it.
 
@@ -144,7 +142,7 @@ def open_streamed(
         classes = _read_classes(streaming.class_list, names)
 
     def open_split(name: str) -> TfdsRecords:
-        records = _all_records(builder, name, image_shape, crops=crops)
+        records = _all_records(builder, name, image_shape)
         if streaming.class_list is None:
             return records
         return records.part(_rows_of(records, classes, builder))
@@ -184,19 +182,16 @@ def read_split(source: str, builder: Any, name: str, image_shape: tuple[int, int
     Raises:
       InputError: images are without labels, or one cannot be read.
     """
-    crops = None in builder.info.features[builder.info.supervised_keys[0]].shape
-    records = _all_records(builder, name, image_shape, crops=crops)
-    split, errors = _read_labelled(source, records)
+    split, errors = _read_labelled(source, _all_records(builder, name, image_shape))
     if errors:
         raise errors[0]
     return split
 
 
-def _all_records(
-    builder: Any, name: str, image_shape: tuple[int, int, int], *, crops: bool
-) -> TfdsRecords:
+def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> TfdsRecords:
     rows = np.arange(builder.info.splits[name].num_examples, dtype=np.int32)
     keys = builder.info.supervised_keys
+    crops = None in builder.info.features[keys[0]].shape  # images vary in size
     return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
 
 

@@ -81,9 +81,7 @@ def open_tfds(
     if streams(streaming, splits[train_name].num_examples, shape):
         from hjepa_jax.data import tfds_records
 
-        return tfds_records.open_streamed(
-            source, builder, shape, crops=None in image.shape, seed=seed, streaming=streaming
-        )
+        return tfds_records.open_streamed(source, builder, shape, seed=seed, streaming=streaming)
 
     def load() -> tuple[Split, Split]:
         def decode() -> dict[str, np.ndarray]:
