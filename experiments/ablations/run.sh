@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Every row of run.py with three seeds; those that results.csv has are left out.
+# Every row of shapes.py with three seeds; those that shapes.csv has are left out.
 set -euo pipefail
-PYTHONPATH=. python experiments/ablations/run.py "$@"
+PYTHONPATH=. python experiments/sweep.py experiments/ablations/shapes.py "$@"

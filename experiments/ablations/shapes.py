@@ -1,0 +1,61 @@
+"""Every option of a config that changes what is learned, on shapes_tiny, by itself where it can be.
+
+What needs another option stands beside the row with that option alone: `local_views` beside
+`global_level_cross_view`.
+"""
+
+CONFIG = "shapes_tiny"
+ROWS = {
+    "baseline": {},
+    "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
+    "mask_whole_cells": {"mask.align_level": 1, "mask.scale": (0.18, 0.25)},
+    "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
+    "mask_hierarchical_larger": {"mask.kind": "hierarchical", "mask.progression": ("linear", 2.0)},
+    "mask_random_half": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
+    "mask_random_cells": {
+        "mask.kind": "random", "mask.scale": (0.5, 0.6), "mask.align_level": 1,
+    },
+    "levels_1": {"model.num_levels": 1},
+    "levels_3": {"model.num_levels": 3},
+    "summary_tokens_1": {"model.num_summary_tokens": 1},
+    "no_summary_pass": {"loss.summary_weight": 0.0},
+    "positions_learned": {"model.positions": "learned"},
+    "positions_rope2d": {"model.positions": "rope2d"},
+    "registers_4": {"model.num_registers": 4},
+    "layer_scale": {"model.layer_scale": 0.1},
+    "drop_path": {"model.drop_path": 0.1},
+    "predictor_blocks": {"model.predictor_mode": "blocks"},
+    "predictor_cross": {"model.predictor_mode": "cross"},
+    "target_layers_2": {"model.target_layers": 2},
+    "global_level": {"model.global_level": True},
+    "global_level_cross_view": {"model.global_level": True, "loss.cross_view": 1.0},
+    "local_views": {
+        "model.global_level": True, "loss.cross_view": 1.0, "data.local_views": 2,
+    },
+    "pyramid_add": {"model.pyramid": "add"},
+    "pyramid_concat": {"model.pyramid": "concat"},
+    "no_regularizer": {"loss.regularizer": "none"},
+    "vicreg_on_context": {"loss.regularized": "context"},
+    "vicreg_on_both": {"loss.regularized": "both"},
+    "vicreg_expander": {"model.expander_width": 256, "loss.regularizer_weight": 0.05},
+    "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
+    "sigreg_weak": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.002},
+    "sigreg_expander": {
+        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "model.expander_width": 256,
+    },
+    "sigreg_online": {
+        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "model.target": "online",
+        "loss.regularized": "both",
+    },
+    "loss_mse": {"loss.kind": "mse"},
+    "loss_cosine": {"loss.kind": "cosine"},
+    "ema_to_1": {"optim.ema_momentum": (0.98, 1.0, "cosine")},
+    "ema_to_1_capped": {
+        "optim.ema_momentum": (0.98, 1.0, "cosine"), "optim.max_ema_momentum": 0.995,
+    },
+    "vertical_flip": {"data.vertical_flip": 0.5},
+    "blur": {"data.blur": 0.5, "data.blur_sigma": (0.1, 1.0)},
+    "solarize": {"data.solarize": 0.2},
+    "grayscale": {"data.grayscale": 0.2},
+    "bfloat16": {"model.dtype": "bfloat16"},
+}  # fmt: skip

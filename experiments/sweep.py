@@ -1,0 +1,200 @@
+"""Runs that differ in a few fields, compared on held-out training images.
+
+  python experiments/sweep.py experiments/ablations/shapes.py --row=sigreg --seed=0   # one row, or
+  python experiments/sweep.py experiments/ablations/shapes.py       # all that are not there yet
+
+A sweep is a Python file that sets CONFIG, the name of a file in configs/; ROWS, overrides by the
+name of a row; and, where it likes, SHARED, overrides of every row; SEEDS; NUM_FIT, how many
+training images the probes fit. Its results are in a csv file beside it, of the same name.
+
+A row is appended when its run is done; a run that was cut short goes on from its newest checkpoint.
+Rows are scored on training images that the probes do not fit, chosen by a fixed seed and held out
+of each probe's own choice of hyper-parameters too: options are compared here, so the test images
+are never looked at.
+"""
+
+import argparse
+import ast
+import csv
+import hashlib
+import importlib
+import os
+import pathlib
+import runpy
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from hjepa_jax import build
+from hjepa_jax.checkpoint import load_encoder
+from hjepa_jax.config import Config
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.linear import linear_probe
+from hjepa_jax.evaluation.quality import effective_rank
+from hjepa_jax.history import read_history
+from hjepa_jax.provenance import source_commit, versions
+from hjepa_jax.run import open_config_source
+from hjepa_jax.train import train_and_evaluate
+
+# The first five say what a row is.
+COLUMNS = (
+    "row", "seed", "config", "overrides", "num_fit", "linear", "knn", "linear_level_0",
+    "knn_level_0", "effective_rank", "images_per_sec", "commit", "hardware",
+)  # fmt: skip
+Sweep = dict[str, Any]
+
+
+def read_sweep(path: pathlib.Path) -> Sweep:
+    """The constants of a sweep's file, with defaults where it says nothing."""
+    return {"SHARED": {}, "SEEDS": (0, 1, 2), "NUM_FIT": None, **runpy.run_path(str(path))}
+
+
+def row_config(sweep: Sweep, overrides: dict[str, Any], seed: int) -> Config:
+    """The sweep's config with `overrides`, and without evaluation, TensorBoard and report."""
+    config = importlib.import_module(f"configs.{sweep['CONFIG']}").get_config()
+    config.eval.probe_at_end, config.eval.every_epochs = False, 0.0
+    config.log.tensorboard, config.log.report, config.log.figures_every_epochs = False, False, 0.0
+    config.update_from_flattened_dict({"seed": seed, **overrides})
+    return config.lock()
+
+
+def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[str, str]:
+    """Trains, or goes on, and scores the target encoder on held-out training images.
+
+    `linear` and `knn` are of all levels and the summary tokens, side by side.
+    """
+    train_and_evaluate(config, workdir)
+    speeds = [
+        line.get("perf/images_per_sec") for line in read_history(workdir / "metrics.jsonl").lines
+    ]
+    model, params = load_encoder(workdir)
+    source = open_config_source(config)
+    train, _ = source.load()
+    embed = jax.jit(build.build_embed_fn(config, model))
+    found = extract_features(embed, params, train.images, batch_size=config.eval.batch_size)
+    everything = np.concatenate([found[name] for name in sorted(found)], axis=1)
+    fit, scored = hold_out(len(train.labels), num_val=config.eval.num_val)
+    fit = np.sort(np.random.default_rng(0).permutation(fit)[:num_fit])
+    # As the protocol does: no more neighbours than the rows among which k is chosen.
+    num_val = min(config.eval.num_val, len(fit) // 5)
+    ks = [k for k in DEFAULT_KS if k <= len(fit) - num_val]
+    options = {"num_classes": len(source.info.class_names), "num_val": num_val}
+
+    def scores(x: np.ndarray, suffix: str = "") -> dict[str, str]:
+        arrays = (x[fit], train.labels[fit], x[scored], train.labels[scored])
+        linear, knn = linear_probe(*arrays, **options), knn_probe(*arrays, ks=ks, **options)
+        return {
+            f"linear{suffix}": f"{100 * linear.top1:.2f}",
+            f"knn{suffix}": f"{100 * knn.top1:.2f}",
+        }
+
+    return {
+        **scores(everything),
+        **scores(found["level_0"], "_level_0"),
+        "effective_rank": f"{effective_rank(everything[scored]):.1f}",
+        "images_per_sec": f"{statistics.median([s for s in speeds if s] or [0.0]):.0f}",
+    }
+
+
+def hardware() -> str:
+    """The device, the cores of the machine, and how many processes wanted one at the end."""
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{versions()['device']}, {os.cpu_count()} cores{load}"
+
+
+def done_rows(results: pathlib.Path) -> set[tuple[str, ...]]:
+    """(row, seed, config, overrides, num_fit) of what a csv file of results has.
+
+    Raises:
+      ValueError: for a file with other columns.
+    """
+    if not results.exists():
+        return set()
+    with results.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(COLUMNS):
+            raise ValueError(f"{results}: has the columns {reader.fieldnames}, not {COLUMNS}")
+        return {tuple(row[name] for name in COLUMNS[:5]) for row in reader}
+
+
+def append(results: pathlib.Path, row: dict[str, str]) -> None:
+    """Adds a line to the results, with headings where it is the first."""
+    new = not results.exists()
+    with results.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def make_row(
+    sweep: Sweep, name: str, seed: int, changed: dict[str, Any], results: pathlib.Path
+) -> None:
+    """Trains and scores one row, unless the results have it."""
+    overrides = {**sweep["SHARED"], **sweep["ROWS"][name], **changed}
+    about = {
+        "row": name,
+        "seed": str(seed),
+        "config": sweep["CONFIG"],
+        "overrides": " ".join(f"{field}={value}" for field, value in overrides.items()),
+        "num_fit": str(sweep["NUM_FIT"] or "all"),
+        "commit": source_commit() or "",  # of the code that runs, not of what it is by then
+    }
+    if tuple(about[column] for column in COLUMNS[:5]) in done_rows(results):
+        return
+    print(*about.values(), flush=True)
+    # Another config is another directory.
+    digest = hashlib.sha256(repr(about["overrides"]).encode()).hexdigest()[:8]
+    workdir = pathlib.Path("runs/sweeps") / f"{sweep['CONFIG']}_{name}_{seed}_{digest}"
+    found = measure(row_config(sweep, overrides, seed), workdir, sweep["NUM_FIT"])
+    append(results, {**about, **found, "hardware": hardware()})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rows of a sweep.")
+    parser.add_argument("sweep", type=pathlib.Path, help="file with CONFIG and ROWS")
+    parser.add_argument("--row", help="one row; all, if not given")
+    parser.add_argument("--seed", type=int, help="one seed; all of the sweep, if not given")
+    parser.add_argument(
+        "--results", type=pathlib.Path, help="the csv file, if not beside the sweep"
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for every row")
+    arguments = parser.parse_args()
+    sweep = read_sweep(arguments.sweep)
+    if arguments.row not in (None, *sweep["ROWS"]):
+        parser.error(f"--row={arguments.row}: must be one of {', '.join(sweep['ROWS'])}")
+    if arguments.row is not None and arguments.seed is not None:
+        pairs = (text.partition("=") for text in arguments.set)
+        changed = {field: _literal(value) for field, _, value in pairs}
+        results = arguments.results or arguments.sweep.with_suffix(".csv")
+        make_row(sweep, arguments.row, arguments.seed, changed, results)
+        return 0
+    # Each in a process of its own: nothing of one run is left to the next, and one that fails is
+    # told of at the end.
+    failed = []
+    for seed in sweep["SEEDS"] if arguments.seed is None else (arguments.seed,):
+        for name in [arguments.row] if arguments.row else sweep["ROWS"]:
+            command = [sys.executable, __file__, *sys.argv[1:], f"--row={name}", f"--seed={seed}"]
+            if subprocess.run(command, check=False).returncode:
+                failed.append(f"{name} {seed}")
+    if failed:
+        print("failed:", ", ".join(failed), file=sys.stderr)
+    return bool(failed)
+
+
+def _literal(text: str) -> Any:
+    """A Python value, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
