@@ -1,0 +1,82 @@
+"""The sweep runner: rows that say what they are, once each, and never a test image."""
+
+import csv
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import sweep
+from tests.test_cli import tiny_overrides
+
+
+@pytest.fixture
+def tiny_sweep(shapes_npz, tmp_path, monkeypatch):
+    shared = tiny_overrides(shapes_npz) | {"mask.scale": (0.25, 0.25), "eval.every_epochs": 0.0}
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        f"CONFIG, SHARED, SEEDS, NUM_FIT = 'shapes_tiny', {shared}, (0,), 60\n"
+        "ROWS = {'baseline': {}, 'mse': {'loss.kind': 'mse'}, 'broken': {'loss.kind': 'hope'}}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
+    fitted, probe = [], sweep.linear_probe
+
+    def spied(x, y, *rest, **kwargs):
+        fitted.append(y)
+        return probe(x, y, *rest, **kwargs)
+
+    monkeypatch.setattr(sweep, "linear_probe", spied)
+    results = tiny_sweep.with_suffix(".csv")
+    found = sweep.read_sweep(tiny_sweep)
+    sweep.make_row(found, "mse", 0, {}, results)
+    (row,) = read(results)
+    assert list(row) == list(sweep.COLUMNS)
+    assert (row["row"], row["seed"], row["config"], row["num_fit"]) == (
+        "mse",
+        "0",
+        "shapes_tiny",
+        "60",
+    )
+    assert "loss.kind=mse" in row["overrides"]
+    assert "model.width=16" in row["overrides"], "what all rows share is part of each"
+    assert 0 <= float(row["linear_level_0"]) <= 100
+    assert [len(y) for y in fitted] == [60, 60]
+    every = np.asarray(np.load(found["SHARED"]["data.source"].removeprefix("npz:"))["train_labels"])
+    assert not np.array_equal(np.sort(fitted[0]), np.sort(every[:60])), "drawn from all images"
+
+    sweep.make_row(found, "mse", 0, {}, results)
+    assert len(read(results)) == 1
+    sweep.make_row(found, "mse", 0, {"optim.learning_rate": 0.5}, results)
+    found["SHARED"]["optim.learning_rate"] = 0.25
+    sweep.make_row(found, "mse", 0, {}, results)
+    assert [row["overrides"].split("=")[-1] for row in read(results)] == ["mse", "0.5", "mse"]
+
+
+def test_results_of_other_columns_are_refused(tiny_sweep):
+    results = tiny_sweep.with_suffix(".csv")
+    results.write_text("row,seed\nmse,0\n")
+    with pytest.raises(ValueError, match=r"tiny\.csv: has the columns \['row', 'seed'\]"):
+        sweep.make_row(sweep.read_sweep(tiny_sweep), "mse", 0, {}, results)
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_is_named_and_the_others_are_made(tiny_sweep):
+    command = [sys.executable, sweep.__file__, str(tiny_sweep)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "failed: broken 0"
+    assert {row["row"] for row in read(tiny_sweep.with_suffix(".csv"))} == {"baseline", "mse"}
+    result = subprocess.run([*command, "--row=no"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "must be one of baseline, mse, broken" in result.stderr
