@@ -18,6 +18,7 @@ from hjepa_jax.masking import HierarchicalMask, MaskSampler, MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
+from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.vit import VisionTransformer, patchify
 from hjepa_jax.optimizer import (
     Schedule,
@@ -62,6 +63,9 @@ def build_model(config: Config) -> HJEPA:
         "precision": _precision(c.dtype),
         "remat": c.remat,
     }
+    pyramid = None
+    if c.pyramid != "none":
+        pyramid = FeaturePyramid(grid_size, c.num_levels, c.pyramid, shared["precision"])
     return HJEPA(
         context_encoder=VisionTransformer(
             patch_size=c.patch_size,
@@ -72,6 +76,7 @@ def build_model(config: Config) -> HJEPA:
             num_registers=c.num_registers,
             drop_path=c.drop_path,
             layer_scale=c.layer_scale,
+            pyramid=pyramid,
             **shared,
         ),
         predictor=Predictor(
@@ -152,6 +157,15 @@ def build_augment(config: Config) -> Augment:
     )
 
 
+def build_augment_local(config: Config) -> Augment:
+    """The augmentation of local views: as of training images, but for crop and size."""
+    return dataclasses.replace(
+        build_augment(config),
+        image_size=config.data.local_size,
+        crop_scale=tuple(config.data.local_crop_scale),
+    )
+
+
 def build_loss_weights(config: Config) -> LossWeights:
     """How the terms of the loss are combined."""
     c = config.loss
@@ -169,6 +183,7 @@ def build_loss_weights(config: Config) -> LossWeights:
         sigreg_weight=c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
         num_slices=c.num_slices,
         global_terms=tuple((name, weight) for name, weight in global_terms if weight),
+        local_weight=c.local_weight,
     )
 
 
@@ -242,6 +257,8 @@ def build_train_step(
         ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
         num_target_layers=config.model.target_layers,
         num_accumulation_steps=config.optim.accumulation_steps,
+        augment_local=build_augment_local(config) if config.data.local_views else None,
+        num_local_views=config.data.local_views,
     )
 
 

@@ -17,6 +17,7 @@ from hjepa_jax.losses import PREDICTION_LOSSES
 from hjepa_jax.models.hjepa import REGULARIZED
 from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
+from hjepa_jax.models.pyramid import FUSIONS
 from hjepa_jax.models.vit import SIZES
 
 # An ml_collections.ConfigDict, whose fields no type checker knows.
@@ -43,12 +44,17 @@ FREE_FIELDS = (
 # Fields that came later than others. A run without them did what their defaults do, so that its
 # config.json may lack them.
 ADDED_FIELDS = (
+    "data.local_crop_scale",
+    "data.local_size",
+    "data.local_views",
     "loss.cross_view",
+    "loss.local_weight",
     "model.drop_path",
     "model.global_level",
     "model.layer_scale",
     "model.num_registers",
     "model.predictor_mode",
+    "model.pyramid",
     "model.target",
     "model.target_layers",
     "train.init_from",
@@ -74,6 +80,9 @@ def base_config() -> Config:
     c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # its width / height
+    c.data.local_views = 0  # V, small crops of each image, from which the global level is predicted
+    c.data.local_size = 16  # pixels per side of such a crop, as the model sees it
+    c.data.local_crop_scale = (0.1, 0.4)  # its area, fraction of the image
     c.data.horizontal_flip = 0.5  # probability
     c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
@@ -104,6 +113,7 @@ def base_config() -> Config:
     c.model.predictor_num_heads = 3
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
     c.model.global_level = False  # one query more, for the mean of the whole image
+    c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
     c.model.target_layers = 1  # k, blocks of the target encoder whose mean is the target
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
@@ -127,6 +137,7 @@ def base_config() -> Config:
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
     c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
+    c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     c.loss.regularizer_weight = 0.05  # multiplies sigreg, or the two terms of vicreg
     c.loss.variance_weight = 25.0  # of vicreg
@@ -240,6 +251,11 @@ def validate(config: Config) -> None:
     check(min(config.data.std) > 0, "data.std", "must be greater than 0")
     increasing("data.crop_scale", 0, 1)
     increasing("data.crop_ratio", 0, 100)
+    at_least(0, "data.local_views", at_most=64)
+    increasing("data.local_crop_scale", 0, 1)
+    has_top = config.model.global_level and config.model.num_summary_tokens > 0
+    rule = "needs model.global_level=True and model.num_summary_tokens of at least 1"
+    check(has_top or not config.data.local_views, "data.local_views", rule)
     fraction("data.horizontal_flip", "data.vertical_flip")
     fraction("data.grayscale", "data.blur", "data.solarize")
     increasing("data.blur_sigma", 0, 100)
@@ -259,6 +275,9 @@ def validate(config: Config) -> None:
     at_least(0, "model.layer_scale", at_most=100)
     check(0 <= config.model.drop_path < 1, "model.drop_path", "must be in [0, 1)")
     one_of("model.predictor_mode", MODES)
+    one_of("model.pyramid", ("none", *FUSIONS))
+    stands = config.model.pyramid == "none" or config.model.num_levels > 1
+    check(stands, "model.pyramid", "needs model.num_levels of at least 2")
     one_of("model.target", ("ema", "online"))
     width, depth, num_heads = encoder_size(config)
     at_least(1, "model.target_layers", at_most=depth)
@@ -276,6 +295,10 @@ def validate(config: Config) -> None:
         "data.image_size",
         f"must be a multiple of model.patch_size={config.model.patch_size}",
     )
+    rule = f"must be 1 to 128 patches of model.patch_size={config.model.patch_size} pixels"
+    side, rest = divmod(config.data.local_size, config.model.patch_size)
+    fits = 1 <= side <= 128 and rest == 0
+    check(fits or not config.data.local_views, "data.local_size", rule)
     grid_size = config.data.image_size // config.model.patch_size
     check(grid_size <= 128, "model.patch_size", "must leave at most 128 patches per side")
     check(
@@ -309,7 +332,7 @@ def validate(config: Config) -> None:
     one_of("loss.kind", PREDICTION_LOSSES)
     one_of("loss.regularizer", ("vicreg", "sigreg", "none"))
     one_of("loss.regularized", REGULARIZED)
-    at_least(0, "loss.summary_weight", "loss.regularizer_weight")
+    at_least(0, "loss.summary_weight", "loss.local_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     at_least(1, "loss.num_slices", at_most=65_536)
     fraction("loss.cross_view")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax import losses
 from hjepa_jax.masking import Masks, MaskSampler, gather_tokens, target_union
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, last_layers
+from hjepa_jax.models.hjepa import HJEPA, last_layers, target_levels
 
 # Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
 NUM_IMAGES = 6
@@ -33,7 +33,7 @@ class Snapshot:
     Attributes:
       pixels: float32 [B, S, S, 3] in [0, 1].
       states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
-      tokens: per level float32 [B, N_l, D], the target features LN(A_l z_0).
+      tokens: per level float32 [B, N_l, D], the target features (`target_levels`).
       cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN where not predicted.
       attention: float32 [B, h, G, G], of the target encoder's last block, from the summary tokens
         (without: from all patches) to the patches, per head.
@@ -93,7 +93,7 @@ def make_snapshot_fn(
         weights = [blocks[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
         layers = last_layers(model, target_params, views, num_target_layers)
         tokens = hierarchy.mixed_layers([tokens for tokens, _ in layers])
-        levels = hierarchy.level_features(tokens, grid_size, num_levels)
+        levels = target_levels(model, target_params, tokens)
         prediction = apply({"params": params}, views, masks)
         cosine = _cosine(prediction, levels, masks)
         shown = [

@@ -19,7 +19,7 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Prediction, last_layers
+from hjepa_jax.models.hjepa import HJEPA, Prediction, last_layers, target_levels
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
 
@@ -57,6 +57,7 @@ class LossWeights:
       sigreg_weight: weight of SIGReg (0: none).
       global_terms: names and weights of the terms of the global level, where the model has it:
         "loss_global", whose target is of the same view, and "loss_cross_view", of a second one.
+      local_weight: weight of what the local views predict of the global level, if there are any.
       num_slices: random directions per step, of SIGReg.
     """
 
@@ -68,6 +69,7 @@ class LossWeights:
     sigreg_weight: float = 0.0
     num_slices: int = 256
     global_terms: tuple[tuple[str, float], ...] = ()
+    local_weight: float = 1.0
 
 
 def image_rngs(
@@ -91,7 +93,10 @@ def hjepa_loss(
     weights: LossWeights,
     rng: Array,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss, sum_l w_l d_l + summary_weight * (same, from the summary) + regularizer.
+    """The training loss: what is predicted of each level, by all and by part, and the regularizer.
+
+      sum_l w_l d_l + summary_weight * (the same, from the summary tokens)
+        + local_weight * (the global level, from local views) + regularizer
 
     Args:
       prediction: output of the online networks.
@@ -124,6 +129,9 @@ def hjepa_loss(
     if prediction.summary_levels:
         terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
         loss += weights.summary_weight * terms["loss_summary"]
+    if prediction.local_views is not None:
+        terms["loss_local"] = local_loss(prediction.local_views, targets, weights)
+        loss += weights.local_weight * terms["loss_local"]
     if weights.variance_weight or weights.covariance_weight:
         terms["loss_variance"] = losses.variance_loss(prediction.regularized)
         terms["loss_covariance"] = losses.covariance_loss(prediction.regularized)
@@ -137,6 +145,21 @@ def hjepa_loss(
     return loss, {"loss": loss, **terms}
 
 
+def local_loss(
+    predictions: Float[Array, "B V D"],
+    targets: tuple[Float[Array, "B _ D"], ...],
+    weights: LossWeights,
+) -> Float[Array, ""]:
+    """What every local view predicts, against each of the global targets by its share."""
+    shares = [share for _, share in weights.global_terms]
+    loss = jnp.zeros(())
+    for share, target in zip(shares, targets[-len(shares) :], strict=True):
+        target = jnp.broadcast_to(target, predictions.shape)
+        error = losses.elementwise_loss(predictions, target, weights.kind)
+        loss += share * jnp.mean(error)
+    return loss
+
+
 def make_train_step(
     *,
     model: HJEPA,
@@ -147,6 +170,8 @@ def make_train_step(
     ema_momentum_fn: Schedule | None,
     num_target_layers: int = 1,
     num_accumulation_steps: int = 1,
+    augment_local: Augment | None = None,
+    num_local_views: int = 0,
 ) -> TrainStep:
     """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
 
@@ -163,8 +188,10 @@ def make_train_step(
         standardized, for the targets (Baevski et al. 2022, arXiv 2202.03555, section 3.3).
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
+      augment_local: as `augment`, for local views: small crops, at a size of their own.
+      num_local_views: V, how many of those each image has (Caron et al. 2020, arXiv 2006.09882,
+        section 3.4, "multi-crop"); the model then has a global level, which they predict.
     """
-    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
     cross_view = "loss_cross_view" in global_terms
 
@@ -178,7 +205,7 @@ def make_train_step(
             return hierarchy.mixed_layers([tokens for tokens, _ in layers]), layers[0][0]
 
         mixed, tokens = encode(views)
-        finest, *coarse = hierarchy.level_features(mixed, grid_size, num_levels)
+        finest, *coarse = target_levels(model, encoder_params, mixed)
         if "loss_global" in global_terms:
             coarse.append(hierarchy.global_feature(mixed))
         if second_views is not None:
@@ -193,7 +220,11 @@ def make_train_step(
         views = augment(augment_rngs, images)
 
         # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
-        second_views = augment(jax.vmap(second_rng)(augment_rngs), images) if cross_view else None
+        second_views = augment(view_rngs(augment_rngs, 1), images) if cross_view else None
+        local_views = None
+        if augment_local is not None and num_local_views:
+            local_rngs = [view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)]
+            local_views = jnp.stack([augment_local(rngs, images) for rngs in local_rngs], axis=1)
         target_index = masks.target_index.reshape(len(views), -1)
         inputs = (views, second_views, target_index)
         rng = batch_rng(state.rng, state.step)
@@ -206,7 +237,7 @@ def make_train_step(
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             targets, tokens = ema_targets or encode_targets(params["context_encoder"], *inputs)
-            prediction = apply({"params": params}, views, masks, rngs=rngs)
+            prediction = apply({"params": params}, views, masks, local_views, rngs=rngs)
             loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
             return loss, (scalars, prediction, targets, tokens)
 
@@ -317,8 +348,8 @@ def make_embed_fn(
     """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
     The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
-    very quantity that level l predicts, unless its target mixes several layers) and `summary`
-    [B, R * n * D] (the summary tokens, concatenated).
+    very quantity that level l predicts, unless several layers or a pyramid make its target) and
+    `summary` [B, R * n * D] (the summary tokens, concatenated).
 
     Args:
       model: the networks whose encoder is used.
@@ -348,9 +379,9 @@ def make_embed_fn(
     return embed
 
 
-def second_rng(augment_rng: Array) -> Array:
-    """The key of an image's second view."""
-    return jax.random.fold_in(augment_rng, NO_IMAGE)
+def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, "B ..."]:
+    """The keys of a further view of each image, from 1; the first view has `augment_rngs`."""
+    return jax.vmap(lambda rng: jax.random.fold_in(rng, NO_IMAGE + 1 - view))(augment_rngs)
 
 
 def _untyped_apply(model: HJEPA) -> Any:

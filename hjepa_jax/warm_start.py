@@ -5,12 +5,12 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from hjepa_jax import checkpoint
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.errors import InputError
+from hjepa_jax.models.positions import interpolate_positions
 from hjepa_jax.run import Run, load_config
 from hjepa_jax.train_state import TrainState
 
@@ -79,11 +79,3 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
 def _fit(there: Array, here: Array) -> Array:
     """An array of the other run, in the shape that it has here."""
     return there if there.shape == here.shape else interpolate_positions(there, len(here))
-
-
-def interpolate_positions(table: Float[Array, "N D"], num_patches: int) -> Float[Array, "M D"]:
-    """Position embeddings of a square grid, as those of another one, bilinear between centres."""
-    old_side, side = round(len(table) ** 0.5), round(num_patches**0.5)
-    grid = table.reshape(old_side, old_side, -1)
-    resized = jax.image.resize(grid, (side, side, grid.shape[-1]), "linear")
-    return jnp.reshape(resized, (num_patches, -1))

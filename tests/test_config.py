@@ -120,6 +120,7 @@ def test_every_field_has_a_reader():
         ("model.layer_scale", -0.1),
         ("model.drop_path", 1.0),
         ("model.predictor_mode", "guess"),
+        ("model.pyramid", "tower"),
         ("model.target", "teacher"),
         ("model.target", "online"),
         ("model.target_layers", 13),
@@ -139,6 +140,10 @@ def test_every_field_has_a_reader():
         ("loss.regularizer", "hope"),
         ("loss.num_slices", 0),
         ("loss.summary_weight", -1.0),
+        ("loss.local_weight", -1.0),
+        ("data.local_views", 2),  # without a global level
+        ("data.local_views", -1),
+        ("data.local_crop_scale", (0.5, 0.2)),
         ("loss.cross_view", 0.5),
         ("loss.cross_view", 1.5),
         ("optim.b1", 1.0),
@@ -192,6 +197,17 @@ def test_a_broken_rule_is_named(field, value):
         validate(config)
     assert error.value.field == field
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [18, 0, -4, 516])
+def test_local_views_are_whole_patches(size):
+    config = base_config()
+    config.update_from_flattened_dict(
+        {"model.global_level": True, "data.local_views": 2, "data.local_size": size}
+    )
+    with pytest.raises(InputError, match=r"1 to 128 patches of model\.patch_size=4") as error:
+        validate(config)
+    assert error.value.field == "data.local_size"
 
 
 def test_a_target_without_ema_needs_a_regularizer_of_what_it_is_made_of():

@@ -16,10 +16,11 @@ from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import rope2d_angles, rotate
 from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.transformer import Attention, Block
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import decay_mask, global_norm
-from hjepa_jax.steps import LossWeights, hjepa_loss, image_rngs, make_train_step, second_rng
+from hjepa_jax.steps import LossWeights, hjepa_loss, image_rngs, make_train_step, view_rngs
 from hjepa_jax.train_state import create_train_state
 from tests.test_steps import BATCH, GRID, IMAGES, MASK, PATCH, RANDOM, SIZE, WIDTH
 
@@ -240,6 +241,93 @@ def predict_jaxpr(model, params):
     return model.apply({"params": params}, VIEWS, MASKS).levels
 
 
+# Pyramid
+
+
+@pytest.mark.parametrize("grid", [4, 5, 14])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_pyramid_of_identity_weights_is_pooling(grid, fusion):
+    pyramid = FeaturePyramid(grid, 3, fusion)
+    tokens = jnp.asarray(RNG.normal(size=(2, grid**2, 8)), jnp.float32)
+    pooled = tuple(hierarchy.pool(tokens, grid, level) for level in range(3))
+    params = pyramid.init(jax.random.PRNGKey(0), pooled)
+    for level, fused in zip(pooled, pyramid.apply(params, pooled), strict=True):
+        np.testing.assert_allclose(level, fused, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [4, 5, 7, 14])
+def test_upsampling_keeps_what_is_linear_between_the_outermost_centres(grid):
+    fine, coarse = ([(start + min(start + size, grid)) / 2 for start in range(0, grid, size)]
+                    for size in (1, 2))  # fmt: skip
+    matrix = upsampling_matrix(grid, 0).reshape(grid, grid, len(coarse), len(coarse))
+    plane = 2 * np.array(coarse)[:, None] + 3 * np.array(coarse)[None]
+    inside = np.clip(fine, coarse[0], coarse[-1])
+    expected = 2 * inside[:, None] + 3 * inside[None]
+    np.testing.assert_allclose(np.einsum("ijkl,kl->ij", matrix, plane), expected, rtol=1e-5)
+
+
+def test_a_pyramid_by_hand():
+    """Two levels, one coarse cell, one feature: x + g * (w * above)."""
+    fine, coarse = jnp.asarray([[[1.0], [2.0], [3.0], [4.0]]]), jnp.asarray([[[10.0]]])
+    dense = {"kernel": jnp.asarray([[2.0]]), "bias": jnp.asarray([1.0])}
+    params = {"lateral_0": dense, "lateral_1": dense, "top_down_0": {"scale": jnp.asarray([0.5])}}
+    fused = FeaturePyramid(2, 2).apply({"params": params}, (fine, coarse))
+    np.testing.assert_allclose(fused[1], [[[21.0]]])
+    np.testing.assert_allclose(fused[0][0, :, 0], [13.5, 15.5, 17.5, 19.5])
+    index = jnp.asarray([[3, 0, 3]])
+    chosen = FeaturePyramid(2, 2).apply({"params": params}, (fine[:, [3, 0, 3]], coarse), index)
+    np.testing.assert_allclose(chosen[0], fused[0][:, [3, 0, 3]])
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_predictions_go_through_the_pyramid_and_targets_through_its_ema(fusion):
+    pyramid = FeaturePyramid(GRID, 2, fusion)
+    plain, model = (
+        make_model(summary_pass=False),
+        make_model({"pyramid": pyramid}, summary_pass=False),
+    )
+    step, state = make_step(model)
+    assert not any(
+        decay for path, decay in jax.tree_util.tree_leaves_with_path(decay_mask(state.params))
+        if "top_down_0" in str(path)
+    )  # fmt: skip
+    # Weights that are neither the identity nor the same on both sides.
+    moved = jax.tree.map(lambda x: x + 0.1 * RNG.normal(size=x.shape), state.params)
+    target_params = jax.tree.map(lambda x: x + 0.1 * RNG.normal(size=x.shape), state.target_params)
+    state = dataclasses.replace(state, params=moved, target_params=target_params)
+    new_state, outputs = step(state, IMAGES)
+
+    views, _, masks = views_and_masks(state)
+    index = masks.target_index.reshape(BATCH, -1)
+    online, ema = moved["context_encoder"]["pyramid"], target_params["pyramid"]
+    prediction = predict(plain, without_pyramid(moved), masks, views)
+    levels = pyramid.apply({"params": online}, prediction.levels, index)
+    tokens, _ = encode(
+        plain, without_pyramid(moved | {"context_encoder": target_params})["context_encoder"], views
+    )
+    pooled = (tokens, hierarchy.pool(tokens, GRID, 1))
+    finest, coarse = map(hierarchy.standardize, pyramid.apply({"params": ema}, pooled))
+    targets = (jnp.take_along_axis(finest, index[..., None], axis=1), coarse)
+    weights = LossWeights(level_weights=(1.0, 0.5))
+    fused = dataclasses.replace(prediction, levels=levels)
+    expected, _ = hjepa_loss(fused, targets, weights, jax.random.PRNGKey(0))
+    np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-3)
+
+    expected = jax.tree.map(
+        lambda a, b: 0.9 * a + 0.1 * b, ema, new_state.params["context_encoder"]["pyramid"]
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6),
+        new_state.target_params["pyramid"],
+        expected,
+    )
+
+
+def without_pyramid(params):
+    encoder = {k: v for k, v in params["context_encoder"].items() if k != "pyramid"}
+    return {**params, "context_encoder": encoder}
+
+
 # Steps
 
 
@@ -262,7 +350,7 @@ def make_step(model, *, tx=None, ema_momentum=0.9, augment=RANDOM, weights=None,
 def views_and_masks(state):
     augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     augment = jax.jit(RANDOM)
-    second = augment(jax.vmap(second_rng)(augment_rngs), IMAGES)
+    second = augment(view_rngs(augment_rngs, 1), IMAGES)
     return augment(augment_rngs, IMAGES), second, MASK(mask_rngs)
 
 
@@ -292,6 +380,54 @@ def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(s
     terms = {"loss_level_0": 1.0, "loss_level_1": 0.5, "loss_summary": 1.0, **global_terms}
     total = sum(weight * outputs.scalars[name] for name, weight in terms.items())
     np.testing.assert_allclose(outputs.scalars["loss"], total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_local_views_predict_the_global_level_by_their_summary_tokens(mode):
+    model = make_model(None, {"global_level": True, "mode": mode})
+    local = dataclasses.replace(RANDOM, image_size=2 * PATCH, crop_scale=(0.1, 0.4))
+    global_terms = (("loss_global", 0.25), ("loss_cross_view", 0.75))
+    weights = LossWeights(level_weights=(1, 0.5), global_terms=global_terms, local_weight=0.5)
+    options = {"weights": weights, "augment_local": local, "num_local_views": 2}
+    step, state = make_step(model, **options)
+    _, outputs = step(state, IMAGES)
+
+    views, second, masks = views_and_masks(state)
+    augment_rngs, _ = image_rngs(state.rng, state.step, BATCH)
+    local_views = [jax.jit(local)(view_rngs(augment_rngs, v), IMAGES) for v in (2, 3)]
+    assert local_views[0].shape == (BATCH, 2 * PATCH, 2 * PATCH, 3)
+    assert not np.allclose(*local_views)
+    expected = 0.0
+    for view in local_views:
+        _, summary = encode(model, state.params["context_encoder"], view)
+        # The same as in a full pass over summary tokens, whose other queries nobody attends to.
+        variables, seen = {"params": state.params["predictor"]}, jnp.ones(summary.shape[:2], bool)
+        index = masks.target_index.reshape(BATCH, -1)
+        valid = (jnp.zeros(index.shape, bool), jnp.zeros((BATCH, 4), bool), seen[:, :1])
+        prediction = model.predictor.apply(variables, summary, None, seen, index, valid)[2]
+        for target_view, (_, share) in zip((views, second), global_terms, strict=True):
+            tokens, _ = encode(model, state.target_params, target_view)
+            error = np.abs(np.asarray(prediction - hierarchy.global_feature(tokens)))
+            loss = np.where(error < 1, error**2 / 2, error - 0.5).mean()
+            expected += share * loss / len(local_views)
+    np.testing.assert_allclose(outputs.scalars["loss_local"], expected, rtol=1e-3)
+
+    without, _ = make_step(model, weights=weights)
+    rest = without(state, IMAGES)[1].scalars["loss"]
+    np.testing.assert_allclose(outputs.scalars["loss"], rest + 0.5 * expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos2d"])
+def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions):
+    """Constant images: only positions tell patches apart, and a coarse grid's lie between."""
+    model = make_model({"positions": positions, "depth": 1})
+    params = init_params(model)["context_encoder"]
+    fine = encode(model, params, jnp.ones((1, SIZE, SIZE, 3)))[0]
+    coarse = encode(model, params, jnp.ones((1, SIZE // 2, SIZE // 2, 3)))[0]
+    assert coarse.shape == (1, GRID**2 // 4, WIDTH)
+    centres = hierarchy.pool(fine, GRID, 1)
+    distance = np.linalg.norm(np.asarray(coarse)[0, :, None] - np.asarray(centres)[0], axis=-1)
+    np.testing.assert_array_equal(distance.argmin(axis=1), np.arange(4))
 
 
 def test_targets_may_be_the_mean_of_the_last_blocks():
@@ -362,6 +498,13 @@ def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
         {"model.predictor_mode": "cross", "model.global_level": True, "loss.cross_view": 0.5},
         {"model.predictor_mode": "blocks", "model.drop_path": 0.1, "model.remat": True},
         {
+            "model.global_level": True,
+            "loss.cross_view": 1.0,
+            "data.local_views": 2,
+            "data.local_size": 8,
+            "model.pyramid": "add",
+        },
+        {
             "model.target": "online",
             "loss.regularizer": "sigreg",
             "loss.regularized": "both",
@@ -380,4 +523,5 @@ def test_a_config_builds_and_trains_with_its_options(tiny_config, overrides, tmp
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert np.isfinite(lines[-1]["train/loss"])
     assert ("train/loss_cross_view" in lines[-1]) == ("model.global_level" in overrides)
+    assert ("train/loss_local" in lines[-1]) == ("data.local_views" in overrides)
     assert ("train/ema_momentum" in lines[-1]) == ("model.target" not in overrides)

@@ -8,7 +8,7 @@ import pytest
 from hjepa_jax import checkpoint, train
 from hjepa_jax.errors import InputError
 from hjepa_jax.logging import read_metrics
-from hjepa_jax.warm_start import interpolate_positions
+from hjepa_jax.models.positions import interpolate_positions
 
 
 @pytest.fixture

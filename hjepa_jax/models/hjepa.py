@@ -29,6 +29,8 @@ class Prediction:
       summary: summary tokens, float32 [B, R, D].
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
       regularized: representations of the image that the regularizer spreads, float32 [B, S, E].
+      local_views: the global level, as the summary tokens of each of V local views predict it,
+        float32 [B, V, D]; None without such views.
     """
 
     levels: tuple[Any, ...]
@@ -38,6 +40,7 @@ class Prediction:
     summary: Any
     context_mean: Any
     regularized: Any
+    local_views: Any = None
 
 
 class Expander(nn.Module):
@@ -79,7 +82,12 @@ class HJEPA(nn.Module):
     regularized: str = "summary"
     expander: Expander | None = None
 
-    def __call__(self, images: Float[Array, "B H W C"], masks: Masks) -> Prediction:
+    def __call__(
+        self,
+        images: Float[Array, "B H W C"],
+        masks: Masks,
+        local_views: Float[Array, "B V h w C"] | None = None,
+    ) -> Prediction:
         """Encodes what is visible and predicts what is not."""
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         b, r, _ = summary.shape
@@ -96,11 +104,13 @@ class HJEPA(nn.Module):
             query_valid,
             num_blocks=num_blocks,
         )
+        levels = self.fuse_levels(levels, target_index)
         summary_levels = ()
         if self.summary_pass:
             summary_levels = self.predictor(
                 summary, None, summary_valid, target_index, query_valid, num_blocks=num_blocks
             )
+            summary_levels = self.fuse_levels(summary_levels, target_index)
         context_mean = _valid_mean(context, masks.context_valid)
         regularized = {
             "summary": summary,
@@ -110,8 +120,35 @@ class HJEPA(nn.Module):
         if self.expander is not None:
             regularized = self.expander(regularized)
         return Prediction(
-            levels, summary_levels, query_valid, context, summary, context_mean, regularized
+            levels,
+            summary_levels,
+            query_valid,
+            context,
+            summary,
+            context_mean,
+            regularized,
+            None if local_views is None else self.predict_global(local_views),
         )
+
+    def predict_global(self, views: Float[Array, "B V h w C"]) -> Float[Array, "B V D"]:
+        """The global level as the summary tokens of each whole view, of any size, predict it."""
+        b, v = views.shape[:2]
+        _, summary = self.context_encoder(views.reshape(b * v, *views.shape[2:]))
+        seen = jnp.ones(summary.shape[:2], bool)
+        (prediction,) = self.predictor(summary, None, seen, None, (seen[:, :1],))
+        return prediction.reshape(b, v, -1)
+
+    def fuse_levels(
+        self,
+        levels: tuple[Float[Array, "B _ D"], ...],
+        target_index: Int[Array, "B Q"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], ...]:
+        """The levels through the pyramid, if there is one; a global one stays as it is."""
+        if self.context_encoder.pyramid is None:
+            return levels
+        num_levels = self.predictor.num_levels
+        fused = self.context_encoder.pyramid(levels[:num_levels], target_index)
+        return (*fused, *levels[num_levels:])
 
     def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
         """Which level-0 targets are real, then which cells of each level above are hidden.
@@ -140,6 +177,28 @@ class HJEPA(nn.Module):
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
     weight = valid.astype(jnp.float32)[..., None]
     return jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+
+
+def target_levels(
+    model: HJEPA, encoder_params: Any, tokens: Float[Array, "B N D"]
+) -> tuple[Float[Array, "B _ D"], ...]:
+    """What each level's targets are: LN(A_l z_0), or LN of what the pyramid makes of A_l z_0.
+
+    Args:
+      model: the networks.
+      encoder_params: of its encoder, online or EMA.
+      tokens: z_0 of the whole grid.
+
+    Returns:
+      L arrays [B, N_l, D], finest first.
+    """
+    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    if model.context_encoder.pyramid is None:
+        return hierarchy.level_features(tokens, grid_size, num_levels)
+    pooled = tuple(hierarchy.pool(tokens, grid_size, level) for level in range(num_levels))
+    apply: Any = model.apply
+    variables = {"params": {"context_encoder": encoder_params}}
+    return tuple(map(hierarchy.standardize, apply(variables, pooled, method="fuse_levels")))
 
 
 def last_layers(

@@ -4,6 +4,7 @@ Tables have a row per patch of the grid, in row-major order. Means of rows stand
 embeddings their mean, of angles the angle of the cell's centre.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -53,6 +54,14 @@ def rotate(x: Float[Array, "B h N d"], angles: Float[Array, "#B N d_2"]) -> Floa
     first, second = jnp.split(x, 2, axis=-1)
     turned = [first * cos - second * sin, first * sin + second * cos]
     return jnp.concatenate(turned, axis=-1)
+
+
+def interpolate_positions(table: Float[Array, "N D"], num_patches: int) -> Float[Array, "M D"]:
+    """Position embeddings of a square grid, as those of another one, bilinear between centres."""
+    old_side, side = round(len(table) ** 0.5), round(num_patches**0.5)
+    grid = table.reshape(old_side, old_side, -1)
+    resized = jax.image.resize(grid, (side, side, grid.shape[-1]), "linear", antialias=False)
+    return jnp.reshape(resized, (num_patches, -1))
 
 
 class PositionTable(nn.Module):

@@ -78,7 +78,7 @@ class Predictor(nn.Module):
         context: Float[Array, "B C D"],
         context_index: Int[Array, "B K"] | None,
         context_valid: Bool[Array, "B C"],
-        target_index: Int[Array, "B Q"],
+        target_index: Int[Array, "B Q"] | None,
         query_valid: tuple[Bool[Array, "B _"], ...],
         *,
         num_blocks: int = 1,
@@ -89,14 +89,15 @@ class Predictor(nn.Module):
           context: encoder tokens to predict from: R summary tokens, then K patch tokens.
           context_index: patches of the last K of them; None where there are summary tokens only.
           context_valid: False where a context token is padding.
-          target_index: patches to predict at level 0.
+          target_index: patches to predict at level 0; None to predict the global level alone.
           query_valid: per level, which queries count: [B, Q] for `target_index`, then [B, N_l]
             for every cell of level l, [B, 1] for the global one. No other token attends to one
             that does not.
           num_blocks: M, how many blocks of equal size `target_index` consists of.
 
         Returns:
-          Predictions per level: float32 [B, Q, D], then [B, N_l, D], then [B, 1, D].
+          Predictions per level: float32 [B, Q, D], then [B, N_l, D], then [B, 1, D]; without
+          `target_index` the last one alone, as `query_valid` has.
         """
         table, angles = self.position_table(), None
         if self.positions == "rope2d":
@@ -114,9 +115,11 @@ class Predictor(nn.Module):
 
         def of_queries(rows: Float[Array, "N _"]) -> list[Float[Array, "#B _ _"]]:
             """Rows of the target patches, and per level their means over its cells."""
-            found = [gather_tokens(rows, target_index)]
-            for level in range(1, self.num_levels):
-                found.append(hierarchy.pool(rows, self.grid_size, level)[None])
+            found = []
+            if target_index is not None:
+                found.append(gather_tokens(rows, target_index))
+                for level in range(1, self.num_levels):
+                    found.append(hierarchy.pool(rows, self.grid_size, level)[None])
             if self.global_level:
                 found.append(jnp.mean(rows, axis=0)[None, None])
             return found
@@ -124,9 +127,10 @@ class Predictor(nn.Module):
         if context_index is not None:
             x = x + of_context(table).astype(x.dtype)
         num_queries = [valid.shape[1] for valid in query_valid]
+        first = len(self.heads) - len(num_queries)
         queries = [
             jnp.broadcast_to(self.mask_token + token[None, None], (1, n, self.width))
-            for token, n in zip(self.level_tokens, num_queries, strict=True)
+            for token, n in zip(self.level_tokens[first:], num_queries, strict=True)
         ]
         queries = [q + rows for q, rows in zip(queries, of_queries(table), strict=True)]
         queries = _side_by_side(queries, len(x)).astype(x.dtype)
@@ -155,7 +159,7 @@ class Predictor(nn.Module):
             queries = tokens[:, num_context:]
 
         predictions, start = [], 0
-        for head, n in zip(self.heads, num_queries, strict=True):
+        for head, n in zip(self.heads[first:], num_queries, strict=True):
             predictions.append(head(self.norm(queries[:, start : start + n])).astype(jnp.float32))
             start += n
         return tuple(predictions)

@@ -10,8 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
-from hjepa_jax.models.positions import PositionTable, rope2d_angles
+from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles
 from hjepa_jax.models.products import Dense, Precision
+from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.transformer import block_type, layer_norm, residual_scale, token_init
 
 # name -> width, depth, heads
@@ -45,6 +46,7 @@ class VisionTransformer(nn.Module):
         from 0 at the first.
       layer_scale: see `Block`; 0 for none.
       remat: see `block_type`.
+      pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
 
     References:
       Darcet et al. 2023, arXiv 2309.16588, section 2.3 (registers).
@@ -63,6 +65,7 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0
     layer_scale: float = 0.0
     remat: bool = False
+    pyramid: FeaturePyramid | None = None
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -78,8 +81,11 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B R D"]]:
         """Encodes the patches that `index` names, or all of them.
 
+        Images of another size than that of the grid have the grid's positions, interpolated: their
+        patches cover the same field. Rotary positions count patches instead.
+
         Args:
-          images: normalised pixels.
+          images: normalised pixels, square.
           index: patches to look at; None for all N.
           valid: False where `index` is padding, which no other token then attends to.
 
@@ -87,13 +93,17 @@ class VisionTransformer(nn.Module):
           Patch tokens and summary tokens, float32, after the final LayerNorm.
         """
         patches = patchify(images, self.patch_size)
+        num_patches = patches.shape[1]
         if self.positions == "rope2d":
-            angles = rope2d_angles(self.grid_size, self.width // self.num_heads)
+            grid_size = images.shape[1] // self.patch_size
+            angles = rope2d_angles(grid_size, self.width // self.num_heads)
             positions = jnp.asarray(angles)
         else:
             positions = PositionTable(
                 self.positions, self.grid_size, self.width, name="positions"
             )()
+            if num_patches != len(positions):
+                positions = interpolate_positions(positions, num_patches)
         if index is None:
             positions = positions[None]
         else:

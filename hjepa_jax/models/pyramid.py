@@ -1,0 +1,93 @@
+"""A feature pyramid over the levels: what is coarse informs what is fine.
+
+References:
+  Lin et al. 2017, arXiv 1612.03144, section 3 (lateral connections and a top-down pathway).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from hjepa_jax.masking import gather_tokens
+from hjepa_jax.models.products import Dense, Precision
+from hjepa_jax.models.transformer import LayerScale
+
+FUSIONS = ("add", "concat")
+
+
+def upsampling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N_m"]:
+    """Row-stochastic matrix that takes cells of level m = l + 1 to those of level l.
+
+    Bilinear between the centres of cells (smaller ones at the edge of a grid have theirs too);
+    beyond the outermost centres, the outermost cells.
+    """
+    cells = [_centres(grid_size, at) for at in (level, level + 1)]
+    unit = np.eye(len(cells[1]))
+    side = np.stack([np.interp(cells[0], cells[1], row) for row in unit], axis=1)
+    return np.kron(side, side).astype(np.float32)
+
+
+def _centres(grid_size: int, level: int) -> Float[np.ndarray, " C"]:
+    """Middles of the cells along one side, in patches."""
+    starts = np.arange(0, grid_size, 2**level)
+    return (starts + np.minimum(starts + 2**level, grid_size)) / 2
+
+
+def _identity(_: Array, shape: tuple[int, int], dtype: type = jnp.float32) -> Array:
+    return jnp.eye(*shape, dtype=dtype)
+
+
+class FeaturePyramid(nn.Module):
+    """Each level together with the level above it: P_l = fuse(W_l x_l, U_l P_{l+1}).
+
+    It begins as the identity, W_l = I and nothing from above: levels are then what pooling makes
+    of them.
+
+    Attributes:
+      grid_size: patches per side, G.
+      num_levels: L.
+      fusion: "add" (W_l x_l + g_l * U_l P_{l+1}, a factor g_l for each feature, 0 at first) or
+        "concat" (a Dense layer on both, side by side).
+      precision: of the matrix products; parameters are float32.
+    """
+
+    grid_size: int
+    num_levels: int
+    fusion: str = "add"
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(
+        self,
+        levels: tuple[Float[Array, "B _ D"], ...],
+        target_index: Int[Array, "B Q"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], ...]:
+        """Fuses x_l, [B, N_l, D], finest first.
+
+        Args:
+          levels: one array per level.
+          target_index: patches that `levels[0]` has, [B, Q, D]; None where it has all.
+
+        Returns:
+          Arrays of the same shapes, float32.
+        """
+        width = levels[0].shape[-1]
+
+        def dense(x: Array, name: str) -> Array:
+            return Dense(width, self.precision, kernel_init=_identity, name=name)(x)
+
+        fused = [dense(levels[-1], f"lateral_{self.num_levels - 1}").astype(jnp.float32)]
+        for level in range(self.num_levels - 2, -1, -1):
+            rows = jnp.asarray(upsampling_matrix(self.grid_size, level))
+            if level == 0 and target_index is not None:
+                rows = gather_tokens(rows, target_index)
+            above = jnp.matmul(rows, fused[0])
+            x = dense(levels[level], f"lateral_{level}").astype(jnp.float32)
+            if self.fusion == "add":
+                x = x + LayerScale(0.0, name=f"top_down_{level}")(above)
+            else:
+                both = jnp.concatenate([x, above], axis=-1)
+                x = dense(both, f"fusion_{level}").astype(jnp.float32)
+            fused.insert(0, x)
+        return tuple(fused)
