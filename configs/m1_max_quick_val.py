@@ -2,7 +2,7 @@
 
   python -m hjepa_jax.main --config=configs/m1_max_quick_val.py
 
-12.06 M parameters with the target encoder, 6.53 M trainable; the reference, in PyTorch on an
+12.09 M parameters with the target encoder, 6.56 M trainable; the reference, in PyTorch on an
 Apple M1 Max, had 12,051,264 and 6,526,848, and ran 102 images/s.
 """
 

@@ -278,6 +278,9 @@ def validate(config: Config) -> None:
     one_of("model.pyramid", ("none", *FUSIONS))
     stands = config.model.pyramid == "none" or config.model.num_levels > 1
     check(stands, "model.pyramid", "needs model.num_levels of at least 2")
+    # Through targets with a gradient it could learn to make all of them the same.
+    held = config.model.pyramid == "none" or config.model.target == "ema"
+    check(held, "model.pyramid", "needs model.target='ema'")
     one_of("model.target", ("ema", "online"))
     width, depth, num_heads = encoder_size(config)
     at_least(1, "model.target_layers", at_most=depth)

@@ -15,11 +15,13 @@ import optax
 
 Schedule = Callable[[Any], Any]
 
-# Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions.
+# Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions; and
+# the pyramid's matrices, which stay near the identity.
 UNDECAYED = (
     "bias",
     "scale",
     "embedding",
+    "mixing",
     "mask_token",
     "level_tokens",
     "summary_tokens",

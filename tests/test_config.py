@@ -199,6 +199,30 @@ def test_a_broken_rule_is_named(field, value):
     assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("others", "rule"),
+    [
+        ({"model.num_levels": 1}, "num_levels of at least 2"),
+        (
+            {
+                "model.target": "online",
+                "loss.regularizer": "sigreg",
+                "loss.regularized": "both",
+            },
+            "needs model.target='ema'",
+        ),
+    ],
+)
+def test_a_pyramid_needs_two_levels_and_an_ema(others, rule):
+    config = base_config()
+    config.update_from_flattened_dict(others)
+    validate(config)
+    config.model.pyramid = "add"
+    with pytest.raises(InputError, match=rule) as error:
+        validate(config)
+    assert error.value.field == "model.pyramid"
+
+
 @pytest.mark.parametrize("size", [18, 0, -4, 516])
 def test_local_views_are_whole_patches(size):
     config = base_config()

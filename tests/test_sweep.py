@@ -30,11 +30,12 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
-    fitted, probe = [], sweep.linear_probe
+    fitted, scored, probe = [], [], sweep.linear_probe
 
-    def spied(x, y, *rest, **kwargs):
+    def spied(x, y, test_x, test_y, **kwargs):
         fitted.append(y)
-        return probe(x, y, *rest, **kwargs)
+        scored.append(test_y)
+        return probe(x, y, test_x, test_y, **kwargs)
 
     monkeypatch.setattr(sweep, "linear_probe", spied)
     results = tiny_sweep.with_suffix(".csv")
@@ -53,6 +54,9 @@ def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
     assert 0 <= float(row["linear_level_0"]) <= 100
     assert [len(y) for y in fitted] == [60, 60]
     every = np.asarray(np.load(found["SHARED"]["data.source"].removeprefix("npz:"))["train_labels"])
+    config = sweep.row_config(found, found["SHARED"], 0)
+    held_out = every[sweep.hold_out(len(every), num_val=config.eval.num_val)[1]]
+    assert [y.tolist() for y in scored] == [held_out.tolist()] * 2, "no test image"
     assert not np.array_equal(np.sort(fitted[0]), np.sort(every[:60])), "drawn from all images"
 
     sweep.make_row(found, "mse", 0, {}, results)

@@ -182,7 +182,7 @@ def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Ar
 def target_levels(
     model: HJEPA, encoder_params: Any, tokens: Float[Array, "B N D"]
 ) -> tuple[Float[Array, "B _ D"], ...]:
-    """What each level's targets are: LN(A_l z_0), or LN of what the pyramid makes of A_l z_0.
+    """What each level's targets are: LN(A_l z_0), or LN of what the pyramid makes of them.
 
     Args:
       model: the networks.
@@ -193,12 +193,12 @@ def target_levels(
       L arrays [B, N_l, D], finest first.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    levels = hierarchy.level_features(tokens, grid_size, num_levels)
     if model.context_encoder.pyramid is None:
-        return hierarchy.level_features(tokens, grid_size, num_levels)
-    pooled = tuple(hierarchy.pool(tokens, grid_size, level) for level in range(num_levels))
+        return levels
     apply: Any = model.apply
     variables = {"params": {"context_encoder": encoder_params}}
-    return tuple(map(hierarchy.standardize, apply(variables, pooled, method="fuse_levels")))
+    return tuple(map(hierarchy.standardize, apply(variables, levels, method="fuse_levels")))
 
 
 def last_layers(

@@ -8,7 +8,6 @@ units only where their results are float32, in the backward pass too.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,18 +74,15 @@ class Dense(nn.Module):
       features: width of the result, F.
       precision: of the product; parameters are float32.
       scale: of the kernel at initialisation.
-      kernel_init: for another kernel at initialisation.
     """
 
     features: int
     precision: Precision = Precision()
     scale: float = 1.0
-    kernel_init: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        xavier = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
-        kernel_init = self.kernel_init or xavier
+        kernel_init = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         y = product("nd,df->nf", x.reshape(-1, x.shape[-1]), kernel, self.precision)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from hjepa_jax.masking import gather_tokens
-from hjepa_jax.models.products import Dense, Precision
+from hjepa_jax.models.products import Precision, product
 from hjepa_jax.models.transformer import LayerScale
 
 FUSIONS = ("add", "concat")
@@ -34,8 +34,21 @@ def _centres(grid_size: int, level: int) -> Float[np.ndarray, " C"]:
     return (starts + np.minimum(starts + 2**level, grid_size)) / 2
 
 
-def _identity(_: Array, shape: tuple[int, int], dtype: type = jnp.float32) -> Array:
-    return jnp.eye(*shape, dtype=dtype)
+class Mixing(nn.Module):
+    """x W, with W the identity at first (and zeros below it, where x is wider than the result).
+
+    Without a bias, and not decayed: what it makes of different features cannot become the same by
+    shrinking.
+    """
+
+    features: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N E"]) -> Float[Array, "B N D"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("mixing", lambda _: jnp.eye(*shape))
+        return product("bnd,df->bnf", x, kernel, self.precision).astype(jnp.float32)
 
 
 class FeaturePyramid(nn.Module):
@@ -48,7 +61,7 @@ class FeaturePyramid(nn.Module):
       grid_size: patches per side, G.
       num_levels: L.
       fusion: "add" (W_l x_l + g_l * U_l P_{l+1}, a factor g_l for each feature, 0 at first) or
-        "concat" (a Dense layer on both, side by side).
+        "concat" (a matrix for both, side by side).
       precision: of the matrix products; parameters are float32.
     """
 
@@ -72,22 +85,18 @@ class FeaturePyramid(nn.Module):
         Returns:
           Arrays of the same shapes, float32.
         """
-        width = levels[0].shape[-1]
-
-        def dense(x: Array, name: str) -> Array:
-            return Dense(width, self.precision, kernel_init=_identity, name=name)(x)
-
-        fused = [dense(levels[-1], f"lateral_{self.num_levels - 1}").astype(jnp.float32)]
-        for level in range(self.num_levels - 2, -1, -1):
+        width, top = levels[0].shape[-1], self.num_levels - 1
+        fused = [Mixing(width, self.precision, name=f"lateral_{top}")(levels[top])]
+        for level in reversed(range(top)):
             rows = jnp.asarray(upsampling_matrix(self.grid_size, level))
             if level == 0 and target_index is not None:
                 rows = gather_tokens(rows, target_index)
             above = jnp.matmul(rows, fused[0])
-            x = dense(levels[level], f"lateral_{level}").astype(jnp.float32)
+            x = Mixing(width, self.precision, name=f"lateral_{level}")(levels[level])
             if self.fusion == "add":
                 x = x + LayerScale(0.0, name=f"top_down_{level}")(above)
             else:
                 both = jnp.concatenate([x, above], axis=-1)
-                x = dense(both, f"fusion_{level}").astype(jnp.float32)
+                x = Mixing(width, self.precision, name=f"fusion_{level}")(both)
             fused.insert(0, x)
         return tuple(fused)
