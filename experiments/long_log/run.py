@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def main() -> None:
-    lines = (HERE.parent / "shapes_tiny" / "metrics.jsonl").read_text().splitlines()
+    lines = (HERE.parent / "shapes_tiny" / "report" / "metrics.jsonl").read_text().splitlines()
     rests = [line.partition(",")[2] for line in lines]
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
