@@ -82,9 +82,9 @@ def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[
     fit, scored = hold_out(len(train.labels), num_val=config.eval.num_val)
     fit = np.sort(np.random.default_rng(0).permutation(fit)[:num_fit])
     # As the protocol does: no more neighbours than the rows among which k is chosen.
-    num_val = min(config.eval.num_val, len(fit) // 5)
-    ks = [k for k in DEFAULT_KS if k <= len(fit) - num_val]
-    options = {"num_classes": len(source.info.class_names), "num_val": num_val}
+    chosen_from, _ = hold_out(len(fit), num_val=config.eval.num_val)
+    ks = [k for k in DEFAULT_KS if k <= len(chosen_from)]
+    options = {"num_classes": len(source.info.class_names), "num_val": config.eval.num_val}
 
     def scores(x: np.ndarray, suffix: str = "") -> dict[str, str]:
         arrays = (x[fit], train.labels[fit], x[scored], train.labels[scored])

@@ -188,9 +188,10 @@ def make_train_step(
         standardized, for the targets (Baevski et al. 2022, arXiv 2202.03555, section 3.3).
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
-      augment_local: as `augment`, for local views: small crops, at a size of their own.
-      num_local_views: V, how many of those each image has (Caron et al. 2020, arXiv 2006.09882,
-        section 3.4, "multi-crop"); the model then has a global level, which they predict.
+      augment_local: as `augment`, for local views: small crops, at a size of their own; None for
+        no such views.
+      num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
+        2006.09882, section 3.4, "multi-crop"); the model has a global level, which they predict.
     """
     apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
     cross_view = "loss_cross_view" in global_terms
@@ -222,7 +223,7 @@ def make_train_step(
         # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
         second_views = augment(view_rngs(augment_rngs, 1), images) if cross_view else None
         local_views = None
-        if augment_local is not None and num_local_views:
+        if augment_local is not None:
             local_rngs = [view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)]
             local_views = jnp.stack([augment_local(rngs, images) for rngs in local_rngs], axis=1)
         target_index = masks.target_index.reshape(len(views), -1)

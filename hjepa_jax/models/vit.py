@@ -93,17 +93,16 @@ class VisionTransformer(nn.Module):
           Patch tokens and summary tokens, float32, after the final LayerNorm.
         """
         patches = patchify(images, self.patch_size)
-        num_patches = patches.shape[1]
+        grid_size = images.shape[1] // self.patch_size
         if self.positions == "rope2d":
-            grid_size = images.shape[1] // self.patch_size
             angles = rope2d_angles(grid_size, self.width // self.num_heads)
             positions = jnp.asarray(angles)
         else:
             positions = PositionTable(
                 self.positions, self.grid_size, self.width, name="positions"
             )()
-            if num_patches != len(positions):
-                positions = interpolate_positions(positions, num_patches)
+            if grid_size != self.grid_size:
+                positions = interpolate_positions(positions, grid_size**2)
         if index is None:
             positions = positions[None]
         else:
