@@ -19,6 +19,7 @@ from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
+from hjepa_jax.models.targets import TargetBlocks, target_blocks
 from hjepa_jax.models.vit import VisionTransformer, patchify
 from hjepa_jax.optimizer import (
     Schedule,
@@ -187,6 +188,15 @@ def build_loss_weights(config: Config) -> LossWeights:
     )
 
 
+def build_target_blocks(config: Config) -> TargetBlocks:
+    """The blocks of the target encoder that each level's targets are made of."""
+    c = config.model
+    _, depth, _ = encoder_size(config)
+    return target_blocks(
+        depth, c.num_levels, num_layers=c.target_layers, level_depths=c.level_depths
+    )
+
+
 def build_schedules(config: Config, num_images: int) -> Schedules:
     """Length and schedules for a training set of `num_images`.
 
@@ -255,7 +265,7 @@ def build_train_step(
         augment=build_augment(config),
         loss_weights=build_loss_weights(config),
         ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
-        num_target_layers=config.model.target_layers,
+        blocks=build_target_blocks(config),
         num_accumulation_steps=config.optim.accumulation_steps,
         augment_local=build_augment_local(config) if config.data.local_views else None,
         num_local_views=config.data.local_views,
@@ -319,7 +329,7 @@ def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
         build_masks(config),
         preprocess=build_preprocess(config),
         as_pixels=as_pixels,
-        num_target_layers=config.model.target_layers,
+        blocks=build_target_blocks(config),
     )
 
 

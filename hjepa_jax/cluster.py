@@ -33,8 +33,9 @@ from hjepa_jax.errors import InputError, Interrupted
 # The first whose heartbeats can be set.
 MIN_JAX = (0, 7, 1)
 CONNECT_SEC = 300  # for all processes to come, the slowest included
-# A process that is silent for so long is lost; JAX's own verdict, should the thread hang, is later.
-SILENT_SEC, JAX_SILENT_SEC = 30, 50
+# A process that is silent for so long is lost. JAX's own verdict, should the thread hang, is later:
+# its heartbeats are half of its limit apart, so that it comes after half of it at the earliest.
+SILENT_SEC, JAX_SILENT_SEC = 30, 90
 # So long others have to find the end by themselves that one of them has found.
 PARTING_SEC = 15
 LOST = 3  # exit status when another process is lost

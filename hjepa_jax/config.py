@@ -52,6 +52,7 @@ ADDED_FIELDS = (
     "model.drop_path",
     "model.global_level",
     "model.layer_scale",
+    "model.level_depths",
     "model.num_registers",
     "model.predictor_mode",
     "model.pyramid",
@@ -115,7 +116,8 @@ def base_config() -> Config:
     c.model.global_level = False  # one query more, for the mean of the whole image
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
-    c.model.target_layers = 1  # k, blocks of the target encoder whose mean is the target
+    c.model.level_depths = placeholder(tuple)  # block whose output level l targets; None: the last
+    c.model.target_layers = 1  # k, blocks of the target encoder, up to that one, that are averaged
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()
@@ -283,7 +285,12 @@ def validate(config: Config) -> None:
     check(held, "model.pyramid", "needs model.target='ema'")
     one_of("model.target", ("ema", "online"))
     width, depth, num_heads = encoder_size(config)
-    at_least(1, "model.target_layers", at_most=depth)
+    levels, depths = config.model.num_levels, config.model.level_depths
+    depths = (depth,) * levels if depths is None else depths
+    rule = f"must be one block per level, {levels} whole numbers from 1 to {depth}"
+    check(all(is_a(int, d) and 1 <= d <= depth for d in depths), "model.level_depths", rule)
+    check(len(depths) == levels, "model.level_depths", rule)
+    at_least(1, "model.target_layers", at_most=min(depths))
     head_rule = "must be a multiple of the number of heads, {}, and of 4, for the positions"
     for field, w, heads in (
         ("model.width", width, num_heads),

@@ -69,11 +69,12 @@ def loss_section(facts: Facts) -> Section | None:
     rows.append(["change, %", *changes, ""])
     heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
     text = table(heads, rows) + (
-        "\n\nMeans over the steps since the line before. Terms are unweighted."
+        "\n\nMeans over the steps since the line before. A term is without its own weight in the "
+        "loss; those of the summary pass and of local views are sums, with the weights of levels."
     )
     terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]
-    panels += [Panel("Terms of the loss", "loss, unweighted", terms, log=True)] if terms else []
+    panels += [Panel("Terms of the loss", "before weighting", terms, log=True)] if terms else []
     return "Loss", text, {"loss": (curves(panels), "Loss over training")}
 
 

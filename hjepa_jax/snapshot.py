@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax import losses
 from hjepa_jax.masking import Masks, MaskSampler, gather_tokens, target_union
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, last_layers, target_levels
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.targets import TargetBlocks, encode_targets
 
 # Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
 NUM_IMAGES = 6
@@ -33,7 +34,7 @@ class Snapshot:
     Attributes:
       pixels: float32 [B, S, S, 3] in [0, 1].
       states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
-      tokens: per level float32 [B, N_l, D], the target features (`target_levels`).
+      tokens: per level float32 [B, N_l, D], the target features (`targets`).
       cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN where not predicted.
       attention: float32 [B, h, G, G], of the target encoder's last block, from the summary tokens
         (without: from all patches) to the patches, per head.
@@ -64,7 +65,7 @@ def make_snapshot_fn(
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],
-    num_target_layers: int = 1,
+    blocks: TargetBlocks,
 ) -> Callable[..., Snapshot]:
     """Returns `snapshot(params, target_params, images)`.
 
@@ -73,7 +74,7 @@ def make_snapshot_fn(
       sample_masks: the masks of training.
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
-      num_target_layers: blocks of the target encoder whose mean is the target.
+      blocks: of the target encoder, that the targets are made of.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     encoder = model.context_encoder
@@ -89,11 +90,9 @@ def make_snapshot_fn(
             method="encode",
             mutable=["intermediates"],
         )
-        blocks = intermediates["intermediates"]["context_encoder"]
-        weights = [blocks[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
-        layers = last_layers(model, target_params, views, num_target_layers)
-        tokens = hierarchy.mixed_layers([tokens for tokens, _ in layers])
-        levels = target_levels(model, target_params, tokens)
+        parts = intermediates["intermediates"]["context_encoder"]
+        weights = [parts[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
+        levels = encode_targets(model, target_params, views, blocks).levels
         prediction = apply({"params": params}, views, masks)
         cosine = _cosine(prediction, levels, masks)
         shown = [

@@ -19,7 +19,8 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Prediction, last_layers, target_levels
+from hjepa_jax.models.hjepa import HJEPA, Prediction
+from hjepa_jax.models.targets import TargetBlocks, block_outputs, encode_targets, target_blocks
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
 
@@ -168,7 +169,7 @@ def make_train_step(
     augment: Augment,
     loss_weights: LossWeights,
     ema_momentum_fn: Schedule | None,
-    num_target_layers: int = 1,
+    blocks: TargetBlocks | None = None,
     num_accumulation_steps: int = 1,
     augment_local: Augment | None = None,
     num_local_views: int = 0,
@@ -184,8 +185,7 @@ def make_train_step(
       ema_momentum_fn: m as a function of the number of the update, from 1. None for no EMA: the
         targets are then features of the context encoder itself, and the gradient flows through
         them too (the regularizer alone keeps them from collapsing).
-      num_target_layers: k, how many of the target encoder's last blocks are averaged, each
-        standardized, for the targets (Baevski et al. 2022, arXiv 2202.03555, section 3.3).
+      blocks: of the target encoder, that the targets are made of; None for the last one.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
@@ -196,22 +196,19 @@ def make_train_step(
     apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
     cross_view = "loss_cross_view" in global_terms
 
-    def encode_targets(
+    blocks = blocks or target_blocks(model.context_encoder.depth, model.predictor.num_levels)
+
+    def make_targets(
         encoder_params: Any, views: Array, second_views: Array | None, target_index: Array
     ) -> tuple[tuple[Array, ...], Array]:
-        """Targets of every level, and the tokens that the target encoder gave."""
-
-        def encode(images: Array) -> tuple[Array, Array]:
-            layers = last_layers(model, encoder_params, images, num_target_layers)
-            return hierarchy.mixed_layers([tokens for tokens, _ in layers]), layers[0][0]
-
-        mixed, tokens = encode(views)
-        finest, *coarse = target_levels(model, encoder_params, mixed)
+        """Targets of every level and query, and the tokens that the target encoder gave."""
+        found = encode_targets(model, encoder_params, views, blocks)
+        finest, *coarse = found.levels
         if "loss_global" in global_terms:
-            coarse.append(hierarchy.global_feature(mixed))
+            coarse.append(found.whole)
         if second_views is not None:
-            coarse.append(hierarchy.global_feature(encode(second_views)[0]))
-        return (gather_tokens(finest, target_index), *coarse), tokens
+            coarse.append(encode_targets(model, encoder_params, second_views, blocks[-1:]).whole)
+        return (gather_tokens(finest, target_index), *coarse), found.tokens
 
     def loss_and_grads(
         state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
@@ -234,10 +231,10 @@ def make_train_step(
             rngs["drop_path"] = jax.random.fold_in(mask_rngs[0], NO_IMAGE)
         ema_targets = None
         if ema_momentum_fn is not None:
-            ema_targets = jax.lax.stop_gradient(encode_targets(state.target_params, *inputs))
+            ema_targets = jax.lax.stop_gradient(make_targets(state.target_params, *inputs))
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
-            targets, tokens = ema_targets or encode_targets(params["context_encoder"], *inputs)
+            targets, tokens = ema_targets or make_targets(params["context_encoder"], *inputs)
             prediction = apply({"params": params}, views, masks, local_views, rngs=rngs)
             loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
             return loss, (scalars, prediction, targets, tokens)
@@ -349,7 +346,7 @@ def make_embed_fn(
     """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
     The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
-    very quantity that level l predicts, unless several layers or a pyramid make its target) and
+    very quantity that level l predicts, unless other blocks or a pyramid make its target) and
     `summary` [B, R * n * D] (the summary tokens, concatenated).
 
     Args:
@@ -359,11 +356,13 @@ def make_embed_fn(
         of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    depth = model.context_encoder.depth
 
     def embed(
         encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array
     ) -> dict[str, Float[Array, "B _"]]:
-        layers = last_layers(model, encoder_params, preprocess(images, *rngs), num_layers)
+        pixels = preprocess(images, *rngs)
+        layers = block_outputs(model, encoder_params, pixels, range(depth, depth - num_layers, -1))
         means = [
             [jnp.mean(x, axis=1) for x in hierarchy.level_features(tokens, grid_size, num_levels)]
             for tokens, _ in layers

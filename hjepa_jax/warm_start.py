@@ -16,7 +16,7 @@ from hjepa_jax.train_state import TrainState
 
 FIELD = "train.init_from"
 # Of the networks, what may differ: how they are computed or trained, not what they are.
-FREE = {"dtype", "drop_path", "remat", "target", "target_layers"}
+FREE = {"dtype", "drop_path", "level_depths", "remat", "target", "target_layers"}
 
 
 def check_source(config: Config) -> None:

@@ -17,6 +17,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import rope2d_angles, rotate
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
+from hjepa_jax.models.targets import target_blocks
 from hjepa_jax.models.transformer import Attention, Block
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import decay_mask, global_norm
@@ -447,17 +448,27 @@ def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions)
     np.testing.assert_array_equal(distance.argmin(axis=1), np.arange(4))
 
 
-def test_targets_may_be_the_mean_of_the_last_blocks():
+@pytest.mark.parametrize(
+    ("blocks", "finest_is", "coarse_is"),
+    [
+        (target_blocks(2, 2, num_layers=2), "both", "both"),
+        (target_blocks(2, 2, level_depths=(1, 2)), "first", "last"),
+        (target_blocks(2, 2, level_depths=(2, 1)), "last", "first"),
+    ],
+)
+def test_targets_may_be_of_other_blocks_than_the_last(blocks, finest_is, coarse_is):
     model = make_model(summary_pass=False)
-    step, state = make_step(model, num_target_layers=2)
+    step, state = make_step(model, blocks=blocks)
     _, outputs = step(state, IMAGES)
     views, _, masks = views_and_masks(state)
     variables = {"params": {"context_encoder": state.target_params}}
     apply = jax.jit(functools.partial(model.apply, method="encode", mutable=["intermediates"]))
     (tokens, _), found = apply(variables, views)
-    before = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2:]
-    mixed = (hierarchy.standardize(tokens) + hierarchy.standardize(before)) / 2
-    finest, coarse = hierarchy.level_features(mixed, GRID, 2)
+    first = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2:]
+    z = {"last": tokens, "first": hierarchy.standardize(first)}
+    z["both"] = (hierarchy.standardize(tokens) + z["first"]) / 2
+    finest, _ = hierarchy.level_features(z[finest_is], GRID, 2)
+    _, coarse = hierarchy.level_features(z[coarse_is], GRID, 2)
     index = masks.target_index.reshape(BATCH, -1, 1)
     targets = (jnp.take_along_axis(finest, index, axis=1), coarse)
     prediction = predict(model, state.params, masks, views)
@@ -465,6 +476,12 @@ def test_targets_may_be_the_mean_of_the_last_blocks():
         prediction, targets, LossWeights(level_weights=(1.0, 0.5)), jax.random.PRNGKey(0)
     )
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-4)
+
+
+def test_each_level_averages_the_blocks_up_to_its_depth():
+    assert target_blocks(12, 2) == ((12,), (12,), (12,))
+    assert target_blocks(12, 2, num_layers=2) == ((12, 11),) * 3
+    assert target_blocks(12, 2, num_layers=2, level_depths=(4, 8)) == ((4, 3), (8, 7), (12, 11))
 
 
 def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_judged():
@@ -526,6 +543,7 @@ def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
             "loss.regularizer": "sigreg",
             "loss.regularized": "both",
             "model.target_layers": 2,
+            "model.level_depths": (2, 2),
             "optim.accumulation_steps": 2,
             "model.drop_path": 0.1,
         },

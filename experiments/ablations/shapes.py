@@ -27,6 +27,8 @@ ROWS = {
     "predictor_blocks": {"model.predictor_mode": "blocks"},
     "predictor_cross": {"model.predictor_mode": "cross"},
     "target_layers_2": {"model.target_layers": 2},
+    "level_depths": {"model.level_depths": (2, 4)},
+    "level_depths_reversed": {"model.level_depths": (4, 2)},
     "global_level": {"model.global_level": True},
     "global_level_cross_view": {"model.global_level": True, "loss.cross_view": 1.0},
     "local_views": {
@@ -49,6 +51,7 @@ ROWS = {
     },
     "loss_mse": {"loss.kind": "mse"},
     "loss_cosine": {"loss.kind": "cosine"},
+    "ema_to_1_linear": {"optim.ema_momentum": (0.98, 1.0, "linear")},
     "ema_to_1": {"optim.ema_momentum": (0.98, 1.0, "cosine")},
     "ema_to_1_capped": {
         "optim.ema_momentum": (0.98, 1.0, "cosine"), "optim.max_ema_momentum": 0.995,

@@ -48,17 +48,12 @@ def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     return (x - mean) * jax.lax.rsqrt(variance + TARGET_EPSILON)
 
 
-def mixed_layers(layers: list[Float[Array, "B N D"]]) -> Float[Array, "B N D"]:
-    """Tokens z_0 of several blocks as one: the mean of the standardized; one stays as it is."""
-    if len(layers) == 1:
-        return layers[0]
-    return jnp.mean(jnp.stack([*map(standardize, layers)]), axis=0)
-
-
 def level_features(
     tokens: Float[Array, "B N D"], grid_size: int, num_levels: int
 ) -> tuple[Float[Array, "B _ D"], ...]:
-    """What each level is, LN(A_l z_0): the prediction target, and the feature a probe reads.
+    """What each level is of itself, LN(A_l z_0): the feature a probe reads.
+
+    And the prediction target, where neither other blocks nor a pyramid make it (`targets`).
 
     Args:
       tokens: encoder output z_0 over the whole grid.
