@@ -21,6 +21,7 @@ from hjepa_jax.models.products import Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.targets import TargetBlocks, target_blocks
 from hjepa_jax.models.vit import VisionTransformer, patchify
+from hjepa_jax.objective import LossWeights
 from hjepa_jax.optimizer import (
     Schedule,
     interpolation_schedule,
@@ -30,7 +31,7 @@ from hjepa_jax.optimizer import (
 from hjepa_jax.platform import current_rules
 from hjepa_jax.random_mask import RandomMask
 from hjepa_jax.snapshot import make_snapshot_fn
-from hjepa_jax.steps import LossWeights, TrainStep, make_embed_fn, make_train_step
+from hjepa_jax.steps import TrainStep, make_embed_fn, make_train_step
 from hjepa_jax.train_state import TrainState, create_train_state
 
 

@@ -21,7 +21,6 @@ from hjepa_jax.config import (
     Config,
     base_config,
     differing_fields,
-    validate,
 )
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, first_line, open_source
@@ -32,6 +31,7 @@ from hjepa_jax.placement import Placement, make_placement
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
+from hjepa_jax.validation import validate
 from hjepa_jax.whole_files import replacing
 
 try:

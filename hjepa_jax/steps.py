@@ -19,8 +19,9 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Prediction
+from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.targets import TargetBlocks, block_outputs, encode_targets, target_blocks
+from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
 
@@ -46,33 +47,6 @@ class StepOutputs:
 TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]
 
 
-@dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """How the pieces of the loss are combined.
-
-    Attributes:
-      kind: distance of a prediction to its target, one of `losses.PREDICTION_LOSSES`.
-      level_weights: w_l of each level, in both passes.
-      summary_weight: weight of the summary pass.
-      variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
-      sigreg_weight: weight of SIGReg (0: none).
-      global_terms: names and weights of the terms of the global level, where the model has it:
-        "loss_global", whose target is of the same view, and "loss_cross_view", of a second one.
-      local_weight: weight of what the local views predict of the global level, if there are any.
-      num_slices: random directions per step, of SIGReg.
-    """
-
-    kind: str = "smooth_l1"
-    level_weights: tuple[float, ...] = (1.0,)
-    summary_weight: float = 1.0
-    variance_weight: float = 0.0
-    covariance_weight: float = 0.0
-    sigreg_weight: float = 0.0
-    num_slices: int = 256
-    global_terms: tuple[tuple[str, float], ...] = ()
-    local_weight: float = 1.0
-
-
 def image_rngs(
     rng: Array, step: Int[Array, ""], batch_size: int
 ) -> tuple[Shaped[Array, "B ..."], Shaped[Array, "B ..."]]:
@@ -86,79 +60,6 @@ def image_rngs(
 def batch_rng(rng: Array, step: Int[Array, ""]) -> Array:
     """The key of a step that belongs to no image, and so is the same for all of them."""
     return jax.random.fold_in(jax.random.fold_in(rng, step), NO_IMAGE)
-
-
-def hjepa_loss(
-    prediction: Prediction,
-    targets: tuple[Float[Array, "B _ D"], ...],
-    weights: LossWeights,
-    rng: Array,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss: what is predicted of each level, by all and by part, and the regularizer.
-
-      sum_l w_l d_l + summary_weight * (the same, from the summary tokens)
-        + local_weight * (the global level, from local views) + regularizer
-
-    Args:
-      prediction: output of the online networks.
-      targets: per level, features aligned with `prediction.levels`; no gradient is stopped here.
-      weights: how the terms are combined.
-      rng: of the directions that SIGReg looks along.
-
-    Returns:
-      The loss, and every term of it (unweighted) by its metric name.
-    """
-    num_more = len(targets) - len(prediction.levels)  # the global prediction may have two targets
-
-    def level_losses(predictions: tuple[Array, ...]) -> list[Array]:
-        predictions, valid = (x + x[-1:] * num_more for x in (predictions, prediction.query_valid))
-        triples = zip(predictions, targets, valid, strict=True)
-        return [losses.prediction_loss(p, t, v, weights.kind) for p, t, v in triples]
-
-    term_weights = {f"loss_level_{level}": w for level, w in enumerate(weights.level_weights)}
-    term_weights |= dict(weights.global_terms)
-
-    def weighted(values: list[Array]) -> Array:
-        return sum(
-            (w * v for w, v in zip(term_weights.values(), values, strict=True)),
-            start=jnp.zeros(()),
-        )
-
-    level_values = level_losses(prediction.levels)
-    terms = dict(zip(term_weights, level_values, strict=True))
-    loss = weighted(level_values)
-    if prediction.summary_levels:
-        terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
-        loss += weights.summary_weight * terms["loss_summary"]
-    if prediction.local_views is not None:
-        terms["loss_local"] = local_loss(prediction.local_views, targets, weights)
-        loss += weights.local_weight * terms["loss_local"]
-    if weights.variance_weight or weights.covariance_weight:
-        terms["loss_variance"] = losses.variance_loss(prediction.regularized)
-        terms["loss_covariance"] = losses.covariance_loss(prediction.regularized)
-        loss += weights.variance_weight * terms["loss_variance"]
-        loss += weights.covariance_weight * terms["loss_covariance"]
-    if weights.sigreg_weight:
-        width = prediction.regularized.shape[-1]
-        directions = losses.random_directions(rng, weights.num_slices, width)
-        terms["loss_sigreg"] = losses.sigreg_loss(prediction.regularized, directions)
-        loss += weights.sigreg_weight * terms["loss_sigreg"]
-    return loss, {"loss": loss, **terms}
-
-
-def local_loss(
-    predictions: Float[Array, "B V D"],
-    targets: tuple[Float[Array, "B _ D"], ...],
-    weights: LossWeights,
-) -> Float[Array, ""]:
-    """What every local view predicts, against each of the global targets by its share."""
-    shares = [share for _, share in weights.global_terms]
-    loss = jnp.zeros(())
-    for share, target in zip(shares, targets[-len(shares) :], strict=True):
-        target = jnp.broadcast_to(target, predictions.shape)
-        error = losses.elementwise_loss(predictions, target, weights.kind)
-        loss += share * jnp.mean(error)
-    return loss
 
 
 def make_train_step(

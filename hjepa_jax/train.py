@@ -10,7 +10,7 @@ from typing import Any
 
 from hjepa_jax import cluster, warm_start
 from hjepa_jax.checkpoint import Checkpoints
-from hjepa_jax.config import Config, validate
+from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.protocols import Protocol
@@ -27,6 +27,7 @@ from hjepa_jax.run import (
     prepare_workdir,
     writing,
 )
+from hjepa_jax.validation import validate
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import build, cli, run
-from hjepa_jax.config import base_config, differing_fields, flatten, validate
+from hjepa_jax.config import base_config, differing_fields, flatten
 from hjepa_jax.data.sources import Source, SourceInfo
 from hjepa_jax.errors import InputError
+from hjepa_jax.validation import validate
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[a-z]*.py"))
 CIFAR10 = Source("cifar10", SourceInfo(50_000, 10_000, (32, 32, 3), tuple("abcdefghij")), list)

@@ -17,15 +17,15 @@ LAYERS = [
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
     ["models.hierarchy", "models.products", "models.positions", "models.transformer",
-     "models.pyramid", "models.vit", "models.predictor", "models.hjepa"],
+     "models.pyramid", "models.vit", "models.predictor", "models.hjepa", "models.targets"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
      "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],
     ["evaluation.attentive", "evaluation.finetune"],
     ["evaluation.results"],
     ["evaluation.protocols"],
     ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
-     "projector"],
-    ["alarms", "image_figures"],
+     "projector", "objective"],
+    ["alarms", "image_figures", "validation"],
     ["steps"],
     ["build"],
     ["run"],
@@ -84,5 +84,5 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
-        "selftest", "run_facts", "run_report", "publish", "warm_start",
+        "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
     }  # fmt: skip

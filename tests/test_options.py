@@ -20,8 +20,9 @@ from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.targets import target_blocks
 from hjepa_jax.models.transformer import Attention, Block
 from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import decay_mask, global_norm
-from hjepa_jax.steps import LossWeights, hjepa_loss, image_rngs, make_train_step, view_rngs
+from hjepa_jax.steps import image_rngs, make_train_step, view_rngs
 from hjepa_jax.train_state import create_train_state
 from tests.test_steps import BATCH, GRID, IMAGES, MASK, PATCH, RANDOM, SIZE, WIDTH
 

@@ -15,11 +15,10 @@ from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Expander, Prediction
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
+from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import make_optimizer
 from hjepa_jax.steps import (
-    LossWeights,
     batch_rng,
-    hjepa_loss,
     image_rngs,
     make_embed_fn,
     make_run_steps,

@@ -17,11 +17,12 @@ from ml_collections import config_flags
 from PIL import Image
 
 from hjepa_jax import build, cli
-from hjepa_jax.config import base_config, validate
+from hjepa_jax.config import base_config
 from hjepa_jax.data.folder_source import open_folder
 from hjepa_jax.data.sources import NPZ_KEYS, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import flatten
+from hjepa_jax.validation import validate
 
 NUM_OVERRIDES, NUM_NPZ, NUM_IMAGES = 4_000, 4_000, 3_000  # 10,000 inputs and more
 LIMIT_SEC = 60  # a thousand times what an input takes: what is slower hangs
