@@ -108,7 +108,7 @@ def make_train_step(
         if "loss_global" in global_terms:
             coarse.append(found.whole)
         if second_views is not None:
-            coarse.append(encode_targets(model, encoder_params, second_views, blocks[-1:]).whole)
+            coarse.append(encode_targets(model, encoder_params, second_views, blocks).whole)
         return (gather_tokens(finest, target_index), *coarse), found.tokens
 
     def loss_and_grads(

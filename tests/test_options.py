@@ -401,7 +401,9 @@ def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(s
     np.testing.assert_allclose(outputs.scalars["loss"], total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["self", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])]
+)
 def test_local_views_predict_the_global_level_by_their_summary_tokens(mode):
     model = make_model(None, {"global_level": True, "mode": mode})
     local = dataclasses.replace(RANDOM, image_size=2 * PATCH, crop_scale=(0.1, 0.4))

@@ -47,6 +47,7 @@ def test_rounding_passes_also_where_the_gradient_is_nothing_but_rounding():
     assert failures(result(loss=2.0 * (1 + 1e-6), grads=grads)) == []
 
 
+@pytest.mark.slow
 def test_a_perturbed_weight_fails_with_the_first_quantity_that_is_off(tiny_config, monkeypatch):
     report = selftest.self_test(tiny_config, num_steps=1)
     assert report["passed"], report["verdict"]

@@ -29,6 +29,7 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
     fitted, scored, probe = [], [], sweep.linear_probe
 

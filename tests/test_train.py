@@ -335,6 +335,7 @@ def test_pictures_between_steps_take_their_share_of_the_time_and_no_more():
     assert budget.allows(551.0)
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_path, capsys):
     tiny_config.log.report = True
     tiny_config.train.num_steps = 1
@@ -352,6 +353,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     assert "nan" not in report.lower()
 
 
+@pytest.mark.slow
 def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):
     tiny_config.log.report = True
     tiny_config.log.every_steps = 1

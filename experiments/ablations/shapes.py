@@ -35,15 +35,22 @@ ROWS = {
         "model.global_level": True, "loss.cross_view": 1.0, "data.local_views": 2,
     },
     "pyramid_add": {"model.pyramid": "add"},
+    "pyramid_add_whole_cells": {
+        "model.pyramid": "add", "mask.align_level": 1, "mask.scale": (0.18, 0.25),
+    },
     "pyramid_concat": {"model.pyramid": "concat"},
     "no_regularizer": {"loss.regularizer": "none"},
     "vicreg_on_context": {"loss.regularized": "context"},
     "vicreg_on_both": {"loss.regularized": "both"},
+    "vicreg_strong": {"loss.regularizer_weight": 0.05},
     "vicreg_expander": {"model.expander_width": 256, "loss.regularizer_weight": 0.05},
     "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
     "sigreg_weak": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.002},
     "sigreg_expander": {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "model.expander_width": 256,
+    },
+    "sigreg_both": {
+        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
     },
     "sigreg_online": {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "model.target": "online",

@@ -1,0 +1,40 @@
+"""The options that matter most, on CIFAR-10: masks, levels, summary pass, regularizer, targets.
+
+A smaller encoder than that of the config, for one epoch: rows compare with each other only.
+"""
+
+CONFIG = "cifar10_tiny"
+SHARED = {
+    "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
+    "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 1.0,
+    "optim.warmup_epochs": 0.1,
+}  # fmt: skip
+NUM_FIT = 12_000
+STRONGER = {
+    "data.brightness": 0.4, "data.contrast": 0.4, "data.saturation": 0.4, "data.grayscale": 0.2,
+    "data.crop_scale": (0.4, 1.0),
+}  # fmt: skip
+ROWS = {
+    "baseline": {},
+    "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
+    "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
+    "mask_random": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
+    "levels_1": {"model.num_levels": 1},
+    "levels_3": {"model.num_levels": 3},
+    "no_summary_pass": {"loss.summary_weight": 0.0},
+    "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
+    "no_regularizer": {"loss.regularizer": "none"},
+    "sigreg_both": {
+        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
+    },
+    "sigreg_both_online": {
+        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
+        "model.target": "online",
+    },
+    "stronger_augmentation": STRONGER,
+    "cross_view": {"model.global_level": True, "loss.cross_view": 1.0, **STRONGER},
+    "local_views": {"model.global_level": True, "data.local_views": 2, **STRONGER},
+    "local_views_cross_view": {
+        "model.global_level": True, "loss.cross_view": 0.5, "data.local_views": 2, **STRONGER,
+    },
+}  # fmt: skip
