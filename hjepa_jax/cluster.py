@@ -38,6 +38,7 @@ CONNECT_SEC = 300  # for all processes to come, the slowest included
 SILENT_SEC, JAX_SILENT_SEC = 30, 90
 # So long others have to find the end by themselves that one of them has found.
 PARTING_SEC = 15
+PROCESS_0_LOST = "process 0 does not answer any more"
 LOST = 3  # exit status when another process is lost
 
 MEETING_SEC = 24 * 3600
@@ -134,16 +135,19 @@ def leave(reason: str = "") -> bool:
     if _stopped.is_set() or _state().client is None:
         return _state().client is None
     client, state = _state().client, _state()
-    with contextlib.suppress(RuntimeError):  # process 0, which keeps the records, is gone
+    try:
         client.key_value_set(f"left/{state.process_id}", reason, allow_overwrite=True)
         # Process 0 holds the records: those that read its reason there must be gone before it is.
-        until = time.monotonic() + (PARTING_SEC + 5 if reason else 20 * PARTING_SEC)
+        until = time.monotonic() + (2 * PARTING_SEC if reason else 20 * PARTING_SEC)
         while time.monotonic() < until:
             if len(client.key_value_dir_get("left/")) == state.num_processes:
                 _stopped.set()
                 jax.distributed.shutdown()
                 return True
             time.sleep(0.05)
+    except RuntimeError:  # process 0, which keeps the records, is gone
+        if reason:
+            _end(PROCESS_0_LOST)  # mostly what is behind the reason
     _stopped.set()
     return False
 
@@ -173,7 +177,7 @@ def _watch(client: Any) -> None:
             left = {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get("left/")}
         except RuntimeError:
             if not _stopped.is_set():
-                _end("process 0 does not answer any more")
+                _end(PROCESS_0_LOST)
             return
         now = time.monotonic()
         for process, sign in alive.items():

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -286,4 +287,5 @@ class _StopSignals:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        print("\nstopping after this step; once more (Ctrl-C) to stop at once", flush=True)
+        # Not by print: the step may be in the middle of one, which cannot be entered again.
+        os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

@@ -1,9 +1,19 @@
 """Test set-up: CPU, shape checks at run time, strict rank promotion, a shared compilation cache."""
 
+import atexit
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import tempfile
+
+
+def temporary(what: str) -> str:
+    """A directory that is gone when this process is."""
+    path = tempfile.mkdtemp(prefix=f"hjepa_jax_{what}_")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,8 +25,14 @@ os.environ.setdefault(
     f"--xla_backend_optimization_level={LEVEL} --xla_llvm_disable_expensive_passes=true",
 )
 # Programs that several tests (and the commands they start) compile alike are compiled once.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="hjepa_jax_cache_"))
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="hjepa_jax_home_")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
+os.environ["XDG_CACHE_HOME"] = temporary("home")
+# Where one reads what another is writing, it says so and compiles itself.
+os.environ["PYTHONWARNINGS"] = ",".join(
+    f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
+    for doing in ("reading", "writing")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
@@ -79,6 +95,15 @@ def tiny_config(shapes_npz: str) -> Config:
     c.log.tensorboard = False
     c.log.report = False
     return c.lock()
+
+
+@pytest.fixture(autouse=True)
+def own_numbers(request):
+    """Each test draws the same numbers from its module's RNG, whichever ran before it."""
+    rng = getattr(request.module, "RNG", None)
+    if rng is not None:
+        first = vars(request.module).setdefault("_first_state", rng.bit_generator.state)
+        rng.bit_generator.state = first
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hjepa_jax.errors import InputError, Interrupted
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hjepa_jax.train", "ml_collections.config_flags"])
 REPOSITORY = pathlib.Path(__file__).parent.parent
-COMMAND_SEC = 300  # for a command to end in
+COMMAND_SEC = 900  # for a command to end in
 
 
 def start(

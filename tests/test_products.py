@@ -12,11 +12,11 @@ from hjepa_jax.models import hjepa, predictor, transformer, vit
 from hjepa_jax.models.products import Dense, Precision, product
 
 LOW = Precision(jnp.bfloat16, jnp.float32)
-rng = np.random.default_rng(0)
+RNG = np.random.default_rng(0)
 
 
 def random(*shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
 def rounded(x):
