@@ -19,7 +19,7 @@ from hjepa_jax.models.hjepa import HJEPA, Expander
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
-from hjepa_jax.models.targets import TargetBlocks, target_blocks
+from hjepa_jax.models.targets import TargetSpec, target_depths
 from hjepa_jax.models.vit import VisionTransformer, patchify
 from hjepa_jax.objective import LossWeights
 from hjepa_jax.optimizer import (
@@ -189,13 +189,14 @@ def build_loss_weights(config: Config) -> LossWeights:
     )
 
 
-def build_target_blocks(config: Config) -> TargetBlocks:
-    """The blocks of the target encoder that each level's targets are made of."""
+def build_target_spec(config: Config) -> TargetSpec:
+    """What the targets of every level are made of."""
     c = config.model
     _, depth, _ = encoder_size(config)
-    return target_blocks(
+    depths = target_depths(
         depth, c.num_levels, num_layers=c.target_layers, level_depths=c.level_depths
     )
+    return TargetSpec(depths, c.global_target)
 
 
 def build_schedules(config: Config, num_images: int) -> Schedules:
@@ -266,7 +267,7 @@ def build_train_step(
         augment=build_augment(config),
         loss_weights=build_loss_weights(config),
         ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
-        blocks=build_target_blocks(config),
+        target_spec=build_target_spec(config),
         num_accumulation_steps=config.optim.accumulation_steps,
         augment_local=build_augment_local(config) if config.data.local_views else None,
         num_local_views=config.data.local_views,
@@ -330,7 +331,7 @@ def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
         build_masks(config),
         preprocess=build_preprocess(config),
         as_pixels=as_pixels,
-        blocks=build_target_blocks(config),
+        target_spec=build_target_spec(config),
     )
 
 

@@ -147,7 +147,7 @@ def leave(reason: str = "") -> bool:
             time.sleep(0.05)
     except RuntimeError:  # process 0, which keeps the records, is gone
         if reason:
-            _end(PROCESS_0_LOST)  # mostly what is behind the reason
+            _end(f"{PROCESS_0_LOST} ({reason})")  # which mostly follows from it
     _stopped.set()
     return False
 

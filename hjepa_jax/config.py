@@ -44,6 +44,7 @@ ADDED_FIELDS = (
     "loss.local_weight",
     "model.drop_path",
     "model.global_level",
+    "model.global_target",
     "model.layer_scale",
     "model.level_depths",
     "model.num_registers",
@@ -106,11 +107,14 @@ def base_config() -> Config:
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
-    c.model.global_level = False  # one query more, for the mean of the whole image
+    c.model.global_level = False  # one query more, for the whole image
+    c.model.global_target = "patches"  # what that is the mean of: patches | summary (tokens)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
-    c.model.level_depths = placeholder(tuple)  # block whose output level l targets; None: the last
-    c.model.target_layers = 1  # k, blocks of the target encoder, up to that one, that are averaged
+    # Of each level, the block of the target encoder (from 1) that its targets come from; None: the
+    # last, as for the global level. They are the mean of that block and the k - 1 before it.
+    c.model.level_depths = placeholder(tuple)
+    c.model.target_layers = 1  # k
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()

@@ -70,7 +70,7 @@ def loss_section(facts: Facts) -> Section | None:
     heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
     text = table(heads, rows) + (
         "\n\nMeans over the steps since the line before. A term is without its own weight in the "
-        "loss; those of the summary pass and of local views are sums, with the weights of levels."
+        "loss; those of the summary pass and of local views are sums, with the weights of parts."
     )
     terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]

@@ -78,8 +78,8 @@ def judge_run(
 
     plain = tuple(name for name in wanted if name in protocols.PROTOCOLS)
     if plain:
-        # The augmentation decides what LiDAR's views are.
-        version = f"{__version__} {config.data.image_size} {num_layers} {augment}"
+        # "2": how features are made here. The augmentation decides what LiDAR's views are.
+        version = f"{__version__} 2 {config.data.image_size} {num_layers} {augment}"
         protocols.evaluate_encoders(
             embed,
             encoders,

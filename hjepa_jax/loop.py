@@ -288,4 +288,5 @@ class _StopSignals:
             raise KeyboardInterrupt
         self.signum = signum
         # Not by print: the step may be in the middle of one, which cannot be entered again.
-        os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

@@ -54,7 +54,7 @@ def hjepa_loss(
       rng: of the directions that SIGReg looks along.
 
     Returns:
-      The loss, and every term of it (unweighted) by its metric name.
+      The loss, and every term of it by its metric name, before its own weight.
     """
     num_more = len(targets) - len(prediction.levels)  # the global prediction may have two targets
 

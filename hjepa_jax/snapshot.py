@@ -17,7 +17,7 @@ from hjepa_jax import losses
 from hjepa_jax.masking import Masks, MaskSampler, gather_tokens, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.models.targets import TargetBlocks, encode_targets
+from hjepa_jax.models.targets import TargetSpec, encode_targets
 
 # Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
 NUM_IMAGES = 6
@@ -65,7 +65,7 @@ def make_snapshot_fn(
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],
-    blocks: TargetBlocks,
+    target_spec: TargetSpec,
 ) -> Callable[..., Snapshot]:
     """Returns `snapshot(params, target_params, images)`.
 
@@ -74,7 +74,7 @@ def make_snapshot_fn(
       sample_masks: the masks of training.
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
-      blocks: of the target encoder, that the targets are made of.
+      target_spec: what the targets are made of.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     encoder = model.context_encoder
@@ -92,7 +92,7 @@ def make_snapshot_fn(
         )
         parts = intermediates["intermediates"]["context_encoder"]
         weights = [parts[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
-        levels = encode_targets(model, target_params, views, blocks).levels
+        levels = encode_targets(model, target_params, views, target_spec).levels
         prediction = apply({"params": params}, views, masks)
         cosine = _cosine(prediction, levels, masks)
         shown = [

@@ -20,7 +20,7 @@ from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.models.targets import TargetBlocks, block_outputs, encode_targets, target_blocks
+from hjepa_jax.models.targets import TargetSpec, block_outputs, encode_targets, target_depths
 from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import Schedule, global_norm
 from hjepa_jax.train_state import TrainState, ema_update
@@ -70,7 +70,7 @@ def make_train_step(
     augment: Augment,
     loss_weights: LossWeights,
     ema_momentum_fn: Schedule | None,
-    blocks: TargetBlocks | None = None,
+    target_spec: TargetSpec | None = None,
     num_accumulation_steps: int = 1,
     augment_local: Augment | None = None,
     num_local_views: int = 0,
@@ -86,7 +86,7 @@ def make_train_step(
       ema_momentum_fn: m as a function of the number of the update, from 1. None for no EMA: the
         targets are then features of the context encoder itself, and the gradient flows through
         them too (the regularizer alone keeps them from collapsing).
-      blocks: of the target encoder, that the targets are made of; None for the last one.
+      target_spec: what the targets are made of; None for the output of the target encoder.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
@@ -96,19 +96,20 @@ def make_train_step(
     """
     apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
     cross_view = "loss_cross_view" in global_terms
-
-    blocks = blocks or target_blocks(model.context_encoder.depth, model.predictor.num_levels)
+    spec = target_spec or TargetSpec(
+        target_depths(model.context_encoder.depth, model.predictor.num_levels)
+    )
 
     def make_targets(
         encoder_params: Any, views: Array, second_views: Array | None, target_index: Array
     ) -> tuple[tuple[Array, ...], Array]:
         """Targets of every level and query, and the tokens that the target encoder gave."""
-        found = encode_targets(model, encoder_params, views, blocks)
+        found = encode_targets(model, encoder_params, views, spec)
         finest, *coarse = found.levels
         if "loss_global" in global_terms:
             coarse.append(found.whole)
         if second_views is not None:
-            coarse.append(encode_targets(model, encoder_params, second_views, blocks).whole)
+            coarse.append(encode_targets(model, encoder_params, second_views, spec).whole)
         return (gather_tokens(finest, target_index), *coarse), found.tokens
 
     def loss_and_grads(
@@ -263,7 +264,9 @@ def make_embed_fn(
         encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array
     ) -> dict[str, Float[Array, "B _"]]:
         pixels = preprocess(images, *rngs)
-        layers = block_outputs(model, encoder_params, pixels, range(depth, depth - num_layers, -1))
+        blocks = range(depth, depth - num_layers, -1)
+        outputs = block_outputs(model, encoder_params, pixels, blocks)
+        layers = [outputs[block] for block in blocks]
         means = [
             [jnp.mean(x, axis=1) for x in hierarchy.level_features(tokens, grid_size, num_levels)]
             for tokens, _ in layers

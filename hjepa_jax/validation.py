@@ -10,6 +10,7 @@ from hjepa_jax.models.hjepa import REGULARIZED
 from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
+from hjepa_jax.models.targets import WHOLES
 from hjepa_jax.models.vit import SIZES
 
 
@@ -104,13 +105,18 @@ def validate(config: Config) -> None:
     held = config.model.pyramid == "none" or config.model.target == "ema"
     check(held, "model.pyramid", "needs model.target='ema'")
     one_of("model.target", ("ema", "online"))
+    one_of("model.global_target", WHOLES)
+    rule = "needs model.global_level=True and model.num_summary_tokens of at least 1"
+    check(has_top or config.model.global_target != "summary", "model.global_target", rule)
     width, depth, num_heads = encoder_size(config)
     levels, depths = config.model.num_levels, config.model.level_depths
     depths = (depth,) * levels if depths is None else depths
     rule = f"must be one block per level, {levels} whole numbers from 1 to {depth}"
     check(all(is_a(int, d) and 1 <= d <= depth for d in depths), "model.level_depths", rule)
     check(len(depths) == levels, "model.level_depths", rule)
-    at_least(1, "model.target_layers", at_most=min(depths))
+    rule = f"must be from 1 to {min(depths)}, the first of the blocks of model.level_depths"
+    rule = f"must be from 1 to {depth}" if config.model.level_depths is None else rule
+    check(1 <= config.model.target_layers <= min(depths), "model.target_layers", rule)
     head_rule = "must be a multiple of the number of heads, {}, and of 4, for the positions"
     for field, w, heads in (
         ("model.width", width, num_heads),
@@ -166,12 +172,16 @@ def validate(config: Config) -> None:
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     at_least(1, "loss.num_slices", at_most=65_536)
     fraction("loss.cross_view")
-    has_top = config.model.global_level or not config.loss.cross_view
-    check(has_top, "loss.cross_view", "needs model.global_level=True")
+    has_global = config.model.global_level or not config.loss.cross_view
+    check(has_global, "loss.cross_view", "needs model.global_level=True")
     if config.model.target == "online":
         rule = "needs loss.regularizer='sigreg' of the patches (loss.regularized: context or both)"
         held = config.loss.regularizer == "sigreg" and config.loss.regularizer_weight > 0
         check(held and config.loss.regularized != "summary", "model.target", rule)
+        # Each kind of target must be held apart by the regularizer.
+        both = config.model.global_target == "patches" or config.loss.regularized == "both"
+        rule = "needs loss.regularized='both', for model.global_target='summary'"
+        check(both, "model.target", rule)
     weights = config.loss.level_weights
     weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
     if weights is not None:

@@ -29,10 +29,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
 os.environ["XDG_CACHE_HOME"] = temporary("home")
 # Where one reads what another is writing, it says so and compiles itself.
-os.environ["PYTHONWARNINGS"] = ",".join(
-    f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
-    for doing in ("reading", "writing")
-)
+for doing in ("reading", "writing"):
+    others = os.environ.get("PYTHONWARNINGS")
+    ignored = f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
+    os.environ["PYTHONWARNINGS"] = f"{others},{ignored}" if others else ignored
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax

@@ -145,7 +145,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_mo
             break
     started = time.monotonic()
     _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - started < 50  # the rule is 10 s; a loaded machine needs more
+    assert time.monotonic() - started < 50  # 10 s on a quiet machine
     assert process.returncode == 143
     assert "run the same command to go on" in stderr
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())

@@ -17,7 +17,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import rope2d_angles, rotate
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
-from hjepa_jax.models.targets import target_blocks
+from hjepa_jax.models.targets import TargetSpec, encode_targets, target_depths
 from hjepa_jax.models.transformer import Attention, Block
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.objective import LossWeights, hjepa_loss
@@ -373,20 +373,24 @@ def views_and_masks(state):
     return augment(augment_rngs, IMAGES), second, MASK(mask_rngs)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(share):
+@pytest.mark.parametrize(
+    ("share", "whole"), [(0.0, "patches"), (0.25, "patches"), (1.0, "patches"), (0.25, "summary")]
+)
+def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(share, whole):
     model = make_model(None, {"global_level": True})
     global_terms = {"loss_global": 1 - share, "loss_cross_view": share}
     global_terms = {name: weight for name, weight in global_terms.items() if weight}
     weights = LossWeights(level_weights=(1.0, 0.5), global_terms=tuple(global_terms.items()))
-    step, state = make_step(model, weights=weights)
+    spec = TargetSpec(target_depths(2, 2), whole)
+    step, state = make_step(model, weights=weights, target_spec=spec)
     _, outputs = step(state, IMAGES)
     views, second, masks = views_and_masks(state)
     prediction = predict(model, state.params, masks, views)
     assert [len(prediction.levels), prediction.levels[2].shape] == [3, (BATCH, 1, WIDTH)]
     expected = []
     for view in (views, second):
-        mean = np.asarray(encode(model, state.target_params, view)[0]).mean(axis=1)
+        patches, summary = encode(model, state.target_params, view)
+        mean = np.asarray({"patches": patches, "summary": summary}[whole]).mean(axis=1)
         target = (mean - mean.mean(axis=1, keepdims=True)) / mean.std(axis=1, keepdims=True)
         error = np.abs(np.asarray(prediction.levels[2])[:, 0] - target)
         expected.append(np.where(error < 1, error**2 / 2, error - 0.5).mean())
@@ -452,16 +456,16 @@ def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions)
 
 
 @pytest.mark.parametrize(
-    ("blocks", "finest_is", "coarse_is"),
+    ("depths", "finest_is", "coarse_is"),
     [
-        (target_blocks(2, 2, num_layers=2), "both", "both"),
-        (target_blocks(2, 2, level_depths=(1, 2)), "first", "last"),
-        (target_blocks(2, 2, level_depths=(2, 1)), "last", "first"),
+        (target_depths(2, 2, num_layers=2), "both", "both"),
+        (target_depths(2, 2, level_depths=(1, 2)), "first", "last"),
+        (target_depths(2, 2, level_depths=(2, 1)), "last", "first"),
     ],
 )
-def test_targets_may_be_of_other_blocks_than_the_last(blocks, finest_is, coarse_is):
+def test_targets_may_be_of_other_blocks_than_the_last(depths, finest_is, coarse_is):
     model = make_model(summary_pass=False)
-    step, state = make_step(model, blocks=blocks)
+    step, state = make_step(model, target_spec=TargetSpec(depths))
     _, outputs = step(state, IMAGES)
     views, _, masks = views_and_masks(state)
     variables = {"params": {"context_encoder": state.target_params}}
@@ -481,10 +485,21 @@ def test_targets_may_be_of_other_blocks_than_the_last(blocks, finest_is, coarse_
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-4)
 
 
+def test_the_global_level_and_the_tokens_are_of_the_last_block_whatever_the_levels_are_of():
+    model = make_model()
+    params = init_params(model)["context_encoder"]
+    find = jax.jit(functools.partial(encode_targets, model), static_argnums=2)
+    specs = (TargetSpec(target_depths(2, 2, level_depths=depths)) for depths in (None, (1, 1)))
+    last, first = (find(params, VIEWS, spec) for spec in specs)
+    np.testing.assert_allclose(first.whole, last.whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(first.tokens, last.tokens, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(first.levels[0], last.levels[0], atol=0.1)
+
+
 def test_each_level_averages_the_blocks_up_to_its_depth():
-    assert target_blocks(12, 2) == ((12,), (12,), (12,))
-    assert target_blocks(12, 2, num_layers=2) == ((12, 11),) * 3
-    assert target_blocks(12, 2, num_layers=2, level_depths=(4, 8)) == ((4, 3), (8, 7), (12, 11))
+    assert target_depths(12, 2) == ((12,), (12,), (12,))
+    assert target_depths(12, 2, num_layers=2) == ((12, 11),) * 3
+    assert target_depths(12, 2, num_layers=2, level_depths=(4, 8)) == ((4, 3), (8, 7), (12, 11))
 
 
 def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_judged():

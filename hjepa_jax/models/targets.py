@@ -1,6 +1,7 @@
 """What is predicted: features that the target encoder has of whole images, at every level."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,23 @@ from hjepa_jax.models.hierarchy import global_feature, pool, standardize
 from hjepa_jax.models.hjepa import HJEPA
 
 # Per level, finest first, then for the global one: the blocks, from 1, whose mean it is made of.
-TargetBlocks = tuple[tuple[int, ...], ...]
+TargetDepths = tuple[tuple[int, ...], ...]
+# What the global level is the mean of.
+WHOLES = ("patches", "summary")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSpec:
+    """What targets are made of.
+
+    Attributes:
+      depths: blocks of the target encoder (`target_depths`).
+      whole: the global level: "patches", the mean of all patch tokens; "summary", of the summary
+        tokens, which then are what they have to predict of other views.
+    """
+
+    depths: TargetDepths
+    whole: str = "patches"
 
 
 @struct.dataclass
@@ -21,7 +38,7 @@ class Targets:
     Attributes:
       levels: L arrays float32 [B, N_l, D], finest first: LN(A_l z_l), or LN of what the pyramid
         makes of them. z_l is the output of the encoder, where no other blocks are chosen.
-      whole: the global level, LN of the mean of all tokens, float32 [B, 1, D].
+      whole: the global level, LN of the mean of patch or summary tokens, float32 [B, 1, D].
       tokens: output of the encoder, float32 [B, N, D].
     """
 
@@ -30,13 +47,13 @@ class Targets:
     tokens: Any
 
 
-def target_blocks(
+def target_depths(
     depth: int,
     num_levels: int,
     *,
     num_layers: int = 1,
     level_depths: Sequence[int] | None = None,
-) -> TargetBlocks:
+) -> TargetDepths:
     """The blocks that targets are made of: of each level the last `num_layers` up to its depth.
 
     Args:
@@ -51,7 +68,7 @@ def target_blocks(
 
 
 def encode_targets(
-    model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], blocks: TargetBlocks
+    model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], spec: TargetSpec
 ) -> Targets:
     """Targets of every level.
 
@@ -59,28 +76,26 @@ def encode_targets(
       model: the networks.
       encoder_params: of its encoder, online or EMA.
       pixels: normalised images.
-      blocks: what the targets are made of (`target_blocks`).
+      spec: what the targets are made of.
     """
-    depth, grid_size = model.context_encoder.depth, model.predictor.grid_size
-    wanted = sorted({depth, *(block for level in blocks for block in level)})
+    last, grid_size = model.context_encoder.depth, model.predictor.grid_size
+    wanted = {last, *(depth for level in spec.depths for depth in level)}
     outputs = block_outputs(model, encoder_params, pixels, wanted)
-    tokens = {block: found for block, (found, _) in zip(wanted, outputs, strict=True)}
-    *mixed, whole = (_mean([tokens[block] for block in level]) for level in blocks)
+    *mixed, whole = (_mean([outputs[depth][0] for depth in level]) for level in spec.depths)
+    if spec.whole == "summary":
+        whole = _mean([outputs[depth][1] for depth in spec.depths[-1]])
     levels = tuple(standardize(pool(z, grid_size, level)) for level, z in enumerate(mixed))
     if model.context_encoder.pyramid is not None:
         apply: Any = model.apply
         variables = {"params": {"context_encoder": encoder_params}}
         levels = tuple(map(standardize, apply(variables, levels, method="fuse_levels")))
-    return Targets(levels, global_feature(whole), tokens[depth])
+    return Targets(levels, global_feature(whole), outputs[last][0])
 
 
 def block_outputs(
-    model: HJEPA,
-    encoder_params: Any,
-    pixels: Float[Array, "B H W C"],
-    blocks: Sequence[int],
-) -> list[tuple[Float[Array, "B N D"], Float[Array, "B R D"]]]:
-    """Patch and summary tokens after each of the blocks that are asked for.
+    model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], blocks: Collection[int]
+) -> dict[int, tuple[Float[Array, "B N D"], Float[Array, "B R D"]]]:
+    """Patch and summary tokens after each of the encoder's blocks that are asked for.
 
     Those of the last block are behind the final LayerNorm; of the others, which have none, they are
     standardized.
@@ -94,14 +109,14 @@ def block_outputs(
     apply: Any = model.apply
     encoder, variables = model.context_encoder, {"params": {"context_encoder": encoder_params}}
     if set(blocks) == {encoder.depth}:
-        return [apply(variables, pixels, method="encode")] * len(blocks)
+        return {encoder.depth: apply(variables, pixels, method="encode")}
     last, found = apply(variables, pixels, method="encode", mutable=["intermediates"])
     outputs = {encoder.depth: last}
     for block in set(blocks) - {encoder.depth}:
         (x,) = found["intermediates"]["context_encoder"][f"tokens_{block - 1}"]
         x = standardize(x)
         outputs[block] = x[:, encoder.num_prefix_tokens :], x[:, : encoder.num_summary_tokens]
-    return [outputs[block] for block in blocks]
+    return outputs
 
 
 def _mean(layers: list[Float[Array, "B N D"]]) -> Float[Array, "B N D"]:

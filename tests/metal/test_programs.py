@@ -82,6 +82,7 @@ def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, 
 def test_the_plugin_takes_local_views_and_a_pyramid(tiny_config, positions):
     tiny_config.model.positions, tiny_config.model.pyramid = positions, "concat"
     tiny_config.model.global_level, tiny_config.loss.cross_view = True, 0.5
+    tiny_config.model.global_target = "summary"
     tiny_config.data.local_views, tiny_config.data.local_size = 2, 8
     assert refusals(Step(tiny_config), PLATFORM) == []
 
