@@ -19,6 +19,15 @@ def random(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
 def rounded(x):
     return np.asarray(x.astype(jnp.bfloat16), np.float64)
 
@@ -38,6 +47,43 @@ def test_operands_are_rounded_and_sums_are_float32_in_both_directions(spec):
     for got, value in zip((result, *grads), expected, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "features"),
+    [
+        (64, 32, 48),
+        (64, 48, 32),
+        (32, 32, 32),
+        (16, 32, 32),
+        (64, 16, 32),
+        (64, 32, 16),
+        (24, 32, 40),
+    ],
+)
+def test_the_gradient_of_a_weight_is_the_same_with_and_without_tiles(tokens, width, features):
+    x, w, grad = random(tokens, width), random(width, features), random(tokens, features)
+
+    @jax.jit
+    def gradient(x, w, grad):
+        return jax.vjp(lambda w: product("nd,df->nf", x, w, LOW), w)[1](grad)[0]
+
+    expected = rounded(x).T @ rounded(grad)
+    np.testing.assert_allclose(gradient(x, w, grad), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_no_product_of_the_backward_pass_sums_over_the_first_axes_of_both_operands():
+    """Those do not run on the matrix units of a processor."""
+    x, layer = random(4, 16, 32), Dense(64, LOW)
+    params = layer.init(jax.random.PRNGKey(0), x)
+    backward = jax.make_jaxpr(jax.grad(lambda params, x: layer.apply(params, x).sum(), (0, 1)))
+    summed = [
+        eqn.params["dimension_numbers"][0]
+        for eqn in _equations(backward(params, x).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert len(summed) == 3
+    assert ((0,), (0,)) not in summed
 
 
 def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_are_of():

@@ -1,9 +1,10 @@
 """Matrix products in a chosen precision, laid out as XLA's compilers are fastest with.
 
-Two things about XLA on CPU (experiments/throughput) shape this file. The gradient of a weight that
-multiplies [B, N, D] sums over two axes, for which both operands are transposed first: all tokens
-of a batch are therefore one matrix. And products of bfloat16 numbers use the processor's matrix
-units only where their results are float32, in the backward pass too.
+Three things about XLA on CPU (experiments/throughput) shape this file. The gradient of a weight
+that multiplies [B, N, D] sums over two axes, for which both operands are transposed first: all
+tokens of a batch are therefore one matrix. Products of bfloat16 numbers use the processor's matrix
+units only where their results are float32, in the backward pass too; and only where they do not sum
+over the first axes of both operands, as the gradient of a weight does.
 """
 
 import dataclasses
@@ -58,13 +59,41 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (a, b), like_a, like_b = residuals
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
+    grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
+    if spec == "nd,df->nf" and precision.results == jnp.float32 and _has_tiles(*a.shape, *b.shape):
+        return grad_a, _weight_gradient(a, grad).astype(like_b.dtype)
     return (
-        jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype),
+        grad_a,
         jnp.einsum(f"{in_a},{out}->{in_b}", a, grad, preferred_element_type=like_b.dtype),
     )
 
 
 _rounded_product.defvjp(_forward, _backward)
+
+
+_TILE = 16
+
+
+def _has_tiles(*sizes: int) -> bool:
+    """Whether arrays of such sizes have several tiles along each axis, and nothing beside them."""
+    return all(size % _TILE == 0 and size > _TILE for size in sizes)
+
+
+def _weight_gradient(x: Float[Array, "N D"], grad: Float[Array, "N F"]) -> Float[Array, "D F"]:
+    """x^T grad in float32, as a product over the second axis of a transposed copy of the narrower.
+
+    The copy costs a tenth of the product and makes it three to five times as fast.
+    """
+    if x.shape[1] <= grad.shape[1]:
+        return jnp.dot(_transposed_copy(x), grad, preferred_element_type=jnp.float32)
+    return _transposed_copy(jnp.dot(_transposed_copy(grad), x, preferred_element_type=jnp.float32))
+
+
+def _transposed_copy(x: Float[Array, "N D"]) -> Float[Array, "D N"]:
+    """x^T, tile by tile: a plain transpose would be folded back into the product."""
+    n, d = x.shape
+    tiles = x.reshape(n // _TILE, _TILE, d // _TILE, _TILE)
+    return tiles.transpose(2, 3, 0, 1).reshape(d, n)
 
 
 class Dense(nn.Module):
