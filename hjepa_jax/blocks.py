@@ -5,6 +5,7 @@ not divide. A block is drawn from uniform numbers, so that it can be sampled ins
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -153,9 +154,17 @@ def block_tokens(
     return jnp.where(valid, index, 0), valid
 
 
-def covers(block: Block, grid_size: int) -> Bool[Array, " N"]:
-    """Which patches of the grid the block covers."""
+def covers(blocks: Sequence[Block], grid_size: int) -> Bool[Array, " N"]:
+    """Which patches of the grid at least one of the blocks covers.
+
+    Counted by a product of rows and columns, as compilers cannot repeat one for every entry of what
+    is made of its result: a `rank` of N^2 comparisons would count the blocks N^2 times.
+    """
     side = jnp.arange(grid_size)
-    rows = (side >= block.top) & (side < block.top + block.height)
-    cols = (side >= block.left) & (side < block.left + block.width)
-    return (rows[:, None] & cols[None, :]).reshape(-1)
+
+    def inside(start: Int[Array, ""], length: Int[Array, ""]) -> Float[Array, " G"]:
+        return ((side >= start) & (side < start + length)).astype(jnp.float32)
+
+    rows = jnp.stack([inside(block.top, block.height) for block in blocks])
+    cols = jnp.stack([inside(block.left, block.width) for block in blocks])
+    return (rows.T @ cols > 0.5).reshape(-1)

@@ -1,5 +1,7 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float
 
+from hjepa_jax.errors import InputError
 from hjepa_jax.whole_files import replacing
 
 
@@ -20,25 +23,29 @@ class RunLogger:
 
     Args:
       workdir: the run's directory.
-      tensorboard: whether to write TensorBoard events (imports TensorFlow).
+      tensorboard: whether to write TensorBoard events, pictures and texts (imports TensorFlow).
       resume_step: step at which the run goes on; later lines of metrics.jsonl, written by a run
         that was cut off before its next checkpoint, are dropped.
+
+    Raises:
+      InputError: where TensorBoard is asked for and its packages are missing.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
+        self._workdir, self.tensorboard = workdir, tensorboard
+        if tensorboard and not all(map(importlib.util.find_spec, ("clu", "tensorflow"))):
+            rule = "needs clu and tensorflow, which are not installed; False does without"
+            raise InputError("log.tensorboard", True, rule)
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
         self._path, self._last = path, kept[-1] if kept else {"step": -1}
         self._pending: dict[str, Any] = {}
         self._file = self._rewrite(kept)
-        self._writer = None
-        if tensorboard:
-            self._writer = _tensorboard_writer(workdir)
 
-    @property
-    def tensorboard(self) -> bool:
-        """Whether anybody sees pictures and texts."""
-        return self._writer is not None
+    @functools.cached_property
+    def _writer(self) -> Any:
+        """CLU's writer, or None. Not made before it is used: TensorFlow takes seconds to load."""
+        return _tensorboard_writer(self._workdir) if self.tensorboard else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds values to the line of `step`, which `end_line` writes."""
@@ -96,7 +103,7 @@ class RunLogger:
         """Writes what is pending and flushes everything."""
         self.end_line()
         self._file.close()
-        if self._writer:
+        if "_writer" in vars(self) and self._writer:
             self._writer.close()
 
 
@@ -104,7 +111,7 @@ class SilentLogger(RunLogger):
     """The logger of the processes beside the first: takes everything, writes nothing."""
 
     def __init__(self):
-        self._pending, self._writer = {}, None
+        self._pending, self.tensorboard = {}, False
 
     def end_line(self) -> None:
         self._pending = {}

@@ -93,8 +93,7 @@ class Loop:
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
-        if step == 0:
-            self._showcase.introduce(state)
+        introduced = step > 0
         cluster.meet()  # compiling and drawing take each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
@@ -110,10 +109,20 @@ class Loop:
                 self._timer.add_steps(count, data_wait)
                 signum = self._agreed(stop.signum, step)
                 window = self._end_call(state, window, step, signum)
+                if not introduced:
+                    self._introduce(state)
+                    introduced = True
                 if signum and step < num_steps:
                     raise Interrupted(signum, step)
         self._progress.end()
         return state
+
+    def _introduce(self, state: TrainState) -> None:
+        """After the first call, not before it: TensorBoard's packages take seconds to load."""
+        jax.block_until_ready(state)
+        paused = time.perf_counter()
+        self._showcase.introduce(state)
+        self._timer.add_pause(time.perf_counter() - paused)
 
     def _agreed(self, signum: int | None, step: int) -> int | None:
         """The signal on which the run stops at this step, read once: what comes later can wait.
@@ -213,6 +222,12 @@ class Loop:
         values = metrics.summarize(window, verdict)
         rates = self._timer.rates(batch_size)
         unreadable = 0 if self._records is None else cluster.total(len(self._unreadable))
+        self._progress.show(
+            step,
+            loss=values["loss"],
+            images_per_sec=rates["perf/images_per_sec"],
+            steps_per_sec=rates["perf/steps_per_sec"],
+        )
         self._logger.scalars(
             step,
             {
@@ -225,12 +240,6 @@ class Loop:
                 **rates,
                 "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
             },
-        )
-        self._progress.show(
-            step,
-            loss=values["loss"],
-            images_per_sec=rates["perf/images_per_sec"],
-            steps_per_sec=rates["perf/steps_per_sec"],
         )
         self._check_finite(window, step)
         if verdict:

@@ -162,7 +162,7 @@ class MaskSampler:
         u = jax.random.uniform(rng, (of_context + self.num_patches,))
         target_index, target_valid, hidden = self.sample_targets(u[:of_targets])
         context_block = self._context_block.place(u[of_targets:of_context])
-        visible = covers(context_block, self.grid_size) & ~hidden
+        visible = covers([context_block], self.grid_size) & ~hidden
         # A uniformly random subset of the visible patches: in random order, hidden last.
         context_index, context_valid = lowest_first(
             u[of_context:] + jnp.where(visible, 0.0, 1.0),
@@ -226,8 +226,7 @@ class BlockMask(MaskSampler):
         placed = [block.place(u[4 * i : 4 * i + 4]) for i, block in enumerate(self.blocks)]
         tokens = [block_tokens(block, self.grid_size, self.block_capacity) for block in placed]
         index, valid = (jnp.stack(arrays) for arrays in zip(*tokens, strict=True))
-        hidden = [covers(block, self.grid_size) for block in placed]
-        return index, valid, jnp.any(jnp.stack(hidden), axis=0)
+        return index, valid, covers(placed, self.grid_size)
 
 
 @dataclasses.dataclass(frozen=True)

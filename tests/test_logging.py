@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import os
 import pty
 import subprocess
@@ -6,6 +7,7 @@ import sys
 
 import pytest
 
+from hjepa_jax.errors import InputError
 from hjepa_jax.logging import RunLogger, format_duration, read_metrics, summary_box
 
 
@@ -38,6 +40,31 @@ def test_late_values_join_the_last_line_also_after_a_restart(tmp_path):
         logger.scalars(7, {"c": 3})
         logger.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 7, "a": 1, "c": 3, "b": 2}]
+
+
+def test_tensorflow_is_loaded_when_there_is_something_to_write_and_not_before(tmp_path):
+    code = """if True:
+        import pathlib, sys
+        from hjepa_jax.logging import RunLogger
+        logger = RunLogger(pathlib.Path(sys.argv[1]), tensorboard=True)
+        assert logger.tensorboard and "tensorflow" not in sys.modules
+        logger.scalars(1, {"loss": 2.0})
+        assert "tensorflow" in sys.modules
+        logger.close()
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert list(tmp_path.glob("events.*"))
+
+
+def test_tensorboard_without_its_packages_is_one_line_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else found(name)
+    )
+    with pytest.raises(InputError, match=r"log.tensorboard=True: needs clu and tensorflow"):
+        RunLogger(tmp_path, tensorboard=True)
 
 
 @pytest.mark.parametrize(

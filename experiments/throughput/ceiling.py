@@ -7,6 +7,7 @@ that the step would take if all the rest were free: the ceiling that the step is
 """
 
 import collections
+import functools
 import json
 import math
 import time
@@ -24,13 +25,15 @@ _REPEATS = flags.DEFINE_integer("repeats", 7, "Calls per product; the median cou
 
 
 def products(jaxpr, times=1):
-    """(lhs, rhs, dimension numbers) of all dot_generals of a program, and how often each is run."""
+    """Operands, dimension numbers and results of all dot_generals, and how often each is run."""
     found = collections.Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             lhs, rhs = (v.aval for v in eqn.invars)
-            key = (lhs.shape, str(lhs.dtype), rhs.shape, eqn.params["dimension_numbers"])
-            found[key] += times
+            result = eqn.params["preferred_element_type"] or lhs.dtype
+            found[
+                lhs.shape, str(lhs.dtype), rhs.shape, eqn.params["dimension_numbers"], str(result)
+            ] += times
         inner_times = times * eqn.params.get("length", 1)
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -58,9 +61,14 @@ def main() -> None:
     images = jax.ShapeDtypeStruct((config.train.batch_size, 32, 32, 3), jnp.uint8)
     rng = np.random.default_rng(0)
     total_sec, total_flops = 0.0, 0
-    for (lhs, dtype, rhs, numbers), count in products(jax.make_jaxpr(step)(state, images)).items():
+    found = products(jax.make_jaxpr(step)(state, images))
+    for (lhs, dtype, rhs, numbers, result), count in found.items():
         a, b = (jnp.asarray(rng.normal(size=s), dtype) for s in (lhs, rhs))
-        product = jax.jit(lambda a, b, numbers=numbers: jax.lax.dot_general(a, b, numbers))
+        product = jax.jit(
+            functools.partial(
+                jax.lax.dot_general, dimension_numbers=numbers, preferred_element_type=result
+            )
+        )
         product(a, b).block_until_ready()
         seconds = []
         for _ in range(_REPEATS.value):
