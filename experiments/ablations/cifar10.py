@@ -17,6 +17,7 @@ STRONGER = {
 ROWS = {
     "baseline": {},
     "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
+    "mask_whole_cells": {"mask.align_level": 1, "mask.scale": (0.18, 0.25)},
     "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
     "mask_random": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
     "levels_1": {"model.num_levels": 1},
