@@ -33,8 +33,10 @@ class RunLogger:
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
         self._workdir, self.tensorboard = workdir, tensorboard
-        if tensorboard and not all(map(importlib.util.find_spec, ("clu", "tensorflow"))):
-            rule = "needs clu and tensorflow, which are not installed; False does without"
+        if tensorboard and not all(
+            map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))
+        ):
+            rule = "needs the packages clu, tensorflow and tensorboard; False does without"
             raise InputError("log.tensorboard", True, rule)
         path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= resume_step]

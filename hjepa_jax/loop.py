@@ -94,7 +94,7 @@ class Loop:
             flush=True,
         )
         introduced = step > 0
-        cluster.meet()  # compiling and drawing take each process its own time
+        cluster.meet()  # compiling takes each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             while step < num_steps:
@@ -109,19 +109,20 @@ class Loop:
                 self._timer.add_steps(count, data_wait)
                 signum = self._agreed(stop.signum, step)
                 window = self._end_call(state, window, step, signum)
+                if signum and step < num_steps:
+                    raise Interrupted(signum, step)
                 if not introduced:
                     self._introduce(state)
                     introduced = True
-                if signum and step < num_steps:
-                    raise Interrupted(signum, step)
         self._progress.end()
         return state
 
     def _introduce(self, state: TrainState) -> None:
-        """After the first call, not before it: TensorBoard's packages take seconds to load."""
+        """Behind the first call, not before it: TensorBoard's packages take seconds to load."""
         jax.block_until_ready(state)
         paused = time.perf_counter()
         self._showcase.introduce(state)
+        cluster.meet()  # the first process writes, and the others would wait within a step
         self._timer.add_pause(time.perf_counter() - paused)
 
     def _agreed(self, signum: int | None, step: int) -> int | None:

@@ -31,5 +31,15 @@ ROWS = {
     "learning_rate_5e-4": {"optim.learning_rate": 5e-4},
     "weight_decay_0.2": {"optim.weight_decay": 0.2, "optim.b1": 0.85},
     "target_layers_2": {"model.target_layers": 2},
+    "mask_whole_cells": {"mask.align_level": 1, "mask.scale": (0.18, 0.25)},
+    "mask_larger": {"mask.scale": (0.18, 0.3)},
+    "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
+    "context_8": {"mask.num_context": 8},
+    "no_summary_pass": {"loss.summary_weight": 0.0},
+    "whole_view": {  # the global level alone, without EMA: LeJEPA's objective, of a masked view
+        **SUMMARY, "loss.cross_view": 1.0, "model.target": "online", "loss.regularizer": "sigreg",
+        "loss.regularizer_weight": 0.02, "loss.regularized": "both",
+        "loss.level_weights": (0.0, 0.0),
+    },
     "level_depths": {"model.level_depths": (2, 4)},
 }  # fmt: skip

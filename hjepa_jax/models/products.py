@@ -75,7 +75,10 @@ _TILE = 16
 
 
 def _has_tiles(*sizes: int) -> bool:
-    """Whether arrays of such sizes have several tiles along each axis, and nothing beside them."""
+    """Whether arrays of such sizes have several tiles along each axis, and nothing beside them.
+
+    Of arrays that are split over devices the whole size counts: the parts may have to be exchanged.
+    """
     return all(size % _TILE == 0 and size > _TILE for size in sizes)
 
 
