@@ -22,6 +22,9 @@ ROWS = {
     "mask_random": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
     "levels_1": {"model.num_levels": 1},
     "levels_3": {"model.num_levels": 3},
+    # The sum of the levels' weights is then that of the baseline, whose regularizer it meets.
+    "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
+    "levels_3_same_sum": {"model.num_levels": 3, "loss.level_weights": (0.67, 0.67, 0.67)},
     "no_summary_pass": {"loss.summary_weight": 0.0},
     "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
     "no_regularizer": {"loss.regularizer": "none"},
