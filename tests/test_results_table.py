@@ -2,7 +2,9 @@
 
 import json
 
-from experiments import results_table
+import pytest
+
+from experiments import results_table, sweep_table
 
 
 def test_the_table_of_the_readme_is_made_of_the_kept_runs():
@@ -18,3 +20,31 @@ def test_the_table_of_the_readme_is_made_of_the_kept_runs():
             if (row["encoder"], row["pool"], row["protocol"]) == ("target", "concat", "linear")
         ]
         assert f"{100 * scores[-1]:.1f}" in table
+
+
+@pytest.mark.parametrize(
+    "results", sorted(results_table.EXPERIMENTS.glob("ablations/*.csv")), ids=lambda path: path.stem
+)
+def test_the_tables_of_the_ablations_are_made_of_their_rows(results):
+    readme = (results.parent / "README.md").read_text()
+    assert sweep_table.with_table(readme, results) == readme, "run experiments/sweep_table.py"
+
+
+def test_only_differences_beyond_two_standard_errors_are_marked(tmp_path):
+    header = "row,seed,linear,knn,linear_level_0,knn_level_0,effective_rank,images_per_sec"
+    runs = [
+        *(f"base,{seed},{50 + seed},{30 + seed},20,20,8,100" for seed in range(3)),
+        *(f"better,{seed},{53 + seed},{31 + seed},20,19,9,100" for seed in range(3)),
+        "once,0,90,90,90,90,9,100",
+        "once,0,91,90,90,90,9,100",
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join([header, *runs]) + "\n")
+    base, better, once = sweep_table.sweep_table(path).splitlines()[2:]
+    assert (
+        base == "| `base` | 3 | 51.0 +- 1.0 | 31.0 +- 1.0 | 20.0 +- 0.0 | 20.0 +- 0.0 | 8 | 100 |"
+    )
+    # 3 beyond 2 sqrt(2 / 3) = 1.63; 1 within; the same; 1 below without any spread.
+    scores = "**54.0 +- 1.0** | 32.0 +- 1.0 | 20.0 +- 0.0 | *19.0 +- 0.0*"
+    assert better == f"| `better` | 3 | {scores} | 9 | 100 |"
+    assert once == "| `once` | 1 | 91.0 | 90.0 | 90.0 | 90.0 | 9 | 100 |"

@@ -1,4 +1,7 @@
 #!/usr/bin/env bash
-# Every row of shapes.py with three seeds; those that shapes.csv has are left out.
+# Every row of both sweeps with three seeds; those that the csv files have are left out.
 set -euo pipefail
-PYTHONPATH=. python experiments/sweep.py experiments/ablations/shapes.py "$@"
+for sweep in shapes cifar10; do
+  PYTHONPATH=. python experiments/sweep.py "experiments/ablations/$sweep.py" "$@"
+done
+PYTHONPATH=. python experiments/sweep_table.py experiments/ablations/*.csv

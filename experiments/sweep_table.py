@@ -1,0 +1,76 @@
+"""The tables of a sweep's results in the README beside them: one row per setting, over its seeds.
+
+  python experiments/sweep_table.py experiments/ablations/shapes.csv
+
+writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
+over seeds, with +- their standard deviation (n - 1) where there are several. The first row of the
+results is what others are compared with: those beyond it, up or down, by twice the standard error
+of the difference are bold or in italics; with a single seed nothing is.
+"""
+
+import collections
+import csv
+import pathlib
+import statistics
+import sys
+
+SCORES = {
+    "linear": "linear", "knn": "k-NN", "linear_level_0": "linear, level 0",
+    "knn_level_0": "k-NN, level 0",
+}  # fmt: skip
+PLAIN = {"effective_rank": "rank", "images_per_sec": "images/s"}
+
+
+def sweep_table(results: pathlib.Path) -> str:
+    """A row per name, in the order of the file; the last run of a seed counts."""
+    runs: dict[str, dict[str, dict[str, str]]] = collections.defaultdict(dict)
+    with results.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            runs[row["row"]][row["seed"]] = row
+    heads = ["row", "seeds", *SCORES.values(), *PLAIN.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    first = next(iter(runs))
+    for name, by_seed in runs.items():
+        cells = [f"`{name}`", str(len(by_seed))]
+        for column in SCORES:
+            values = [float(row[column]) for row in by_seed.values()]
+            compared = [float(row[column]) for row in runs[first].values()]
+            cells.append(_score(values, compared))
+        for column in PLAIN:
+            cells.append(f"{statistics.mean(float(row[column]) for row in by_seed.values()):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _score(values: list[float], compared: list[float]) -> str:
+    """Mean and spread, marked where it differs from what it is compared with."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    text = f"{mean:.1f} +- {statistics.stdev(values):.1f}"
+    if len(compared) < 2:
+        return text
+    error = sum(statistics.variance(x) / len(x) for x in (values, compared)) ** 0.5
+    difference = mean - statistics.mean(compared)
+    if abs(difference) <= 2 * error:
+        return text
+    return f"**{text}**" if difference > 0 else f"*{text}*"
+
+
+def with_table(readme: str, results: pathlib.Path) -> str:
+    """The README with the table of now."""
+    begin, end = f"<!-- {results.name} -->", f"<!-- end of {results.name} -->"
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{sweep_table(results)}\n{end}{after}"
+
+
+def main() -> None:
+    for argument in sys.argv[1:]:
+        results = pathlib.Path(argument)
+        readme = results.parent / "README.md"
+        readme.write_text(with_table(readme.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()
