@@ -34,6 +34,16 @@ ROWS = {
     "mask_whole_cells": {"mask.align_level": 1, "mask.scale": (0.18, 0.25)},
     "mask_larger": {"mask.scale": (0.18, 0.3)},
     "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
+    # A quarter of the grid in scattered 2x2 cells is predicted, half of it is seen.
+    "mask_random_cells": {
+        "mask.kind": "random", "mask.align_level": 1, "mask.scale": (0.25, 0.25),
+        "mask.num_context": 32,
+    },
+    "mask_random_cells_cross": {
+        "mask.kind": "random", "mask.align_level": 1, "mask.scale": (0.25, 0.25),
+        "mask.num_context": 32, "model.predictor_mode": "cross", "model.num_registers": 4,
+        "model.positions": "rope2d",
+    },
     "context_8": {"mask.num_context": 8},
     "no_summary_pass": {"loss.summary_weight": 0.0},
     "whole_view": {  # the global level alone, without EMA: LeJEPA's objective, of a masked view
