@@ -38,11 +38,16 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
+def between_marks(text: str, begin: str, end: str, new: str) -> str:
+    """The text with `new` for what stands between two marks."""
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{new}\n{end}{after}"
+
+
 def with_table(readme: str) -> str:
     """The README with the table of now."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{results_table()}\n{END}{after}"
+    return between_marks(readme, BEGIN, END, results_table())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The tables of a sweep's results in the README beside them: one row per setting, over its seeds.
 
-  python experiments/sweep_table.py experiments/ablations/shapes.csv
+  PYTHONPATH=. python experiments/sweep_table.py experiments/ablations/shapes.csv
 
 writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
 over seeds, with +- their standard deviation (n - 1) where there are several. The first row of the
@@ -13,6 +13,8 @@ import csv
 import pathlib
 import statistics
 import sys
+
+from experiments.results_table import between_marks
 
 SCORES = {
     "linear": "linear", "knn": "k-NN", "linear_level_0": "linear, level 0",
@@ -60,9 +62,7 @@ def _score(values: list[float], compared: list[float]) -> str:
 def with_table(readme: str, results: pathlib.Path) -> str:
     """The README with the table of now."""
     begin, end = f"<!-- {results.name} -->", f"<!-- end of {results.name} -->"
-    before, rest = readme.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{sweep_table(results)}\n{end}{after}"
+    return between_marks(readme, begin, end, sweep_table(results))
 
 
 def main() -> None:

@@ -93,7 +93,6 @@ class Loop:
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
-        introduced = step > 0
         cluster.meet()  # compiling takes each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
@@ -111,9 +110,8 @@ class Loop:
                 window = self._end_call(state, window, step, signum)
                 if signum and step < num_steps:
                     raise Interrupted(signum, step)
-                if not introduced:
+                if step == count:  # the run's first call, not that of a run resumed
                     self._introduce(state)
-                    introduced = True
         self._progress.end()
         return state
 

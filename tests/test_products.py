@@ -68,11 +68,8 @@ def test_no_compiled_product_of_the_backward_pass_sums_over_the_first_axes_of_bo
     x, layer = random(4, 16, 32), Dense(64, LOW)
     params = layer.init(jax.random.PRNGKey(0), x)
     backward = jax.jit(jax.grad(lambda params, x: layer.apply(params, x).sum() ** 2, (0, 1)))
-    products = [
-        line
-        for line in backward.lower(params, x).compile().as_text().splitlines()
-        if " dot(" in line
-    ]
+    program = backward.lower(params, x).compile().as_text()
+    products = [line for line in program.splitlines() if " dot(" in line]
     assert products
     first = [
         line

@@ -4,7 +4,7 @@ Nothing is trained: the compiler says what the program will need. ViT-S/16 at 22
 `m1_max_quick_val`, in bfloat16; on CPU its activations are float32 all the same. Writes memory.csv
 beside this file.
 
-  python experiments/throughput/memory.py
+  PYTHONPATH=. python experiments/throughput/memory.py
 """
 
 import csv

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+_DENSE = "nd,df->nf"  # all tokens by a weight
+_TILE = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -60,18 +63,14 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
     grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
-    if spec == "nd,df->nf" and precision.results == jnp.float32 and _has_tiles(*a.shape, *b.shape):
-        return grad_a, _weight_gradient(a, grad).astype(like_b.dtype)
-    return (
-        grad_a,
-        jnp.einsum(f"{in_a},{out}->{in_b}", a, grad, preferred_element_type=like_b.dtype),
-    )
+    if spec == _DENSE and precision.results == jnp.float32 and _has_tiles(*a.shape, *b.shape):
+        grad_b = _weight_gradient(a, grad).astype(like_b.dtype)
+    else:
+        grad_b = jnp.einsum(f"{in_a},{out}->{in_b}", a, grad, preferred_element_type=like_b.dtype)
+    return grad_a, grad_b
 
 
 _rounded_product.defvjp(_forward, _backward)
-
-
-_TILE = 16
 
 
 def _has_tiles(*sizes: int) -> bool:
@@ -117,6 +116,6 @@ class Dense(nn.Module):
         kernel_init = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        y = product("nd,df->nf", x.reshape(-1, x.shape[-1]), kernel, self.precision)
+        y = product(_DENSE, x.reshape(-1, x.shape[-1]), kernel, self.precision)
         y = y + bias.astype(y.dtype)[None]
         return y.reshape(*x.shape[:-1], self.features)
