@@ -6,6 +6,8 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import Verdict
 from hjepa_jax.metrics import LogWindow, nonfinite_terms
 
+MIN_TARGETS = 0.5  # of a level, per image
+
 
 class Alarms:
     """Says each thing once, when it begins, and ends the run where the user wants that.
@@ -28,6 +30,7 @@ class Alarms:
         self._limit, self._on_collapse = max_nonfinite_steps, on_collapse
         self._say, self._newest_checkpoint = say, newest_checkpoint
         self._num_nonfinite, self._label = 0, "healthy"
+        self._scarce: set[str] = set()
 
     def check_finite(self, window: LogWindow, step: int) -> None:
         """Reports the steps left out since the last look.
@@ -67,6 +70,19 @@ class Alarms:
         if verdict.label != "healthy" and self._on_collapse == "stop":
             raise InputError("train.on_collapse", "stop", f"{what}. {self._checkpoint()}")
         self._say(what if verdict.label == "healthy" else f"WARNING: {what}")
+
+    def check_targets(self, values: dict[str, float]) -> None:
+        """Reports levels that are hardly ever predicted, from the means of a line of the log."""
+        for name, count in values.items():
+            if name.startswith("num_targets_level_") and count < MIN_TARGETS:
+                if name not in self._scarce:
+                    level = name.removeprefix("num_targets_level_")
+                    self._say(
+                        f"WARNING: level {level} has {count:.2g} targets per image, too few to "
+                        "learn from: its cells are hardly ever hidden whole. Raise mask.scale or "
+                        "mask.align_level, or lower mask.min_coverage"
+                    )
+                self._scarce.add(name)
 
     def _checkpoint(self) -> str:
         step = self._newest_checkpoint()

@@ -1,5 +1,6 @@
 """What the command-line entries share: flags, errors in one line, exit status."""
 
+import os
 import pathlib
 import signal
 import sys
@@ -11,14 +12,16 @@ from absl import app, flags, logging
 from hjepa_jax.errors import InputError
 
 # What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
+# The last three: a config file is a program of the user's.
 CONFIG_FLAGS_ERRORS = (
     AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
+    ImportError, NameError, SyntaxError,
 )  # fmt: skip
 MAX_LINE = 2000  # characters of a message: it may quote thousands of what it was given
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses flags, calls `main`, and exits: 0 done, 2 bad input, 130 or 143 interrupted.
+    """Parses flags, calls `main`, and exits: 0 done, 2 bad input, 130, 141 or 143 interrupted.
 
     Bad input of any kind becomes one line on stderr, without a traceback.
     """
@@ -28,6 +31,9 @@ def run(main: Callable[[], None]) -> None:
         app.run(lambda _: main(), flags_parser=parse_flags)
     except InputError as error:
         fail(str(error))
+    except BrokenPipeError:  # of `... | head`; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -111,6 +111,7 @@ def collapse_section(facts: Facts) -> Section | None:
             "target_std",
             "context_std",
             "pred_target_cosine",
+            "explained_variance_level_0",
         )
         if history.last(f"train/{name}") is not None
     ]

@@ -64,7 +64,7 @@ def judge_run(
     """
     wanted, rows = protocol.protocols, []
     num_classes = len(source.info.class_names)
-    protocols.check_classes(train, num_classes)
+    protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
     embed = build.build_embed_fn(config, model, num_layers=num_layers)
     augment = build.build_augment(config)

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import is_a
 from hjepa_jax.whole_files import replacing
 
 
@@ -149,15 +151,15 @@ def write_tensorboard_scalars(workdir: pathlib.Path, step: int, values: dict[str
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off in writing is left out."""
+    """The lines of a metrics.jsonl; one that was damaged, or cut off in writing, is left out."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and is_a(int, line.get("step")):
+                lines.append(line)
     return lines
 
 
@@ -239,12 +241,14 @@ class StepTimer:
 
 
 def peak_memory_bytes(device: Any) -> int:
-    """Most memory ever in use on the device; on CPU, by the process."""
+    """Most memory ever in use on the device; on CPU, by the process; 0 where nobody counts."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

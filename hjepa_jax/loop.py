@@ -23,7 +23,7 @@ from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
-from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.labelled import hold_out, spread_rows
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules
 from hjepa_jax.run import Run, num_params
@@ -241,6 +241,7 @@ class Loop:
             },
         )
         self._check_finite(window, step)
+        self._alarms.check_targets(values)
         if verdict:
             self._alarms.check_spread(verdict, step)
         self._timer.restart()
@@ -251,7 +252,7 @@ class Loop:
         """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
-        bank = bank[:: max(1, len(bank) // c.knn_bank_size)][: c.knn_bank_size]
+        bank = spread_rows(bank, c.knn_bank_size)
         params = self._run.placement.local(state.target_params)
 
         def features(rows: Any) -> Any:

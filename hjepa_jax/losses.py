@@ -60,8 +60,8 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
 
-    At most 0 where the predictions are no better than the mean of all targets, however small the
-    loss: a part that all targets share makes the loss small and is worth nothing. 0 without queries.
+    At most 0 where predictions are no better than the mean of all targets, however small the loss
+    is: a part that all targets share makes it small and is worth nothing. 0 without queries.
     """
     mask = valid[..., None]
     total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)

@@ -9,7 +9,8 @@ References:
   Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Here a block may lie on
   every placement, last row and column included, and blocks consist of whole cells of a level, so
   that coarse targets are fully hidden; the size of a block is drawn among the shapes that
-  satisfy area and aspect ratio exactly, not rounded out of the range.
+  satisfy area and aspect ratio exactly, not rounded out of the range. (Where cells do not divide
+  the grid, a block on its last row or column is cut there, and smaller by that.)
 """
 
 import dataclasses

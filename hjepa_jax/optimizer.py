@@ -2,7 +2,8 @@
 
 All schedules are functions of the number of the update, counted from 1: update number s uses
 `learning_rate_fn(s)`. So the first update of a warm-up already moves, and the line of the log
-that says "step 50" shows the learning rate that made step 50.
+that says "step 50" shows the learning rate that made step 50 (but for steps that were left out as
+not finite: optax does not count those).
 """
 
 import math

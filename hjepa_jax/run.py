@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -136,7 +137,11 @@ def build_run(config: Config, source: Source) -> Run:
 
 
 def open_config_source(
-    config: Config, *, source: str | None = None, data_dir: str | None = None
+    config: Config,
+    *,
+    source: str | None = None,
+    data_dir: str | None = None,
+    may_download: bool = True,
 ) -> Source:
     """The data source that the config names; `source` and `data_dir` take precedence."""
     streaming = build.build_streaming(config)
@@ -148,6 +153,7 @@ def open_config_source(
         image_size=config.data.image_size,
         seed=config.seed,
         streaming=streaming,
+        may_download=may_download,
     )
 
 
@@ -155,7 +161,7 @@ def describe(config: Config) -> dict[str, Any]:
     """What `--dry_run` prints: sizes and length of the run, without running it."""
     validate(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    run = build_run(config, open_config_source(config))
+    run = build_run(config, open_config_source(config, may_download=False))
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
@@ -178,18 +184,34 @@ def num_params(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a directory in which this run cannot be; changes nothing.
+
+    Raises:
+      InputError: when it holds a run whose config differs in a field that matters, or could not be
+        made or written.
+    """
+    with writing(workdir):
+        if (workdir / "config.json").exists():
+            _check_same_run(load_config(workdir), config, workdir)
+        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
     """Makes the run's directory and writes config.json into it.
 
     Raises:
-      InputError: when the directory cannot be written, or holds a run whose config differs in a
-        field that matters; nothing is changed then.
+      InputError: see `check_workdir`; nothing is changed then.
     """
+    check_workdir(config, workdir)
     path = workdir / "config.json"
+    if path.exists():
+        return
     with writing(workdir):
-        if path.exists():
-            _check_same_run(load_config(workdir), config, workdir)
-            return
         workdir.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
@@ -200,8 +222,10 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     """Turns an error of the file system within the block into an InputError ("--workdir")."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads the output any more: not the directory's fault
+        raise
     except OSError as error:
-        rule = f"must be a directory that can be written ({error.strerror})"
+        rule = f"must be a directory that can be written ({error.strerror or first_line(error)})"
         raise InputError("--workdir", str(workdir), rule) from error
 
 

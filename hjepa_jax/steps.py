@@ -88,7 +88,8 @@ def make_train_step(
         them too (the regularizer alone keeps them from collapsing).
       target_spec: what the targets are made of; None for the output of the target encoder.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
-        before the update. Batch statistics (VICReg, SIGReg) are then those of a part.
+        before the update. Means over the batch (of valid queries; VICReg, SIGReg) are then those
+        of a part.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv

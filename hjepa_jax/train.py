@@ -13,7 +13,8 @@ from hjepa_jax.checkpoint import Checkpoints
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation.protocols import Protocol
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.protocols import Protocol, check_classes
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
@@ -22,6 +23,7 @@ from hjepa_jax.platform import select_platform
 from hjepa_jax.run import (
     Run,
     build_run,
+    check_workdir,
     locked,
     open_config_source,
     prepare_workdir,
@@ -49,6 +51,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     """
     validate(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
+    cluster.by_first(lambda: check_workdir(config, workdir))  # before minutes of downloading
     with cluster.first_process_first():  # it downloads, and looks through
         source = open_config_source(config)
         run = build_run(config, source)  # before much is read: it refuses what cannot work
@@ -57,6 +60,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
+    _check_judgeable(config, source, train)
     data = fingerprint(train, source.records)
     _check_same_everywhere(config, data)
     warm_start.check_source(config)
@@ -80,6 +84,14 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             raise
         _report(config, workdir, (train, test))
         return rows
+
+
+def _check_judgeable(config: Config, source: Source, train: Split) -> None:
+    """What probes refuse is refused before hours of training, not after."""
+    if config.eval.probe_at_end:
+        check_classes(source.name, train.labels, len(source.info.class_names))
+    if config.eval.probe_at_end or config.eval.every_epochs:
+        hold_out(len(train.labels), num_val=config.eval.num_val, field="data.source")
 
 
 def _check_same_everywhere(config: Config, data: str) -> None:

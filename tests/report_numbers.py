@@ -261,6 +261,7 @@ def schedules(s: Sources) -> list:
 def collapse(s: Sources) -> list:
     found = []
     names = ("effective_rank", "relative_std", "target_std", "context_std", "pred_target_cosine")
+    names += ("explained_variance_level_0",)
     for name in names:
         if values := s.values(f"train/{name}"):
             found.append(row(name, four(values[0]), four(values[-1])))

@@ -50,6 +50,16 @@ def test_a_step_left_out_is_reported_once_with_its_number_and_its_term():
     assert "loss," not in said[0]
 
 
+def test_a_level_that_is_hardly_ever_predicted_is_said_once():
+    alarms, said = make_alarms()
+    for _ in range(2):
+        alarms.check_targets(
+            {"num_targets_level_0": 30.0, "num_targets_level_2": 0.02, "loss": 0.1}
+        )
+    assert len(said) == 1
+    assert "level 2 has 0.02 targets per image" in said[0]
+
+
 def test_too_many_steps_left_out_end_the_run():
     alarms, _ = make_alarms(max_nonfinite_steps=1)
     with pytest.raises(

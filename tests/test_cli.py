@@ -182,6 +182,16 @@ def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_reader_that_has_gone_away_ends_the_command_without_a_word(tiny_flags, tmp_path):
+    """As in `... | head -1`; it is not the workdir that cannot be written."""
+    command = [sys.executable, "-m", MAIN, *tiny_flags, f"--workdir={tmp_path}"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_missing_config_flag_and_file_are_refused(run_module):
     assert_refused(run_module(MAIN), "config")
     assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")

@@ -124,3 +124,15 @@ def test_a_terminal_gets_one_line_that_is_overwritten_and_never_wraps():
     ]
     assert all(len(part.removesuffix("\033[K")) <= 39 for part in parts)
     assert output.count("\n") == 2, "one after what stays, one at the end"
+
+
+def test_damaged_lines_are_left_out_and_those_after_them_are_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = [f'{{"step": {step}}}\n'.encode() for step in (1, 2, 3)]
+    path.write_bytes(
+        good[0] + b'{"step": \xff\xfe}\n' + good[1] + b'{"loss": 1.0}\n[]\n"x"\n' + good[2]
+    )
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    logger = RunLogger(tmp_path, tensorboard=False, resume_step=2)
+    logger.close()
+    assert path.read_bytes() == good[0] + good[1]

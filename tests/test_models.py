@@ -124,15 +124,19 @@ def test_predictions_follow_their_queries_when_blocks_change_places(model_and_pa
 
 
 def test_summary_pass_sees_no_patch_token(model_and_params):
-    """With the summary tokens held, what the patches say must not matter to the summary pass."""
+    """What it predicts is what the predictor makes of the summary tokens, given nothing else."""
     model, variables = model_and_params
+    prediction = jitted(model)(variables, images(), MASKS)
     bound = model.bind(variables)
-    summary = jnp.asarray(RNG.normal(size=(3, 2, WIDTH)), jnp.float32)
-    valid = jnp.ones((3, 2), bool)
-    target_index = MASKS.target_index.reshape(3, -1)
-    levels = bound.predictor(summary, None, valid, target_index, bound.query_valid(MASKS))
+    target_index, query_valid = MASKS.target_index.reshape(3, -1), bound.query_valid(MASKS)
+    seen = jnp.ones((3, 2), bool)
+    levels = bound.predictor(prediction.summary, None, seen, target_index, query_valid)
     assert [level.shape for level in levels] == [(3, 8, WIDTH), (3, 4, WIDTH)]
-    assert all(np.isfinite(level).all() for level in levels)
+    for expected, found, full in zip(
+        levels, prediction.summary_levels, prediction.levels, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert np.abs(np.asarray(found) - full).max() > 1e-3  # which sees the patches
 
 
 def test_whole_hidden_cells_are_queried_at_the_coarse_level():

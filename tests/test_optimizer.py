@@ -1,8 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from hjepa_jax import build
+from hjepa_jax.config import base_config
 from hjepa_jax.optimizer import (
     decay_mask,
     interpolation_schedule,
@@ -44,26 +47,22 @@ def test_interpolation_refuses_another_kind():
         interpolation_schedule(0.9, 1.0, kind="step", num_steps=10)
 
 
-PARAMS = {
-    "context_encoder": {
-        "block_0": {
-            "norm_mlp": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
-            "mlp_in": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)},
-        },
-        "positions": {"embedding": jnp.ones((4, 3))},
-        "summary_tokens": jnp.ones((1, 2, 3)),
-    },
-    "predictor": {"mask_token": jnp.ones((1, 1, 3)), "level_tokens": jnp.ones((2, 3))},
-}
-
-
 def test_only_kernels_decay():
-    decayed = [
-        jax.tree_util.keystr(path)
-        for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(PARAMS))
-        if on
-    ]
-    assert decayed == ["['context_encoder']['block_0']['mlp_in']['kernel']"]
+    """Of the real model with every part that it may have, so that no new name slips by."""
+    config = base_config()
+    config.model.width, config.model.depth, config.model.num_heads = 16, 2, 2
+    config.model.predictor_width, config.model.predictor_depth = 8, 1
+    config.model.predictor_num_heads, config.model.predictor_mode = 2, "cross"
+    config.model.num_registers, config.model.layer_scale = 2, 0.1
+    config.model.global_level, config.model.pyramid, config.model.expander_width = True, "add", 8
+    create = build.build_create_state(config, build.build_model(config), optax.identity())
+    params = jax.eval_shape(create).params
+    decayed, undecayed = set(), set()
+    for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
+        (decayed if on else undecayed).add(path[-1].key)
+    assert decayed == {"kernel"}
+    assert {"bias", "scale", "embedding", "mixing"} <= undecayed
+    assert {"mask_token", "level_tokens", "summary_tokens", "register_tokens"} <= undecayed
 
 
 def test_adamw_against_its_definition():

@@ -504,7 +504,9 @@ def test_centred_targets_are_what_tells_the_images_of_a_batch_apart():
     plain, centred = (
         find(params, VIEWS, TargetSpec(target_depths(2, 2), centred=on)) for on in (False, True)
     )
-    for before, after in zip((*plain.levels, plain.whole), (*centred.levels, centred.whole)):
+    for before, after in zip(
+        (*plain.levels, plain.whole), (*centred.levels, centred.whole), strict=True
+    ):
         x = np.asarray(before) - np.asarray(before).mean(axis=0)
         x = (x - x.mean(axis=-1, keepdims=True)) / x.std(axis=-1, keepdims=True)
         np.testing.assert_allclose(after, x, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hjepa_jax import run
+from hjepa_jax.config import base_config
 from hjepa_jax.data import sources
 from hjepa_jax.data.folder_source import decode_image
 from hjepa_jax.data.sources import Split, fingerprint, open_source, save_npz
@@ -438,12 +441,15 @@ def test_links_out_of_the_folder_are_skipped_and_those_within_are_read(tmp_path,
 
 
 @pytest.mark.parametrize("split", ["train", "test", "."])
-def test_a_class_of_which_no_image_is_left_is_refused(tmp_path, split):
+def test_a_class_of_which_no_image_is_left_is_refused(tmp_path, split, capsys):
     for folder in ("train", "test") if split != "." else (".",):
         for name in ("x", "y"):
             save_image(tmp_path / folder / name / "0.png")
-    (tmp_path / split / "y" / "0.png").write_text("not an image")
-    assert_refused(f"folder:{tmp_path}", "there is no image left in class y")
+    bad = tmp_path / split / "y" / "0.png"
+    bad.write_text("not an image")
+    message = assert_refused(f"folder:{tmp_path}", "there is no image left in class y")
+    assert f"({bad} cannot be decoded as an image" in message
+    assert capsys.readouterr().err == ""  # the one line says all
 
 
 def test_one_image_that_is_left_cannot_be_split(tmp_path):
@@ -525,6 +531,20 @@ def assert_download_refused(data_dir, reason, caplog):
 
 def test_dead_network_is_one_message_within_15_seconds(tmp_path, dead_cifar10, caplog):
     assert_download_refused(tmp_path, "Connection refused", caplog)
+
+
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def download(*_args, **_kwargs):
+        raise AssertionError("a dry run asked for a download")
+
+    monkeypatch.setattr(tfds.builder_cls("cifar10"), "download_and_prepare", download)
+    config = base_config()
+    config.data.dir = str(tmp_path)
+    with pytest.raises(InputError, match=r"a dry run downloads nothing; point --config"):
+        run.describe(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_silent_host_is_given_up(tmp_path, dead_cifar10, monkeypatch, caplog):
@@ -636,6 +656,32 @@ def test_tfds_set_that_is_not_image_classification_is_refused(tmp_path, name, sp
     define_tiny_set(name, splits, (4, 4, 3), labels)
     snake = name[:4].lower() + "_" + name[4:].lower()
     assert_refused(f"tfds:{snake}", "must be an image classification set", data_dir=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder in which TFDS has prepared a set of its own."""
+    define_tiny_set("TinyDamaged", [("train", 6), ("test", 3)], (4, 4, 3))
+    data_dir = tmp_path_factory.mktemp("prepared")
+    open_here("tfds:tiny_damaged", data_dir=str(data_dir))
+    return data_dir
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "rule"),
+    [
+        ("*train*", lambda data: data[: len(data) // 2], "split train in"),
+        ("*train*", lambda data: data[:60] + b"\0" * 9 + data[69:], "split train in"),
+        ("*train*", lambda _: b"", "6 elements but contained only 0"),
+        ("dataset_info.json", lambda data: data[:-9], "Failed to load JSON"),
+    ],
+    ids=["cut off", "other bytes", "empty", "description"],
+)
+def test_damaged_prepared_data_is_refused_in_one_line(tmp_path, prepared, file, damage, rule):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / "tiny_damaged" / "1.0.0").glob(file)
+    path.write_bytes(damage(path.read_bytes()))
+    assert_refused("tfds:tiny_damaged", rule, data_dir=str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from hjepa_jax import checkpoint, run, run_facts, showcase, steps, train
+from hjepa_jax.data.sources import Split, save_npz
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
@@ -38,6 +40,11 @@ TRAIN_METRICS = {
     "train/relative_std",
     "train/nonfinite_steps",
     "train/pred_target_cosine",
+    "train/explained_variance_level_0",
+    "train/explained_variance_level_1",
+    "train/explained_variance_summary",
+    "train/num_targets_level_0",
+    "train/num_targets_level_1",
     "perf/images_per_sec",
     "perf/steps_per_sec",
     "perf/data_wait_fraction",
@@ -376,3 +383,33 @@ def test_a_run_that_ends_where_it_would_save_leaves_its_count_in_the_log(tiny_co
     with pytest.raises(InputError, match="max_nonfinite_steps"):
         train.train_and_evaluate(tiny_config, tmp_path)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/nonfinite_steps": 1}]
+
+
+def test_labels_that_no_probe_can_use_are_refused_before_training(tiny_config, tmp_path):
+    """Class 0 is missing, as where labels count from 1; then there is next to nothing at all."""
+    tiny_config.eval.probe_at_end = True
+    images = np.zeros((40, 16, 16, 3), np.uint8)
+    save_npz(tmp_path / "gap.npz", *[Split(images, np.arange(40, dtype=np.int32) % 3 + 1)] * 2)
+    save_npz(tmp_path / "few.npz", *[Split(images[:4], np.arange(4, dtype=np.int32))] * 2)
+    for name, batch_size, rule in (
+        ("gap", 16, "has no training image of class 0 (1 of 4 lack)"),
+        ("few", 2, "must have at least 5"),
+    ):
+        tiny_config.data.source = f"npz:{tmp_path}/{name}.npz"
+        tiny_config.train.batch_size = batch_size
+        with pytest.raises(InputError, match=re.escape(rule)) as refusal:
+            train.train_and_evaluate(tiny_config, tmp_path / "run")
+        assert refusal.value.field == "data.source"
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_config_is_refused_before_the_data_is_looked_for(
+    tiny_config, tmp_path
+):
+    run.prepare_workdir(tiny_config, tmp_path / "run")
+    tiny_config.data.source = f"npz:{tmp_path}/absent.npz"
+    with pytest.raises(InputError, match=r"holds a run of another config \(data.source"):
+        train.train_and_evaluate(tiny_config, tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"must be a directory that can be written \(Not a dir"):
+        train.train_and_evaluate(tiny_config, tmp_path / "file" / "run")

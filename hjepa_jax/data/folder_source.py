@@ -95,14 +95,13 @@ def open_folder(
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
         splits = [_read_split(top, listing, image_size, skipped) for listing in listings]
-        report_skipped(source, skipped, f"{num_files} files")
         for listing, split in zip(listings, splits, strict=True):
             for label in np.setdiff1d(listing.labels, split.labels)[:1]:
-                rule = f"there is no image left in class {class_names[label]}"
+                rule = f"there is no image left in class {class_names[label]}{_first(skipped)}"
                 raise InputError("data.source", source, rule)
-        if len(splits) == 2:
-            return splits[0], splits[1]
-        return hold_out_test(source, splits[0], seed)
+        train, test = splits if len(splits) == 2 else hold_out_test(source, splits[0], seed)
+        report_skipped(source, skipped, f"{num_files} files")
+        return train, test
 
     num_test = counts[1] if len(counts) == 2 else num_held_out(source, num_files)
     shape = (image_size, image_size, 3)
@@ -190,13 +189,17 @@ def _list_classes(source: str, top: Path, root: Path, skipped: list[InputError])
             else:
                 images.append(entry.path)
         if not images:
-            why = [f" ({error.value} {error.rule})" for error in skipped[num_skipped:][:1]]
-            rule = "".join([f"there is no image in {folder.path}", *why])
+            rule = f"there is no image in {folder.path}{_first(skipped[num_skipped:])}"
             raise InputError("data.source", source, rule)
         files += images
         labels += [label] * len(images)
     class_names = tuple(folder.name for folder in folders)
     return _Listing(class_names, files, np.array(labels, np.int32))
+
+
+def _first(skipped: list[InputError]) -> str:
+    """Why the first of them was skipped, in brackets."""
+    return "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
 
 
 def _is_within(top: Path, path: str) -> bool:

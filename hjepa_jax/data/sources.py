@@ -88,6 +88,7 @@ def open_source(
     image_size: int,
     seed: int = 0,
     streaming: Streaming = NOT_STREAMED,
+    may_download: bool = True,
 ) -> Source:
     """Finds a source and says what is in it; downloads it first where TFDS has to.
 
@@ -99,12 +100,13 @@ def open_source(
         then centre crop). Images that all have one size keep it.
       seed: chooses the test images where the source has none of its own (10 %), and draws `shapes`.
       streaming: whether the training images are read while they are trained on.
+      may_download: without, a set of TFDS that is not prepared is refused.
 
     Raises:
       InputError: the source does not exist, cannot be had or breaks a rule of its format.
     """
     try:
-        found = _open(source, data_dir, image_size, seed, streaming)
+        found = _open(source, data_dir, image_size, seed, streaming, may_download)
     except (OSError, RuntimeError, ValueError) as error:  # no home, no rights, no such characters
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
@@ -113,7 +115,12 @@ def open_source(
 
 
 def _open(
-    source: str, data_dir: str | None, image_size: int, seed: int, streaming: Streaming
+    source: str,
+    data_dir: str | None,
+    image_size: int,
+    seed: int,
+    streaming: Streaming,
+    may_download: bool,
 ) -> Source:
     kind, _, rest = source.partition(":")
     if streaming.when == "always" and kind not in ("tfds", "folder"):
@@ -128,7 +135,9 @@ def _open(
     if kind == "tfds" and rest:
         from hjepa_jax.data import tfds_source  # it needs Split from here
 
-        return tfds_source.open_tfds(source, rest, data_dir, image_size, seed, streaming)
+        return tfds_source.open_tfds(
+            source, rest, data_dir, image_size, seed, streaming, may_download
+        )
     if kind == "npz" and rest:
         return _open_npz(source, Path(rest).expanduser(), seed)
     if kind == "folder" and rest:

@@ -35,6 +35,10 @@ SMALL_DOWNLOAD_BYTES = 2**28  # decoded, images of such a download fit the memor
 PROBE_SEC = 5.0  # how long the host of a download may take to answer
 TEST_SPLITS = ("test", "validation")  # the first that there is
 READ_BATCH = 1000  # images that TensorFlow hands over at a time
+ADVICE = (
+    "point --config.data.dir to a folder where TFDS has prepared it, or train without any "
+    "download: --config=configs/shapes_tiny.py"
+)
 
 
 def open_tfds(
@@ -44,6 +48,7 @@ def open_tfds(
     image_size: int,
     seed: int,
     streaming: Streaming = NOT_STREAMED,
+    may_download: bool = True,
 ) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
     try:
@@ -53,9 +58,12 @@ def open_tfds(
         # Older releases look for the set in a Google bucket first: minutes, without a network.
         gcs_utils._is_gcs_disabled = True
         builder = tfds.builder(name, data_dir=data_dir)
-    except (ImportError, ValueError, AssertionError) as error:
+    except Exception as error:  # no such set, or what is prepared of it is damaged
         raise InputError("data.source", source, first_line(error)) from error
     if not builder.data_path.exists():  # is_prepared() would log a warning
+        if not may_download:
+            rule = f"is not in {builder.data_dir}, and a dry run downloads nothing; {ADVICE}"
+            raise InputError("data.source", source, rule)
         if _may_be_streamed(streaming, builder):
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _download(source, builder)
@@ -131,6 +139,19 @@ def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int
     Raises:
       InputError: images are without labels, or one cannot be read.
     """
+    try:
+        split = _decode_split(source, builder, name, shape)
+    except InputError:
+        raise
+    except Exception as error:  # TensorFlow's own, of damaged files; or it is not installed
+        rule = f"split {name} in {builder.data_path} cannot be read: {first_line(error)}"
+        raise InputError("data.source", source, rule) from error
+    if split.labels.min() < 0:
+        raise InputError("data.source", source, f"split {name} has images without a label")
+    return split
+
+
+def _decode_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
     if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read that
         from hjepa_jax.data import tfds_records
 
@@ -169,21 +190,15 @@ def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int
         images[start:stop] = image  # grey values broadcast to three channels
         labels[start:stop] = label
         start = stop
-    if labels.min() < 0:
-        raise InputError("data.source", source, f"split {name} has images without a label")
     return Split(images, labels)
 
 
 def _download(source: str, builder: Any) -> None:
     """Downloads and prepares a set, with progress on stderr."""
-    advice = (
-        "point --config.data.dir to a folder where TFDS has prepared it, or train without any "
-        "download: --config=configs/shapes_tiny.py"
-    )
     url_infos = {url: info for url, info in (builder.url_infos or {}).items() if url[:4] == "http"}
     for url in list(url_infos)[:1]:
         if reason := _why_unreachable(url):
-            rule = f"is not in {builder.data_dir} and {url} cannot be reached ({reason}); {advice}"
+            rule = f"is not in {builder.data_dir} and {url} cannot be reached ({reason}); {ADVICE}"
             raise InputError("data.source", source, rule)
     size = sum(info.size for info in url_infos.values())
     print(
@@ -193,7 +208,7 @@ def _download(source: str, builder: Any) -> None:
     try:
         builder.download_and_prepare()
     except Exception as error:  # each data set brings its own code, and errors
-        rule = f"cannot be prepared in {builder.data_dir} ({first_line(error)}); {advice}"
+        rule = f"cannot be prepared in {builder.data_dir} ({first_line(error)}); {ADVICE}"
         raise InputError("data.source", source, rule) from error
 
 

@@ -47,7 +47,7 @@ def check_splits(
 
 
 def hold_out(
-    n: int, *, num_val: int, seed: int = 0
+    n: int, *, num_val: int, seed: int = 0, field: str = "train_x"
 ) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:
     """Splits the training rows in two, to choose a hyper-parameter without the test set.
 
@@ -55,6 +55,7 @@ def hold_out(
       n: number of training rows, at least 5.
       num_val: rows to hold out; at most a fifth of `n` is taken.
       seed: the same seed holds out the same rows.
+      field: where the rows are from, for the error.
 
     Returns:
       Row numbers `(fit_rows, val_rows)`: sorted, disjoint, and all of [0, n) together.
@@ -64,6 +65,14 @@ def hold_out(
     """
     num_val = min(num_val, n // 5)
     if num_val < 1:
-        raise InputError("train_x", f"{n} rows", "must have at least 5, to hold some out")
+        raise InputError(field, f"{n} rows", "must have at least 5, to hold some out")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[num_val:]), np.sort(order[:num_val])
+
+
+def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+    """At most `count` of the rows, at even distances from the first to the last.
+
+    Folders and many files hold one class after the other: the first rows would lack the last.
+    """
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -106,7 +106,7 @@ def evaluate_encoders(
     for name in protocol.protocols:
         if name not in PROTOCOLS:
             raise InputError("--protocols", name, f"must be some of {', '.join(PROTOCOLS)}")
-    check_classes(train, num_classes)
+    check_classes(data, train.labels, num_classes)
     _check_shots(protocol, train, test, num_classes)
     extract = _Extractor(embed, protocol, cache)
     rows = []
@@ -302,9 +302,13 @@ def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int
             check_shots(test.labels, shots)
 
 
-def check_classes(train: Split, num_classes: int) -> None:
-    """Refuses training labels in which a class is missing: no probe could ever predict it."""
-    missing: Sequence[int] = sorted(set(range(num_classes)) - set(train.labels.tolist()))
+def check_classes(source: str, labels: Int[np.ndarray, " n"], num_classes: int) -> None:
+    """Refuses training labels in which a class is missing: no probe could ever predict it.
+
+    Raises:
+      InputError: ("data.source").
+    """
+    missing: Sequence[int] = sorted(set(range(num_classes)) - set(labels.tolist()))
     if missing:
         rule = f"has no training image of class {missing[0]} ({len(missing)} of {num_classes} lack)"
-        raise InputError("data.source", f"{len(train.labels)} labels", rule)
+        raise InputError("data.source", source, rule)

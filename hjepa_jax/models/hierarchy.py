@@ -14,11 +14,6 @@ from jaxtyping import Array, Bool, Float
 TARGET_EPSILON = 1e-6
 
 
-def num_cells(grid_size: int, level: int) -> int:
-    """Number of level-`level` cells of a `grid_size` x `grid_size` patch grid."""
-    return (-(-grid_size // 2**level)) ** 2
-
-
 def pooling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N"]:
     """Row-stochastic matrix A_l with `z_l = A_l @ z_0`: each cell is the mean of its patches.
 

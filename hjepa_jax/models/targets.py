@@ -96,7 +96,9 @@ def encode_targets(
         variables = {"params": {"context_encoder": encoder_params}}
         levels = tuple(map(standardize, apply(variables, levels, method="fuse_levels")))
     if spec.centred:
-        *levels, whole = (standardize(x - jnp.mean(x, axis=0, keepdims=True)) for x in (*levels, whole))
+        *levels, whole = (
+            standardize(x - jnp.mean(x, axis=0, keepdims=True)) for x in (*levels, whole)
+        )
     return Targets(tuple(levels), whole, outputs[last][0])
 
 
