@@ -55,22 +55,6 @@ def masked_mean(x: Float[Array, "*B"], valid: Bool[Array, "*B"]) -> Float[Array,
     return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
 
 
-def explained_variance(
-    prediction: Float[Array, "B Q D"], target: Float[Array, "B Q D"], valid: Bool[Array, "B Q"]
-) -> Float[Array, ""]:
-    """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
-
-    At most 0 where predictions are no better than the mean of all targets, however small the loss
-    is: a part that all targets share makes it small and is worth nothing. 0 without queries.
-    """
-    mask = valid[..., None]
-    total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)
-    mean = total / jnp.maximum(jnp.sum(valid), 1)
-    error = jnp.sum(jnp.where(mask, (prediction - target) ** 2, 0.0))
-    spread = jnp.sum(jnp.where(mask, (target - mean) ** 2, 0.0))
-    return jnp.where(spread > 0, 1.0 - error / jnp.maximum(spread, 1e-12), 0.0)
-
-
 def prediction_loss(
     prediction: Float[Array, "B Q D"],
     target: Float[Array, "B Q D"],

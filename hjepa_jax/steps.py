@@ -14,12 +14,12 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from hjepa_jax import losses
 from hjepa_jax.data.augment import Augment
+from hjepa_jax.health import health
 from hjepa_jax.masking import MaskSampler, gather_tokens
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Prediction
+from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.targets import TargetSpec, block_outputs, encode_targets, target_depths
 from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import Schedule, global_norm
@@ -145,13 +145,8 @@ def make_train_step(
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         scalars, prediction, targets, tokens = aux
         features = jnp.mean(tokens, axis=1)
-        scalars["context_std"] = _mean_std(prediction.context_mean)
-        scalars["target_std"] = _mean_std(features)
-        scalars["pred_target_cosine"] = losses.masked_mean(
-            losses.cosine_similarity(prediction.levels[0], targets[0]), prediction.query_valid[0]
-        )
-        scalars |= _prediction_health(prediction, targets, model.predictor.num_levels)
-        return grads, StepOutputs(scalars, features)
+        found = health(prediction, targets, features, num_levels=model.predictor.num_levels)
+        return grads, StepOutputs(scalars | found, features)
 
     def accumulated(
         state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
@@ -293,25 +288,3 @@ def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, 
 def _untyped_apply(model: HJEPA) -> Any:
     """`model.apply`, of whose results a type checker cannot know whether they are pairs."""
     return model.apply
-
-
-def _prediction_health(
-    prediction: Prediction, targets: tuple[Array, ...], num_levels: int
-) -> dict[str, Array]:
-    """Of each level: targets per image, and the share of their variance that is predicted."""
-    scalars = {}
-    for level in range(num_levels):
-        target, valid = targets[level], prediction.query_valid[level]
-        scalars[f"num_targets_level_{level}"] = jnp.sum(valid) / len(valid)
-        share = losses.explained_variance(prediction.levels[level], target, valid)
-        scalars[f"explained_variance_level_{level}"] = share
-    if prediction.summary_levels:
-        scalars["explained_variance_summary"] = losses.explained_variance(
-            prediction.summary_levels[0], targets[0], prediction.query_valid[0]
-        )
-    return scalars
-
-
-def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:
-    """Standard deviation over the batch, averaged over features."""
-    return jnp.mean(jnp.std(x, axis=0))

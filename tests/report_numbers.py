@@ -260,9 +260,8 @@ def schedules(s: Sources) -> list:
 
 def collapse(s: Sources) -> list:
     found = []
-    names = ("effective_rank", "relative_std", "target_std", "context_std", "pred_target_cosine")
-    names += ("explained_variance_level_0",)
-    for name in names:
+    spread = ("effective_rank", "relative_std", "target_std", "context_std")
+    for name in (*spread, "pred_target_cosine", "explained_variance_level_0"):
         if values := s.values(f"train/{name}"):
             found.append(row(name, four(values[0]), four(values[-1])))
     healthy, evidence = newest_signs(s)

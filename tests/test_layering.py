@@ -26,6 +26,7 @@ LAYERS = [
     ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
      "projector", "objective"],
     ["alarms", "image_figures", "validation"],
+    ["health"],
     ["steps"],
     ["build"],
     ["run"],

@@ -1,0 +1,61 @@
+"""What a training step says of its health, beside its loss, which alone says little."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hjepa_jax import losses
+from hjepa_jax.models.hjepa import Prediction
+
+
+def health(
+    prediction: Prediction,
+    targets: tuple[Float[Array, "B _ D"], ...],
+    features: Float[Array, "B D"],
+    *,
+    num_levels: int,
+) -> dict[str, Float[Array, ""]]:
+    """Scalars of a step by metric name.
+
+    Args:
+      prediction: output of the online networks.
+      targets: aligned with `prediction.levels`.
+      features: mean-pooled target features of each image.
+      num_levels: L; of the global level, if there is one, nothing is said.
+    """
+    aligned = (prediction.levels, targets, prediction.query_valid)
+    queries = [*zip(*(x[:num_levels] for x in aligned), strict=True)]
+    finest_prediction, finest, finest_valid = queries[0]
+    cosine = losses.cosine_similarity(finest_prediction, finest)
+    scalars = {
+        "context_std": _mean_std(prediction.context_mean),
+        "target_std": _mean_std(features),
+        "pred_target_cosine": losses.masked_mean(cosine, finest_valid),
+    }
+    for level, query in enumerate(queries):
+        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(features)
+        scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
+    if prediction.summary_levels:
+        share = explained_variance(prediction.summary_levels[0], finest, finest_valid)
+        scalars["explained_variance_summary"] = share
+    return scalars
+
+
+def explained_variance(
+    prediction: Float[Array, "B Q D"], target: Float[Array, "B Q D"], valid: Bool[Array, "B Q"]
+) -> Float[Array, ""]:
+    """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
+
+    At most 0 where predictions are no better than the mean of all targets, however small the loss
+    is: a part that all targets share makes it small and is worth nothing. 0 without queries.
+    """
+    mask = valid[..., None]
+    total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)
+    mean = total / jnp.maximum(jnp.sum(valid), 1)
+    error = jnp.sum(jnp.where(mask, (prediction - target) ** 2, 0.0))
+    spread = jnp.sum(jnp.where(mask, (target - mean) ** 2, 0.0))
+    return jnp.where(spread > 0, 1.0 - error / jnp.maximum(spread, 1e-12), 0.0)
+
+
+def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:
+    """Standard deviation over the batch, averaged over features."""
+    return jnp.mean(jnp.std(x, axis=0))
