@@ -13,7 +13,7 @@ from hjepa_jax.checkpoint import Checkpoints
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.labelled import MIN_ROWS
 from hjepa_jax.evaluation.protocols import Protocol, check_classes
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.judge import judge_run
@@ -90,8 +90,9 @@ def _check_judgeable(config: Config, source: Source, train: Split) -> None:
     """What probes refuse is refused before hours of training, not after."""
     if config.eval.probe_at_end:
         check_classes(source.name, train.labels, len(source.info.class_names))
-    if config.eval.probe_at_end or config.eval.every_epochs:
-        hold_out(len(train.labels), num_val=config.eval.num_val, field="data.source")
+    if (config.eval.probe_at_end or config.eval.every_epochs) and len(train.labels) < MIN_ROWS:
+        rule = f"must have at least {MIN_ROWS} training images with labels, to hold some out"
+        raise InputError("data.source", source.name, rule)
 
 
 def _check_same_everywhere(config: Config, data: str) -> None:

@@ -6,6 +6,8 @@ from jaxtyping import Int
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import check_features
 
+MIN_ROWS = 5  # of a training set from which some are held out: a fifth at most
+
 
 def check_labelled(
     split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
@@ -47,15 +49,14 @@ def check_splits(
 
 
 def hold_out(
-    n: int, *, num_val: int, seed: int = 0, field: str = "train_x"
+    n: int, *, num_val: int, seed: int = 0
 ) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:
     """Splits the training rows in two, to choose a hyper-parameter without the test set.
 
     Args:
-      n: number of training rows, at least 5.
+      n: number of training rows, at least `MIN_ROWS`.
       num_val: rows to hold out; at most a fifth of `n` is taken.
       seed: the same seed holds out the same rows.
-      field: where the rows are from, for the error.
 
     Returns:
       Row numbers `(fit_rows, val_rows)`: sorted, disjoint, and all of [0, n) together.
@@ -63,9 +64,9 @@ def hold_out(
     Raises:
       InputError: if nothing could be held out.
     """
-    num_val = min(num_val, n // 5)
+    num_val = min(num_val, n // MIN_ROWS)
     if num_val < 1:
-        raise InputError(field, f"{n} rows", "must have at least 5, to hold some out")
+        raise InputError("train_x", f"{n} rows", f"must have at least {MIN_ROWS}, to hold some out")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[num_val:]), np.sort(order[:num_val])
 
