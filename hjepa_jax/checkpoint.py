@@ -26,7 +26,7 @@ from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.platform import initialise
 from hjepa_jax.provenance import source_commit, versions
-from hjepa_jax.run import load_config
+from hjepa_jax.run_dir import load_config
 from hjepa_jax.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -365,7 +365,7 @@ def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[
     """The model of a run and the parameters of its target encoder.
 
       model, params = checkpoint.load_encoder("runs/cifar10_tiny")
-      embed = build.build_embed_fn(run.load_config("runs/cifar10_tiny"), model)
+      embed = build.build_embed_fn(run_dir.load_config("runs/cifar10_tiny"), model)
       features = embed(params, images)["level_0"]  # uint8 [B, H, W, 3] -> float32 [B, D]
 
     Args:

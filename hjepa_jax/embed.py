@@ -26,12 +26,12 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from hjepa_jax import build, checkpoint, run
+    from hjepa_jax import build, checkpoint, run_dir
     from hjepa_jax.data.sources import open_source
     from hjepa_jax.evaluation.features import extract_features
     from hjepa_jax.platform import select_platform
 
-    config = run.load_config(pathlib.Path(_WORKDIR.value))
+    config = run_dir.load_config(pathlib.Path(_WORKDIR.value))
     select_platform(config.platform)
     model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
     kind = "npz" if _INPUT.value.endswith(".npz") else "folder"

@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def _judge(workdir: pathlib.Path, options: dict) -> list:
-    from hjepa_jax import checkpoint, run
+    from hjepa_jax import checkpoint, run, run_dir
     from hjepa_jax.evaluation import results
     from hjepa_jax.evaluation.protocols import Protocol
     from hjepa_jax.judge import judge_run
     from hjepa_jax.logging import write_tensorboard_scalars
     from hjepa_jax.platform import select_platform
 
-    config = run.load_config(workdir)
+    config = run_dir.load_config(workdir)
     select_platform(config.platform)
     model, state, initial = checkpoint.load_state(workdir, _STEP.value)
     params = {
@@ -76,7 +76,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     source = run.open_config_source(config, source=_DATA.value, data_dir=_DATA_DIR.value)
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
-    with run.writing(workdir):
+    with run_dir.writing(workdir):
         rows = judge_run(
             workdir,
             config,

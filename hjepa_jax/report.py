@@ -22,14 +22,14 @@ _IMAGES = flags.DEFINE_bool("images", True, "Read checkpoint and images too, not
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import publish, run
+    from hjepa_jax import publish, run_dir
     from hjepa_jax.platform import select_platform
 
     workdirs = [pathlib.Path(value) for value in _WORKDIR.value]
     output = pathlib.Path(_OUTPUT.value or (workdirs[0] if len(workdirs) == 1 else "report"))
-    config = run.load_config(workdirs[0])
+    config = run_dir.load_config(workdirs[0])
     select_platform(config.platform)
-    with run.writing(output):
+    with run_dir.writing(output):
         for path in publish.write_report(workdirs, output, images=_IMAGES.value):
             print(path)
 

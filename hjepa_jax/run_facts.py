@@ -27,7 +27,8 @@ from hjepa_jax.evaluation.quality import (
 from hjepa_jax.evaluation.results import Row, read_probe_json
 from hjepa_jax.history import History, read_history
 from hjepa_jax.metrics import FEATURE_ROWS
-from hjepa_jax.run import load_config, lock_owner, num_params, open_config_source
+from hjepa_jax.run import num_params, open_config_source
+from hjepa_jax.run_dir import load_config, lock_owner
 from hjepa_jax.snapshot import Snapshot, fixed_images
 
 # Training images whose features a report looks at: those compared with, and held-out ones.

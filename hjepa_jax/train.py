@@ -20,15 +20,8 @@ from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
 from hjepa_jax.platform import select_platform
-from hjepa_jax.run import (
-    Run,
-    build_run,
-    check_workdir,
-    locked,
-    open_config_source,
-    prepare_workdir,
-    writing,
-)
+from hjepa_jax.run import Run, build_run, open_config_source
+from hjepa_jax.run_dir import check_workdir, locked, prepare_workdir, writing
 from hjepa_jax.validation import validate
 
 

@@ -11,7 +11,8 @@ from hjepa_jax import checkpoint
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.positions import interpolate_positions
-from hjepa_jax.run import Run, load_config
+from hjepa_jax.run import Run
+from hjepa_jax.run_dir import load_config
 from hjepa_jax.train_state import TrainState
 
 FIELD = "train.init_from"

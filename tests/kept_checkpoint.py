@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from hjepa_jax import build, checkpoint, run
+from hjepa_jax import build, checkpoint, run, run_dir
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import collapse_verdict
@@ -28,7 +28,7 @@ def read_checkpoint(workdir: pathlib.Path) -> Checkpoint:
     newest = max(folders)
     meta = json.loads((folders[newest] / "meta/metadata").read_text())
 
-    config = run.load_config(workdir)
+    config = run_dir.load_config(workdir)
     split, _ = run.open_config_source(config).load()
     model, state, _ = checkpoint.load_state(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))

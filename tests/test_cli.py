@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import build, checkpoint, run
+from hjepa_jax import build, checkpoint, run_dir
 from hjepa_jax.logging import read_metrics
 
 MAIN = "hjepa_jax.main"
@@ -98,7 +98,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     assert features["test_labels"].shape == (60,)
 
     model, params = checkpoint.load_encoder(workdir)
-    embed = jax.jit(build.build_embed_fn(run.load_config(workdir), model))
+    embed = jax.jit(build.build_embed_fn(run_dir.load_config(workdir), model))
     images = np.load(source)["test_images"]
     np.testing.assert_allclose(
         embed(params, images)["level_1"], features["test_level_1"], atol=1e-4

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import build, cli, run
+from hjepa_jax import build, cli, run, run_dir
 from hjepa_jax import config as config_module
 from hjepa_jax.config import base_config, differing_fields, flatten
 from hjepa_jax.data.sources import Source, SourceInfo
@@ -363,7 +363,7 @@ def edited(edit) -> str:
 def test_a_config_json_of_another_version_is_refused_in_one_line(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"its config.json is no config of this version") as error:
-        run.load_config(tmp_path)
+        run_dir.load_config(tmp_path)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -375,7 +375,7 @@ def test_a_config_json_comes_back_as_saved_and_lacks_only_what_changes_no_result
     saved["parallel"].pop("cpu_devices")
     saved["model"].pop("target_layers")  # a field that came later
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert differing_fields(run.load_config(tmp_path).to_dict(), config.to_dict()) == []
+    assert differing_fields(run_dir.load_config(tmp_path).to_dict(), config.to_dict()) == []
 
 
 def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
@@ -383,7 +383,7 @@ def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
     with config.unlocked():
         config.model.level_depths = (4, 8)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    config = run.load_config(tmp_path)
+    config = run_dir.load_config(tmp_path)
     assert build.build_target_spec(config).depths == ((4,), (8,), (12,))
     config.model.target_layers = 5
     with pytest.raises(InputError, match=r"model.target_layers=5.*\b4\b.*model.level_depths"):

@@ -28,7 +28,7 @@ LAYERS = [
     ["alarms", "image_figures", "validation"],
     ["health"],
     ["steps"],
-    ["build"],
+    ["build", "run_dir"],
     ["run"],
     ["checkpoint", "showcase"],
     ["judge", "run_facts", "warm_start"],
@@ -84,6 +84,6 @@ def test_only_checkpoint_imports_orbax():
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
-        "build", "run", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
+        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
         "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
     }  # fmt: skip

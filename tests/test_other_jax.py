@@ -22,19 +22,20 @@ pytestmark = [
 PRELUDE = """
 import json, pathlib, sys
 import jax
-from hjepa_jax import checkpoint, run, train
+from hjepa_jax import checkpoint, run, run_dir, train
+from hjepa_jax.config import base_config
 from hjepa_jax.evaluation.features import params_digest
 
 workdir = pathlib.Path(sys.argv[1])
 def show():
-    config = run.load_config(workdir)
+    config = run_dir.load_config(workdir)
     built = run.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     state, window = checkpoints.restore(*built.create())
     print(json.dumps([jax.__version__, int(state.step), params_digest([state, window])]))
 """
 WRITE = """
-config = run.base_config().lock()
+config = base_config().lock()
 config.update(json.loads(sys.argv[2]))
 train.train_and_evaluate(config, workdir)
 show()

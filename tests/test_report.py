@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import build, checkpoint, run, train
+from hjepa_jax import build, checkpoint, run, run_dir, train
 from hjepa_jax.array_table import json_checksum
 from hjepa_jax.config import base_config
 from hjepa_jax.evaluation.quality import collapse_verdict
@@ -120,7 +120,7 @@ def test_every_number_of_a_kept_report_is_recomputed_from_the_files_beside_it(fo
     """What its checkpoint said is in checkpoint.json; without that, it is checked in form alone."""
     for name in ("metrics.jsonl", "config.json"):  # and probe.json, of a run that was probed
         assert (folder / name).exists(), f"keep {name} of the run in {folder}"
-    config = run.load_config(folder)
+    config = run_dir.load_config(folder)
     model = build.build_model(config)
     state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: run.num_params(tree) for name, tree in sorted(state.params.items())}
@@ -181,7 +181,7 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import pathlib, sys, time; from hjepa_jax.run import locked\n"
+        [sys.executable, "-c", "import pathlib, sys, time; from hjepa_jax.run_dir import locked\n"
          "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)",
          str(workdir)],
         stdout=subprocess.PIPE,

@@ -29,7 +29,7 @@ from hjepa_jax.data.sources import fingerprint, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
 from hjepa_jax.publish import write_report
-from hjepa_jax.run import prepare_workdir
+from hjepa_jax.run_dir import prepare_workdir
 from hjepa_jax.run_facts import read_facts
 from tests import processes
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, run, run_facts, showcase, steps, train
+from hjepa_jax import checkpoint, run, run_dir, run_facts, showcase, steps, train
 from hjepa_jax.data.sources import Split, save_npz
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
@@ -171,18 +171,22 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
 
 
 def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp_path):
-    code = "import sys, pathlib\nfrom hjepa_jax.run import locked\n"
+    code = "import sys, pathlib\nfrom hjepa_jax.run_dir import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as first:
         assert first.stdout.readline() == "held\n"
         owner = f"in use by process {first.pid} on .*, since "
-        with pytest.raises(InputError, match=owner), run.locked(tmp_path):
+        with pytest.raises(InputError, match=owner), run_dir.locked(tmp_path):
             pass
         first.kill()  # without a chance to tidy up: the lock must be gone all the same
         first.wait()
-    with run.locked(tmp_path), pytest.raises(InputError, match="in use"), run.locked(tmp_path):
+    with (
+        run_dir.locked(tmp_path),
+        pytest.raises(InputError, match="in use"),
+        run_dir.locked(tmp_path),
+    ):
         pass
 
 
@@ -406,7 +410,7 @@ def test_labels_that_no_probe_can_use_are_refused_before_training(tiny_config, t
 def test_a_workdir_of_another_config_is_refused_before_the_data_is_looked_for(
     tiny_config, tmp_path
 ):
-    run.prepare_workdir(tiny_config, tmp_path / "run")
+    run_dir.prepare_workdir(tiny_config, tmp_path / "run")
     tiny_config.data.source = f"npz:{tmp_path}/absent.npz"
     with pytest.raises(InputError, match=r"holds a run of another config \(data.source"):
         train.train_and_evaluate(tiny_config, tmp_path / "run")

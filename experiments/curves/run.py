@@ -19,7 +19,8 @@ from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.linear import linear_probe
 from hjepa_jax.figures import Panel, curves, png
 from hjepa_jax.history import History, read_history
-from hjepa_jax.run import load_config, open_config_source
+from hjepa_jax.run import open_config_source
+from hjepa_jax.run_dir import load_config
 from hjepa_jax.train import train_and_evaluate
 
 HERE = pathlib.Path(__file__).parent

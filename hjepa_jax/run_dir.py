@@ -1,0 +1,161 @@
+"""The directory of a run: whose it is, whether it can be written, and who is in it."""
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from hjepa_jax.config import ADDED_FIELDS, FREE_FIELDS, Config, base_config, differing_fields
+from hjepa_jax.data.sources import first_line
+from hjepa_jax.errors import InputError
+from hjepa_jax.fields import flatten
+from hjepa_jax.validation import validate
+from hjepa_jax.whole_files import replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Refuses a directory in which this run cannot be; changes nothing.
+
+    Raises:
+      InputError: when it holds a run whose config differs in a field that matters, or could not be
+        made or written.
+    """
+    with writing(workdir):
+        if (workdir / "config.json").exists():
+            _check_same_run(load_config(workdir), config, workdir)
+        there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):  # what access rights promise, disks may refuse
+            pass
+
+
+def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Makes the run's directory and writes config.json into it.
+
+    Raises:
+      InputError: see `check_workdir`; nothing is changed then.
+    """
+    check_workdir(config, workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        return
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write((json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns an error of the file system within the block into an InputError ("--workdir")."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads the output any more: not the directory's fault
+        raise
+    except OSError as error:
+        rule = f"must be a directory that can be written ({error.strerror or first_line(error)})"
+        raise InputError("--workdir", str(workdir), rule) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process: two runs in one directory would spoil each other.
+
+    The lock is the operating system's, on the file `lock`, so that it ends with the process however
+    that ends; the file says who holds it. Where there are no such locks (Windows,
+    some network file systems), nothing is held.
+
+    Raises:
+      InputError: when another live process holds it, or it cannot be written ("--workdir").
+    """
+    if fcntl is None:
+        yield
+        return
+    with writing(workdir):
+        file = (workdir / "lock").open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            rule = f"is in use by {owner}; stop that run or choose another --workdir"
+            raise InputError("--workdir", str(workdir), rule) from error
+        except OSError:
+            pass  # a file system without such locks
+        started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def lock_owner(workdir: pathlib.Path) -> str:
+    """Which other process holds the workdir, see `locked`; empty where none does."""
+    path = workdir / "lock"
+    if fcntl is None or not path.exists():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = file.read().strip() or "another process"
+            return "" if owner.startswith(f"process {os.getpid()} ") else owner
+        except OSError:  # a file system without such locks
+            return ""
+    return ""
+
+
+def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:
+    differing = differing_fields(old.to_dict(), new.to_dict())
+    if differing:
+        was, now = flatten(old.to_dict()), flatten(new.to_dict())
+        changes = ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
+        rule = f"holds a run of another config ({changes}); choose another --workdir"
+        raise InputError("--workdir", str(workdir), rule)
+
+
+def load_config(workdir: pathlib.Path) -> Config:
+    """The config that the run in `workdir` was started with, locked and checked.
+
+    Raises:
+      InputError: when there is none, or it is not one of this version.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise InputError("--workdir", str(workdir), "holds no run (there is no config.json)")
+    config = base_config().lock()
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        _check_same_fields(saved, config.to_dict())
+        config.update(saved)
+        validate(config)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+            InputError) as error:  # fmt: skip
+        rule = f"its config.json is no config of this version: {first_line(error)}"
+        raise InputError("--workdir", str(workdir), rule) from error
+    return config
+
+
+def _check_same_fields(saved: Any, defaults: dict[str, Any]) -> None:
+    """A run is described by all fields: what another version lacks is known, or not guessed."""
+    if not isinstance(saved, dict):
+        raise TypeError("not an object")
+    found, expected = flatten(saved).keys(), flatten(defaults).keys()
+    missing = expected - found - {*ADDED_FIELDS}
+    missing = [field for field in missing if not field.startswith(FREE_FIELDS)]
+    for which, fields in (("unknown", found - expected), ("missing", missing)):
+        if fields:
+            raise ValueError(f"{which} {', '.join(sorted(fields))}")
