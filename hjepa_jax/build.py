@@ -196,7 +196,7 @@ def build_target_spec(config: Config) -> TargetSpec:
     depths = target_depths(
         depth, c.num_levels, num_layers=c.target_layers, level_depths=c.level_depths
     )
-    return TargetSpec(depths, c.global_target, c.centred_targets)
+    return TargetSpec(depths, c.global_target)
 
 
 def build_schedules(config: Config, num_images: int) -> Schedules:

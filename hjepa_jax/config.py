@@ -42,7 +42,6 @@ ADDED_FIELDS = (
     "data.local_views",
     "loss.cross_view",
     "loss.local_weight",
-    "model.centred_targets",
     "model.drop_path",
     "model.global_level",
     "model.global_target",
@@ -116,7 +115,6 @@ def base_config() -> Config:
     # last, as for the global level. They are the mean of that block and the k - 1 before it.
     c.model.level_depths = placeholder(tuple)
     c.model.target_layers = 1  # k
-    c.model.centred_targets = False  # without what all images of the batch have in common
     c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()

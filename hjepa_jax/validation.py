@@ -215,16 +215,13 @@ def validate(config: Config) -> None:
         "optim.accumulation_steps",
         f"must divide train.batch_size={config.train.batch_size}",
     )
-    for field, compares in (
-        ("loss.regularizer", config.loss.regularizer != "none"),
-        ("model.centred_targets", config.model.centred_targets),
-    ):
-        check(
-            not compares or config.train.batch_size // config.optim.accumulation_steps >= 2,
-            "train.batch_size",
-            f"must leave at least 2 images per part, which {field}={get_field(config, field)!r} "
-            "compares",
-        )
+    check(
+        config.loss.regularizer == "none"
+        or config.train.batch_size // config.optim.accumulation_steps >= 2,
+        "train.batch_size",
+        "must leave at least 2 images per part, which "
+        f"loss.regularizer={config.loss.regularizer!r} compares",
+    )
     at_least(1, "parallel.cpu_devices", at_most=256)
     at_least(1, "parallel.fsdp")  # run.build_run: it divides the number of devices
     at_least(0, "eval.every_epochs", "log.figures_every_epochs")

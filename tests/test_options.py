@@ -496,24 +496,6 @@ def test_the_global_level_and_the_tokens_are_of_the_last_block_whatever_the_leve
     assert not np.allclose(first.levels[0], last.levels[0], atol=0.1)
 
 
-def test_centred_targets_are_what_tells_the_images_of_a_batch_apart():
-    """Whatever is added to all images alike at a place, before or after, is gone."""
-    model = make_model()
-    params = init_params(model)["context_encoder"]
-    find = jax.jit(functools.partial(encode_targets, model), static_argnums=2)
-    plain, centred = (
-        find(params, VIEWS, TargetSpec(target_depths(2, 2), centred=on)) for on in (False, True)
-    )
-    for before, after in zip(
-        (*plain.levels, plain.whole), (*centred.levels, centred.whole), strict=True
-    ):
-        x = np.asarray(before) - np.asarray(before).mean(axis=0)
-        x = (x - x.mean(axis=-1, keepdims=True)) / x.std(axis=-1, keepdims=True)
-        np.testing.assert_allclose(after, x, rtol=1e-3, atol=1e-3)
-        assert np.abs(np.asarray(before).mean(axis=0)).max() > 0.3
-    np.testing.assert_array_equal(plain.tokens, centred.tokens)
-
-
 def test_each_level_averages_the_blocks_up_to_its_depth():
     assert target_depths(12, 2) == ((12,), (12,), (12,))
     assert target_depths(12, 2, num_layers=2) == ((12, 11),) * 3

@@ -15,7 +15,6 @@ ROWS = {
     "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
     "base": {},
     "learning_rate_3e-4": {"optim.learning_rate": 3e-4},
-    "centred_targets": {"model.centred_targets": True},
     "rate_and_summary": {"optim.learning_rate": 3e-4, "loss.summary_weight": 0.25},
     "rate_and_rope": {
         "optim.learning_rate": 3e-4, "model.positions": "rope2d", "model.layer_scale": 0.1,

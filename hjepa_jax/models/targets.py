@@ -25,15 +25,10 @@ class TargetSpec:
       depths: blocks of the target encoder (`target_depths`).
       whole: the global level: "patches", the mean of all patch tokens; "summary", of the summary
         tokens, which then are what they have to predict of other views.
-      centred: whether what all images of the batch have in common at a place is taken off before
-        the LayerNorm, as Caron et al. 2021 (arXiv 2104.14294, section 3.1) do with their targets.
-        What is left is what tells one image from another; its scale is LayerNorm's, so that the
-        loss cannot fall by features that draw together.
     """
 
     depths: TargetDepths
     whole: str = "patches"
-    centred: bool = False
 
 
 @struct.dataclass
@@ -95,11 +90,7 @@ def encode_targets(
         apply: Any = model.apply
         variables = {"params": {"context_encoder": encoder_params}}
         levels = tuple(map(standardize, apply(variables, levels, method="fuse_levels")))
-    if spec.centred:
-        *levels, whole = (
-            standardize(x - jnp.mean(x, axis=0, keepdims=True)) for x in (*levels, whole)
-        )
-    return Targets(tuple(levels), whole, outputs[last][0])
+    return Targets(levels, whole, outputs[last][0])
 
 
 def block_outputs(
