@@ -21,10 +21,15 @@ ROWS = {
     "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
     "mask_random": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
     "levels_1": {"model.num_levels": 1},
-    "levels_3": {"model.num_levels": 3},
+    # Hardly one of the four cells of level 2 is hidden as a whole. Where half of it is enough,
+    # there are targets, and `half_covered` is what three levels compare with.
+    "half_covered": {"mask.min_coverage": 0.5},
+    "levels_3": {"model.num_levels": 3, "mask.min_coverage": 0.5},
     # The sum of the levels' weights is then that of the baseline, whose regularizer it meets.
     "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
-    "levels_3_same_sum": {"model.num_levels": 3, "loss.level_weights": (0.67, 0.67, 0.67)},
+    "levels_3_same_sum": {
+        "model.num_levels": 3, "mask.min_coverage": 0.5, "loss.level_weights": (0.67, 0.67, 0.67),
+    },
     "no_summary_pass": {"loss.summary_weight": 0.0},
     "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
     "no_regularizer": {"loss.regularizer": "none"},

@@ -19,10 +19,16 @@ ROWS = {
         "mask.kind": "random", "mask.scale": (0.5, 0.6), "mask.align_level": 1,
     },
     "levels_1": {"model.num_levels": 1},
-    "levels_3": {"model.num_levels": 3},
+    "levels_3_whole_cells": {"model.num_levels": 3},
+    # Hardly one of the four cells of level 2 is hidden as a whole. Where half of it is enough,
+    # there are targets, and `half_covered` is what three levels compare with.
+    "half_covered": {"mask.min_coverage": 0.5},
+    "levels_3": {"model.num_levels": 3, "mask.min_coverage": 0.5},
     # The sum of the levels' weights is then that of the baseline, whose regularizer it meets.
     "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
-    "levels_3_same_sum": {"model.num_levels": 3, "loss.level_weights": (0.67, 0.67, 0.67)},
+    "levels_3_same_sum": {
+        "model.num_levels": 3, "mask.min_coverage": 0.5, "loss.level_weights": (0.67, 0.67, 0.67),
+    },
     "summary_tokens_1": {"model.num_summary_tokens": 1},
     "no_summary_pass": {"loss.summary_weight": 0.0},
     "positions_learned": {"model.positions": "learned"},
