@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
         fail(str(error))
     except BrokenPipeError:  # of `... | head`; Python would complain again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # 128 + SIGPIPE, as a shell says it; Windows has no signal of that name
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -123,6 +123,13 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
                 f"eval/knn_top1 rose from {pct(before[-1])} to {pct(knn[-1])} % in the last third"
             )
             found.append(("Train longer: `train.num_epochs`.", rule))
+    if len(knn) and knn[-1] < knn.max() - MARGIN:
+        rule = (
+            f"eval/knn_top1 ended at {pct(knn[-1])} %, below the {pct(knn.max())} % of step "
+            f"{steps[knn.argmax()]:.0f}"
+        )
+        what = "Judge the best checkpoint too: `python -m hjepa_jax.probe --step=best ...`."
+        found.append((what, rule))
     ours, random = (best_score(facts.probes, "linear", e) for e in ("target", "random_init"))
     if ours is not None and random is not None and ours <= random + MARGIN:
         rule = f"linear: {pct(ours)} %, random-init {pct(random)} %"

@@ -366,6 +366,10 @@ def next_steps(s: Sources) -> list:
     if len(knn) > 2 and before and knn[-1][1] > before[-1] + 0.01:
         rise = f"{percent(before[-1])} to {percent(knn[-1][1])} %"
         found.append(f"eval/knn_top1 rose from {rise} in the last third")
+    if knn and knn[-1][1] < (most := max(score for _, score in knn)) - 0.01:
+        step = next(step for step, score in knn if score == most)
+        ended = f"{percent(knn[-1][1])} %, below the {percent(most)} % of step {step}"
+        found.append(f"eval/knn_top1 ended at {ended}")
     ours, random = s.best("linear", "target"), s.best("linear", "random_init")
     if ours is not None and random is not None and ours <= random + 0.01:
         found.append(f"linear: {percent(ours)} %, random-init {percent(random)} %")
