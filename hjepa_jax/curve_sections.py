@@ -112,6 +112,7 @@ def collapse_section(facts: Facts) -> Section | None:
             "context_std",
             "pred_target_cosine",
             "explained_variance_level_0",
+            "position_share",
         )
         if history.last(f"train/{name}") is not None
     ]

@@ -10,7 +10,7 @@ from hjepa_jax.models.hjepa import Prediction
 def health(
     prediction: Prediction,
     targets: tuple[Float[Array, "B _ D"], ...],
-    features: Float[Array, "B D"],
+    tokens: Float[Array, "B N D"],
     *,
     num_levels: int,
 ) -> dict[str, Float[Array, ""]]:
@@ -19,7 +19,7 @@ def health(
     Args:
       prediction: output of the online networks.
       targets: aligned with `prediction.levels`.
-      features: mean-pooled target features of each image.
+      tokens: of the target encoder, in the order of the grid.
       num_levels: L; of the global level, if there is one, nothing is said.
     """
     aligned = (prediction.levels, targets, prediction.query_valid)
@@ -28,11 +28,12 @@ def health(
     cosine = losses.cosine_similarity(finest_prediction, finest)
     scalars = {
         "context_std": _mean_std(prediction.context_mean),
-        "target_std": _mean_std(features),
+        "target_std": _mean_std(jnp.mean(tokens, axis=1)),
         "pred_target_cosine": losses.masked_mean(cosine, finest_valid),
+        "position_share": position_share(tokens),
     }
     for level, query in enumerate(queries):
-        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(features)
+        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(tokens)
         scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
     if prediction.summary_levels:
         share = explained_variance(prediction.summary_levels[0], finest, finest_valid)
@@ -54,6 +55,23 @@ def explained_variance(
     error = jnp.sum(jnp.where(mask, (prediction - target) ** 2, 0.0))
     spread = jnp.sum(jnp.where(mask, (target - mean) ** 2, 0.0))
     return jnp.where(spread > 0, 1.0 - error / jnp.maximum(spread, 1e-12), 0.0)
+
+
+def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
+    """The part of the tokens' variance that their place alone decides, in [0, 1].
+
+    The predictor knows it without looking; where it grows, a falling loss and a rising explained
+    variance say little. The estimate has no bias by the number of images, for B >= 2: the means of
+    B images at places that nothing distinguishes still differ by a B-th of the tokens' variance.
+    """
+    b = len(tokens)
+    at_place = jnp.mean(tokens, axis=0, keepdims=True)
+    of_image = tokens - at_place
+    within = of_image - jnp.mean(of_image, axis=1, keepdims=True)
+    between = jnp.mean((at_place - jnp.mean(at_place, axis=1, keepdims=True)) ** 2)
+    of_place = jnp.maximum(between - jnp.mean(within**2) / max(b - 1, 1), 0.0)
+    total = of_place + jnp.mean(of_image**2) * (b / max(b - 1, 1))
+    return of_place / jnp.maximum(total, 1e-12)
 
 
 def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:

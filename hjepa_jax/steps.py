@@ -145,7 +145,7 @@ def make_train_step(
         (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         scalars, prediction, targets, tokens = aux
         features = jnp.mean(tokens, axis=1)
-        found = health(prediction, targets, features, num_levels=model.predictor.num_levels)
+        found = health(prediction, targets, tokens, num_levels=model.predictor.num_levels)
         return grads, StepOutputs(scalars | found, features)
 
     def accumulated(

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hjepa_jax.health import explained_variance
+from hjepa_jax.health import explained_variance, position_share
 
 RNG = np.random.default_rng(0)
 
@@ -19,3 +19,19 @@ def test_explained_variance_is_0_for_the_mean_and_1_for_the_target_itself():
     assert explained_variance(0.0 * target, target, valid) < -3
     assert explained_variance(target, target, valid & False) == 0.0
     assert explained_variance(target, target * 0 + 1.0, valid) == 0.0  # nothing to explain
+
+
+def test_the_share_of_position_is_what_the_place_decides_and_no_accident_of_few_images():
+    """Variance 4 among places and 1 among images at each, in features of any scale."""
+    places, images = RNG.normal(size=(1, 49, 64)), RNG.normal(size=(8, 49, 64))
+    mixed = jnp.asarray(0.1 * (2 * places + images) + 3.0, jnp.float32)
+    np.testing.assert_allclose(position_share(mixed), 0.8, atol=0.01)
+    alone = jnp.asarray(images, jnp.float32)
+    assert position_share(alone) < 0.01  # 1/8 of them by the means of 8 images as they are
+    # An image's own mean is nothing that its places decide.
+    np.testing.assert_allclose(
+        position_share(mixed + jnp.asarray(RNG.normal(size=(8, 1, 64)), jnp.float32)),
+        0.04 / (0.04 + 0.01 + 1.0),
+        atol=0.01,
+    )
+    assert position_share(jnp.ones((4, 9, 2))) == 0.0
