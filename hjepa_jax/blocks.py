@@ -5,7 +5,7 @@ not divide. A block is drawn from uniform numbers, so that it can be sampled ins
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -96,9 +96,23 @@ class BlockSampler:
         )
 
     @property
-    def areas(self) -> Int[np.ndarray, " S"]:
-        """Patches of each shape, were no cell cut."""
-        return self.shapes.prod(axis=1) * self.cell_size**2
+    def areas(self) -> Float[np.ndarray, " S"]:
+        """Patches of each shape, the mean over its placements: the edge of the grid cuts cells."""
+        return self._areas(np.mean)
+
+    @property
+    def smallest_areas(self) -> Float[np.ndarray, " S"]:
+        """Patches of each shape where it is cut most."""
+        return self._areas(np.min)
+
+    def _areas(self, of_placements: Callable[..., Any]) -> Float[np.ndarray, " S"]:
+        cells_per_side = -(-self.grid_size // self.cell_size)
+        lengths = []  # in patches, of one cell in a row, two, ...
+        for num_cells in range(1, cells_per_side + 1):
+            start = np.arange(cells_per_side - num_cells + 1) * self.cell_size
+            cut = np.minimum(num_cells * self.cell_size, self.grid_size - start)
+            lengths.append(float(of_placements(cut)))
+        return np.array(lengths)[self.shapes - 1].prod(axis=1)
 
     @property
     def capacity(self) -> int:
