@@ -99,8 +99,10 @@ def base_config() -> Config:
     c.model.num_summary_tokens = 4  # R
     c.model.num_registers = 0  # further such tokens, that nobody reads
     c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed) | rope2d
-    c.model.layer_scale = 0.0  # initial factor of each residual branch, per feature; 0: none
-    c.model.drop_path = 0.0  # probability to leave out a branch of the last block (first: 0)
+    # Of the encoder: initial factor of each residual branch, per feature, 0 for none; probability
+    # to leave out a branch of the last block (of the first: 0).
+    c.model.layer_scale = 0.0
+    c.model.drop_path = 0.0
     c.model.remat = False  # compute blocks again in the backward pass: less memory, slower
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
     c.model.predictor_width = 96

@@ -174,7 +174,7 @@ class MaskSampler:
             context_index=context_index,
             context_valid=context_valid,
             target_index=target_index,
-            # An image that shows nothing can predict nothing: it must not weigh in the loss.
+            # An image that shows nothing can predict nothing: its targets do not count.
             target_valid=target_valid & jnp.any(visible),
         )
 

@@ -168,6 +168,16 @@ def validate(config: Config) -> None:
     one_of("loss.kind", PREDICTION_LOSSES)
     one_of("loss.regularizer", ("vicreg", "sigreg", "none"))
     one_of("loss.regularized", REGULARIZED)
+    check(
+        config.model.expander_width == 0 or config.loss.regularizer != "none",
+        "model.expander_width",
+        "must be 0 where loss.regularizer='none': nothing would read it",
+    )
+    check(
+        config.loss.local_weight > 0 or config.data.local_views == 0,
+        "data.local_views",
+        "must be 0 where loss.local_weight is: they would be encoded for nothing",
+    )
     at_least(0, "loss.summary_weight", "loss.local_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
     at_least(1, "loss.num_slices", at_most=65_536)

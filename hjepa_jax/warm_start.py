@@ -17,7 +17,9 @@ from hjepa_jax.train_state import TrainState
 
 FIELD = "train.init_from"
 # Of the networks, what may differ: how they are computed or trained, not what they are.
-FREE = {"dtype", "drop_path", "level_depths", "remat", "target", "target_layers"}
+FREE = {
+    "dtype", "drop_path", "global_target", "level_depths", "remat", "target", "target_layers",
+}  # fmt: skip
 
 
 def check_source(config: Config) -> None:

@@ -89,6 +89,98 @@ def test_every_field_has_a_reader():
     assert not unread
 
 
+# Another value for each field of model, mask, loss and augmentation, and what it needs beside it.
+OTHER_VALUES = {
+    "data.image_size": (64, {}),
+    "data.mean": ((0.5, 0.5, 0.5), {}),
+    "data.std": ((0.5, 0.5, 0.5), {}),
+    "data.crop_scale": ((0.3, 1.0), {}),
+    "data.crop_ratio": ((1.0, 1.0), {}),
+    "data.local_size": (8, {}),
+    "data.local_crop_scale": ((0.2, 0.4), {}),
+    **{
+        f"data.{name}": (0.3, {})
+        for name in (
+            "horizontal_flip", "vertical_flip", "brightness", "contrast", "saturation",
+            "grayscale", "blur", "solarize",
+        )
+    },
+    "data.blur_sigma": ((0.5, 1.0), {}),
+    "model.name": ("vit_small", {}),
+    "model.width": (96, {}),
+    "model.depth": (3, {}),
+    "model.num_heads": (2, {}),
+    "model.mlp_ratio": (2.0, {}),
+    "model.patch_size": (8, {}),
+    "model.num_levels": (1, {}),
+    "model.num_summary_tokens": (2, {}),
+    "model.num_registers": (2, {}),
+    "model.positions": ("rope2d", {}),
+    "model.layer_scale": (0.1, {}),
+    "model.drop_path": (0.1, {}),
+    "model.remat": (True, {}),
+    "model.dtype": ("bfloat16", {}),
+    "model.predictor_width": (48, {}),
+    "model.predictor_depth": (1, {}),
+    "model.predictor_num_heads": (2, {}),
+    "model.predictor_mode": ("cross", {}),
+    "model.global_level": (True, {}),
+    "model.global_target": ("summary", {"model.global_level": True}),
+    "model.pyramid": ("add", {}),
+    "model.level_depths": ((3, 6), {}),
+    "model.target_layers": (2, {}),
+    "model.expander_width": (64, {}),
+    "mask.kind": ("random", {}),
+    "mask.num_blocks": (2, {}),
+    "mask.scale": ((0.1, 0.25), {}),
+    "mask.progression": (("linear", 1.2), {"mask.kind": "hierarchical"}),
+    "mask.aspect_ratio": ((0.5, 2.0), {}),
+    "mask.context_scale": ((0.9, 1.0), {}),
+    "mask.context_aspect_ratio": ((1.0, 1.0), {}),
+    "mask.align_level": (0, {}),
+    "mask.num_context": (12, {}),
+    "mask.min_coverage": (0.5, {}),
+    "loss.kind": ("mse", {}),
+    "loss.level_weights": ((1.0, 0.5), {}),
+    "loss.summary_weight": (0.5, {}),
+    "loss.cross_view": (0.5, {"model.global_level": True}),
+    "loss.local_weight": (0.5, {}),
+    "loss.regularizer": ("sigreg", {}),
+    "loss.regularizer_weight": (0.1, {}),
+    "loss.variance_weight": (5.0, {}),
+    "loss.covariance_weight": (5.0, {}),
+    "loss.num_slices": (8, {}),
+    "loss.regularized": ("both", {}),
+}  # fmt: skip
+# Fields of the same groups that say where images come from, or that the step reads by itself.
+READ_ELSEWHERE = {
+    "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
+    "data.train_split", "data.class_list", "data.local_views", "model.target",
+}  # fmt: skip
+
+
+def test_every_option_changes_what_is_built():
+    """Each by itself: a field that `build` forgets to pass on would leave its part as it is."""
+
+    def parts(overrides):
+        config = base_config()
+        config.update_from_flattened_dict(overrides)
+        return [
+            part(config)
+            for part in (
+                build.build_model, build.build_masks, build.build_augment,
+                build.build_augment_local, build.build_loss_weights, build.build_target_spec,
+            )
+        ]  # fmt: skip
+
+    groups = ("data.", "model.", "mask.", "loss.")
+    fields = {field for field in flatten(base_config().to_dict()) if field.startswith(groups)}
+    assert fields == OTHER_VALUES.keys() | READ_ELSEWHERE
+    for field, (value, needs) in OTHER_VALUES.items():
+        assert parts(needs) == parts(needs)
+        assert parts(needs) != parts({**needs, field: value}), field
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -231,6 +323,24 @@ def test_a_pyramid_needs_two_levels_and_an_ema(others, rule):
     with pytest.raises(InputError, match=rule) as error:
         validate(config)
     assert error.value.field == "model.pyramid"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"model.expander_width": 8, "loss.regularizer": "none"}, "model.expander_width"),
+        (
+            {"model.global_level": True, "data.local_views": 2, "loss.local_weight": 0.0},
+            "data.local_views",
+        ),
+    ],
+)
+def test_nothing_is_computed_that_nothing_reads(overrides, field):
+    config = base_config()
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(InputError, match="must be 0 where loss") as error:
+        validate(config)
+    assert error.value.field == field
 
 
 @pytest.mark.parametrize("size", [18, 0, -4, 516])

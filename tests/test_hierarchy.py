@@ -50,6 +50,15 @@ def test_cell_counts_as_hidden_at_the_stated_coverage():
     cells = lambda c: np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 4, 1, c))[0].tolist()
     assert cells(1.0) == [True, False, False, False]
     assert cells(0.25) == [True, True, False, False]
+    assert cells(0.26) == [True, False, False, False]
+    assert cells(1e-5) == [True, True, False, False], "a cell that is all visible is no target"
+
+
+def test_a_cell_of_thousands_of_patches_is_not_whole_with_one_of_them_visible():
+    hidden = np.ones((2, 128 * 128), bool)
+    hidden[1, 77] = False
+    found = np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 128, 7, 1.0))
+    assert found.tolist() == [[True], [False]]
 
 
 def test_ragged_cell_is_hidden_when_all_its_patches_are():

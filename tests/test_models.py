@@ -139,6 +139,19 @@ def test_summary_pass_sees_no_patch_token(model_and_params):
         assert np.abs(np.asarray(found) - full).max() > 1e-3  # which sees the patches
 
 
+def test_an_image_that_shows_nothing_is_asked_for_nothing_not_even_the_global_level():
+    """Four quarters hidden at random: in a tenth of the images they are all different."""
+    mask = MultiBlockMask(8, 4, (0.25, 0.25), (1.0, 1.0), align_level=2)
+    masks = mask(jax.random.split(jax.random.PRNGKey(0), 200))
+    encoder = VisionTransformer(8, PATCH, WIDTH, depth=1, num_heads=2)
+    predictor = Predictor(8, 2, WIDTH, width=8, depth=1, num_heads=2, global_level=True)
+    valid = HJEPA(encoder, predictor).apply({}, masks, method="query_valid")
+    shows = np.asarray(masks.context_valid).any(axis=1)
+    assert 5 < np.sum(~shows) < 40
+    for level in valid:
+        np.testing.assert_array_equal(np.asarray(level).any(axis=1), shows)
+
+
 def test_whole_hidden_cells_are_queried_at_the_coarse_level():
     valid = make_model().query_valid(MASKS)
     hidden = np.zeros((3, GRID, GRID), bool)

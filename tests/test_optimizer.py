@@ -17,6 +17,7 @@ from hjepa_jax.optimizer import (
 def test_warmup_is_linear_and_the_cosine_ends_at_the_end():
     fn = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110, end=0.2)
     assert [round(float(fn(s)), 6) for s in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    np.testing.assert_allclose(fn(35), 0.2 + 0.8 * (2 + 2**0.5) / 4, rtol=1e-6)  # linear: 0.8
     np.testing.assert_allclose(fn(60), 0.6, rtol=1e-6)
     np.testing.assert_allclose(fn(110), 0.2, rtol=1e-6)
     np.testing.assert_allclose(fn(10_000), 0.2, rtol=1e-6)
@@ -28,10 +29,12 @@ def test_a_run_may_end_within_its_warmup():
 
 
 @pytest.mark.parametrize(
-    ("kind", "middle"), [("constant", 0.9), ("linear", 0.95), ("cosine", 0.95)]
+    ("kind", "quarter", "middle"),
+    [("constant", 0.9, 0.9), ("linear", 0.925, 0.95), ("cosine", 0.914645, 0.95)],
 )
-def test_interpolation_goes_from_start_to_end(kind, middle):
+def test_interpolation_goes_from_start_to_end(kind, quarter, middle):
     fn = interpolation_schedule(0.9, 1.0, kind=kind, num_steps=100)
+    np.testing.assert_allclose(fn(25), quarter, rtol=1e-6)
     np.testing.assert_allclose(fn(0), 0.9, rtol=1e-6)
     np.testing.assert_allclose(fn(50), middle, rtol=1e-6)
     np.testing.assert_allclose(fn(100), 0.9 if kind == "constant" else 1.0, rtol=1e-6)

@@ -18,7 +18,7 @@ from hjepa_jax.models.positions import rope2d_angles, rotate
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.targets import TargetSpec, encode_targets, target_depths
-from hjepa_jax.models.transformer import Attention, Block
+from hjepa_jax.models.transformer import Attention, Block, drop_path_rates
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.objective import LossWeights, hjepa_loss
 from hjepa_jax.optimizer import decay_mask, global_norm
@@ -81,6 +81,38 @@ def test_rotated_scores_depend_on_relative_position_alone(shift):
     np.testing.assert_allclose(
         np.linalg.norm(rotate(query, angles[7, 9][None, None])), np.linalg.norm(query), rtol=1e-5
     )
+
+
+def test_a_rotary_encoder_sees_relative_positions_alone():
+    """Without tokens that are nowhere, patches that move together are encoded as before."""
+    encoder = ENCODER.clone(positions="rope2d", num_summary_tokens=0)
+    block, down, right = np.array([0, 1, 2, 4, 5, 6, 8, 9, 10]), 1, 1  # 3 x 3 of the 4 x 4 patches
+    moved = np.roll(VIEWS, (PATCH * down, PATCH * right), axis=(1, 2))
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), VIEWS)
+    apply = jax.jit(encoder.apply)
+    indices = (np.tile(block + shift, (BATCH, 1)) for shift in (0, down * GRID + right))
+    here, there = (
+        apply(params, views, jnp.asarray(index, jnp.int32))[0]
+        for views, index in zip((VIEWS, jnp.asarray(moved)), indices, strict=True)
+    )
+    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5)
+    shuffled = apply(params, VIEWS, jnp.asarray(np.tile(block[::-1], (BATCH, 1)), jnp.int32))[0]
+    np.testing.assert_allclose(shuffled[:, ::-1], here, rtol=1e-4, atol=1e-5)
+    apart = apply(params, VIEWS, jnp.asarray(np.tile(block[:2], (BATCH, 1)), jnp.int32))[0]
+    other = np.asarray(VIEWS).copy()  # the second of two patches, one further to the right
+    other[:, :PATCH, 2 * PATCH : 3 * PATCH] = other[:, :PATCH, PATCH : 2 * PATCH]
+    far = jnp.asarray(np.tile([0, 2], (BATCH, 1)), jnp.int32)
+    assert np.abs(np.asarray(apply(params, jnp.asarray(other), far)[0]) - apart).max() > 1e-3
+
+
+def test_tokens_that_are_nowhere_stay_so_in_whatever_order_patches_come():
+    encoder = ENCODER.clone(positions="rope2d", num_registers=1)
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), VIEWS)
+    apply, order = jax.jit(encoder.apply), RNG.permutation(GRID**2)
+    tokens, summary = apply(params, VIEWS)
+    shuffled, same = apply(params, VIEWS, jnp.asarray(np.tile(order, (BATCH, 1)), jnp.int32))
+    np.testing.assert_allclose(shuffled, np.asarray(tokens)[:, order], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(same, summary, rtol=1e-4, atol=1e-5)
 
 
 def test_the_angle_of_a_cell_is_that_of_its_centre():
@@ -540,6 +572,21 @@ def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
     expected = plain(plain_state, IMAGES)[1].scalars
     assert expected["loss"] != outputs[0]["loss"]
     np.testing.assert_allclose(outputs[0]["target_std"], expected["target_std"], rtol=1e-5)
+
+
+def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_out_more():
+    x = jnp.asarray(RNG.normal(size=(256, 3, 8)), jnp.float32)
+    block, dropping = Block(2, 2.0), Block(2, 2.0, drop_path=0.25)
+    params = jax.tree.map(lambda p: p + 0.1, block.init(jax.random.PRNGKey(0), x))
+    silent = jax.tree.map(jnp.zeros_like, params["params"]["attention"])
+    params = {"params": {**params["params"], "attention": silent}}  # one branch is left
+    branch = block.apply(params, x) - x
+    found = dropping.apply(params, x, rngs={"drop_path": jax.random.PRNGKey(1)}) - x
+    kept = np.abs(np.asarray(found)).max(axis=(1, 2)) > 0
+    assert 0.65 < kept.mean() < 0.85
+    np.testing.assert_allclose(found[kept], branch[kept] / 0.75, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(drop_path_rates(4, 0.3), [0.0, 0.1, 0.2, 0.3])
+    assert drop_path_rates(1, 0.3) == [0.3]
 
 
 @pytest.mark.slow

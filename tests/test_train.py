@@ -144,7 +144,10 @@ def test_steps_per_call_changes_no_result(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
 def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per_call):
-    """Epoch ends, logs and odd remainders must not change the shapes of the program."""
+    """Epoch ends, logs and odd remainders must not change the shapes of the program.
+
+    Nor does a run that goes on at another resolution compile that of the first one again.
+    """
     compiled = []
     make = steps.make_run_steps
 
@@ -158,8 +161,12 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per
     monkeypatch.setattr(run, "make_run_steps", counting)
     tiny_config.train.num_steps = 17
     tiny_config.train.steps_per_call = steps_per_call
-    train.train_and_evaluate(tiny_config, tmp_path)
+    train.train_and_evaluate(tiny_config, tmp_path / "first")
     assert len(compiled) == 1
+    tiny_config.train.init_from, tiny_config.data.image_size = str(tmp_path / "first"), 24
+    tiny_config.mask.scale = (0.1, 0.25)
+    train.train_and_evaluate(tiny_config, tmp_path / "larger")
+    assert len(compiled) == 2
 
 
 def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):

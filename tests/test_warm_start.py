@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, train
+from hjepa_jax import checkpoint, train, warm_start
 from hjepa_jax.errors import InputError
 from hjepa_jax.logging import read_metrics
 from hjepa_jax.models.positions import interpolate_positions
@@ -67,6 +67,15 @@ def test_it_begins_there_once_and_then_goes_on_by_itself(tiny_config, trained, t
     assert lines != read_metrics(trained / "metrics.jsonl")
     train.train_and_evaluate(tiny_config, tmp_path / "next")
     assert read_metrics(tmp_path / "next" / "metrics.jsonl") == lines
+
+
+def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, trained):
+    """The networks are the same, whatever is made of the target encoder's tokens."""
+    tiny_config.update_from_flattened_dict(
+        {"train.init_from": str(trained), "model.global_target": "summary",
+         "model.target_layers": 2, "model.level_depths": (2, 2)}
+    )  # fmt: skip
+    warm_start.check_source(tiny_config)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def global_feature(tokens: Float[Array, "B N D"]) -> Float[Array, "B 1 D"]:
 def hidden_cells(
     hidden: Bool[Array, "B N"], grid_size: int, level: int, min_coverage: float
 ) -> Bool[Array, "B N_l"]:
-    """Cells of which at least the fraction `min_coverage` of the patches is hidden."""
-    coverage = pool(hidden[..., None].astype(jnp.float32), grid_size, level)[..., 0]
-    return coverage > min_coverage - 1e-4  # a mean of ones may round to just below one
+    """Cells of which at least one patch is hidden, and at least the fraction `min_coverage`."""
+    member = (pooling_matrix(grid_size, level) > 0).astype(np.float32)
+    needed = np.maximum(1, np.ceil(min_coverage * member.sum(axis=1) - 1e-3))
+    count = jnp.matmul(member, hidden[..., None].astype(jnp.float32))[..., 0]  # exact, of 0 and 1
+    return count >= needed[None]

@@ -153,7 +153,7 @@ class HJEPA(nn.Module):
     def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
         """Which level-0 targets are real, then which cells of each level above are hidden.
 
-        The global query, where there is one, is always valid.
+        The global query, where there is one, is valid where the image shows something.
         """
         grid_size, num_levels = self.predictor.grid_size, self.predictor.num_levels
         hidden = target_union(masks, grid_size**2)
@@ -161,7 +161,8 @@ class HJEPA(nn.Module):
             hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
             for level in range(1, num_levels)
         )
-        whole = (jnp.ones((len(hidden), 1), bool),) * self.predictor.global_level
+        shown = jnp.any(masks.context_valid, axis=1, keepdims=True)
+        whole = (shown,) * self.predictor.global_level
         return (masks.target_valid.reshape(len(hidden), -1), *cells, *whole)
 
     def encode(

@@ -163,3 +163,12 @@ def layer_norm(name: str | None = None) -> nn.LayerNorm:
 def residual_scale(depth: int) -> float:
     """1 / sqrt(2 depth), the `out_scale` of the blocks of a network."""
     return (2 * depth) ** -0.5
+
+
+def drop_path_rates(depth: int, last: float) -> list[float]:
+    """`drop_path` of each block of a network: from 0 at the first, linearly, to `last`.
+
+    References:
+      Huang et al. 2016, arXiv 1603.09382, section 4 (linear decay of survival).
+    """
+    return [last * i / (depth - 1) for i in range(depth)] if depth > 1 else [last] * depth

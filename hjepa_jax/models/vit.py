@@ -13,7 +13,13 @@ from hjepa_jax.masking import gather_tokens
 from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles
 from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
-from hjepa_jax.models.transformer import block_type, layer_norm, residual_scale, token_init
+from hjepa_jax.models.transformer import (
+    block_type,
+    drop_path_rates,
+    layer_norm,
+    residual_scale,
+    token_init,
+)
 
 # name -> width, depth, heads
 SIZES = {
@@ -42,8 +48,8 @@ class VisionTransformer(nn.Module):
       num_registers: further such tokens, which nobody reads.
       positions: "learned", "sincos2d" or "rope2d".
       precision: of the matrix products; parameters are float32.
-      drop_path: probability to leave out a branch of the last block, see `Block`; it grows linearly
-        from 0 at the first.
+      drop_path: probability to leave out a branch of the last block, see `Block` and
+        `drop_path_rates`.
       layer_scale: see `Block`; 0 for none.
       remat: see `block_type`.
       pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
@@ -129,12 +135,12 @@ class VisionTransformer(nn.Module):
             allowed = jnp.concatenate([jnp.ones((len(x), prefix), bool), valid], axis=1)[:, None]
 
         block_class = block_type(remat=self.remat)
-        for i in range(self.depth):
+        for i, drop_path in enumerate(drop_path_rates(self.depth, self.drop_path)):
             block = block_class(
                 self.num_heads,
                 self.mlp_ratio,
                 self.precision,
-                drop_path=self.drop_path * i / max(1, self.depth - 1),
+                drop_path=drop_path,
                 out_scale=residual_scale(self.depth),
                 layer_scale=self.layer_scale,
                 name=f"block_{i}",
