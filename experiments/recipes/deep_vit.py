@@ -16,21 +16,13 @@ ROWS = {
     "base": {},
     "learning_rate_3e-4": {"optim.learning_rate": 3e-4},
     "rate_and_summary": {"optim.learning_rate": 3e-4, "loss.summary_weight": 0.25},
-    "rate_and_rope": {
+    "rate_and_rope": {"optim.learning_rate": 3e-4, "model.positions": "rope2d"},
+    "rate_and_rope_layer_scale": {
         "optim.learning_rate": 3e-4, "model.positions": "rope2d", "model.layer_scale": 0.1,
     },
     "rope_random_init": {
-        "model.positions": "rope2d", "model.layer_scale": 0.1,
+        "model.positions": "rope2d",
         "optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1,
-    },
-    "rate_and_summary_and_predictor": {
-        "optim.learning_rate": 3e-4, "loss.summary_weight": 0.25, "model.predictor_depth": 4,
-    },
-    "two_views": {  # no finer levels: what view invariance alone gives
-        "optim.learning_rate": 3e-4, "loss.level_weights": (0.0, 0.0), "loss.cross_view": 1.0,
-        "model.global_level": True, "model.global_target": "summary", "mask.num_context": 32,
-        "data.crop_scale": (0.2, 1.0), "data.brightness": 0.4, "data.contrast": 0.4,
-        "data.saturation": 0.4, "data.grayscale": 0.2,
     },
     "predictor_depth_4": {"model.predictor_depth": 4},
     "summary_weight_0.25": {"loss.summary_weight": 0.25},
