@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hjepa_jax import build, checkpoint
@@ -33,9 +32,7 @@ def main() -> None:
     images = jax.image.resize(train.images[:NUM_IMAGES].astype(np.float32), shape, "linear")
     pixels = normalize(images / 255.0, tuple(c.mean), tuple(c.std))
     spec = build.build_target_spec(config)
-    targets = jax.jit(
-        lambda params: encode_targets(model, params, jnp.asarray(pixels), spec).levels
-    )
+    targets = jax.jit(lambda params: encode_targets(model, params, pixels, spec).levels)
     for name, params in (("trained", state.target_params), ("random-init", initial.target_params)):
         for level, x in enumerate(np.asarray(x, np.float64) for x in targets(params)):
             whole = x.var(axis=(0, 1)).sum()
