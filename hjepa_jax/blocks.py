@@ -101,9 +101,14 @@ class BlockSampler:
         return self._areas(np.mean)
 
     @property
-    def smallest_areas(self) -> Float[np.ndarray, " S"]:
-        """Patches of each shape where it is cut most."""
-        return self._areas(np.min)
+    def smallest(self) -> int:
+        """Patches of the smallest block, where it is cut most."""
+        return int(self._areas(np.min).min())
+
+    @property
+    def capacity(self) -> int:
+        """Patches of the largest block, where it is cut least."""
+        return int(self._areas(np.max).max())
 
     def _areas(self, of_placements: Callable[..., Any]) -> Float[np.ndarray, " S"]:
         cells_per_side = -(-self.grid_size // self.cell_size)
@@ -113,11 +118,6 @@ class BlockSampler:
             cut = np.minimum(num_cells * self.cell_size, self.grid_size - start)
             lengths.append(float(of_placements(cut)))
         return np.array(lengths)[self.shapes - 1].prod(axis=1)
-
-    @property
-    def capacity(self) -> int:
-        """Patches of the largest block."""
-        return int(np.minimum(self.shapes * self.cell_size, self.grid_size).prod(axis=1).max())
 
     def place(self, u: Float[Array, "4"]) -> Block:
         """From four uniform numbers: area and aspect ratio, the nearest shape, its position."""

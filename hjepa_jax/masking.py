@@ -219,7 +219,7 @@ class BlockMask(MaskSampler):
 
     @property
     def smallest_union(self) -> int:
-        return max(int(block.smallest_areas.min()) for block in self.blocks)
+        return max(block.smallest for block in self.blocks)
 
     def sample_targets(
         self, u: Float[Array, " _"]
