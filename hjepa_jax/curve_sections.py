@@ -136,6 +136,15 @@ def collapse_section(facts: Facts) -> Section | None:
         Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits, from_zero=True)
     ]
     panels += [Panel("Spread of the features", "standard deviation", spread)] if spread else []
+    parts = {
+        label: thin(history.series(f"train/{name}"))
+        for label, name in (
+            ("explained", "explained_variance_level_0"),
+            ("decided by the place", "position_share"),
+        )
+        if history.last(f"train/{name}") is not None
+    }
+    panels += [Panel("Parts of the targets' variance", "share", parts)] if parts else []
     figure = curves(panels)
     return "Collapse indicators", text, {"collapse": (figure, "Collapse indicators over training")}
 

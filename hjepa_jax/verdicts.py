@@ -12,6 +12,7 @@ Check = tuple[bool | None, str, str]
 
 MARGIN = 0.01  # of top-1: what is less is taken for noise
 EASY_COSINE = 0.95
+MOSTLY_PLACES = 0.5  # of the targets' variance; runs of rotary positions stay near 0.01
 SLOW_DATA = 0.1
 HEADROOM = 0.5  # of the device's memory: with less in use a batch of twice the size fits
 
@@ -104,6 +105,11 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if cosine is not None and cosine > EASY_COSINE and not signs:
         what = "Make prediction harder: larger `mask.scale`, smaller `mask.context_scale`."
         found.append((what, f"train/pred_target_cosine {cosine:.3f} is above {EASY_COSINE}"))
+    places = history.last("train/position_share")
+    added = facts.config.model.positions != "rope2d"
+    if added and places is not None and places > MOSTLY_PLACES:
+        what = "Most of what is predicted is the place of a patch: try `model.positions=rope2d`."
+        found.append((what, f"train/position_share {places:.3f} is above {MOSTLY_PLACES}"))
     wait = history.last("perf/data_wait_fraction")
     if wait is not None and wait > SLOW_DATA:
         rule = f"perf/data_wait_fraction {wait:.3f} is above {SLOW_DATA}"

@@ -359,6 +359,9 @@ def next_steps(s: Sources) -> list:
         found.append(evidence)
     if cosine > 0.95 and healthy:
         found.append(f"train/pred_target_cosine {cosine:.3f} is above 0.95")
+    places = last.get("train/position_share", 0.0)
+    if places > 0.5 and s.config["model"]["positions"] != "rope2d":
+        found.append(f"train/position_share {places:.3f} is above 0.5")
     if wait > 0.1:
         found.append(f"perf/data_wait_fraction {wait:.3f} is above 0.1")
     knn = [(line["step"], line["eval/knn_top1"]) for line in s.lines if "eval/knn_top1" in line]

@@ -225,6 +225,24 @@ def test_collapse_and_steps_left_out_are_told_with_their_rules(finished, tmp_pat
     assert "effective rank 1.1 is below 1.6" in found["Next steps"]
 
 
+def test_targets_that_are_maps_of_places_are_told_with_what_helps(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    lines = read_metrics(workdir)
+    lines[-1]["train/position_share"] = 0.62
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([workdir], workdir, images=False)
+    found = report_sections(workdir)
+    assert "| position_share |" in found["Collapse indicators"]
+    assert "train/position_share 0.620 is above 0.5" in found["Next steps"]
+    assert "model.positions=rope2d" in found["Next steps"]
+
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["positions"] = "rope2d"  # as it is already
+    (workdir / "config.json").write_text(json.dumps(config))
+    write_report([workdir], workdir, images=False)
+    assert "position_share" not in report_sections(workdir)["Next steps"]
+
+
 def test_constant_features_are_called_collapsed_whatever_their_rank(tmp_path):
     """Rounding noise around one point has full rank."""
     x = 1 + 1e-6 * np.random.default_rng(0).normal(size=(512, 192))
