@@ -1,6 +1,8 @@
 """ViT-Tiny on CIFAR-10 at its native 32x32, patch 4: the documented entry.
 
-python -m hjepa_jax.main --config=configs/cifar10_tiny.py
+  python -m hjepa_jax.main --config=configs/cifar10_tiny.py
+
+Its settings were chosen by short runs on held-out training images: experiments/recipes.
 """
 
 from hjepa_jax.config import Config, base_config
@@ -10,7 +12,7 @@ def get_config() -> Config:
     c = base_config()
     c.data.source = "tfds:cifar10"
     c.model.name = "vit_tiny"
-    c.model.positions = "sincos2d"
+    c.model.positions = "rope2d"  # added ones make of the targets a map of places
     c.model.predictor_depth = 2
 
     c.mask.align_level = 0
@@ -18,7 +20,7 @@ def get_config() -> Config:
     c.mask.num_context = 16  # of about 30 visible: cheaper, and no worse (experiments/recipes)
     c.loss.regularizer_weight = 0.01
 
-    c.optim.learning_rate = 1e-3
+    c.optim.learning_rate = 3e-4  # twelve blocks learn more at it than at 1e-3
     c.train.batch_size = 64
     c.train.num_epochs = 20.0
     c.eval.knn_bank_size = 5_000

@@ -29,6 +29,7 @@ def test_the_documented_configs_exist():
     assert set(CONFIGS) >= {
         "shapes_tiny",
         "cifar10_tiny",
+        "cifar10_small",
         "m1_max_quick_val",
         "m1_max_full_20epoch",
         "m1_max_full_100epoch",

@@ -7,7 +7,7 @@ CONFIG = "cifar10_tiny"
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 1.0,
-    "optim.warmup_epochs": 0.1,
+    "optim.warmup_epochs": 0.1, "optim.learning_rate": 1e-3,
 }  # fmt: skip
 NUM_FIT = 12_000
 STRONGER = {
@@ -40,6 +40,7 @@ ROWS = {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
         "model.target": "online",
     },
+    "positions_sincos2d": {"model.positions": "sincos2d"},
     "stronger_augmentation": STRONGER,
     "cross_view": {"model.global_level": True, "loss.cross_view": 1.0, **STRONGER},
     "local_views": {"model.global_level": True, "data.local_views": 2, **STRONGER},

@@ -8,6 +8,8 @@ SHARED = {
     "model.width": 128, "model.depth": 12, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
     "optim.warmup_epochs": 0.1, "eval.num_val": 10_000,
+    # What the config had then.
+    "model.positions": "sincos2d", "optim.learning_rate": 1e-3,
 }  # fmt: skip
 SEEDS = (0,)
 NUM_FIT = 20_000

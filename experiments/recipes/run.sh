@@ -6,7 +6,8 @@ short_run() {
   PYTHONPATH=. python experiments/recipes/short_run.py --config=configs/cifar10_tiny.py \
     --num_train=8000 --num_test=4000 --config.model.width=128 --config.model.depth=4 \
     --config.model.num_heads=4 --config.model.predictor_width=64 \
-    --config.model.predictor_num_heads=2 --config.optim.warmup_epochs=0.1 "$@"
+    --config.model.predictor_num_heads=2 --config.optim.warmup_epochs=0.1 \
+    --config.model.positions=sincos2d --config.optim.learning_rate=1e-3 "$@"
 }
 cells="--config.mask.align_level=1 --config.mask.scale=(0.15,0.25)"
 blocks="--config.mask.align_level=0 --config.mask.scale=(0.1,0.15)"

@@ -41,6 +41,7 @@ def contenders(config: str, num_steps: int, cpu_devices: int) -> dict[tuple[str,
                 "ours.py", f"--config=configs/{config}.py", f"--kind={kind}",
                 f"--steps={num_steps}", f"--config.model.dtype={dtype}",
                 f"--config.parallel.cpu_devices={cpu_devices}",
+                "--config.model.positions=learned",  # as in the baseline
             ]  # fmt: skip
         torch = ["torch_baseline.py", f"--config={config}", f"--mode={dtype}"]
         torch += [f"--steps={max(3, num_steps // 3)}"]

@@ -1,0 +1,19 @@
+"""ViT-Small on CIFAR-10 at its native 32x32, patch 4, by the recipe of cifar10_tiny, 100 epochs.
+
+  python -m hjepa_jax.main --config=configs/cifar10_small.py
+
+For a GPU. Not trained yet.
+"""
+
+from configs import cifar10_tiny
+from hjepa_jax.config import Config
+
+
+def get_config() -> Config:
+    c = cifar10_tiny.get_config().unlock()
+    c.model.name = "vit_small"
+    c.model.predictor_width = 192
+    c.model.predictor_num_heads = 3
+    c.train.num_epochs = 100.0
+    c.eval.every_epochs = 5.0
+    return c.lock()
