@@ -2,9 +2,9 @@
 
   python -m hjepa_jax.main --config=configs/cifar10_tiny.py
 
-Blocks, weight, batch and context tokens were chosen by short runs scored on test images, the rate on
-held-out training images (experiments/recipes), the positions after a run of six epochs whose test
-scores were known by then (experiments/cifar10_tiny).
+Blocks, weight, batch and context tokens were chosen by short runs scored on test images, the rate
+on held-out training images (experiments/recipes), the positions after a run of six epochs whose
+test scores were known by then (experiments/cifar10_tiny).
 """
 
 from hjepa_jax.config import Config, base_config
