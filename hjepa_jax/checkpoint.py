@@ -341,11 +341,13 @@ class NewestCheckpoint:
 
 def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
     """Bytes on disk of each checkpoint of a run, by its step."""
-    folders = (workdir / "checkpoints").glob("*")
-    sizes = {int(f.name): list(f.rglob("*")) for f in folders if f.name.isdecimal()}
-    with contextlib.suppress(FileNotFoundError):  # a run that goes on may delete the oldest
-        return {s: sum(f.stat().st_size for f in sizes[s] if f.is_file()) for s in sorted(sizes)}
-    return {}
+    sizes = {}
+    for folder in (workdir / "checkpoints").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on may delete the oldest
+            if folder.name.isdecimal():
+                files = [f for f in folder.rglob("*") if f.is_file()]
+                sizes[int(folder.name)] = sum(f.stat().st_size for f in files)
+    return dict(sorted(sizes.items()))
 
 
 def read_meta(workdir: pathlib.Path) -> dict[str, Any]:

@@ -134,14 +134,15 @@ def load_config(workdir: pathlib.Path) -> Config:
       InputError: when there is none, or it is not one of this version.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        raise InputError("--workdir", str(workdir), "holds no run (there is no config.json)")
     config = base_config().lock()
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         _check_same_fields(saved, config.to_dict())
         config.update(saved)
         validate(config)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        rule = "holds no run (there is no config.json)"
+        raise InputError("--workdir", str(workdir), rule) from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
             InputError) as error:  # fmt: skip
         rule = f"its config.json is no config of this version: {first_line(error)}"

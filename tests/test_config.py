@@ -501,6 +501,15 @@ def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
         validate(config)
 
 
+def test_a_workdir_that_cannot_be_looked_at_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        run_dir.load_config(tmp_path / ("x" * 300))
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(InputError, match="holds no run"):
+            run_dir.load_config(workdir)
+
+
 def test_summary_losses_need_summary_tokens():
     config = base_config()
     config.model.num_summary_tokens = 0
