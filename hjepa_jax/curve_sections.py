@@ -3,6 +3,7 @@
 import numpy as np
 
 from hjepa_jax.figures import Panel, curves
+from hjepa_jax.history import History
 from hjepa_jax.logging import format_duration
 from hjepa_jax.page import Section, table
 from hjepa_jax.run_facts import Facts
@@ -127,26 +128,25 @@ def collapse_section(facts: Facts) -> Section | None:
             f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std})."
         )
     limits = {"collapse below": facts.min_rank}
-    spread = {
-        name: thin(history.series(f"train/{name}"))
-        for name in ("target_std", "context_std")
-        if history.last(f"train/{name}") is not None
-    }
+    spread = _present(history, target_std="target_std", context_std="context_std")
+    parts = _present(
+        history,
+        explained_variance_level_0="explained",
+        position_share="decided by the place",
+    )
     panels = [
         Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits, from_zero=True)
     ]
     panels += [Panel("Spread of the features", "standard deviation", spread)] if spread else []
-    parts = {
-        label: thin(history.series(f"train/{name}"))
-        for label, name in (
-            ("explained", "explained_variance_level_0"),
-            ("decided by the place", "position_share"),
-        )
-        if history.last(f"train/{name}") is not None
-    }
     panels += [Panel("Parts of the targets' variance", "share", parts)] if parts else []
     figure = curves(panels)
     return "Collapse indicators", text, {"collapse": (figure, "Collapse indicators over training")}
+
+
+def _present(history: History, **labels: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Lines by label, of those metrics of training that the log has."""
+    names = (name for name in labels if history.last(f"train/{name}") is not None)
+    return {labels[name]: thin(history.series(f"train/{name}")) for name in names}
 
 
 def thin(line: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
