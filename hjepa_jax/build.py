@@ -271,6 +271,7 @@ def build_train_step(
         num_accumulation_steps=config.optim.accumulation_steps,
         augment_local=build_augment_local(config) if config.data.local_views else None,
         num_local_views=config.data.local_views,
+        num_masks=config.mask.num_masks,
     )
 
 

@@ -42,6 +42,7 @@ ADDED_FIELDS = (
     "data.local_views",
     "loss.cross_view",
     "loss.local_weight",
+    "mask.num_masks",
     "model.drop_path",
     "model.global_level",
     "model.global_target",
@@ -124,6 +125,7 @@ def base_config() -> Config:
     # whole cells of level m mod L, larger by progression; random: scattered cells of align_level.
     c.mask.kind = "multiblock"
     c.mask.num_blocks = 4  # M, target blocks per image; random: always one set of cells
+    c.mask.num_masks = 1  # per image and step, whose targets are computed once
     c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
     c.mask.progression = ("geometric", 1.5)  # hierarchical: geometric | linear, level 1 / level 0
     c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block

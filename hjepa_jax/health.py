@@ -33,7 +33,7 @@ def health(
         "position_share": position_share(tokens),
     }
     for level, query in enumerate(queries):
-        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(tokens)
+        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(query[2])
         scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
     if prediction.summary_levels:
         share = explained_variance(prediction.summary_levels[0], finest, finest_valid)

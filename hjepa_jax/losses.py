@@ -1,7 +1,7 @@
 """Losses as small separate pieces: prediction losses over valid targets, VICReg, and SIGReg.
 
-Everything is computed in float32. Under jit with a batch that is split over devices, the means
-are means over the global batch.
+Everything is computed in float32, products too (whose operands GPUs round by default). Under jit
+with a batch that is split over devices, the means are means over the global batch.
 """
 
 import math
@@ -95,7 +95,8 @@ def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
     b, _, d = x.shape
     centred = x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=0, keepdims=True)
     tokens = centred.transpose(1, 0, 2)
-    covariance = jnp.matmul(tokens.transpose(0, 2, 1), tokens) / (b - 1)
+    products = jnp.matmul(tokens.transpose(0, 2, 1), tokens, precision="highest")
+    covariance = products / (b - 1)
     off_diagonal = covariance * (1.0 - jnp.eye(d))[None]
     return jnp.mean(jnp.sum(off_diagonal**2, axis=(1, 2))) / d
 
@@ -130,7 +131,8 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
       Epps, Pulley 1983, "A test for normality based on the empirical characteristic function".
     """
     b, r, d = x.shape
-    y = jnp.matmul(x.astype(jnp.float32).reshape(b * r, d), directions).reshape(b, -1)
+    rows = x.astype(jnp.float32).reshape(b * r, d)
+    y = jnp.matmul(rows, directions, precision="highest").reshape(b, -1)
     total = jnp.zeros(y.shape[1])
     for t in SIGREG_POINTS:  # unrolled: [B, R A] at a time, not all points of it
         normal = math.exp(-0.5 * t**2)

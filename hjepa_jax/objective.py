@@ -103,6 +103,7 @@ def local_loss(
     shares = [share for _, share in weights.global_terms]
     loss = jnp.zeros(())
     for share, target in zip(shares, targets[-len(shares) :], strict=True):
+        target = target[:: len(target) // len(predictions)]  # once per image, not per mask
         target = jnp.broadcast_to(target, predictions.shape)
         error = losses.elementwise_loss(predictions, target, weights.kind)
         loss += share * jnp.mean(error)

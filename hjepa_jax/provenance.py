@@ -1,12 +1,13 @@
 """Which code and machine made a result: versions of packages, commit of the source, device."""
 
 import functools
-import importlib.metadata
 import pathlib
 import platform as python_platform
 import subprocess
 
 import jax
+
+from hjepa_jax.platform import version
 
 
 def versions() -> dict[str, str]:
@@ -16,7 +17,7 @@ def versions() -> dict[str, str]:
     that of the machine with everything else, and does not.
     """
     packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
+    found = {name: version(name) or "not installed" for name in packages}  # run where it lies
     device = jax.local_devices()[0]
     found = {"python": python_platform.python_version(), **found, "device": device.device_kind}
     memory = (device.memory_stats() or {}).get("bytes_limit")

@@ -74,6 +74,7 @@ def make_train_step(
     num_accumulation_steps: int = 1,
     augment_local: Augment | None = None,
     num_local_views: int = 0,
+    num_masks: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
 
@@ -94,6 +95,8 @@ def make_train_step(
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
         2006.09882, section 3.4, "multi-crop"); the model has a global level, which they predict.
+      num_masks: how many masks each image has, whose targets are computed once (Baevski et al.
+        2022, arXiv 2212.07525, section 3.3, "multi-mask training").
     """
     apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
     cross_view = "loss_cross_view" in global_terms
@@ -101,23 +104,27 @@ def make_train_step(
         target_depths(model.context_encoder.depth, model.predictor.num_levels)
     )
 
+    def per_mask(x: Array) -> Array:
+        return x if num_masks == 1 else jnp.repeat(x, num_masks, axis=0)
+
     def make_targets(
         encoder_params: Any, views: Array, second_views: Array | None, target_index: Array
     ) -> tuple[tuple[Array, ...], Array]:
         """Targets of every level and query, and the tokens that the target encoder gave."""
         found = encode_targets(model, encoder_params, views, spec)
-        finest, *coarse = found.levels
+        levels = [*found.levels]
         if "loss_global" in global_terms:
-            coarse.append(found.whole)
+            levels.append(found.whole)
         if second_views is not None:
-            coarse.append(encode_targets(model, encoder_params, second_views, spec).whole)
+            levels.append(encode_targets(model, encoder_params, second_views, spec).whole)
+        finest, *coarse = (per_mask(level) for level in levels)
         return (gather_tokens(finest, target_index), *coarse), found.tokens
 
     def loss_and_grads(
         state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
     ) -> tuple[Any, StepOutputs]:
         # 1. Masks (and the augmented views they apply to).
-        masks = sample_masks(mask_rngs)
+        masks = sample_masks(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
         views = augment(augment_rngs, images)
 
         # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
@@ -126,7 +133,7 @@ def make_train_step(
         if augment_local is not None:
             local_rngs = [view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)]
             local_views = jnp.stack([augment_local(rngs, images) for rngs in local_rngs], axis=1)
-        target_index = masks.target_index.reshape(len(views), -1)
+        target_index = masks.target_index.reshape(num_masks * len(views), -1)
         inputs = (views, second_views, target_index)
         rng = batch_rng(state.rng, state.step)
         rngs = {}
@@ -138,7 +145,7 @@ def make_train_step(
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             targets, tokens = ema_targets or make_targets(params["context_encoder"], *inputs)
-            prediction = apply({"params": params}, views, masks, local_views, rngs=rngs)
+            prediction = apply({"params": params}, per_mask(views), masks, local_views, rngs=rngs)
             loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
             return loss, (scalars, prediction, targets, tokens)
 
@@ -283,6 +290,12 @@ def make_embed_fn(
 def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, "B ..."]:
     """The keys of a further view of each image, from 1; the first view has `augment_rngs`."""
     return jax.vmap(lambda rng: jax.random.fold_in(rng, NO_IMAGE + 1 - view))(augment_rngs)
+
+
+def more_rngs(rngs: Shaped[Array, "B ..."], count: int) -> Shaped[Array, "K ..."]:
+    """`count` keys for each of B, one image after the other, K = B * count."""
+    found = jax.vmap(lambda rng: jax.random.split(rng, count))(rngs)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def _untyped_apply(model: HJEPA) -> Any:

@@ -156,6 +156,7 @@ def validate(config: Config) -> None:
     increasing("mask.aspect_ratio", 0, 100)
     increasing("mask.context_aspect_ratio", 0, 100)
     at_least(1, "mask.num_blocks", at_most=256)
+    at_least(1, "mask.num_masks", at_most=64)
     positive("mask.num_context")
     check(0 < config.mask.min_coverage <= 1, "mask.min_coverage", "must be in (0, 1]")
     at_least(0, "mask.align_level", at_most=16)

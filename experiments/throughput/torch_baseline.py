@@ -6,11 +6,16 @@ hidden ones by zero, masks come from a Python loop over the images in NumPy, att
 favour: augmentation is one batched crop and flip (ours adds colour jitter where the config has
 it), and the images are in memory.
 
+With --masks_ahead the masks come from a pool sampled before the first step, and pool and images
+are on the device already: what it could do at best, without the loop in NumPy.
+
   python experiments/throughput/torch_baseline.py --config=cifar10_tiny --mode=float32 --steps=5
 """
 
 import argparse
 import copy
+import functools
+import itertools
 import json
 import resource
 import time
@@ -33,6 +38,16 @@ CONFIGS = {
         "summary_pass": True, "regularized": "summary", "batch": 64,
     },
 }  # fmt: skip
+CONFIGS["cifar10_small"] = CONFIGS["cifar10_tiny"] | {
+    "width": 384, "heads": 6, "pred_width": 192, "pred_heads": 3,
+}  # fmt: skip
+# In place of a config's own; as gpu.py has them for ours.
+MODELS = {
+    "vit_tiny": {"width": 192, "heads": 3},
+    "vit_small": {"width": 384, "heads": 6, "pred_width": 384, "pred_heads": 6},
+    "vit_base": {"width": 768, "heads": 12, "pred_width": 384, "pred_heads": 6},
+}
+NUM_MASKS_AHEAD = 16  # batches of masks
 
 
 class Attention(nn.Module):
@@ -151,18 +166,12 @@ def vicreg(x):
     return 25 * variance + off.square().sum() / x.shape[1]
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", choices=CONFIGS, required=True)
-    parser.add_argument("--mode", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--batch", type=int)
-    args = parser.parse_args()
-    c = CONFIGS[args.config]
-    batch, side = args.batch or c["batch"], c["image"] // c["patch"]
+def make_step(c, batch, *, mode, compiled):
+    """Returns `step(masks_ahead)`, one update, whose loss (a tensor) it returns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU by default
+    side = c["image"] // c["patch"]
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     encoder, predictor = Encoder(c).to(device), Predictor(c).to(device)
@@ -190,13 +199,24 @@ def main():
         spread = tokens.mean(1) if c["regularized"] == "context" else summary.flatten(1)
         return loss + 0.01 * vicreg(spread)
 
-    loss_fn = torch.compile(loss_fn) if args.compile else loss_fn
+    loss_fn = torch.compile(loss_fn) if compiled else loss_fn
 
-    def step():
-        rows = torch.from_numpy(rng.integers(0, len(stored), batch))
-        images = augment(stored[rows], c["image"], device)
-        hidden = sample_masks(rng, batch, side, c["blocks"], c["scale"]).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=args.mode == "bfloat16"):
+    def masks():
+        return sample_masks(rng, batch, side, c["blocks"], c["scale"]).to(device)
+
+    @functools.cache
+    def ahead():
+        return itertools.cycle([masks() for _ in range(NUM_MASKS_AHEAD)]), stored.to(device)
+
+    def step(masks_ahead=False):
+        if masks_ahead:
+            pool, images = ahead()
+            rows = torch.randint(len(images), (batch,), device=device)
+            images, hidden = augment(images[rows], c["image"], device), next(pool)
+        else:
+            rows = torch.from_numpy(rng.integers(0, len(stored), batch))
+            images, hidden = augment(stored[rows], c["image"], device), masks()
+        with torch.autocast(device, torch.bfloat16, enabled=mode == "bfloat16"):
             loss = loss_fn(images, hidden)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -204,17 +224,35 @@ def main():
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(target.parameters()), list(encoder.parameters()), 0.004)
-        return loss.item()
+        return loss.detach()
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", choices=CONFIGS, required=True)
+    parser.add_argument("--model", choices=MODELS, help="sizes in place of the config's")
+    parser.add_argument("--mode", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--masks_ahead", action="store_true")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--batch", type=int)
+    args = parser.parse_args()
+    c = CONFIGS[args.config] | MODELS.get(args.model, {})
+    batch = args.batch or c["batch"]
+    step = make_step(c, batch, mode=args.mode, compiled=args.compile)
 
     started, seconds = time.perf_counter(), []
     for _ in range(args.warmup + args.steps):
         before = time.perf_counter()
-        step()
+        step(args.masks_ahead).item()  # waits for the device
         seconds.append(time.perf_counter() - before)
     total = time.perf_counter() - started
     memory = (
         torch.cuda.max_memory_allocated()
-        if device == "cuda"
+        if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     first = seconds[0] - float(np.median(seconds[args.warmup :]))

@@ -128,9 +128,7 @@ def crop_and_resize(
     """
     rows = _resize_matrix(top, height, image.shape[0], size)
     cols = _resize_matrix(left, width, image.shape[1], size)
-    h, w, c = image.shape
-    x = jnp.matmul(rows, image.reshape(h, w * c)).reshape(size, w, c)
-    return jnp.matmul(cols[None], x)
+    return _along_both(rows, cols, image)
 
 
 def gaussian_blur(image: Float[Array, "S S C"], sigma: Array | float) -> Float[Array, "S S C"]:
@@ -138,12 +136,20 @@ def gaussian_blur(image: Float[Array, "S S C"], sigma: Array | float) -> Float[A
 
     At the border the weights of the pixels that there are make up 1.
     """
-    size, _, c = image.shape
+    size = image.shape[0]
     distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
     weight = jnp.exp(-0.5 * (distance / sigma) ** 2)
     weight = weight / jnp.sum(weight, axis=1, keepdims=True)
-    x = jnp.matmul(weight, image.reshape(size, size * c)).reshape(size, size, c)
-    return jnp.matmul(weight[None], x)
+    return _along_both(weight, weight, image)
+
+
+def _along_both(
+    rows: Float[Array, "S H"], cols: Float[Array, "T W"], image: Float[Array, "H W C"]
+) -> Float[Array, "S T C"]:
+    """Weighted sums of rows, then of columns, in float32 whatever the backend's default is."""
+    h, w, c = image.shape
+    x = jnp.matmul(rows, image.reshape(h, w * c), precision="highest").reshape(len(rows), w, c)
+    return jnp.matmul(cols[None], x, precision="highest")
 
 
 def _happens(rng: Array, probability: float) -> Array:

@@ -32,7 +32,7 @@ def pooling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N"]:
 
 def pool(x: Float[Array, "... N D"], grid_size: int, level: int) -> Float[Array, "... N_l D"]:
     """Means of the level-`level` cells, A_l x; the identity at level 0."""
-    return x if level == 0 else jnp.matmul(pooling_matrix(grid_size, level), x)
+    return x if level == 0 else _product(pooling_matrix(grid_size, level), x)
 
 
 def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -72,5 +72,10 @@ def hidden_cells(
     """Cells of which at least one patch is hidden, and at least the fraction `min_coverage`."""
     member = (pooling_matrix(grid_size, level) > 0).astype(np.float32)
     needed = np.maximum(1, np.ceil(min_coverage * member.sum(axis=1) - 1e-3))
-    count = jnp.matmul(member, hidden[..., None].astype(jnp.float32))[..., 0]  # exact, of 0 and 1
+    count = _product(member, hidden[..., None].astype(jnp.float32))[..., 0]
     return count >= needed[None]
+
+
+def _product(a: Float[np.ndarray, "N M"], b: Float[Array, "... M D"]) -> Float[Array, "... N D"]:
+    """In float32; by default some accelerators multiply with 8 or 11 significant bits."""
+    return jnp.matmul(a, b, precision="highest")
