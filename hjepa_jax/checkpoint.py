@@ -6,10 +6,11 @@ fingerprint of the data, scores, and the table of all arrays with their checksum
 """
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,16 +59,12 @@ class Checkpoints:
     ):
         self._workdir, self._config, self._data = workdir, config.to_dict(), data
         self._owner = owner
+        self._best = _Best({})
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
-        best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics[BEST_METRIC],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         self._manager = ocp.CheckpointManager(
             self._directory(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+                preservation_policy=preservation_policy.AnyPreservationPolicy([latest, self._best]),
                 cleanup_tmp_directories=owner,
                 **({} if owner else _alone()),
             ),
@@ -90,14 +87,12 @@ class Checkpoints:
         if which == "last":
             return None
         if which == "best":
-            scored = {}
-            for step in self._manager.all_steps():
-                with contextlib.suppress(DamagedCheckpoint, KeyError):  # it has no score to offer
-                    scored[step] = self._meta(step)["scores"][BEST_METRIC]
-            if not scored:
+            self._read_scores()
+            best = self._best.step(self._manager.all_steps())
+            if best is None:
                 rule = "needs a checkpoint with a k-NN score (eval.every_epochs)"
                 raise InputError("--step", which, rule)
-            return max(scored, key=scored.__getitem__)
+            return best
         if not which.isdecimal():
             raise InputError("--step", which, "must be last, best or the step of a checkpoint")
         return int(which)
@@ -125,6 +120,8 @@ class Checkpoints:
             "scores": scores,
             "arrays": {"state": describe_arrays(state), "window": describe_arrays(window)},
         }
+        self._read_scores()  # here: within Orbax's save it would wait for that to end
+        self._best.scores[step] = scores.get(BEST_METRIC)
         with self._writing():
             self._manager.save(
                 step,
@@ -133,7 +130,6 @@ class Checkpoints:
                     window=ocp.args.StandardSave(window),
                     meta=ocp.args.JsonSave({**meta, "checksum": json_checksum(meta)}),
                 ),
-                metrics={k: float(v) for k, v in scores.items()} if BEST_METRIC in scores else None,
             )
 
     def restore(self, state: TrainState, window: LogWindow) -> tuple[TrainState, LogWindow]:
@@ -189,6 +185,14 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise InputError("--step", step, f"must be one of the checkpoints, {steps}")
         return steps[-1] if step is None else step
+
+    def _read_scores(self) -> None:
+        """Gets to know the scores of checkpoints that another process has saved."""
+        for step in sorted(set(self._manager.all_steps()) - self._best.scores.keys()):
+            score = None
+            with contextlib.suppress(DamagedCheckpoint, LookupError, TypeError):  # it has none
+                score = self._meta(step)["scores"][BEST_METRIC]
+            self._best.scores[step] = score if is_a(float, score) else None
 
     def _meta(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -283,6 +287,29 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.close()
+
+
+@dataclasses.dataclass
+class _Best:
+    """Tells Orbax to keep the best checkpoint (a `PreservationPolicy`).
+
+    Orbax's own goes by metrics that it forgets with the process.
+
+    Attributes:
+      scores: k-NN score of each step that has been looked at; None where it has none.
+    """
+
+    scores: dict[int, float | None]
+
+    def step(self, steps: Iterable[int]) -> int | None:
+        """The one of these steps with the best score, the newest of equals; None where none has."""
+        scored = [(score, s) for s in steps if (score := self.scores.get(s)) is not None]
+        return max(scored)[1] if scored else None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each of the checkpoints is the best."""
+        best = self.step(info.step for info in checkpoints)
+        return [info.step == best for info in checkpoints]
 
 
 def _alone() -> dict[str, Any]:

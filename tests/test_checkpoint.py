@@ -151,3 +151,40 @@ def test_nothing_left_to_read_is_one_error(workdir, tiny_config):
         rewrite_meta(workdir, step, data="abd")
     with pytest.raises(InputError, match="holds no checkpoint that can be read"):
         restore(workdir, tiny_config)
+
+
+def save(workdir, config, scores: dict[int, float | None]) -> list[int]:
+    """Saves a checkpoint for each step, in a process of its own as it were; the steps then kept."""
+    checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
+    for step, score in scores.items():
+        scored = {} if score is None else {checkpoint.BEST_METRIC: score}
+        checkpoints.save(make_state(step), make_window(), scores=scored)
+    checkpoints.close()
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+
+
+def best_step(workdir, config) -> int | None:
+    checkpoints = checkpoint.Checkpoints(workdir, config=config)
+    try:
+        return checkpoints.find_step("best")
+    finally:
+        checkpoints.close()
+
+
+def test_the_best_checkpoint_outlives_every_resume(tiny_config, tmp_path):
+    tiny_config.train.keep_checkpoints = 1
+    assert save(tmp_path, tiny_config, {1: 0.5, 2: 0.9, 3: 0.6, 4: None}) == [2, 4]
+    assert save(tmp_path, tiny_config, {5: None, 6: 0.7}) == [2, 6]
+    assert best_step(tmp_path, tiny_config) == 2
+    assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # of equals the newest
+    assert best_step(tmp_path, tiny_config) == 7
+
+
+def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):
+    tiny_config.train.keep_checkpoints = 4
+    save(tmp_path, tiny_config, {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6})
+    rewrite_meta(tmp_path, 1, data="abd")
+    (tmp_path / "checkpoints/2/meta/metadata").unlink()
+    assert best_step(tmp_path, tiny_config) == 3
+    tiny_config.train.keep_checkpoints = 1
+    assert save(tmp_path, tiny_config, {5: 0.1}) == [3, 5]
