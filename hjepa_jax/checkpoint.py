@@ -71,6 +71,13 @@ class Checkpoints:
             item_names=("state", "window", "meta"),
         )
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not KeyboardInterrupt:  # which asks a second time: at once, without the save
+            self.close()
+
     def _directory(self) -> pathlib.Path:
         return (self._workdir / "checkpoints").absolute()
 

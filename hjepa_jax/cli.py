@@ -1,5 +1,6 @@
 """What the command-line entries share: flags, errors in one line, exit status."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -35,8 +36,10 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as a shell says it; Windows has no signal of that name
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        print("interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # sys.exit would wait for a thread that saves
 
 
 def fail(message: str) -> NoReturn:

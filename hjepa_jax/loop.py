@@ -77,6 +77,8 @@ class Loop:
 
         Raises:
           Interrupted: when a signal asked for it.
+          InputError: when too many steps were not finite, the features collapsed, the images cannot
+            be read or the workdir cannot be written.
         """
         num_steps, step = self._schedules.num_steps, int(state.step)
         if step >= num_steps:
@@ -108,10 +110,12 @@ class Loop:
                 self._timer.add_steps(count, data_wait)
                 signum = self._agreed(stop.signum, step)
                 window = self._end_call(state, window, step, signum)
-                if signum and step < num_steps:
+                if signum:
                     raise Interrupted(signum, step)
                 if step == count:  # the run's first call, not that of a run resumed
                     self._introduce(state)
+            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
+                raise Interrupted(signum, step)
         self._progress.end()
         return state
 
@@ -129,9 +133,12 @@ class Loop:
         Of several processes some may have got it earlier than others. They ask each other where
         they meet anyway, at the lines of the log.
         """
-        if jax.process_count() > 1 and step % self._config.log.every_steps:
+        if jax.process_count() > 1 and not self._logs_at(step):
             return None
         return cluster.largest(signum or 0) or None
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self._config.log.every_steps == 0 or step == self._schedules.num_steps
 
     @contextlib.contextmanager
     def _batches(self, step: int, size: int) -> Iterator[Any]:
@@ -176,7 +183,7 @@ class Loop:
     ) -> metrics.LogWindow:
         """Logs, evaluates and saves where `step` asks for it; returns the window to go on with."""
         last = step == self._schedules.num_steps
-        if step % self._config.log.every_steps == 0 or last:
+        if self._logs_at(step):
             window = self._log(window, step)
         evaluates = self._eval_every and (step % self._eval_every == 0 or last)
         saves = step % self._save_every == 0 or last or evaluates or signum

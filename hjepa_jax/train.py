@@ -41,6 +41,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     Raises:
       InputError: for input that the user can correct.
       Interrupted: on SIGINT or SIGTERM, after saving.
+      KeyboardInterrupt: on a second SIGINT, without waiting for that.
     """
     validate(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
@@ -134,13 +135,11 @@ def _train_and_judge(
         tensorboard, step = config.log.tensorboard, int(state.step)
         logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
     try:
-        try:
+        with checkpoints:
             loop = Loop(run, train, source.records, checkpoints, logger, backend)
             state = loop.run(state, window)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
             encoders = run.placement.local(encoders)
-        finally:
-            checkpoints.close()
         cluster.leave()
         if not config.eval.probe_at_end or not cluster.is_first():
             return []

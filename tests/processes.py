@@ -115,13 +115,13 @@ def _run_module(
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def stop_in_step(step: int) -> None:
-    """From now on this process gets a real SIGTERM when the batch of `step` is asked for."""
+def stop_in_step(step: int, signum: int = signal.SIGTERM) -> None:
+    """From now on this process gets a real signal when the batch of `step` is asked for."""
     batches = BatchOrder.batches
 
     def batches_and_signal(self, first, count, *, size):
         if first < step <= first + count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return batches(self, first, count, size=size)
 
     BatchOrder.batches = batches_and_signal

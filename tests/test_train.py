@@ -8,18 +8,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, run, run_dir, run_facts, showcase, steps, train
+from hjepa_jax import checkpoint, cli, run, run_dir, run_facts, showcase, steps, train
+from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split, save_npz
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
 from hjepa_jax.logging import Progress, read_metrics
 from hjepa_jax.publish import write_report
+from tests import processes
 
 TRAIN_METRICS = {
     "train/loss",
@@ -117,6 +120,52 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_p
         for name in ("whole", "parts")
     )
     assert whole == parts
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param("in the last step", marks=pytest.mark.slow), "while the last step is saved"],
+)
+def test_a_run_stopped_at_its_last_step_does_not_probe_until_it_goes_on(
+    tiny_config, tmp_path, monkeypatch, capsys, moment
+):
+    tiny_config.eval.probe_at_end, tiny_config.eval.every_epochs = True, 0.0
+    with monkeypatch.context() as patch:
+        if moment == "in the last step":
+            patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
+            processes.stop_in_step(6)
+        else:
+            stop_at(patch, 6)
+        with pytest.raises(Interrupted, match="SIGTERM at step 6"):
+            train.train_and_evaluate(tiny_config, tmp_path)
+    assert (tmp_path / "checkpoints/6").is_dir()
+    assert not (tmp_path / "probe.json").exists()
+    train.train_and_evaluate(tiny_config, tmp_path)
+    assert "already trained: step 6 of 6" in capsys.readouterr().out
+    assert (tmp_path / "probe.json").exists()
+
+
+def save_for_ever(config, workdir: pathlib.Path) -> None:
+    """A command that gets a Ctrl-C in step 2, and another one in the save after it, which hangs."""
+
+    def hang(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait()
+
+    checkpoint.ocp.CheckpointManager._finalize = hang
+    processes.stop_in_step(2, signal.SIGINT)
+    sys.argv = ["main"]
+    cli.run(lambda: train.train_and_evaluate(config, workdir))
+
+
+def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
+    process = processes.CONTEXT.Process(target=save_for_ever, args=(tiny_config, tmp_path))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGINT
+    assert not (tmp_path / "checkpoints/2").exists()
 
 
 @pytest.mark.slow
