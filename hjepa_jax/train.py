@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 from hjepa_jax import cluster, warm_start
-from hjepa_jax.checkpoint import Checkpoints
+from hjepa_jax.checkpoint import Checkpoints, checkpoint_sizes
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
@@ -57,7 +57,8 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     _check_judgeable(config, source, train)
     data = fingerprint(train, source.records)
     _check_same_everywhere(config, data)
-    warm_start.check_source(config)
+    if not checkpoint_sizes(workdir):  # a run that goes on needs it no more
+        warm_start.check_source(config)
     with contextlib.ExitStack() as held, writing(workdir):
 
         def claim() -> None:

@@ -1,7 +1,9 @@
 """A run that begins with the parameters of another one, maybe at another resolution."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,17 +33,25 @@ def check_source(config: Config) -> None:
     workdir = config.train.init_from
     if not workdir:
         return
-    try:
+    with _told_as_field(workdir):
         theirs = load_config(pathlib.Path(workdir))
         checkpoint.read_meta(pathlib.Path(workdir))
-    except InputError as error:
-        raise InputError(FIELD, workdir, error.rule) from error
     ours = _networks(config)
     for name, there in _networks(theirs).items():
         here = ours[name]
         if there != here:
             rule = f"has other networks: model.{name} is {there!r} there and {here!r} here"
             raise InputError(FIELD, workdir, rule)
+
+
+@contextlib.contextmanager
+def _told_as_field(workdir: str) -> Iterator[None]:
+    """What is wrong with the other run is wrong with `train.init_from`, not with the flags."""
+    try:
+        yield
+    except InputError as error:
+        which = f"its checkpoint {error.value} " if error.field == "--step" else ""
+        raise InputError(FIELD, workdir, which + error.rule) from error
 
 
 def _networks(config: Config) -> dict[str, Any]:
@@ -62,8 +72,12 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
       workdir: directory of the other run.
       run: the new run.
       state: its state at step 0.
+
+    Raises:
+      InputError: when that checkpoint is damaged.
     """
-    _, found, _ = checkpoint.load_state(pathlib.Path(workdir))
+    with _told_as_field(workdir):
+        _, found, _ = checkpoint.load_state(pathlib.Path(workdir))
     params, target_params = (
         jax.tree.map(_fit, theirs, ours)
         for theirs, ours in (

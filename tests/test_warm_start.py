@@ -1,5 +1,7 @@
 """A run that begins where another one ended, at its resolution or another."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,8 +67,23 @@ def test_it_begins_there_once_and_then_goes_on_by_itself(tiny_config, trained, t
     lines = read_metrics(tmp_path / "next" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines != read_metrics(trained / "metrics.jsonl")
+    shutil.rmtree(trained)
     train.train_and_evaluate(tiny_config, tmp_path / "next")
     assert read_metrics(tmp_path / "next" / "metrics.jsonl") == lines
+
+
+@pytest.mark.parametrize("damage", ["meta", "arrays"])
+def test_a_damaged_source_is_told_as_such(tiny_config, trained, tmp_path, damage):
+    if damage == "meta":
+        (trained / "checkpoints/6/meta/metadata").write_text("{}")
+    else:
+        shutil.rmtree(trained / "checkpoints/6/state")
+    with tiny_config.unlocked():
+        tiny_config.train.init_from = str(trained)
+    with pytest.raises(
+        InputError, match=r"^train.init_from='.*small': its checkpoint 6 is damaged"
+    ):
+        train.train_and_evaluate(tiny_config, tmp_path / "next")
 
 
 def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, trained):
