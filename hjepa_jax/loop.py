@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from hjepa_jax.alarms import Alarms
 from hjepa_jax.checkpoint import BEST_METRIC, Checkpoints
 from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
 from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.sources import Split, first_line
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
@@ -27,6 +28,7 @@ from hjepa_jax.evaluation.labelled import hold_out, spread_rows
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules
 from hjepa_jax.run import Run, num_params
+from hjepa_jax.run_dir import writing
 from hjepa_jax.showcase import Showcase
 from hjepa_jax.train_state import TrainState
 
@@ -40,6 +42,7 @@ class Loop:
     def __init__(
         self,
         run: Run,
+        workdir: pathlib.Path,
         train: Split,
         records: Records | None,
         checkpoints: Checkpoints,
@@ -49,7 +52,7 @@ class Loop:
         c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
         self._run, self._config, self._schedules = run, c, run.schedules
         self._train, self._checkpoints, self._logger = train, checkpoints, logger
-        self._records = records
+        self._workdir, self._records = workdir, records
         self._unreadable: set[int] = set()  # rows of it, as far as this process has come across
         self._backend = backend
         num_images = len(train.images) if records is None else len(records)
@@ -103,17 +106,19 @@ class Loop:
                 if self._records is not None:  # else batch after batch would queue on the device
                     jax.block_until_ready(state)
                 before = time.perf_counter()
-                images, index = batches.take(step, count)
+                images, index = self._take(batches, step, count)
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, np.int32(count))
                 step += count
                 self._timer.add_steps(count, data_wait)
                 signum = self._agreed(stop.signum, step)
-                window = self._end_call(state, window, step, signum)
+                with writing(self._workdir):
+                    window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
                 if step == count:  # the run's first call, not that of a run resumed
-                    self._introduce(state)
+                    with writing(self._workdir):
+                        self._introduce(state)
             if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
                 raise Interrupted(signum, step)
         self._progress.end()
@@ -169,6 +174,13 @@ class Loop:
             errors = unreadable_errors(records, batches.unreadable)
             what = f"{len(records)} images (the next was trained on instead)"
             report_skipped(c.data.source, errors, what)
+
+    def _take(self, batches: Any, step: int, count: int) -> tuple[Any, Any]:
+        try:
+            return batches.take(step, count)
+        except OSError as error:
+            rule = f"can no longer be read ({first_line(error)})"
+            raise InputError("data.source", self._config.data.source, rule) from error
 
     def _next_stop(self, step: int) -> int:
         """The next step after which the host has something to do."""

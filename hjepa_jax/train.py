@@ -59,14 +59,16 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     _check_same_everywhere(config, data)
     if not checkpoint_sizes(workdir):  # a run that goes on needs it no more
         warm_start.check_source(config)
-    with contextlib.ExitStack() as held, writing(workdir):
+    with contextlib.ExitStack() as held:
 
         def claim() -> None:
             prepare_workdir(config, workdir)
             held.enter_context(locked(workdir))
 
         cluster.by_first(claim)
-        if cluster.largest(not (workdir / "config.json").exists()):
+        with writing(workdir):
+            claimed = (workdir / "config.json").exists()
+        if cluster.largest(not claimed):
             raise InputError("--workdir", str(workdir), "must be shared by all processes")
         try:
             rows = _train_and_judge(run, source, train, test, workdir, backend, data)
@@ -123,21 +125,22 @@ def _train_and_judge(
 ) -> list[dict[str, Any]]:
     """What `train_and_evaluate` does once everything is built and the workdir is ours."""
     config = run.config
-    checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
-    latest = checkpoints.latest_step()
-    cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
-    state, window = run.create()
-    if latest is not None:
-        state, window = checkpoints.restore(state, window)
-    elif config.train.init_from:
-        state = warm_start.start_from(config.train.init_from, run, state)
-    logger = SilentLogger()
-    if cluster.is_first():
-        tensorboard, step = config.log.tensorboard, int(state.step)
-        logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
+    with writing(workdir):
+        checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
+        latest = checkpoints.latest_step()
+        cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
+        state, window = run.create()
+        if latest is not None:
+            state, window = checkpoints.restore(state, window)
+        elif config.train.init_from:
+            state = warm_start.start_from(config.train.init_from, run, state)
+        logger = SilentLogger()
+        if cluster.is_first():
+            tensorboard, step = config.log.tensorboard, int(state.step)
+            logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
     try:
         with checkpoints:
-            loop = Loop(run, train, source.records, checkpoints, logger, backend)
+            loop = Loop(run, workdir, train, source.records, checkpoints, logger, backend)
             state = loop.run(state, window)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
             encoders = run.placement.local(encoders)
@@ -145,18 +148,20 @@ def _train_and_judge(
         if not config.eval.probe_at_end or not cluster.is_first():
             return []
         print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-        rows = judge_run(
-            workdir,
-            config,
-            run.model,
-            encoders,
-            train,
-            test,
-            source=source,
-            step=int(state.step),
-            protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
-        )
-        logger.scalars(int(state.step), headline_scores(rows))
+        with writing(workdir):
+            rows = judge_run(
+                workdir,
+                config,
+                run.model,
+                encoders,
+                train,
+                test,
+                source=source,
+                step=int(state.step),
+                protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
+            )
+            logger.scalars(int(state.step), headline_scores(rows))
         return rows
     finally:
-        logger.close()
+        with writing(workdir):
+            logger.close()

@@ -1,6 +1,7 @@
 """Streamed data: the order of resident data, whoever reads it and whatever is killed or corrupt."""
 
 import contextlib
+import errno
 import importlib
 import multiprocessing
 import os
@@ -247,6 +248,19 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
     write_report([tmp_path / "run"], tmp_path / "run", images=False)
     report = (tmp_path / "run" / "report.md").read_text()
     assert re.search(r"- step \d+: training images: 1 unreadable in all", report)
+
+
+def test_images_that_can_no_longer_be_read_are_not_blamed_on_the_workdir(
+    streamed_config, tmp_path, monkeypatch
+):
+    def read(records, row):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(streaming, "read_or_next", read)
+    streamed_config.data.num_workers = 0
+    rule = r"^data.source='folder:.*': can no longer be read \(.*Input/output error"
+    with pytest.raises(InputError, match=rule):
+        train.train_and_evaluate(streamed_config, tmp_path / "run")
 
 
 def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_ones(
