@@ -72,7 +72,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
     The lock is the operating system's, on the file `lock`, so that it ends with the process however
     that ends; the file says who holds it. Where there are no such locks (Windows,
-    some network file systems), nothing is held.
+    some network file systems), nothing is held. The workdir is made if need be.
 
     Raises:
       InputError: when another live process holds it, or it cannot be written ("--workdir").
@@ -81,6 +81,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         yield
         return
     with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("a+", encoding="utf-8")
     with file:
         try:

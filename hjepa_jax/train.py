@@ -62,8 +62,8 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
-            prepare_workdir(config, workdir)
             held.enter_context(locked(workdir))
+            prepare_workdir(config, workdir)
 
         cluster.by_first(claim)
         with writing(workdir):

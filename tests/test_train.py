@@ -247,6 +247,14 @@ def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp
         pass
 
 
+def test_a_run_writes_no_config_before_the_workdir_is_its_own(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with run_dir.locked(workdir), pytest.raises(InputError, match="in use"):
+        train.train_and_evaluate(tiny_config, workdir)
+    assert not (workdir / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_fields_that_change_no_result_may_change(tiny_config, tmp_path):
     train.train_and_evaluate(tiny_config, tmp_path)
