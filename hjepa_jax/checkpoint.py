@@ -51,7 +51,8 @@ class Checkpoints:
       data: fingerprint of the training images, stored as well; a differing one warns on restore.
       owner: whether the workdir is locked by this process, so that what an interrupted save left
         behind may go and a damaged checkpoint may be set aside. Of several processes that train
-        together all are owners, and save and restore together; others read by themselves.
+        together all are owners, and save and restore together; others read by themselves, and
+        change nothing.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy([latest, self._best]),
                 cleanup_tmp_directories=owner,
+                create=owner,
                 **({} if owner else _alone()),
             ),
             item_names=("state", "window", "meta"),
@@ -325,7 +327,7 @@ def _alone() -> dict[str, Any]:
         return {}
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-    return {"multiprocessing_options": alone, "create": False}
+    return {"multiprocessing_options": alone}
 
 
 def _unraisable(unraisable: Any) -> None:

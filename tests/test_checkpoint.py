@@ -140,6 +140,15 @@ def test_readers_leave_a_damaged_checkpoint_where_it_is(workdir, tiny_config):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_readers_make_nothing_where_there_is_no_checkpoint(tiny_config, tmp_path, which):
+    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config)
+    with pytest.raises(InputError, match=r"needs a checkpoint|holds no checkpoint"):
+        checkpoints.restore_state(make_state(0), checkpoints.find_step(which))
+    checkpoints.close()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format_version": "2"}', "{", ""])
 def test_meta_that_is_none_is_damage(workdir, tiny_config, content):
     (workdir / "checkpoints/2/meta/metadata").write_text(content)
