@@ -141,7 +141,9 @@ def describe(config: Config) -> dict[str, Any]:
     """What `--dry_run` prints: sizes and length of the run, without running it."""
     validate(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    run = build_run(config, open_config_source(config, may_download=False))
+    whole = config.copy_and_resolve_references()
+    whole.optim.accumulation_steps = 1  # XLA counts a loop over parts of the batch as one of them
+    run = build_run(whole, open_config_source(config, may_download=False))
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)

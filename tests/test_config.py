@@ -77,6 +77,14 @@ def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
     assert 0.3 < flops[0] / flops[1] <= 0.6
 
 
+def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config):
+    flops = []
+    for num_parts in (1, 4):
+        tiny_config.optim.accumulation_steps = num_parts
+        flops.append(run.describe(tiny_config)["flops_per_image"])
+    assert flops[0] == flops[1]
+
+
 def test_every_field_has_a_reader():
     """An option that no code reads would be a promise not kept; a rule for it is no reader."""
     files = pathlib.Path("hjepa_jax").rglob("*.py")
