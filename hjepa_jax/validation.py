@@ -170,17 +170,19 @@ def validate(config: Config) -> None:
     one_of("loss.regularizer", ("vicreg", "sigreg", "none"))
     one_of("loss.regularized", REGULARIZED)
     check(
-        config.model.expander_width == 0 or config.loss.regularizer != "none",
-        "model.expander_width",
-        "must be 0 where loss.regularizer='none': nothing would read it",
-    )
-    check(
         config.loss.local_weight > 0 or config.data.local_views == 0,
         "data.local_views",
         "must be 0 where loss.local_weight is: they would be encoded for nothing",
     )
     at_least(0, "loss.summary_weight", "loss.local_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
+    vicreg_weight = config.loss.variance_weight + config.loss.covariance_weight
+    weight = {"vicreg": vicreg_weight, "sigreg": 1, "none": 0}[config.loss.regularizer]
+    check(
+        config.model.expander_width == 0 or weight * config.loss.regularizer_weight > 0,
+        "model.expander_width",
+        "must be 0 where loss.regularizer is 'none' or its weights are 0: nothing would read it",
+    )
     at_least(1, "loss.num_slices", at_most=65_536)
     fraction("loss.cross_view")
     has_global = config.model.global_level or not config.loss.cross_view

@@ -338,6 +338,16 @@ def test_a_pyramid_needs_two_levels_and_an_ema(others, rule):
     ("overrides", "field"),
     [
         ({"model.expander_width": 8, "loss.regularizer": "none"}, "model.expander_width"),
+        ({"model.expander_width": 8, "loss.regularizer_weight": 0.0}, "model.expander_width"),
+        (
+            {
+                "model.expander_width": 8,
+                "loss.regularizer": "vicreg",
+                "loss.variance_weight": 0.0,
+                "loss.covariance_weight": 0.0,
+            },
+            "model.expander_width",
+        ),
         (
             {"model.global_level": True, "data.local_views": 2, "loss.local_weight": 0.0},
             "data.local_views",
