@@ -278,15 +278,19 @@ class Loop:
             chosen = images[rows]
             return extract_features(self._embed, params, chosen, batch_size=c.batch_size)["level_0"]
 
+        bank_features = cluster.divided(features, bank)
         own = queries[jax.process_index() :: jax.process_count()]
-        (predictions,) = knn_predict(
-            cluster.divided(features, bank),
-            labels[bank],
-            features(own),
-            ks=[min(ONLINE_KNN_K, len(bank))],
-            num_classes=int(labels.max()) + 1,
-        )
-        top1 = cluster.total(int(np.sum(predictions == labels[own]))) / len(queries)
+        num_right = 0
+        if len(own):  # of fewer images than processes, some have none
+            (predictions,) = knn_predict(
+                bank_features,
+                labels[bank],
+                features(own),
+                ks=[min(ONLINE_KNN_K, len(bank))],
+                num_classes=int(labels.max()) + 1,
+            )
+            num_right = int(np.sum(predictions == labels[own]))
+        top1 = cluster.total(num_right) / len(queries)
         self._logger.scalars(step, {BEST_METRIC: top1})
         self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
         return {BEST_METRIC: top1}

@@ -251,3 +251,11 @@ def test_a_run_in_two_processes_is_stopped_resumed_and_judged_like_any(tiny_conf
     assert (workdir / "report.html").exists()
     assert "warning" not in processes.printed(workdir)
     assert processes.printed(workdir, 1) == ""
+
+
+@several
+@pytest.mark.slow
+def test_fewer_held_out_images_than_processes_are_scored_all_the_same(tiny_config, tmp_path):
+    tiny_config.eval.num_val = 1
+    assert processes.finish(tiny_config, tmp_path / "run", num=2) == 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval/knn_top1"] in (0, 1)
