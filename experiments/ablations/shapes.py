@@ -18,6 +18,7 @@ ROWS = {
     "mask_random_cells": {
         "mask.kind": "random", "mask.scale": (0.5, 0.6), "mask.align_level": 1,
     },
+    "masks_4": {"mask.num_masks": 4},
     "levels_1": {"model.num_levels": 1},
     "levels_3_whole_cells": {"model.num_levels": 3},
     # Hardly one of the four cells of level 2 is hidden as a whole. Where half of it is enough,
