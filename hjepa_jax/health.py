@@ -9,7 +9,7 @@ from hjepa_jax.models.hjepa import Prediction
 
 def health(
     prediction: Prediction,
-    targets: tuple[Float[Array, "B _ D"], ...],
+    targets: tuple[Float[Array, "K _ D"], ...],
     tokens: Float[Array, "B N D"],
     *,
     num_levels: int,
@@ -18,7 +18,7 @@ def health(
 
     Args:
       prediction: output of the online networks.
-      targets: aligned with `prediction.levels`.
+      targets: aligned with `prediction.levels`, of each of K masks.
       tokens: of the target encoder, in the order of the grid.
       num_levels: L; of the global level, if there is one, nothing is said.
     """

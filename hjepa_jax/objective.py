@@ -96,7 +96,7 @@ def hjepa_loss(
 
 def local_loss(
     predictions: Float[Array, "B V D"],
-    targets: tuple[Float[Array, "B _ D"], ...],
+    targets: tuple[Float[Array, "K _ D"], ...],
     weights: LossWeights,
 ) -> Float[Array, ""]:
     """What every local view predicts, against each of the global targets by its share."""

@@ -147,7 +147,8 @@ def describe(config: Config) -> dict[str, Any]:
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
-    cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
+    with jax.default_device(_cpu()):  # the analysis of CUDA's compiler misses the products
+        cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
     return {
         "params_total": trainable + target,
         "params_trainable": trainable,
@@ -159,6 +160,14 @@ def describe(config: Config) -> dict[str, Any]:
         "flops_per_image": cost["flops"] / config.train.batch_size,
         "platform": platform,
     }
+
+
+def _cpu() -> Any:
+    """The CPU; None where JAX was told to do without (JAX_PLATFORMS=cuda)."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def num_params(tree: Any) -> int:

@@ -23,6 +23,7 @@ from hjepa_jax.steps import (
     make_embed_fn,
     make_run_steps,
     make_train_step,
+    more_rngs,
 )
 from hjepa_jax.train_state import TrainState, create_train_state, ema_update
 
@@ -55,15 +56,18 @@ def make_state(tx: optax.GradientTransformation) -> TrainState:
     return jax.jit(lambda p: create_train_state(p, tx, jax.random.PRNGKey(1)))(init_params())
 
 
-def make_step(tx, *, ema_momentum=0.9, augment=PLAIN, weights=WEIGHTS, parts=1):
+def make_step(
+    tx, *, ema_momentum=0.9, augment=PLAIN, weights=WEIGHTS, parts=1, sample_masks=MASK, num_masks=1
+):
     step = make_train_step(
         model=MODEL,
         tx=tx,
-        sample_masks=MASK,
+        sample_masks=sample_masks,
         augment=augment,
         loss_weights=weights,
         ema_momentum_fn=lambda s: jnp.float32(ema_momentum),
         num_accumulation_steps=parts,
+        num_masks=num_masks,
     )
     return jax.jit(step)
 
@@ -191,6 +195,28 @@ def test_accumulated_gradient_is_the_mean_over_parts():
     )
     np.testing.assert_allclose(a.scalars["loss"], b.scalars["loss"], rtol=1e-5)
     np.testing.assert_allclose(a.features, b.features, atol=1e-5)
+
+
+def test_two_masks_of_an_image_are_as_two_images_with_one():
+    tx, twice = optax.sgd(0.1), jnp.repeat(IMAGES, 2, axis=0)
+    state = make_state(tx)
+    _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
+    rngs = more_rngs(mask_rngs, 2)
+    assert len(np.unique(rngs, axis=0)) == 2 * BATCH
+    found, a = make_step(tx, num_masks=2)(state, IMAGES)
+
+    class Given(MultiBlockMask):
+        def __call__(self, _):
+            return super().__call__(rngs)
+
+    given = Given(**vars(MASK))
+    expected, b = make_step(tx, sample_masks=given)(make_state(tx), twice)
+    for name in ("loss", "loss_level_1", "loss_summary", "loss_variance", "num_targets_level_0"):
+        np.testing.assert_allclose(a.scalars[name], b.scalars[name], rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), found.params, expected.params
+    )
+    assert len(a.features) == BATCH
 
 
 def test_every_image_has_keys_of_its_own_at_every_step():
