@@ -59,7 +59,7 @@ class Checkpoints:
         self, workdir: pathlib.Path, *, config: Config, data: str | None = None, owner: bool = False
     ):
         self._workdir, self._config, self._data = workdir, config.to_dict(), data
-        self._owner = owner
+        self._owner, self._open = owner, contextlib.ExitStack()
         self._best = _Best({})
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
         self._manager = ocp.CheckpointManager(
@@ -72,6 +72,7 @@ class Checkpoints:
             ),
             item_names=("state", "window", "meta"),
         )
+        self._open.enter_context(_late_reports_ignored())
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -294,7 +295,7 @@ class Checkpoints:
         Raises:
           InputError: when that save cannot be written ("--workdir").
         """
-        with self._writing():
+        with self._open, self._writing():
             self._manager.close()
 
 
@@ -330,16 +331,25 @@ def _alone() -> dict[str, Any]:
     return {"multiprocessing_options": alone}
 
 
-def _unraisable(unraisable: Any) -> None:
+@contextlib.contextmanager
+def _late_reports_ignored() -> Iterator[None]:
     """Lets go of one complaint: TensorStore still reports to a reader that has given up."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
     """Turns whatever Orbax and TensorStore raise on damaged files into DamagedCheckpoint."""
-    sys.unraisablehook = _unraisable
     try:
         yield
     except Exception as error:

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +140,21 @@ def test_readers_leave_a_damaged_checkpoint_where_it_is(workdir, tiny_config):
         checkpoints.restore_state(make_state(0))
     assert int(checkpoints.restore_state(make_state(0), 1).step) == 1
     checkpoints.close()
+
+
+def test_complaints_of_others_go_where_they_went_before(workdir, tiny_config, monkeypatch):
+    """TensorStore's, of damage that a reader knows of already, go nowhere while it is open."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    before = sys.unraisablehook
+    rewrite_meta(workdir, 2, data="abd")
+    checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config, owner=True)
+    checkpoints.restore(make_state(0), make_window())
+    for text in ("Event loop is closed", "else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    checkpoints.close()
+    assert [str(unraisable.exc_value) for unraisable in told] == ["else"]
+    assert sys.unraisablehook is before
 
 
 @pytest.mark.parametrize("which", ["last", "best"])
