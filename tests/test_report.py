@@ -180,19 +180,16 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     assert "**Status: interrupted**, step 4 of 8." in found["What was reached"]
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import pathlib, sys, time; from hjepa_jax.run_dir import locked\n"
-         "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)",
-         str(workdir)],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        write_report([workdir], workdir, images=False)
-    finally:
-        holder.kill()
-        holder.wait()
+    code = "import pathlib, sys, time; from hjepa_jax.run_dir import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(workdir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            write_report([workdir], workdir, images=False)
+        finally:
+            holder.kill()
     found = report_sections(workdir)
     assert "**Status: running**" in found["What was reached"]
 
