@@ -165,6 +165,7 @@ OTHER_VALUES = {
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
     "data.train_split", "data.class_list", "data.local_views", "model.target",
+    "mask.num_masks",
 }  # fmt: skip
 
 
@@ -243,6 +244,7 @@ def test_every_option_changes_what_is_built():
         ("mask.scale", (0.0, 0.2)),
         ("mask.scale", ("a", "b")),
         ("mask.num_blocks", 0),
+        ("mask.num_masks", 0),
         ("mask.align_level", 4),
         ("mask.min_coverage", 0.0),
         ("loss.kind", "l3"),
