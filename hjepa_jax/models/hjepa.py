@@ -86,9 +86,9 @@ class HJEPA(nn.Module):
         self,
         images: Float[Array, "B H W C"],
         masks: Masks,
-        local_views: Float[Array, "B V h w C"] | None = None,
+        local_views: Float[Array, "I V h w C"] | None = None,
     ) -> Prediction:
-        """Encodes what is visible and predicts what is not."""
+        """Encodes what is visible and predicts what is not; local views are of I images, B / K."""
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         b, r, _ = summary.shape
         num_blocks = masks.target_index.shape[1]
