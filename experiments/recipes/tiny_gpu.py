@@ -26,26 +26,26 @@ OPEN = {
     "optim.b1": 0.85,
 }  # fmt: skip
 SIGREG = {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02}
+BATCH_64 = {"train.batch_size": 64, "train.steps_per_call": 78, "log.every_steps": 780}
 LOCAL = {**CROSS_VIEW, "data.local_views": 4}
+LIGHT = {**LOCAL, "loss.level_weights": (0.25, 0.25)}
 ROWS = {
     "baseline": {},
-    "batch_64": {"train.batch_size": 64, "optim.learning_rate": 3e-4, "train.steps_per_call": 78,
-                 "log.every_steps": 780},
+    "batch_64": {**BATCH_64, "optim.learning_rate": 3e-4},
     "masks_4": {"mask.num_masks": 4},
-    "masks_4_batch_64": {"mask.num_masks": 4, "train.batch_size": 64, "optim.learning_rate": 6e-4,
-                         "train.steps_per_call": 78, "log.every_steps": 780},
+    "masks_4_batch_64": {**BATCH_64, "mask.num_masks": 4, "optim.learning_rate": 6e-4},
     "open": OPEN,
     "open_layer_scale": {**OPEN, "model.layer_scale": 1e-5, "optim.learning_rate": 2e-3},
     "open_sigreg": {**OPEN, **SIGREG},
     "open_masks_4": {**OPEN, "mask.num_masks": 4},
     "cross_view": CROSS_VIEW,
     "local_views": LOCAL,
-    "local_views_light": {**LOCAL, "loss.level_weights": (0.25, 0.25)},
-    "local_views_expander": {**LOCAL, "loss.level_weights": (0.25, 0.25),
-                             "model.expander_width": 512, "loss.regularizer_weight": 0.05},
-    "local_views_sigreg": {**LOCAL, **SIGREG, "loss.level_weights": (0.25, 0.25)},
-    "local_views_ema": {**LOCAL, "loss.level_weights": (0.25, 0.25),
-                        "optim.ema_momentum": (0.99, 1.0, "cosine")},
+    "local_views_light": LIGHT,
+    "local_views_expander": {
+        **LIGHT, "model.expander_width": 512, "loss.regularizer_weight": 0.05,
+    },
+    "local_views_sigreg": {**LIGHT, **SIGREG},
+    "local_views_ema": {**LIGHT, "optim.ema_momentum": (0.99, 1.0, "cosine")},
     "local_views_patches": {**LOCAL, "model.global_target": "patches", "loss.cross_view": 0.5},
     "local_views_8_open": {**OPEN, **LOCAL, "data.local_views": 8},
 }  # fmt: skip

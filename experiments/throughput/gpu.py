@@ -9,8 +9,9 @@ device has one thing to do. Batch sizes: the first is PyTorch's too. A step's se
 a group of steps enqueued one behind the other, of which the last is waited for. What fails has an
 `error`; gpu.csv is written anew after every case, rows of earlier runs are kept.
 
-Columns: `masks`: where PyTorch samples them, see torch_baseline.py. `flops_per_image`: as lowered,
-before the compiler. `program_bytes`: of this program's arguments, results and temporaries.
+Columns: `masks`: where PyTorch samples them, see torch_baseline.py. `flops_per_image`: as lowered
+for the CPU, before the compiler. `program_bytes`: of this program's arguments, results and
+temporaries.
 `peak_memory_bytes`: of the process so far, so also of batches before (in the order of the rows).
 `compile_sec`: while the others compiled, or from the cache. `compiling`: how many processes still
 did while this case was timed; other than 0, distrust it.
