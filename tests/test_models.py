@@ -216,3 +216,19 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
         ):
             xavier = np.sqrt(2 / sum(kernel.shape))
             np.testing.assert_allclose(np.std(kernel), scale * xavier, rtol=0.05)
+
+
+def test_the_gradient_of_a_block_pads_nothing():
+    """Query, key and value are one cut, whose gradient is a concatenation, not a sum."""
+    num_pads = []
+    for depth in (1, 3):
+        encoder = VisionTransformer(GRID, PATCH, WIDTH, depth=depth, num_heads=2)
+        params = jax.eval_shape(encoder.init, jax.random.PRNGKey(0), images(1))
+
+        def loss(params, x, encoder=encoder):
+            patches, summary = encoder.apply(params, x)
+            return jnp.sum(patches**2) + jnp.sum(summary**2)
+
+        program = jax.jit(jax.grad(loss)).lower(params, images(1)).as_text()
+        num_pads.append(program.count("stablehlo.pad"))
+    assert num_pads == [0, 0]

@@ -6,6 +6,7 @@ References:
   query is mask token + mean position of its cell, each + an embedding of its level.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -158,11 +159,11 @@ class Predictor(nn.Module):
                 tokens = block(tokens, allowed, context_angles)
             queries = tokens[:, num_context:]
 
-        predictions, start = [], 0
-        for head, n in zip(self.heads[first:], num_queries, strict=True):
-            predictions.append(head(self.norm(queries[:, start : start + n])).astype(jnp.float32))
-            start += n
-        return tuple(predictions)
+        levels = jax.lax.split(self.norm(queries), num_queries, axis=1)
+        return tuple(
+            head(level).astype(jnp.float32)
+            for head, level in zip(self.heads[first:], levels, strict=True)
+        )
 
 
 def _side_by_side(parts: list[Float[Array, "_ _ D"]], batch_size: int) -> Float[Array, "B Q D"]:

@@ -64,10 +64,12 @@ class Attention(nn.Module):
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
         return Dense(d, self.precision, self.out_scale, name="out")(out)
 
-    def _heads(self, x: Float[Array, "B N _"], count: int) -> Float[Array, "count B h N d"]:
+    def _heads(self, x: Float[Array, "B N _"], count: int) -> list[Float[Array, "B h N d"]]:
         b, n, width = x.shape
         heads = x.reshape(b, n, count, self.num_heads, width // count // self.num_heads)
-        return heads.transpose(2, 0, 3, 1, 4)
+        # Cut by one operation, whose gradient is one concatenation and not a sum of padded parts.
+        parts = jax.lax.split(heads.transpose(2, 0, 3, 1, 4), (1,) * count)
+        return [part[0] for part in parts]
 
 
 class LayerScale(nn.Module):

@@ -5,6 +5,7 @@ embedding, so hidden pixels cannot leak and cost nothing. The patch embedding is
 flattened patches, the same function as the usual strided convolution.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -148,4 +149,6 @@ class VisionTransformer(nn.Module):
             x = block(x, allowed, angles)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
-        return x[:, prefix:], x[:, : self.num_summary_tokens]
+        parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)
+        summary, _, patches = jax.lax.split(x, parts, axis=1)
+        return patches, summary
