@@ -12,6 +12,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
+from hjepa_jax.models.transformer import Block
 from hjepa_jax.models.vit import VisionTransformer, patchify
 
 GRID, PATCH, WIDTH = 4, 4, 16
@@ -216,6 +217,20 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
         ):
             xavier = np.sqrt(2 / sum(kernel.shape))
             np.testing.assert_allclose(np.std(kernel), scale * xavier, rtol=0.05)
+
+
+def test_tokens_that_see_others_before_them_become_what_they_become_beside_them():
+    """What is left out of a block's last pass is only the part that nobody asks for."""
+    block = Block(num_heads=2)
+    x, angles = RNG.normal(size=(2, 7, 16)), RNG.normal(size=(2, 7, 4))
+    allowed = RNG.random((2, 7, 7)) < 0.7
+    x, angles, allowed = (jnp.asarray(a) for a in (x.astype("f"), angles.astype("f"), allowed))
+    params = jax.jit(block.init)(jax.random.PRNGKey(0), x)
+    beside = jax.jit(block.apply)(params, x, allowed, angles)[:, 3:]
+    found = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:], angles, before=x[:, :3])
+    np.testing.assert_allclose(found, beside, rtol=1e-4, atol=1e-5)
+    alone = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:, 3:], angles[:, 3:])
+    assert np.abs(found - alone).max() > 0.01
 
 
 def test_the_gradient_of_a_block_pads_nothing():

@@ -94,11 +94,12 @@ class PlainAttention(nn.Module):
     out_scale: float
 
     @nn.compact
-    def __call__(self, x, allowed, angles, source, source_angles):
+    def __call__(self, x, allowed, angles, source, source_angles, before):
         assert angles is source is source_angles is None
-        b, n, d = x.shape
-        qkv = nn.Dense(3 * d, name="qkv")(x).reshape(b, n, 3, self.num_heads, -1)
+        (b, n, d), seen = x.shape, x if before is None else jnp.concatenate([before, x], axis=1)
+        qkv = nn.Dense(3 * d, name="qkv")(seen).reshape(b, seen.shape[1], 3, self.num_heads, -1)
         query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        query = query[:, :, -n:]
         logits = query @ key.transpose(0, 1, 3, 2) / (d / self.num_heads) ** 0.5
         if allowed is not None:
             logits = jnp.where(allowed[:, None], logits, -1e9)

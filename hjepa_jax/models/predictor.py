@@ -155,9 +155,13 @@ class Predictor(nn.Module):
                 allowed = allowed & of_context_or_own[None]
             if context_angles is not None and query_angles is not None:
                 context_angles = jnp.concatenate([context_angles, query_angles], axis=1)
-            for block in self.blocks:
+            *blocks, last_block = self.blocks
+            for block in blocks:
                 tokens = block(tokens, allowed, context_angles)
-            queries = tokens[:, num_context:]
+            # Of the context nothing is asked any more.
+            x, queries = jax.lax.split(tokens, (num_context, sum(num_queries)), axis=1)
+            allowed = allowed[:, -queries.shape[1] :]
+            queries = last_block(queries, allowed, context_angles, before=x)
 
         levels = jax.lax.split(self.norm(queries), num_queries, axis=1)
         return tuple(

@@ -23,7 +23,7 @@ token_init = nn.initializers.truncated_normal(0.02)
 class Attention(nn.Module):
     """Multi-head attention, explicit in [B, h, N, d], the layout every backend likes.
 
-    Of tokens to each other; given a `source`, of tokens to those of the source.
+    Of tokens to each other, and to those `before` them; given a `source`, to those of the source.
     """
 
     num_heads: int
@@ -35,14 +35,17 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B N D"],
         allowed: Bool[Array, "B _ K"] | None = None,
-        angles: Float[Array, "_ N _"] | None = None,
+        angles: Float[Array, "_ _ _"] | None = None,
         source: Float[Array, "B K D"] | None = None,
         source_angles: Float[Array, "_ K _"] | None = None,
+        before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
         b, n, d = x.shape
         if source is None:
-            query, key, value = self._heads(Dense(3 * d, self.precision, name="qkv")(x), 3)
-            source_angles = angles
+            seen = x if before is None else jnp.concatenate([before, x], axis=1)
+            query, key, value = self._heads(Dense(3 * d, self.precision, name="qkv")(seen), 3)
+            query, source_angles = query[:, :, -n:], angles
+            angles = None if angles is None else angles[:, -n:]
         else:
             (query,) = self._heads(Dense(d, self.precision, name="query")(x), 1)
             pair = Dense(2 * d, self.precision, name="key_value")(source)
@@ -66,6 +69,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Float[Array, "B N _"], count: int) -> list[Float[Array, "B h N d"]]:
         b, n, width = x.shape
+        x = x.astype(self.precision.operands)
         heads = x.reshape(b, n, count, self.num_heads, width // count // self.num_heads)
         # Cut by one operation, whose gradient is one concatenation and not a sum of padded parts.
         parts = jax.lax.split(heads.transpose(2, 0, 3, 1, 4), (1,) * count)
@@ -114,9 +118,10 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B N D"],
         allowed: Bool[Array, "B _ K"] | None = None,
-        angles: Float[Array, "_ N _"] | None = None,
+        angles: Float[Array, "_ _ _"] | None = None,
         source: Float[Array, "B K D"] | None = None,
         source_angles: Float[Array, "_ K _"] | None = None,
+        before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
         """See `Attention`.
 
@@ -126,15 +131,19 @@ class Block(nn.Module):
           angles: of rotary positions, see `positions.rotate`; None for no rotation.
           source: tokens to attend to; None for those of `x`.
           source_angles: theirs.
+          before: tokens before `x` that are attended to like them, and not computed any further;
+            the keys of `allowed`, and `angles`, begin with theirs.
         """
         d = x.shape[-1]
-        y = layer_norm("norm_attention")(x)
+        norm = layer_norm("norm_attention")
         attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
-        y = attention(y, allowed, angles, source, source_angles)
+        before = None if before is None else norm(before)
+        y = attention(norm(x), allowed, angles, source, source_angles, before)
         x = x + self._branch(y, "scale_attention")
         y = layer_norm("norm_mlp")(x)
         y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
-        y = nn.gelu(y, approximate=True)
+        y = y.astype(self.precision.operands)  # what is kept for the backward pass: half of it
+        y = nn.gelu(y.astype(jnp.float32), approximate=True)
         y = Dense(d, self.precision, self.out_scale, name="mlp_out")(y)
         return x + self._branch(y, "scale_mlp")
 
