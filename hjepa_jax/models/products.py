@@ -4,7 +4,7 @@ Three things about XLA on CPU (experiments/throughput) shape this file. The grad
 that multiplies [B, N, D] sums over two axes, for which both operands are transposed first: all
 tokens of a batch are therefore one matrix. Products of bfloat16 numbers use the processor's matrix
 units only where their results are float32, in the backward pass too; and only where they do not sum
-over the first axes of both operands, as the gradient of a weight does.
+over the first axes of both operands, as the gradients of weights, keys and values do.
 """
 
 import dataclasses
@@ -63,8 +63,10 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
     grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
-    if spec == _DENSE and precision.results == jnp.float32 and _has_tiles(*a.shape, *b.shape):
-        grad_b = _weight_gradient(a, grad).astype(like_b.dtype)
+    sums_over_first = in_a[:-1] == out[:-1] and precision.results == jnp.float32
+    if sums_over_first and _has_tiles(min(a.shape[-1], grad.shape[-1])):
+        pair = (a, grad) if in_b[-1] == out[-1] else (grad, a)
+        grad_b = _product_over_first(*pair).astype(like_b.dtype)
     else:
         grad_b = jnp.einsum(f"{in_a},{out}->{in_b}", a, grad, preferred_element_type=like_b.dtype)
     return grad_a, grad_b
@@ -73,29 +75,29 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
 _rounded_product.defvjp(_forward, _backward)
 
 
-def _has_tiles(*sizes: int) -> bool:
-    """Whether arrays of such sizes have several tiles along each axis, and nothing beside them.
-
-    Of arrays that are split over devices the whole size counts: the parts may have to be exchanged.
-    """
-    return all(size % _TILE == 0 and size > _TILE for size in sizes)
+def _has_tiles(size: int) -> bool:
+    """Whether an axis of such a size is several tiles, and nothing beside them."""
+    return size % _TILE == 0 and size > _TILE
 
 
-def _weight_gradient(x: Float[Array, "N D"], grad: Float[Array, "N F"]) -> Float[Array, "D F"]:
-    """x^T grad in float32, as a product over the second axis of a transposed copy of the narrower.
+def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) -> Array:
+    """x^T y in float32, [*B, D, F], over the second axis of a transposed copy of the narrower.
 
     The copy costs a tenth of the product and makes it three to five times as fast.
     """
-    if x.shape[1] <= grad.shape[1]:
-        return jnp.dot(_transposed_copy(x), grad, preferred_element_type=jnp.float32)
-    return _transposed_copy(jnp.dot(_transposed_copy(grad), x, preferred_element_type=jnp.float32))
+    if x.shape[-1] <= y.shape[-1]:
+        return jnp.matmul(_transposed_copy(x), y, preferred_element_type=jnp.float32)
+    turned = jnp.matmul(_transposed_copy(y), x, preferred_element_type=jnp.float32)
+    return _transposed_copy(turned)
 
 
-def _transposed_copy(x: Float[Array, "N D"]) -> Float[Array, "D N"]:
-    """x^T, tile by tile: a plain transpose would be folded back into the product."""
-    n, d = x.shape
-    tiles = x.reshape(n // _TILE, _TILE, d // _TILE, _TILE)
-    return tiles.transpose(2, 3, 0, 1).reshape(d, n)
+def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
+    """x^T, in tiles where it has them: a plain transpose would be folded back into the product."""
+    *batch, n, d = x.shape
+    rows, cols = (_TILE if _has_tiles(size) else 1 for size in (n, d))
+    tiles = x.reshape(*batch, n // rows, rows, d // cols, cols)
+    order = (*range(len(batch)), *(len(batch) + i for i in (2, 3, 0, 1)))
+    return tiles.transpose(order).reshape(*batch, d, n)
 
 
 class Dense(nn.Module):
