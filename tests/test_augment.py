@@ -52,6 +52,24 @@ def test_crops_stay_inside_and_keep_their_area_range():
     assert row[:, -1].max() > 0.98
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(64, 64, (0.7, 1 / 0.7)), (32, 96, (2.1, 2.1))]
+)
+def test_a_crop_has_the_area_drawn_for_it_whatever_ratios_fit(height, width, expected):
+    across, down = np.linspace(0, 255, width)[None, :], np.linspace(0, 255, height)[:, None]
+    image = np.stack(np.broadcast_arrays(across, down, 0), axis=-1).round().astype(np.uint8)
+    augment = Augment(32, **UNIT, crop_scale=(0.7, 0.7), crop_ratio=(0.5, 2.0))
+    images = jnp.asarray(np.tile(image[None], (200, 1, 1, 1)))
+    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(1), 200), images))
+    middle = views[:, 8:24, 8:24]  # away from the border, where pixels beyond it are missing
+    across = (middle[:, 0, -1, 0] - middle[:, 0, 0, 0]) / 15 * 32
+    down = (middle[:, -1, 0, 1] - middle[:, 0, 0, 1]) / 15 * 32
+    np.testing.assert_allclose(across * down, 0.7, rtol=0.06)
+    assert max(across.max(), down.max()) < 1.04
+    ratios = across * width / (down * height)
+    assert (ratios.min(), ratios.max()) == pytest.approx(expected, rel=0.06)
+
+
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     """By SciPy; the weights beyond the border are left out."""
     kwargs = {"sigma": (sigma, sigma, 0), "mode": "constant", "truncate": 16.0}

@@ -26,7 +26,8 @@ class Augment:
       image_size: side of the result, pixels.
       mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
       crop_scale: area of the crop, fraction of the image (uniform); (1, 1) keeps the image.
-      crop_ratio: width / height of the crop (log-uniform).
+      crop_ratio: width / height of the crop (log-uniform among those with which it fits; the next
+        that fits, where none of them does).
       horizontal_flip: probability of a left-right flip.
       vertical_flip: probability of an upside-down flip.
       brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
@@ -186,8 +187,10 @@ def _sample_crop(
     """Top, left, height and width of a random box inside the image, in pixels."""
     area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
     area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1]) * height * width
-    log_ratio = jax.random.uniform(ratio_rng, minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1]))
-    aspect = jnp.exp(log_ratio)
+    # Boxes of this area fit from the one as high as the image to the one as wide.
+    low, high = jnp.clip(jnp.array(ratio), area / height**2, width**2 / area)
+    u = jax.random.uniform(ratio_rng)
+    aspect = jnp.exp(jnp.log(low) + u * (jnp.log(high) - jnp.log(low)))
     crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)
     crop_height = jnp.minimum(jnp.sqrt(area / aspect), height)
     top = jax.random.uniform(top_rng) * (height - crop_height)
