@@ -24,7 +24,7 @@ _KIND = flags.DEFINE_enum("kind", "step", ["step", "loop"], "What to time.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps timed.")
 _WARMUP = flags.DEFINE_integer("warmup", 5, "Steps before them.")
 
-NUM_IMAGES, LOG_EVERY = 10_000, 5
+NUM_IMAGES = 10_000
 
 
 def noise_set(folder: pathlib.Path) -> str:
@@ -66,13 +66,18 @@ def time_step(config, num_steps: int, warmup: int) -> dict:
 
 
 def time_loop(config, num_steps: int, warmup: int) -> dict:
-    """Seconds per step between log lines of `train_and_evaluate`, as it logs them itself."""
-    config.train.num_steps = num_steps + warmup
-    config.log.every_steps = LOG_EVERY
+    """Seconds per step between log lines of `train_and_evaluate`, as it logs them itself.
+
+    Lines are as far apart as the config says, or by `num_steps` where that is more: what a line
+    costs belongs to the loop. The steps before the first line, `warmup` at least, do not count.
+    """
+    every_steps = max(config.log.every_steps, num_steps, warmup)
+    config.train.num_steps = 2 * every_steps
+    config.log.every_steps = every_steps
     with tempfile.TemporaryDirectory() as workdir:
         train.train_and_evaluate(config, pathlib.Path(workdir) / "run")
         lines = read_metrics(pathlib.Path(workdir) / "run" / "metrics.jsonl")
-    timed = [line for line in lines if line["step"] > warmup]
+    timed = [line for line in lines if line["step"] > every_steps]
     waits = [line["perf/data_wait_fraction"] for line in timed]
     return {
         "sec": [1 / line["perf/steps_per_sec"] for line in timed],
