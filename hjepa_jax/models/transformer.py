@@ -73,7 +73,7 @@ class Attention(nn.Module):
         heads = x.reshape(b, n, count, self.num_heads, width // count // self.num_heads)
         # Cut by one operation, whose gradient is one concatenation and not a sum of padded parts.
         parts = jax.lax.split(heads.transpose(2, 0, 3, 1, 4), (1,) * count)
-        return [part[0] for part in parts]
+        return [part.squeeze(0) for part in parts]
 
 
 class LayerScale(nn.Module):
