@@ -76,18 +76,22 @@ def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[
     model, params = load_encoder(workdir)
     source = open_config_source(config)
     train, _ = source.load()
-    embed = jax.jit(build.build_embed_fn(config, model))
-    found = extract_features(embed, params, train.images, batch_size=config.eval.batch_size)
-    everything = np.concatenate([found[name] for name in sorted(found)], axis=1)
     fit, scored = hold_out(len(train.labels), num_val=config.eval.num_val)
     fit = np.sort(np.random.default_rng(0).permutation(fit)[:num_fit])
+    # Only what a probe reads is embedded: the rows it fits, then those it is scored on.
+    rows = np.concatenate([fit, scored])
+    embed = jax.jit(build.build_embed_fn(config, model))
+    found = extract_features(embed, params, train.images[rows], batch_size=config.eval.batch_size)
+    everything = np.concatenate([found[name] for name in sorted(found)], axis=1)
     # As the protocol does: no more neighbours than the rows among which k is chosen.
     chosen_from, _ = hold_out(len(fit), num_val=config.eval.num_val)
     ks = [k for k in DEFAULT_KS if k <= len(chosen_from)]
     options = {"num_classes": len(source.info.class_names), "num_val": config.eval.num_val}
+    labels = np.split(train.labels[rows], [len(fit)])
 
-    def scores(x: np.ndarray, suffix: str = "") -> dict[str, str]:
-        arrays = (x[fit], train.labels[fit], x[scored], train.labels[scored])
+    def scores(features: np.ndarray, suffix: str = "") -> dict[str, str]:
+        x, test_x = np.split(features, [len(fit)])
+        arrays = (x, labels[0], test_x, labels[1])
         linear, knn = linear_probe(*arrays, **options), knn_probe(*arrays, ks=ks, **options)
         return {
             f"linear{suffix}": f"{100 * linear.top1:.2f}",
@@ -97,7 +101,7 @@ def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[
     return {
         **scores(everything),
         **scores(found["level_0"], "_level_0"),
-        "effective_rank": f"{effective_rank(everything[scored]):.1f}",
+        "effective_rank": f"{effective_rank(everything[len(fit) :]):.1f}",
         "images_per_sec": f"{statistics.median([s for s in speeds if s] or [0.0]):.0f}",
     }
 
