@@ -15,7 +15,7 @@ from hjepa_jax.data.records import Streaming
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import MAX_NUMBER, get_field
 from hjepa_jax.masking import HierarchicalMask, MaskSampler, MultiBlockMask
-from hjepa_jax.models.hjepa import HJEPA, Expander
+from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
@@ -94,7 +94,6 @@ def build_model(config: Config) -> HJEPA:
         summary_pass=config.loss.summary_weight > 0,
         min_coverage=config.mask.min_coverage,
         regularized=config.loss.regularized,
-        expander=Expander(c.expander_width, shared["precision"]) if c.expander_width else None,
     )
 
 

@@ -56,6 +56,9 @@ ADDED_FIELDS = (
     "train.init_from",
 )
 
+# Fields that are gone, with the value at which they did nothing: a config.json may have them so.
+REMOVED_FIELDS = {"model.expander_width": 0}
+
 
 def base_config() -> Config:
     """The defaults. Values that experiments chose are in configs/, not here."""
@@ -118,7 +121,6 @@ def base_config() -> Config:
     # last, as for the global level. They are the mean of that block and the k - 1 before it.
     c.model.level_depths = placeholder(tuple)
     c.model.target_layers = 1  # k
-    c.model.expander_width = 0  # of an MLP between encoder and regularizer; 0: none
 
     c.mask = ConfigDict()
     # What is hidden. multiblock: M blocks of whole cells of align_level; hierarchical: block m of

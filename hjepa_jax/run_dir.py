@@ -10,7 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from hjepa_jax.config import ADDED_FIELDS, FREE_FIELDS, Config, base_config, differing_fields
+from hjepa_jax.config import (
+    ADDED_FIELDS,
+    FREE_FIELDS,
+    REMOVED_FIELDS,
+    Config,
+    base_config,
+    differing_fields,
+)
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import flatten
@@ -139,7 +146,7 @@ def load_config(workdir: pathlib.Path) -> Config:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         _check_same_fields(saved, config.to_dict())
-        config.update(saved)
+        config.update(_without_removed(saved))
         validate(config)
     except (FileNotFoundError, NotADirectoryError) as error:
         rule = "holds no run (there is no config.json)"
@@ -155,9 +162,20 @@ def _check_same_fields(saved: Any, defaults: dict[str, Any]) -> None:
     """A run is described by all fields: what another version lacks is known, or not guessed."""
     if not isinstance(saved, dict):
         raise TypeError("not an object")
-    found, expected = flatten(saved).keys(), flatten(defaults).keys()
+    found, expected = flatten(_without_removed(saved)).keys(), flatten(defaults).keys()
     missing = expected - found - {*ADDED_FIELDS}
     missing = [field for field in missing if not field.startswith(FREE_FIELDS)]
     for which, fields in (("unknown", found - expected), ("missing", missing)):
         if fields:
             raise ValueError(f"{which} {', '.join(sorted(fields))}")
+
+
+def _without_removed(saved: dict[str, Any]) -> dict[str, Any]:
+    """The config of an older version without the fields that are gone, where they did nothing."""
+    kept = dict(saved)
+    for field, off in REMOVED_FIELDS.items():
+        group, name = field.split(".")
+        fields = kept.get(group)
+        if isinstance(fields, dict) and fields.get(name) == off:
+            kept[group] = {other: value for other, value in fields.items() if other != name}
+    return kept

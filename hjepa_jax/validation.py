@@ -94,7 +94,6 @@ def validate(config: Config) -> None:
     at_least(1, "model.num_levels", at_most=16)
     at_least(0, "model.num_summary_tokens", at_most=1024)
     at_least(0, "model.num_registers", at_most=1024)
-    at_least(0, "model.expander_width", at_most=65_536)
     at_least(0, "model.layer_scale", at_most=100)
     check(0 <= config.model.drop_path < 1, "model.drop_path", "must be in [0, 1)")
     one_of("model.predictor_mode", MODES)
@@ -176,13 +175,6 @@ def validate(config: Config) -> None:
     )
     at_least(0, "loss.summary_weight", "loss.local_weight", "loss.regularizer_weight")
     at_least(0, "loss.variance_weight", "loss.covariance_weight")
-    vicreg_weight = config.loss.variance_weight + config.loss.covariance_weight
-    weight = {"vicreg": vicreg_weight, "sigreg": 1, "none": 0}[config.loss.regularizer]
-    check(
-        config.model.expander_width == 0 or weight * config.loss.regularizer_weight > 0,
-        "model.expander_width",
-        "must be 0 where loss.regularizer is 'none' or its weights are 0: nothing would read it",
-    )
     at_least(1, "loss.num_slices", at_most=65_536)
     fraction("loss.cross_view")
     has_global = config.model.global_level or not config.loss.cross_view

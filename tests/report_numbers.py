@@ -192,6 +192,7 @@ def configuration(s: Sources) -> list:
     main = ["data.source", "data.image_size", "model.name", "model.patch_size",
             "model.num_levels", "train.batch_size", "train.num_epochs", "optim.learning_rate",
             "seed"]  # fmt: skip
+    flat = {name: value for name, value in flat.items() if name in s.defaults}  # others are gone
     changed = [field for field, value in flat.items() if value != s.defaults[field]]
     found = [row(f"`{f}`", f"`{flat[f]}`") for f in dict.fromkeys([*main, *changed])]
     if s.saved is None:

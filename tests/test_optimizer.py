@@ -57,7 +57,7 @@ def test_only_kernels_decay():
     config.model.predictor_width, config.model.predictor_depth = 8, 1
     config.model.predictor_num_heads, config.model.predictor_mode = 2, "cross"
     config.model.num_registers, config.model.layer_scale = 2, 0.1
-    config.model.global_level, config.model.pyramid, config.model.expander_width = True, "add", 8
+    config.model.global_level, config.model.pyramid = True, "add"
     create = build.build_create_state(config, build.build_model(config), optax.identity())
     params = jax.eval_shape(create).params
     decayed, undecayed = set(), set()

@@ -12,7 +12,7 @@ from hjepa_jax import losses, metrics
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.masking import MultiBlockMask, gather_tokens
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.hjepa import HJEPA, Expander, Prediction
+from hjepa_jax.models.hjepa import HJEPA, Prediction
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.objective import LossWeights, hjepa_loss
@@ -320,21 +320,15 @@ def test_embed_of_views_uses_the_keys():
     assert not np.allclose(same["summary"], other["summary"], atol=1e-3)
 
 
-def test_expander_stands_between_the_encoder_and_the_regularizer_only():
-    expanding = MODEL.clone(expander=Expander(24), regularized="both")
+def test_the_regularizer_of_both_has_the_mean_of_the_context_beside_the_summary_tokens():
     rng = jax.random.PRNGKey(0)
     masks = jax.jit(MASK)(jax.random.split(rng, BATCH))
     views = jax.jit(PLAIN)(jax.random.split(rng, BATCH), IMAGES)
-    params = jax.jit(expanding.init)(rng, views, masks)["params"]
-    with_it = jax.jit(expanding.apply)({"params": params}, views, masks)
-    without = jax.jit(MODEL.clone(regularized="both").apply)(
-        {"params": {k: v for k, v in params.items() if k != "expander"}}, views, masks
-    )
-    assert with_it.regularized.shape == (BATCH, 3, 24)
-    assert without.regularized.shape == (BATCH, 3, WIDTH)
-    np.testing.assert_allclose(without.regularized[:, 2], without.context_mean, atol=1e-6)
-    for a, b in zip(with_it.levels, without.levels, strict=True):
-        np.testing.assert_array_equal(a, b)
+    params = jax.jit(MODEL.init)(rng, views, masks)["params"]
+    found = jax.jit(MODEL.clone(regularized="both").apply)({"params": params}, views, masks)
+    assert found.regularized.shape == (BATCH, 3, WIDTH)
+    np.testing.assert_allclose(found.regularized[:, :2], found.summary, atol=1e-6)
+    np.testing.assert_allclose(found.regularized[:, 2], found.context_mean, atol=1e-6)
 
 
 class Spoiled(Augment):

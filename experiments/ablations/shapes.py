@@ -56,14 +56,10 @@ ROWS = {
     "vicreg_on_context": {"loss.regularized": "context"},
     "vicreg_on_both": {"loss.regularized": "both"},
     "vicreg_strong": {"loss.regularizer_weight": 0.05},
-    "vicreg_expander": {"model.expander_width": 256, "loss.regularizer_weight": 0.05},
     "sigreg": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02},
     "sigreg_strong": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.1},
     "sigreg_stronger": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.5},
     "sigreg_weak": {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.002},
-    "sigreg_expander": {
-        "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "model.expander_width": 256,
-    },
     "sigreg_both": {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
     },

@@ -41,9 +41,6 @@ ROWS = {
     "cross_view": CROSS_VIEW,
     "local_views": LOCAL,
     "local_views_light": LIGHT,
-    "local_views_expander": {
-        **LIGHT, "model.expander_width": 512, "loss.regularizer_weight": 0.05,
-    },
     "local_views_sigreg": {**LIGHT, **SIGREG},
     "local_views_ema": {**LIGHT, "optim.ema_momentum": (0.99, 1.0, "cosine")},
     "local_views_patches": {**LOCAL, "model.global_target": "patches", "loss.cross_view": 0.5},

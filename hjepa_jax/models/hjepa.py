@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 from hjepa_jax.masking import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
-from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.vit import VisionTransformer
 
 REGULARIZED = ("summary", "context", "both")
@@ -28,7 +27,7 @@ class Prediction:
       context: tokens of the visible patches, float32 [B, K, D].
       summary: summary tokens, float32 [B, R, D].
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
-      regularized: representations of the image that the regularizer spreads, float32 [B, S, E].
+      regularized: representations of the image that the regularizer spreads, float32 [B, S, D].
       local_views: the global level, as the summary tokens of each of V local views predict it,
         float32 [B, V, D]; None without such views.
     """
@@ -43,26 +42,6 @@ class Prediction:
     local_views: Any = None
 
 
-class Expander(nn.Module):
-    """An MLP between the encoder and the regularizer, thrown away after training.
-
-    Spreading its output needs many different things of its input, but not that the input itself be
-    spread: what the encoder says stays usable by a linear probe.
-
-    References:
-      Bardes, Ponce, LeCun 2022, arXiv 2105.04906, section 4.1, where it is far wider; one hidden
-      layer here, without batch normalisation.
-    """
-
-    width: int
-    precision: Precision = Precision()
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S E"]:
-        x = nn.gelu(Dense(self.width, self.precision, name="hidden")(x), approximate=True)
-        return Dense(self.width, self.precision, name="out")(x).astype(jnp.float32)
-
-
 class HJEPA(nn.Module):
     """The online networks. The target encoder is the same encoder with EMA parameters.
 
@@ -72,7 +51,6 @@ class HJEPA(nn.Module):
       summary_pass: whether the summary tokens alone must predict everything as well.
       min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
-      expander: between those and the regularizer; None for nothing.
     """
 
     context_encoder: VisionTransformer
@@ -80,7 +58,6 @@ class HJEPA(nn.Module):
     summary_pass: bool = True
     min_coverage: float = 1.0
     regularized: str = "summary"
-    expander: Expander | None = None
 
     def __call__(
         self,
@@ -117,8 +94,6 @@ class HJEPA(nn.Module):
             "context": context_mean[:, None],
             "both": jnp.concatenate([summary, context_mean[:, None]], axis=1),
         }[self.regularized]
-        if self.expander is not None:
-            regularized = self.expander(regularized)
         return Prediction(
             levels,
             summary_levels,
