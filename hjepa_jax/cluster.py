@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Shaped
+from jaxtyping import PyTree, Shaped
 
 from hjepa_jax.errors import InputError, Interrupted
 
@@ -253,8 +253,11 @@ def total(value: int) -> int:
     return int(all_rows(np.array([value], np.int32)).sum())
 
 
-def all_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
-    """The rows of all processes, each of which has as many, one process after the other."""
+def all_rows(rows: PyTree[Shaped[np.ndarray, "n ..."]]) -> PyTree[Shaped[np.ndarray, "m ..."]]:
+    """The rows of all processes, each of which has as many, one process after the other.
+
+    Of a dict of arrays, the same dict.
+    """
     if jax.process_count() == 1:
         return rows
     meet()
@@ -262,14 +265,14 @@ def all_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "m ..."]:
 
 
 def divided(
-    fn: Callable[[Shaped[np.ndarray, " k"]], Shaped[np.ndarray, "k ..."]],
+    fn: Callable[[Shaped[np.ndarray, " k"]], PyTree[Shaped[np.ndarray, "k ..."]]],
     items: Shaped[np.ndarray, " n"],
-) -> Shaped[np.ndarray, "n ..."]:
+) -> PyTree[Shaped[np.ndarray, "n ..."]]:
     """`fn(items)`, of which each process computes a part; `fn` takes each item by itself."""
     share = -(-len(items) // jax.process_count())
     padded = np.resize(items, share * jax.process_count())
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return all_rows(fn(padded[own]))[: len(items)]
+    return jax.tree.map(lambda rows: rows[: len(items)], all_rows(fn(padded[own])))
 
 
 def check_same(field: str, value: Any, checksum: int) -> None:

@@ -22,7 +22,7 @@ from hjepa_jax.data.pipeline import BatchOrder, ResidentBatches
 from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
 from hjepa_jax.data.sources import Split, first_line
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.features import Features, extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out, spread_rows
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
@@ -268,32 +268,45 @@ class Loop:
         return place.put(metrics.reset_averages(window), place.whole)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """k-NN accuracy on held-out training images: target encoder, level 0, mean pool."""
+        """k-NN accuracy of the target encoder on held-out training images.
+
+        Of level 0 (mean pool), by which the best checkpoint is chosen, and of the summary tokens.
+        """
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = spread_rows(bank, c.knn_bank_size)
         params = self._run.placement.local(state.target_params)
+        metric_of = {"level_0": BEST_METRIC}
+        if self._config.model.num_summary_tokens:
+            metric_of["summary"] = f"{BEST_METRIC}_summary"
 
-        def features(rows: Any) -> Any:
-            chosen = images[rows]
-            return extract_features(self._embed, params, chosen, batch_size=c.batch_size)["level_0"]
+        def features(rows: Any) -> Features:
+            found = extract_features(self._embed, params, images[rows], batch_size=c.batch_size)
+            return {name: found[name] for name in metric_of}
 
-        bank_features = cluster.divided(features, bank)
+        of_bank = cluster.divided(features, bank)
         own = queries[jax.process_index() :: jax.process_count()]
-        num_right = 0
-        if len(own):  # of fewer images than processes, some have none
-            (predictions,) = knn_predict(
-                bank_features,
-                labels[bank],
-                features(own),
-                ks=[min(ONLINE_KNN_K, len(bank))],
-                num_classes=int(labels.max()) + 1,
-            )
-            num_right = int(np.sum(predictions == labels[own]))
-        top1 = cluster.total(num_right) / len(queries)
-        self._logger.scalars(step, {BEST_METRIC: top1})
-        self._progress.note(f"k-NN on held-out training images at step {step}: {100 * top1:.1f} %")
-        return {BEST_METRIC: top1}
+        of_own = features(own) if len(own) else {}  # of few images, some processes have none
+        scores = {}
+        for name, metric in metric_of.items():
+            num_right = 0
+            if of_own:
+                (predictions,) = knn_predict(
+                    of_bank[name],
+                    labels[bank],
+                    of_own[name],
+                    ks=[min(ONLINE_KNN_K, len(bank))],
+                    num_classes=int(labels.max()) + 1,
+                )
+                num_right = int(np.sum(predictions == labels[own]))
+            scores[metric] = cluster.total(num_right) / len(queries)
+        self._logger.scalars(step, scores)
+        told = ", ".join(
+            f"{100 * scores[metric]:.1f} % ({name.replace('_', ' ')})"
+            for name, metric in metric_of.items()
+        )
+        self._progress.note(f"k-NN on held-out training images at step {step}: {told}")
+        return scores
 
 
 class _StopSignals:

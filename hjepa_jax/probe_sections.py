@@ -29,11 +29,14 @@ _TITLES = {"knn": "k-NN"}  # of protocols, where it is not their name
 def probes_section(facts: Facts) -> Section | None:
     figures, parts = {}, []
     scored = [row for row in facts.probes if "top1" in row]
-    steps, knn = facts.history.series("eval/knn_top1")
-    if len(steps):
-        line = {"": (steps, 100 * knn)}
+    lines = {}
+    for name, suffix in (("level 0", ""), ("summary tokens", "_summary")):
+        steps, knn = facts.history.series(f"eval/knn_top1{suffix}")
+        if len(steps):
+            lines[name] = (steps, 100 * knn)
+    if lines:
         title = "k-NN on held-out training images"
-        panel = Panel(title, "top-1, percent", line, from_zero=True)
+        panel = Panel(title, "top-1, percent", lines, from_zero=True)
         figures["knn"] = (curves([panel]), "k-NN accuracy over training")
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))

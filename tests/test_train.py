@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import checkpoint, cli, run, run_dir, run_facts, showcase, steps, train
+from hjepa_jax import build, checkpoint, cli, run, run_dir, run_facts, showcase, steps, train
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split, save_npz
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
+from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.logging import Progress, read_metrics
 from hjepa_jax.publish import write_report
 from tests import processes
@@ -92,9 +93,8 @@ def test_a_run_logs_every_metric_at_increasing_steps(tiny_config, tmp_path):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:
-        assert set(line) - {"step", "eval/knn_top1"} == TRAIN_METRICS
+        assert set(line) - {"step", "eval/knn_top1", "eval/knn_top1_summary"} == TRAIN_METRICS
         assert all(np.isfinite(value) for value in line.values())
-    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
     assert lines[-1]["perf/peak_memory_bytes"] > 1e6
     np.testing.assert_allclose(lines[0]["train/learning_rate"], 1e-3 * 2 / 15, rtol=1e-5)
 
@@ -260,6 +260,30 @@ def test_fields_that_change_no_result_may_change(tiny_config, tmp_path):
     train.train_and_evaluate(tiny_config, tmp_path)
     tiny_config.log.every_steps = 3
     train.train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_knn_during_training_is_that_of_level_0_and_of_the_summary_tokens(tiny_config, tmp_path):
+    train.train_and_evaluate(tiny_config, tmp_path)
+    line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    model, params = checkpoint.load_encoder(tmp_path)
+    train_split, _ = run.open_config_source(tiny_config).load()
+    features = jax.jit(build.build_embed_fn(tiny_config, model))(params, train_split.images)
+    bank, queries = hold_out(len(train_split.labels), num_val=tiny_config.eval.num_val)
+    bank = bank[np.linspace(0, len(bank) - 1, tiny_config.eval.knn_bank_size).astype(int)]
+    found = {}
+    for name, x in features.items():
+        unit = np.asarray(x) / np.linalg.norm(x, axis=1, keepdims=True)
+        similar = unit[queries] @ unit[bank].T
+        nearest = np.argsort(-similar, axis=1, kind="stable")[:, :20]
+        votes = np.zeros((len(queries), 12))
+        for row, columns in enumerate(nearest):
+            for column in columns:
+                label = train_split.labels[bank[column]]
+                votes[row, label] += np.exp(similar[row, column] / 0.07)
+        found[name] = np.mean(votes.argmax(axis=1) == train_split.labels[queries])
+    assert found["level_0"] != found["summary"], "of one another they could not be told"
+    assert line["eval/knn_top1"] == pytest.approx(found["level_0"])
+    assert line["eval/knn_top1_summary"] == pytest.approx(found["summary"])
 
 
 @pytest.mark.slow
