@@ -3,7 +3,8 @@
   PYTHONPATH=. python experiments/sweep_table.py experiments/ablations/shapes.csv
 
 writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
-over seeds, with +- their standard deviation (n - 1) where there are several. The first row of the
+over seeds, with +- their standard deviation (n - 1) where there are several; speeds are medians, as
+seeds may have run on different machines. The first row of the
 results is what others are compared with: those beyond it, up or down, by twice the standard error
 of the difference are bold or in italics; with a single seed nothing is.
 """
@@ -20,7 +21,9 @@ SCORES = {
     "linear": "linear", "knn": "k-NN", "linear_level_0": "linear, level 0",
     "knn_level_0": "k-NN, level 0",
 }  # fmt: skip
-PLAIN = {"effective_rank": "rank", "images_per_sec": "images/s"}
+PLAIN = {
+    "effective_rank": ("rank", statistics.mean), "images_per_sec": ("images/s", statistics.median)
+}  # fmt: skip
 
 
 def sweep_table(results: pathlib.Path) -> str:
@@ -29,7 +32,7 @@ def sweep_table(results: pathlib.Path) -> str:
     with results.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             runs[row["row"]][row["seed"]] = row
-    heads = ["row", "seeds", *SCORES.values(), *PLAIN.values()]
+    heads = ["row", "seeds", *SCORES.values(), *(head for head, _ in PLAIN.values())]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     first = next(iter(runs))
     for name, by_seed in runs.items():
@@ -38,8 +41,8 @@ def sweep_table(results: pathlib.Path) -> str:
             values = [float(row[column]) for row in by_seed.values()]
             compared = [float(row[column]) for row in runs[first].values()]
             cells.append(_score(values, compared))
-        for column in PLAIN:
-            cells.append(f"{statistics.mean(float(row[column]) for row in by_seed.values()):.0f}")
+        for column, (_, average) in PLAIN.items():
+            cells.append(f"{average(float(row[column]) for row in by_seed.values()):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
