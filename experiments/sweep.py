@@ -151,6 +151,7 @@ def make_row(
         "commit": source_commit() or "",  # of the code that runs, not of what it is by then
     }
     if tuple(about[column] for column in COLUMNS[:5]) in done_rows(results):
+        print(f"{name} {seed}: {results} has it; --results=OTHER.csv makes it again", flush=True)
         return
     print(*about.values(), flush=True)
     # Another config is another directory.

@@ -116,8 +116,8 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
 
     compares the empirical characteristic function with that of N(0, 1). The integrand is even and 0
     at both ends: the trapezoidal rule is twice a sum over t > 0. Of normal features the statistic
-    is about 1 whatever B is (in the mean sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06); of collapsed ones,
-    0.41 B.
+    is about 1 whatever B is (in the mean sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06); of collapsed ones it
+    grows with B: 0.41 B where they lie at the origin, more elsewhere.
 
     Args:
       x: representations; each of the R tokens is a representation of its own.

@@ -187,6 +187,9 @@ def validate(config: Config) -> None:
         both = config.model.global_target == "patches" or config.loss.regularized == "both"
         rule = "needs loss.regularized='both', for model.global_target='summary'"
         check(both, "model.target", rule)
+        last = config.model.target_layers == 1 and config.model.level_depths is None
+        rule = "needs targets of the last block, which alone is regularized: model.target_layers=1"
+        check(last, "model.target", f"{rule} and no model.level_depths")
     weights = config.loss.level_weights
     weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
     if weights is not None:

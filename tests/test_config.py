@@ -371,6 +371,22 @@ def test_a_target_without_ema_needs_a_regularizer_of_what_it_is_made_of():
         validate(config)
     config.loss.regularized = "both"
     validate(config)
+    for field, value in (("model.target_layers", 2), ("model.level_depths", (4, 12))):
+        earlier = config.copy_and_resolve_references().unlock()
+        earlier.update_from_flattened_dict({field: value})
+        with pytest.raises(InputError, match=r"model.target='online': needs targets of the last"):
+            validate(earlier)
+
+
+def test_the_ema_has_the_kind_and_the_cap_of_the_config():
+    config = base_config()
+    config.train.batch_size, config.train.num_steps = 10, 11
+    config.optim.ema_momentum, config.optim.max_ema_momentum = (0.9, 1.0, "linear"), 0.97
+    momentum = build.build_schedules(config, 100).ema_momentum_fn
+    found = [float(momentum(step)) for step in (0, 5, 10)]
+    assert found == pytest.approx([0.9, 0.95, 0.97], abs=0.006)
+    config.optim.ema_momentum = (0.9, 1.0, "constant")
+    assert float(build.build_schedules(config, 100).ema_momentum_fn(5)) == pytest.approx(0.9)
 
 
 def test_rotary_positions_need_heads_of_a_width_that_divides_by_four():

@@ -138,6 +138,17 @@ def test_sigreg_by_hand():
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+def test_directions_are_uniform_on_the_sphere_and_drawn_anew():
+    directions = losses.random_directions(jax.random.PRNGKey(2), 8192, 3)
+    np.testing.assert_allclose(jnp.mean(directions, axis=1), 0, atol=0.03)  # 4.7 sigma
+    np.testing.assert_allclose(directions @ directions.T / 8192, np.eye(3) / 3, atol=0.02)
+    other = losses.random_directions(jax.random.PRNGKey(3), 8192, 3)
+    assert jnp.max(jnp.abs(jnp.sum(directions * other, axis=0))) > 0.99, (
+        "unit vectors, at any angle"
+    )
+    assert jnp.mean(jnp.abs(jnp.sum(directions * other, axis=0))) < 0.6
+
+
 def test_sigreg_of_isotropic_normal_features_is_a_tenth_of_that_of_collapsed_ones():
     directions = losses.random_directions(jax.random.PRNGKey(1), 64, 16)
     np.testing.assert_allclose(jnp.sum(directions**2, axis=0), 1, rtol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import sincos2d_positions
-from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.products import Precision
 from hjepa_jax.models.transformer import Block
 from hjepa_jax.models.vit import VisionTransformer, patchify
@@ -91,9 +91,12 @@ def test_pixels_of_hidden_patches_do_not_reach_one_context_token(model_and_param
     assert np.any(jitted(model)(variables, seen, MASKS).summary != a.summary)
 
 
-def test_padding_changes_no_valid_output(model_and_params):
-    model, variables = model_and_params
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_changes_no_valid_output(mode):
+    model = make_model()
+    model = model.clone(predictor=model.predictor.clone(mode=mode))
     x = images()
+    variables = jax.jit(model.init)(jax.random.PRNGKey(0), x, MASKS)
     more = MASKS.replace(
         context_index=jnp.concatenate([MASKS.context_index, MASKS.context_index * 0 + 5], axis=1),
         context_valid=jnp.concatenate(

@@ -608,8 +608,6 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
             "model.target": "online",
             "loss.regularizer": "sigreg",
             "loss.regularized": "both",
-            "model.target_layers": 2,
-            "model.level_depths": (2, 2),
             "optim.accumulation_steps": 2,
             "mask.num_masks": 2,
             "model.drop_path": 0.1,

@@ -40,7 +40,7 @@ ROWS = {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
         "model.target": "online",
     },
-    # What gains most on `shapes`.
+    # Two that gain on `shapes`.
     "masks_4": {"mask.num_masks": 4},
     "layer_scale": {"model.layer_scale": 0.1},
     "positions_sincos2d": {"model.positions": "sincos2d"},

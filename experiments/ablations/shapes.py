@@ -1,4 +1,4 @@
-"""Every option of a config that changes what is learned, on shapes_tiny, by itself where it can be.
+"""Options of a config that change what is learned, on shapes_tiny, by themselves where they can be.
 
 One epoch (312 steps of 64) in bfloat16 on one core: two and a half minutes a row. What needs
 another option stands beside the row with that option alone: `local_views` beside

@@ -29,7 +29,7 @@ class Prediction:
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
       regularized: representations of the image that the regularizer spreads, float32 [B, S, D].
       local_views: the global level, as the summary tokens of each of V local views predict it,
-        float32 [B, V, D]; None without such views.
+        float32 [I, V, D] for the I images of which B masks are drawn; None without such views.
     """
 
     levels: tuple[Any, ...]
@@ -65,7 +65,10 @@ class HJEPA(nn.Module):
         masks: Masks,
         local_views: Float[Array, "I V h w C"] | None = None,
     ) -> Prediction:
-        """Encodes what is visible and predicts what is not; local views are of I images, B / K."""
+        """Encodes what is visible and predicts what is not; local views are of I images.
+
+        B is I times the masks per image.
+        """
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         b, r, _ = summary.shape
         num_blocks = masks.target_index.shape[1]
