@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 POSITIONS = ("learned", "sincos2d", "rope2d")
-# Rotations per patch go from 1 radian down to nearly 1/100: for grids of some hundred patches a side.
+# Rotations per patch go from 1 radian down to nearly 1/100: grids of up to a few hundred a side.
 ROPE_BASE = 100.0
 
 
