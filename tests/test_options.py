@@ -181,6 +181,18 @@ def test_what_a_block_is_predicted_to_be_depends_on_other_blocks_in_joint_attent
         assert same == (mode != "self"), mode
 
 
+def test_queries_of_one_block_attend_to_each_other_but_for_cross_attention():
+    """The last patch of the first block is another: what is predicted of its first one changes."""
+    last = MASKS.target_index.shape[2] - 1
+    other = (MASKS.target_index[:, 0, last] + 5) % GRID**2
+    masks = MASKS.replace(target_index=MASKS.target_index.at[:, 0, last].set(other))
+    for mode in MODES:
+        model = make_model(None, {"mode": mode})
+        params = jax.tree.map(lambda x: 3 * x, init_params(model))
+        first, second = (predict(model, params, m).levels[0][:, 0] for m in (MASKS, masks))
+        assert np.allclose(first, second, atol=1e-5) == (mode == "cross"), mode
+
+
 def test_in_blocks_the_context_does_not_listen_to_queries():
     """So the coarse level, which the blocks' queries cannot reach either, stays as it is."""
     for mode in MODES:
