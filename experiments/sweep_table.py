@@ -4,9 +4,9 @@
 
 writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
 over seeds, with +- their standard deviation (n - 1) where there are several; speeds are medians, as
-seeds may have run on different machines. The first row of the
-results is what others are compared with: those beyond it, up or down, by twice the standard error
-of the difference are bold or in italics; with a single seed nothing is.
+seeds may have run on different machines. The first row of the results is what others are compared
+with: those beyond it, up or down, by twice the standard error of the difference are bold or in
+italics; with a single seed nothing is.
 """
 
 import collections

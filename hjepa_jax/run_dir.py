@@ -145,8 +145,7 @@ def load_config(workdir: pathlib.Path) -> Config:
     config = base_config().lock()
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        _check_same_fields(saved, config.to_dict())
-        config.update(_without_removed(saved))
+        config.update(_of_this_version(saved, config.to_dict()))
         validate(config)
     except (FileNotFoundError, NotADirectoryError) as error:
         rule = "holds no run (there is no config.json)"
@@ -158,16 +157,18 @@ def load_config(workdir: pathlib.Path) -> Config:
     return config
 
 
-def _check_same_fields(saved: Any, defaults: dict[str, Any]) -> None:
+def _of_this_version(saved: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     """A run is described by all fields: what another version lacks is known, or not guessed."""
     if not isinstance(saved, dict):
         raise TypeError("not an object")
-    found, expected = flatten(_without_removed(saved)).keys(), flatten(defaults).keys()
+    kept = _without_removed(saved)
+    found, expected = flatten(kept).keys(), flatten(defaults).keys()
     missing = expected - found - {*ADDED_FIELDS}
     missing = [field for field in missing if not field.startswith(FREE_FIELDS)]
     for which, fields in (("unknown", found - expected), ("missing", missing)):
         if fields:
             raise ValueError(f"{which} {', '.join(sorted(fields))}")
+    return kept
 
 
 def _without_removed(saved: dict[str, Any]) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def test_a_pyramid_needs_two_levels_and_an_ema(others, rule):
 def test_local_views_that_no_loss_reads_are_refused():
     config = base_config()
     config.model.global_level, config.data.local_views, config.loss.local_weight = True, 2, 0.0
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match="must be 0 where loss") as error:
         validate(config)
     assert error.value.field == "data.local_views"
 

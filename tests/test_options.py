@@ -608,6 +608,7 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
         {"model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.1},
         {"model.predictor_mode": "cross", "model.global_level": True, "loss.cross_view": 0.5},
         {"model.predictor_mode": "blocks", "model.drop_path": 0.1, "model.remat": True},
+        {"model.target_layers": 2, "model.level_depths": (2, 2)},
         {
             "model.global_level": True,
             "loss.cross_view": 1.0,

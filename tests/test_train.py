@@ -95,6 +95,7 @@ def test_a_run_logs_every_metric_at_increasing_steps(tiny_config, tmp_path):
     for line in lines:
         assert set(line) - {"step", "eval/knn_top1", "eval/knn_top1_summary"} == TRAIN_METRICS
         assert all(np.isfinite(value) for value in line.values())
+    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
     assert lines[-1]["perf/peak_memory_bytes"] > 1e6
     np.testing.assert_allclose(lines[0]["train/learning_rate"], 1e-3 * 2 / 15, rtol=1e-5)
 
