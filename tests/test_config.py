@@ -389,6 +389,16 @@ def test_the_ema_has_the_kind_and_the_cap_of_the_config():
     assert float(build.build_schedules(config, 100).ema_momentum_fn(5)) == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("num_masks", [1, 3])
+def test_the_step_has_as_many_masks_an_image_as_the_config(num_masks, tiny_config):
+    tiny_config.mask.num_masks, tiny_config.mask.num_context = num_masks, 5
+    built = run.build_run(tiny_config, Source("x", SourceInfo(240, 60, (16, 16, 3), ("a",)), list))
+    program = built.lower(steps_per_call=1, donate=False).as_text()
+    # What the context encoder sees of 16 images: two summary tokens and five patches, of width 16.
+    for count in (1, 3):
+        assert (f"tensor<{16 * count}x7x16xf32>" in program) == (count == num_masks)
+
+
 def test_rotary_positions_need_heads_of_a_width_that_divides_by_four():
     config = base_config()
     config.model.positions = "rope2d"

@@ -485,6 +485,11 @@ def test_local_views_predict_the_global_level_by_their_summary_tokens(mode):
     rest = without(state, IMAGES)[1].scalars["loss"]
     np.testing.assert_allclose(outputs.scalars["loss"], rest + 0.5 * expected, rtol=1e-3)
 
+    # Small views are of an image, however many masks it has; so are what they predict.
+    step, _ = make_step(model, **options, num_masks=2)
+    found = step(state, IMAGES)[1].scalars["loss_local"]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
 def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions):
@@ -500,22 +505,23 @@ def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions)
 
 
 @pytest.mark.parametrize(
-    ("depths", "finest_is", "coarse_is"),
+    ("depths", "finest_is", "coarse_is", "num_registers"),
     [
-        (target_depths(2, 2, num_layers=2), "both", "both"),
-        (target_depths(2, 2, level_depths=(1, 2)), "first", "last"),
-        (target_depths(2, 2, level_depths=(2, 1)), "last", "first"),
+        (target_depths(2, 2, num_layers=2), "both", "both", 0),
+        (target_depths(2, 2, level_depths=(1, 2)), "first", "last", 0),
+        (target_depths(2, 2, level_depths=(2, 1)), "last", "first", 3),
     ],
 )
-def test_targets_may_be_of_other_blocks_than_the_last(depths, finest_is, coarse_is):
-    model = make_model(summary_pass=False)
+def test_targets_may_be_of_other_blocks_than_the_last(depths, finest_is, coarse_is, num_registers):
+    model = make_model({"num_registers": num_registers}, summary_pass=False)
     step, state = make_step(model, target_spec=TargetSpec(depths))
     _, outputs = step(state, IMAGES)
     views, _, masks = views_and_masks(state)
     variables = {"params": {"context_encoder": state.target_params}}
     apply = jax.jit(functools.partial(model.apply, method="encode", mutable=["intermediates"]))
     (tokens, _), found = apply(variables, views)
-    first = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2:]
+    # Behind two summary tokens and the registers.
+    first = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2 + num_registers :]
     z = {"last": tokens, "first": hierarchy.standardize(first)}
     z["both"] = (hierarchy.standardize(tokens) + z["first"]) / 2
     finest, _ = hierarchy.level_features(z[finest_is], GRID, 2)
