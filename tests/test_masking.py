@@ -166,6 +166,7 @@ def check_rules_if_possible(kind: functools.partial, seed: int) -> None:
     [
         # Grids that cells do not divide: those at the far edges are cut, and in reach.
         MultiBlockMask(5, 2, (0.2, 0.45), RATIO, align_level=1),
+        MultiBlockMask(5, 1, (0.36, 0.45), (0.4, 2.5), align_level=1),  # from edge to edge
         MultiBlockMask(7, 4, (0.15, 0.35), RATIO, align_level=1),
         MultiBlockMask(14, 4, (0.15, 0.35), RATIO, align_level=2),
         RandomMask(7, scale=(0.2, 0.5), align_level=1),
