@@ -5,7 +5,8 @@
 
 A sweep is a Python file that sets CONFIG, the name of a file in configs/; ROWS, overrides by the
 name of a row; and, where it likes, SHARED, overrides of every row; SEEDS; NUM_FIT, how many
-training images the probes fit. Its results are in a csv file beside it, of the same name.
+training images the probes fit. Its results are in a csv file beside it, of the same name. A row
+whose `train.init_from` is the name of another starts from that one, of the same seed.
 
 A row is appended when its run is done; a run that was cut short goes on from its newest checkpoint.
 Rows are scored on training images that the probes do not fit, chosen by a fixed seed and held out
@@ -137,6 +138,30 @@ def append(results: pathlib.Path, row: dict[str, str]) -> None:
         writer.writerow(row)
 
 
+def row_workdir(sweep: Sweep, name: str, seed: int, overrides: dict[str, Any]) -> pathlib.Path:
+    """Where a row is trained; another config is another directory."""
+    digest = hashlib.sha256(described(overrides).encode()).hexdigest()[:8]
+    return pathlib.Path("runs/sweeps") / f"{sweep['CONFIG']}_{name}_{seed}_{digest}"
+
+
+def described(overrides: dict[str, Any]) -> str:
+    """The overrides as a results file has them."""
+    return " ".join(f"{field}={value}" for field, value in overrides.items())
+
+
+def from_another_row(
+    sweep: Sweep, overrides: dict[str, Any], seed: int, changed: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains the row that `train.init_from` names, if it names one, and says where that is."""
+    name = overrides.get("train.init_from")
+    if name is None:
+        return {}
+    first = {**sweep["SHARED"], **sweep["ROWS"][name], **changed}
+    workdir = row_workdir(sweep, name, seed, first)
+    train_and_evaluate(row_config(sweep, first, seed), workdir)
+    return {"train.init_from": str(workdir)}
+
+
 def make_row(
     sweep: Sweep, name: str, seed: int, changed: dict[str, Any], results: pathlib.Path
 ) -> None:
@@ -146,7 +171,7 @@ def make_row(
         "row": name,
         "seed": str(seed),
         "config": sweep["CONFIG"],
-        "overrides": " ".join(f"{field}={value}" for field, value in overrides.items()),
+        "overrides": described(overrides),
         "num_fit": str(sweep["NUM_FIT"] or "all"),
         "commit": source_commit() or "",  # of the code that runs, not of what it is by then
     }
@@ -154,10 +179,9 @@ def make_row(
         print(f"{name} {seed}: {results} has it; --results=OTHER.csv makes it again", flush=True)
         return
     print(*about.values(), flush=True)
-    # Another config is another directory.
-    digest = hashlib.sha256(repr(about["overrides"]).encode()).hexdigest()[:8]
-    workdir = pathlib.Path("runs/sweeps") / f"{sweep['CONFIG']}_{name}_{seed}_{digest}"
-    found = measure(row_config(sweep, overrides, seed), workdir, sweep["NUM_FIT"])
+    started = from_another_row(sweep, overrides, seed, changed)
+    config = row_config(sweep, {**overrides, **started}, seed)
+    found = measure(config, row_workdir(sweep, name, seed, overrides), sweep["NUM_FIT"])
     append(results, {**about, **found, "hardware": hardware()})
 
 

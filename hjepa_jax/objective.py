@@ -1,4 +1,11 @@
-"""The training loss: what is predicted against its targets, and what keeps features apart."""
+"""The training loss: what is predicted against its targets, and what keeps features apart.
+
+References:
+  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Variance and covariance are here of
+  the summary tokens unless `loss.regularized` says otherwise; the invariance of the means of two
+  views is the global level, where its target is of a second view (`loss.cross_view`): there a
+  distance through the predictor, not of the two means themselves.
+"""
 
 import dataclasses
 

@@ -68,6 +68,27 @@ def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
     assert [row["overrides"].split("=")[-1] for row in read(results)] == ["mse", "0.5", "mse"]
 
 
+@pytest.mark.slow
+def test_a_row_may_start_from_another(tiny_sweep):
+    """One that then learns nothing scores what the other scores."""
+    found, results = sweep.read_sweep(tiny_sweep), tiny_sweep.with_suffix(".csv")
+    still = {
+        "optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1,
+        "optim.ema_momentum": (1.0, 1.0, "constant"),
+    }  # fmt: skip
+    found["ROWS"] = {
+        "first": {"optim.learning_rate": 0.3},
+        "scratch": still,
+        "second": {**still, "train.init_from": "first"},
+    }
+    for name in ("second", "first", "scratch"):
+        sweep.make_row(found, name, 0, {}, results)
+    second, first, scratch = read(results)
+    assert second["overrides"].endswith("train.init_from=first"), "no path of this machine"
+    assert second["effective_rank"] == first["effective_rank"] != scratch["effective_rank"]
+    assert second["linear"] == first["linear"]
+
+
 def test_results_of_other_columns_are_refused(tiny_sweep):
     results = tiny_sweep.with_suffix(".csv")
     results.write_text("row,seed\nmse,0\n")

@@ -81,4 +81,14 @@ ROWS = {
     "solarize": {"data.solarize": 0.2},
     "grayscale": {"data.grayscale": 0.2},
     "float32": {"model.dtype": "float32"},
+    # What C-JEPA adds to I-JEPA (arXiv 2410.19560): means of the visible tokens kept apart, and
+    # what they say of the mean of another view.
+    "c_jepa": {
+        "loss.regularized": "context", "model.global_level": True, "loss.cross_view": 1.0,
+    },
+    # Half an epoch, and another half from there, at the same resolution or from a lower one on.
+    "half_32": {"train.num_epochs": 0.5},
+    "half_24": {"train.num_epochs": 0.5, "data.image_size": 24},
+    "half_32_from_32": {"train.num_epochs": 0.5, "train.init_from": "half_32"},
+    "half_32_from_24": {"train.num_epochs": 0.5, "train.init_from": "half_24"},
 }  # fmt: skip
