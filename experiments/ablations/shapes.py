@@ -8,6 +8,10 @@ another option stands beside the row with that option alone: `local_views` besid
 CONFIG = "shapes_tiny"
 SHARED = {"model.dtype": "bfloat16", "train.num_epochs": 1.0, "parallel.cpu_devices": 1}
 NUM_FIT = 12_000
+FINE = {
+    "model.patch_size": 2, "model.num_levels": 3, "mask.num_context": 64, "mask.min_coverage": 0.5,
+    "mask.kind": "hierarchical", "mask.scale": (0.05, 0.1), "mask.num_blocks": 3,
+}  # fmt: skip
 ROWS = {
     "baseline": {},
     "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
@@ -81,6 +85,9 @@ ROWS = {
     "solarize": {"data.solarize": 0.2},
     "grayscale": {"data.grayscale": 0.2},
     "float32": {"model.dtype": "float32"},
+    # With three levels the progressions differ, on a grid that has room for it: of 16 x 16 patches.
+    "levels_3_fine_geometric": {**FINE, "mask.progression": ("geometric", 2.0)},
+    "levels_3_fine_linear": {**FINE, "mask.progression": ("linear", 2.0)},
     # What C-JEPA adds to I-JEPA (arXiv 2410.19560): means of the visible tokens kept apart, and
     # what they say of the mean of another view.
     "c_jepa": {
