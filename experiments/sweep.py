@@ -48,6 +48,7 @@ COLUMNS = (
     "row", "seed", "config", "overrides", "num_fit", "linear", "knn", "linear_level_0",
     "knn_level_0", "effective_rank", "images_per_sec", "commit", "hardware",
 )  # fmt: skip
+START = "train.init_from"  # in a sweep the name of a row, where the program takes a directory
 Sweep = dict[str, Any]
 
 
@@ -138,28 +139,30 @@ def append(results: pathlib.Path, row: dict[str, str]) -> None:
         writer.writerow(row)
 
 
+def described(sweep: Sweep, overrides: dict[str, Any]) -> str:
+    """The overrides as a results file has them, with those of the row that this one starts from."""
+    text = " ".join(f"{field}={value}" for field, value in overrides.items())
+    first = overrides.get(START)
+    return text if first is None else f"{text} ({described(sweep, sweep['ROWS'][first])})"
+
+
 def row_workdir(sweep: Sweep, name: str, seed: int, overrides: dict[str, Any]) -> pathlib.Path:
     """Where a row is trained; another config is another directory."""
-    digest = hashlib.sha256(described(overrides).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(described(sweep, overrides).encode()).hexdigest()[:8]
     return pathlib.Path("runs/sweeps") / f"{sweep['CONFIG']}_{name}_{seed}_{digest}"
 
 
-def described(overrides: dict[str, Any]) -> str:
-    """The overrides as a results file has them."""
-    return " ".join(f"{field}={value}" for field, value in overrides.items())
-
-
-def from_another_row(
+def train_first(
     sweep: Sweep, overrides: dict[str, Any], seed: int, changed: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains the row that `train.init_from` names, if it names one, and says where that is."""
-    name = overrides.get("train.init_from")
+    """Trains the row that this one starts from, if there is one, and says where that is."""
+    name = overrides.get(START)
     if name is None:
         return {}
     first = {**sweep["SHARED"], **sweep["ROWS"][name], **changed}
     workdir = row_workdir(sweep, name, seed, first)
     train_and_evaluate(row_config(sweep, first, seed), workdir)
-    return {"train.init_from": str(workdir)}
+    return {START: str(workdir)}
 
 
 def make_row(
@@ -171,7 +174,7 @@ def make_row(
         "row": name,
         "seed": str(seed),
         "config": sweep["CONFIG"],
-        "overrides": described(overrides),
+        "overrides": described(sweep, overrides),
         "num_fit": str(sweep["NUM_FIT"] or "all"),
         "commit": source_commit() or "",  # of the code that runs, not of what it is by then
     }
@@ -179,7 +182,7 @@ def make_row(
         print(f"{name} {seed}: {results} has it; --results=OTHER.csv makes it again", flush=True)
         return
     print(*about.values(), flush=True)
-    started = from_another_row(sweep, overrides, seed, changed)
+    started = train_first(sweep, overrides, seed, changed)
     config = row_config(sweep, {**overrides, **started}, seed)
     found = measure(config, row_workdir(sweep, name, seed, overrides), sweep["NUM_FIT"])
     append(results, {**about, **found, "hardware": hardware()})

@@ -84,7 +84,7 @@ def test_a_row_may_start_from_another(tiny_sweep):
     for name in ("second", "first", "scratch"):
         sweep.make_row(found, name, 0, {}, results)
     second, first, scratch = read(results)
-    assert second["overrides"].endswith("train.init_from=first"), "no path of this machine"
+    assert second["overrides"].endswith("train.init_from=first (optim.learning_rate=0.3)")
     assert second["effective_rank"] == first["effective_rank"] != scratch["effective_rank"]
     assert second["linear"] == first["linear"]
 

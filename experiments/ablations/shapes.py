@@ -8,6 +8,8 @@ another option stands beside the row with that option alone: `local_views` besid
 CONFIG = "shapes_tiny"
 SHARED = {"model.dtype": "bfloat16", "train.num_epochs": 1.0, "parallel.cpu_devices": 1}
 NUM_FIT = 12_000
+I_JEPA = {"model.num_levels": 1, "loss.summary_weight": 0.0, "loss.regularizer": "none"}
+HALF = {"train.num_epochs": 0.5, "model.positions": "rope2d"}
 FINE = {
     "model.patch_size": 2, "model.num_levels": 3, "mask.num_context": 64, "mask.min_coverage": 0.5,
     "mask.kind": "hierarchical", "mask.scale": (0.05, 0.1), "mask.num_blocks": 3,
@@ -88,14 +90,17 @@ ROWS = {
     # With three levels the progressions differ, on a grid that has room for it: of 16 x 16 patches.
     "levels_3_fine_geometric": {**FINE, "mask.progression": ("geometric", 2.0)},
     "levels_3_fine_linear": {**FINE, "mask.progression": ("linear", 2.0)},
-    # What C-JEPA adds to I-JEPA (arXiv 2410.19560): means of the visible tokens kept apart, and
-    # what they say of the mean of another view.
+    "remat": {"model.remat": True},
+    # I-JEPA's objective, and what C-JEPA adds to it (arXiv 2410.19560): means of the visible tokens
+    # kept apart, and what is visible predicts the mean of another view.
+    "i_jepa": I_JEPA,
     "c_jepa": {
-        "loss.regularized": "context", "model.global_level": True, "loss.cross_view": 1.0,
+        **I_JEPA, "loss.regularizer": "vicreg", "loss.regularized": "context",
+        "model.global_level": True, "loss.cross_view": 1.0,
     },
     # Half an epoch, and another half from there, at the same resolution or from a lower one on.
-    "half_32": {"train.num_epochs": 0.5},
-    "half_24": {"train.num_epochs": 0.5, "data.image_size": 24},
-    "half_32_from_32": {"train.num_epochs": 0.5, "train.init_from": "half_32"},
-    "half_32_from_24": {"train.num_epochs": 0.5, "train.init_from": "half_24"},
+    "half_32": HALF,
+    "half_24": {**HALF, "data.image_size": 24},
+    "half_32_from_32": {**HALF, "train.init_from": "half_32"},
+    "half_32_from_24": {**HALF, "train.init_from": "half_24"},
 }  # fmt: skip
