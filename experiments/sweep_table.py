@@ -5,8 +5,8 @@
 writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
 over seeds, with +- their standard deviation (n - 1) where there are several; speeds are medians, as
 seeds may have run on different machines. The first row of the results is what others are compared
-with: those beyond it, up or down, by twice the standard error of the difference are bold or in
-italics; with a single seed nothing is.
+with: above or below it where Welch's t-test gives p < 0.05 is bold or in italics; with a single
+seed nothing is.
 """
 
 import collections
@@ -14,6 +14,8 @@ import csv
 import pathlib
 import statistics
 import sys
+
+from scipy.stats import ttest_ind
 
 from experiments.results_table import between_marks
 
@@ -55,11 +57,9 @@ def _score(values: list[float], compared: list[float]) -> str:
     text = f"{mean:.1f} +- {statistics.stdev(values):.1f}"
     if len(compared) < 2:
         return text
-    error = sum(statistics.variance(x) / len(x) for x in (values, compared)) ** 0.5
-    difference = mean - statistics.mean(compared)
-    if abs(difference) <= 2 * error:
+    if not ttest_ind(values, compared, equal_var=False).pvalue < 0.05:
         return text
-    return f"**{text}**" if difference > 0 else f"*{text}*"
+    return f"**{text}**" if mean > statistics.mean(compared) else f"*{text}*"
 
 
 def with_table(readme: str, results: pathlib.Path) -> str:

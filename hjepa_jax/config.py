@@ -130,10 +130,11 @@ def base_config() -> Config:
     c.mask.num_masks = 1  # per image and step, whose targets are computed once
     c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
     c.mask.progression = ("geometric", 1.5)  # hierarchical: geometric | linear, level 1 / level 0
-    c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block
+    c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block; random: not read
     c.mask.context_scale = (0.85, 1.0)  # area of the context block, before targets are removed
     c.mask.context_aspect_ratio = (0.75, 1.5)
-    c.mask.align_level = placeholder(int)  # targets are whole cells of this level; None: L - 1
+    # Targets are whole cells of this level; None: L - 1. hierarchical: not read.
+    c.mask.align_level = placeholder(int)
     c.mask.num_context = placeholder(int)  # K, context tokens kept; None: the expected number
     c.mask.min_coverage = 1.0  # fraction of a cell that must be hidden for it to be a target
 
@@ -144,7 +145,9 @@ def base_config() -> Config:
     c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
     c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
-    c.loss.regularizer_weight = 0.05  # multiplies sigreg, or the two terms of vicreg
+    # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
+    # of a batch (optim.accumulation_steps) times mask.num_masks.
+    c.loss.regularizer_weight = 0.05
     c.loss.variance_weight = 25.0  # of vicreg
     c.loss.covariance_weight = 1.0  # of vicreg
     c.loss.num_slices = 256  # of sigreg: random directions, drawn anew in each step

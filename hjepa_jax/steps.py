@@ -90,7 +90,7 @@ def make_train_step(
       target_spec: what the targets are made of; None for the output of the target encoder.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
         before the update. Means over the batch (of valid queries; VICReg, SIGReg) are then those
-        of a part.
+        of a part; SIGReg grows with its rows, and so is smaller by as much.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv

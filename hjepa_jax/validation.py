@@ -190,6 +190,10 @@ def validate(config: Config) -> None:
         last = config.model.target_layers == 1 and config.model.level_depths is None
         rule = "needs targets of the last block, which alone is regularized: model.target_layers=1"
         check(last, "model.target", f"{rule} and no model.level_depths")
+    of_terms = {"vicreg": config.loss.variance_weight + config.loss.covariance_weight}
+    weight = config.loss.regularizer_weight * of_terms.get(config.loss.regularizer, 1.0)
+    rule = "must be none where loss.regularizer_weight, or both weights of vicreg, are 0"
+    check(weight > 0 or config.loss.regularizer == "none", "loss.regularizer", rule)
     weights = config.loss.level_weights
     weights_rule = f"must be {config.model.num_levels} numbers >= 0, one per level"
     if weights is not None:

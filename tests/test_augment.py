@@ -98,6 +98,19 @@ def test_what_happens_with_a_probability_is_what_others_compute(option, expected
     assert abs(changed.mean() - 0.3) < 0.09
 
 
+def test_how_much_an_image_is_blurred_is_drawn_from_the_whole_range():
+    images = jnp.broadcast_to(IMAGES[:1], (100, 16, 16, 3))
+    augment = Augment(16, **UNIT, blur=1.0, blur_sigma=(0.5, 2.0))
+    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(3), 100), images))
+    # The more, the flatter.
+    sigmas = np.linspace(0.5, 2.0, 61)
+    flat = [np.std(blurred(np.asarray(IMAGES[0]), sigma) / 255.0) for sigma in sigmas]
+    found = np.interp(-views.std(axis=(1, 2, 3)), -np.array(flat), sigmas, left=0, right=9)
+    assert found.min() == pytest.approx(0.5, abs=0.1)
+    assert found.max() == pytest.approx(2.0, abs=0.1)
+    assert found.mean() == pytest.approx(1.25, abs=0.15)
+
+
 def test_what_has_no_probability_is_not_in_the_program():
     default = str(jax.make_jaxpr(Augment(16, **UNIT))(RNGS, IMAGES))
     every = Augment(16, **UNIT, vertical_flip=0.5, blur=0.5, solarize=0.5)
@@ -120,7 +133,9 @@ def test_brightness_scales_all_pixels_of_an_image_alike():
     ratio = np.asarray(views) / np.maximum(np.asarray(images) / 255.0, 1e-9)
     ratio = np.where(np.asarray(images) > 0, ratio, np.nan).reshape(6, -1)
     assert np.all(np.nanstd(ratio, axis=1) < 1e-3)
-    assert np.all((np.nanmean(ratio, axis=1) > 0.5) & (np.nanmean(ratio, axis=1) < 1.5))
+    factors = np.nanmean(ratio, axis=1)
+    assert np.all((factors > 0.5) & (factors < 1.5))
+    assert np.ptp(factors) > 0.3, "each its own"
 
 
 def test_contrast_keeps_the_mean_luma_and_saturation_every_luma():

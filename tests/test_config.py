@@ -335,6 +335,25 @@ def test_a_pyramid_needs_two_levels_and_an_ema(others, rule):
     assert error.value.field == "model.pyramid"
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"loss.regularizer_weight": 0.0},
+        {"loss.variance_weight": 0.0, "loss.covariance_weight": 0.0},
+        {"loss.regularizer": "sigreg", "loss.regularizer_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_a_regularizer_without_a_weight_is_refused(weights):
+    config = base_config()
+    config.update_from_flattened_dict(weights)
+    with pytest.raises(InputError, match="must be none where") as error:
+        validate(config)
+    assert error.value.field == "loss.regularizer"
+    config.loss.regularizer = "none"
+    validate(config)
+
+
 def test_local_views_that_no_loss_reads_are_refused():
     config = base_config()
     config.model.global_level, config.data.local_views, config.loss.local_weight = True, 2, 0.0

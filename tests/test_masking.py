@@ -1,4 +1,6 @@
+import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -190,9 +192,15 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
     g, rules = mask.grid_size, rules_of(mask)
     draws = np.random.default_rng(seed).random((NUM_SAMPLES, mask.num_draws), np.float32)
     keys = jax.random.split(jax.random.PRNGKey(seed), 16)
-    masks, targets = jax.device_get(
-        jax.jit(lambda k, u: (mask(k), jax.vmap(mask.sample_targets)(u)))(keys, draws)
-    )
+    draw = jax.jit(lambda k, u: (mask(k), jax.vmap(mask.sample_targets)(u)))
+    masks, targets = jax.device_get(draw(keys, draws))
+    if not isinstance(mask, RandomMask):
+        for corner, ends in enumerate(itertools.product((0.0, 1.0 - 1e-6), repeat=2)):
+            placed = draws.copy()
+            placed[:, 2::4], placed[:, 3::4] = ends  # of each block: first row, first column
+            index, valid, _ = jax.device_get(draw(keys, placed)[1])
+            patch = (0, g - 1, g * (g - 1), g * g - 1)[corner]
+            assert np.all(np.any((index == patch) & valid, axis=-1)), "a corner is out of reach"
 
     # Of whole images: context and targets are disjoint, in range, unrepeated.
     assert masks.context_index.shape == (16, mask.context_capacity)
@@ -226,13 +234,46 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
         assert scale[0] - 1e-4 <= areas.min()
         assert areas.max() <= scale[1] + 1e-4
         expected = placements(mask, cell, scale)
-        assert expected.min() > 0, "a patch is out of reach"
+        assert expected.min() > 0
         # Cells, for the patches of one agree. Of a fair sampler 0.3 % of them are beyond 3 sigma.
         hits, fair = touched.sum(axis=0), np.minimum(expected[::cell, ::cell], 1)
         tails = binom.cdf(hits, NUM_SAMPLES, fair), binom.sf(hits - 1, NUM_SAMPLES, fair)
         chance = 2 * np.minimum(*tails)
         assert np.sum(chance < 2 * norm.sf(3)) <= 1 + 0.02 * chance.size
         assert chance.min() > 1e-8
+
+
+OWN_CONTEXT = {"context_scale": (0.4, 0.6), "num_context": 64}
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        MultiBlockMask(8, 2, (0.05, 0.1), **OWN_CONTEXT),
+        HierarchicalMask(8, 2, (0.05, 0.1), progression=("geometric", 1.0), **OWN_CONTEXT),
+        RandomMask(8, scale=(0.05, 0.1), **OWN_CONTEXT),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_the_context_is_a_block_of_its_own_without_the_targets(mask):
+    """The block is the hull of what is visible, unless the targets hide a whole side of it."""
+    masks = sample(mask, batch=1000)
+    shapes, corners = collections.Counter(), set()
+    for seen, hidden in zip(context_sets(masks), target_sets(masks), strict=True):
+        rows, cols = np.divmod(sorted(seen), 8)
+        height, width = np.ptp(rows) + 1, np.ptp(cols) + 1
+        block = {8 * (rows.min() + i) + cols.min() + j for i in range(height) for j in range(width)}
+        assert block - hidden == seen, "a patch of the block is neither seen nor hidden"
+        shapes[int(height), int(width)] += 1
+        corners |= seen & {0, 7, 56, 63}
+    allowed = {
+        (height, width)
+        for height, width in itertools.product(range(1, 9), repeat=2)
+        if 0.4 <= height * width / 64 <= 0.6 and 0.75 <= height / width <= 1.5
+    }
+    assert {shape for shape, count in shapes.items() if count > 50} == allowed
+    assert sum(shapes[shape] for shape in allowed) > 950
+    assert corners == {0, 7, 56, 63}
 
 
 @pytest.mark.parametrize(

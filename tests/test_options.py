@@ -239,11 +239,13 @@ def test_registers_are_attended_to_and_nobody_reads_them():
     assert np.abs(predict(model, changed).context - prediction.context).max() > 1e-4
 
 
-def test_layer_scale_multiplies_each_branch_and_is_not_decayed():
+def test_layer_scale_multiplies_each_branch_from_its_start_on_and_is_not_decayed():
     x = jnp.asarray(RNG.normal(size=(2, 5, WIDTH)), jnp.float32)
     plain, scaled = Block(2), Block(2, layer_scale=0.5)
     params = scaled.init(jax.random.PRNGKey(0), x)["params"]
-    assert not any(decay_mask(params)[name]["scale"] for name in ("scale_attention", "scale_mlp"))
+    for name in ("scale_attention", "scale_mlp"):
+        np.testing.assert_array_equal(params[name]["scale"], np.full(WIDTH, 0.5, np.float32))
+        assert not decay_mask(params)[name]["scale"]
     factors = {
         "scale_attention": {"scale": jnp.zeros(WIDTH)},
         "scale_mlp": {"scale": jnp.zeros(WIDTH)},

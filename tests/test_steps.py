@@ -1,5 +1,6 @@
 """The training step: order, gradients, accumulation, keys."""
 
+import dataclasses
 import functools
 
 import jax
@@ -320,15 +321,21 @@ def test_embed_of_views_uses_the_keys():
     assert not np.allclose(same["summary"], other["summary"], atol=1e-3)
 
 
-def test_the_regularizer_of_both_has_the_mean_of_the_context_beside_the_summary_tokens():
+@pytest.mark.parametrize("regularized", ["summary", "context", "both"])
+def test_what_is_regularized_is_the_summary_tokens_the_mean_of_what_is_seen_or_both(regularized):
     rng = jax.random.PRNGKey(0)
-    masks = jax.jit(MASK)(jax.random.split(rng, BATCH))
+    padded = dataclasses.replace(MASK, num_context=GRID**2)
+    masks = jax.jit(padded)(jax.random.split(rng, BATCH))
+    seen = np.asarray(masks.context_valid)
+    assert len({*seen.sum(axis=1).tolist()} - {0, GRID**2}) > 1, "padding, not always as much"
     views = jax.jit(PLAIN)(jax.random.split(rng, BATCH), IMAGES)
-    params = jax.jit(MODEL.init)(rng, views, masks)["params"]
-    found = jax.jit(MODEL.clone(regularized="both").apply)({"params": params}, views, masks)
-    assert found.regularized.shape == (BATCH, 3, WIDTH)
-    np.testing.assert_allclose(found.regularized[:, :2], found.summary, atol=1e-6)
-    np.testing.assert_allclose(found.regularized[:, 2], found.context_mean, atol=1e-6)
+    model = MODEL.clone(regularized=regularized)
+    found = jax.jit(model.apply)({"params": init_params()}, views, masks)
+    means = [np.mean(x[v], axis=0) for x, v in zip(np.asarray(found.context), seen, strict=True)]
+    parts = {"summary": [np.asarray(found.summary)], "context": [np.stack(means)[:, None]]}
+    parts["both"] = parts["summary"] + parts["context"]
+    expected = np.concatenate(parts[regularized], axis=1)
+    np.testing.assert_allclose(found.regularized, expected, atol=1e-5)
 
 
 class Spoiled(Augment):
