@@ -1,0 +1,73 @@
+"""What a run's curve predicts of a longer run: a power law fitted to its scores.
+
+  PYTHONPATH=. python experiments/fitted_curve.py runs/X 100 --field=eval/knn_top1_summary
+
+prints the fit and what it says of epoch 100. The curve is top-1 = a - b epoch^-c, 0 < c <= 2, by
+least squares: a is where it would end. The range is that of the predictions of fits that leave out
+one score each, which says how much hangs on a single one and nothing of what a longer schedule or
+overfitting would change. It is a prediction, not a result.
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+from scipy.optimize import nnls
+
+EXPONENTS = np.geomspace(0.01, 2.0, 400)
+
+
+def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and scores (percent) in a run's log, [n] each."""
+    config = json.loads((workdir / "config.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open(encoding="utf-8")]
+    last = max(line["step"] for line in lines)
+    epochs_per_step = config["train"]["num_epochs"] / last
+    found = {line["step"]: line[field] for line in lines if field in line}
+    steps = np.array(sorted(found))
+    return steps * epochs_per_step, np.array([100 * found[step] for step in steps])
+
+
+def fit(epochs: np.ndarray, top1: np.ndarray) -> tuple[float, float, float]:
+    """The a, b >= 0 and c of the power law nearest to the scores (least squares)."""
+    best, found = np.inf, (0.0, 0.0, 0.0)
+    for c in EXPONENTS:
+        design = np.stack([np.ones_like(epochs), -(epochs**-c)], axis=1)
+        (a, b), residual = nnls(design, top1)
+        if residual < best:
+            best, found = residual, (float(a), float(b), float(c))
+    return found
+
+
+def predict(law: tuple[float, float, float], epoch: float) -> float:
+    a, b, c = law
+    return a - b * epoch**-c
+
+
+def predictions(epochs: np.ndarray, top1: np.ndarray, epoch: float) -> tuple[float, float, float]:
+    """What all scores predict, and the least and most of what they do without one."""
+    without = [
+        predict(fit(np.delete(epochs, i), np.delete(top1, i)), epoch) for i in range(len(epochs))
+    ]
+    return predict(fit(epochs, top1), epoch), min(without), max(without)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("epoch", type=float)
+    parser.add_argument("--field", default="eval/knn_top1")
+    args = parser.parse_args()
+    epochs, top1 = scores(args.workdir, args.field)
+    law = fit(epochs, top1)
+    for epoch, score in zip(epochs, top1, strict=True):
+        print(f"epoch {epoch:6.2f}  {score:5.1f}  fitted {predict(law, epoch):5.1f}")
+    middle, low, high = predictions(epochs, top1, args.epoch)
+    a, b, c = law
+    print(f"{args.field} = {a:.1f} - {b:.1f} epoch^-{c:.2f}")
+    print(f"predicted at epoch {args.epoch:g}: {middle:.1f} ({low:.1f} to {high:.1f})")
+
+
+if __name__ == "__main__":
+    main()
