@@ -15,18 +15,16 @@ import pathlib
 import numpy as np
 from scipy.optimize import nnls
 
+from hjepa_jax.history import read_history
+
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and scores (percent) in a run's log, [n] each."""
-    config = json.loads((workdir / "config.json").read_text())
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open(encoding="utf-8")]
-    last = max(line["step"] for line in lines)
-    epochs_per_step = config["train"]["num_epochs"] / last
-    found = {line["step"]: line[field] for line in lines if field in line}
-    steps = np.array(sorted(found))
-    return steps * epochs_per_step, np.array([100 * found[step] for step in steps])
+    """Epochs and scores (percent) in a run's log, [n] each; the first is of its first evaluation."""
+    every_epochs = json.loads((workdir / "config.json").read_text())["eval"]["every_epochs"]
+    steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
+    return every_epochs * steps / steps[0], 100 * top1
 
 
 def fit(epochs: np.ndarray, top1: np.ndarray) -> tuple[float, float, float]:

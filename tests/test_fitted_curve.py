@@ -1,0 +1,43 @@
+"""The power law of a run's curve: found where it is known, and its range."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import fitted_curve
+
+
+def test_a_power_law_is_found_again():
+    epochs = np.arange(1.0, 11.0)
+    top1 = 80.0 - 45.0 * epochs**-0.4
+    a, b, c = fitted_curve.fit(epochs, top1)
+    assert (a, b, c) == pytest.approx((80.0, 45.0, 0.4), rel=0.02)
+    middle, low, high = fitted_curve.predictions(epochs, top1, 100.0)
+    assert middle == pytest.approx(80.0 - 45.0 * 100.0**-0.4, abs=0.2)
+    assert low <= middle <= high < low + 0.5
+
+
+def test_the_range_is_that_of_leaving_out_one_score():
+    epochs = np.arange(1.0, 7.0)
+    top1 = 60.0 - 25.0 * epochs**-0.5
+    top1[-1] += 3.0
+    middle, low, high = fitted_curve.predictions(epochs, top1, 100.0)
+    assert low == pytest.approx(60.0 - 25.0 * 100.0**-0.5, abs=0.2), "without the last"
+    assert low + 3.0 < middle <= high
+
+
+def test_a_falling_curve_predicts_no_fall():
+    a, b, _ = fitted_curve.fit(np.arange(1.0, 6.0), np.array([50.0, 49.0, 48.0, 47.0, 46.0]))
+    assert (a, b) == pytest.approx((48.0, 0.0))
+
+
+def test_epochs_and_scores_are_those_of_the_log(tmp_path):
+    config = {"eval": {"every_epochs": 0.5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
+    lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    epochs, top1 = fitted_curve.scores(tmp_path, "eval/knn_top1")
+    np.testing.assert_allclose(epochs, [0.5, 1.0])
+    np.testing.assert_allclose(top1, [30.0, 40.0])
