@@ -21,7 +21,7 @@ EXPONENTS = np.geomspace(0.01, 2.0, 400)
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and scores (percent) in a run's log, [n] each; the first is of its first evaluation."""
+    """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score."""
     every_epochs = json.loads((workdir / "config.json").read_text())["eval"]["every_epochs"]
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
     return every_epochs * steps / steps[0], 100 * top1
