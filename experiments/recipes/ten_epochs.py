@@ -17,13 +17,18 @@ CROSS_VIEW = {
     "data.crop_scale": (0.3, 1.0), "model.global_level": True, "loss.cross_view": 1.0,
     "model.global_target": "summary",
 }  # fmt: skip
+KEPT = {"optim.final_learning_rate": 1e-3}
 ROWS = {
     "base": {},
     "ema_to_1": {"optim.ema_momentum": (0.98, 1.0, "cosine")},
-    "constant_rate": {"optim.final_learning_rate": 1e-3},
-    "constant_rate_ema_to_1": {
-        "optim.final_learning_rate": 1e-3, "optim.ema_momentum": (0.98, 1.0, "cosine"),
-    },
+    "constant_rate": KEPT,
+    "constant_rate_ema_to_1": {**KEPT, "optim.ema_momentum": (0.98, 1.0, "cosine")},
+    "constant_rate_ema_0.996": {**KEPT, "optim.ema_momentum": (0.996, 0.996, "constant")},
+    "constant_rate_vicreg_strong": {**KEPT, "loss.regularizer_weight": 0.05},
+    "constant_rate_larger_blocks": {**KEPT, "mask.scale": (0.2, 0.35), "mask.num_blocks": 2},
+    "constant_rate_context_block": {**KEPT, "mask.context_scale": (0.4, 0.6)},
+    "constant_rate_target_layers_4": {**KEPT, "model.target_layers": 4},
+    "constant_rate_masks_4": {**KEPT, "mask.num_masks": 4},
     "target_layers_4": {"model.target_layers": 4},
     "cross_view_light": {**CROSS_VIEW, "loss.level_weights": (0.25, 0.25)},
 }  # fmt: skip
