@@ -114,6 +114,7 @@ def collapse_section(facts: Facts) -> Section | None:
             "pred_target_cosine",
             "explained_variance_level_0",
             "position_share",
+            "image_share",
         )
         if history.last(f"train/{name}") is not None
     ]
@@ -133,6 +134,7 @@ def collapse_section(facts: Facts) -> Section | None:
         history,
         explained_variance_level_0="explained",
         position_share="decided by the place",
+        image_share="decided by the image",
     )
     panels = [
         Panel("Effective rank", "directions", {"rank": thin((steps, rank))}, limits, from_zero=True)

@@ -31,6 +31,7 @@ def health(
         "target_std": _mean_std(jnp.mean(tokens, axis=1)),
         "pred_target_cosine": losses.masked_mean(cosine, finest_valid),
         "position_share": position_share(tokens),
+        "image_share": image_share(tokens),
     }
     for level, query in enumerate(queries):
         scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(query[2])
@@ -72,6 +73,16 @@ def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
     of_place = jnp.maximum(between - jnp.mean(within**2) / max(b - 1, 1), 0.0)
     total = of_place + jnp.mean(of_image**2) * (b / max(b - 1, 1))
     return of_place / jnp.maximum(total, 1e-12)
+
+
+def image_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
+    """The part of the tokens' variance that their image alone decides, in [0, 1].
+
+    Whatever the place: any patch of the image tells it of all others. Where it grows, targets of
+    one image draw together, and the loss falls for that. As `position_share`, without a bias by
+    the number of patches, for N >= 2.
+    """
+    return position_share(jnp.swapaxes(tokens, 0, 1))
 
 
 def _mean_std(x: Float[Array, "B D"]) -> Float[Array, ""]:

@@ -262,7 +262,8 @@ def schedules(s: Sources) -> list:
 def collapse(s: Sources) -> list:
     found = []
     spread = ("effective_rank", "relative_std", "target_std", "context_std")
-    for name in (*spread, "pred_target_cosine", "explained_variance_level_0", "position_share"):
+    shares = ("explained_variance_level_0", "position_share", "image_share")
+    for name in (*spread, "pred_target_cosine", *shares):
         if values := s.values(f"train/{name}"):
             found.append(row(name, four(values[0]), four(values[-1])))
     healthy, evidence = newest_signs(s)

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hjepa_jax.health import explained_variance, position_share
+from hjepa_jax.health import explained_variance, image_share, position_share
 
 RNG = np.random.default_rng(0)
 
@@ -35,3 +35,14 @@ def test_the_share_of_position_is_what_the_place_decides_and_no_accident_of_few_
         atol=0.01,
     )
     assert position_share(jnp.ones((4, 9, 2))) == 0.0
+
+
+def test_the_share_of_the_image_is_what_it_decides_and_no_accident_of_few_patches():
+    """Variance 4 among images, 1 of places and 1 of both together."""
+    of_image, of_place = RNG.normal(size=(64, 1, 48)), RNG.normal(size=(1, 9, 48))
+    rest = RNG.normal(size=(64, 9, 48))
+    mixed = jnp.asarray(0.1 * (2 * of_image + of_place + rest) + 3.0, jnp.float32)
+    np.testing.assert_allclose(image_share(mixed), 4 / 6, atol=0.02)
+    np.testing.assert_allclose(position_share(mixed), 1 / 6, atol=0.02)
+    assert image_share(jnp.asarray(rest, jnp.float32)) < 0.01  # 1/9 by the means as they are
+    assert image_share(jnp.ones((4, 9, 2))) == 0.0

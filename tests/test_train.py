@@ -48,6 +48,7 @@ TRAIN_METRICS = {
     "train/explained_variance_level_1",
     "train/explained_variance_summary",
     "train/position_share",
+    "train/image_share",
     "train/num_targets_level_0",
     "train/num_targets_level_1",
     "perf/images_per_sec",
