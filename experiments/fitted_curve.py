@@ -9,20 +9,20 @@ overfitting would change. It is a prediction, not a result.
 """
 
 import argparse
-import json
 import pathlib
 
 import numpy as np
 from scipy.optimize import nnls
 
 from hjepa_jax.history import read_history
+from hjepa_jax.run_dir import load_config
 
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score."""
-    every_epochs = json.loads((workdir / "config.json").read_text())["eval"]["every_epochs"]
+    every_epochs = load_config(workdir).eval.every_epochs
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
     return every_epochs * steps / steps[0], 100 * top1
 

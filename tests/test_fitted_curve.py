@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import fitted_curve
+from hjepa_jax.config import base_config
 
 
 def test_a_power_law_is_found_again():
@@ -33,8 +34,9 @@ def test_a_falling_curve_predicts_no_fall():
 
 
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):
-    config = {"eval": {"every_epochs": 0.5}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = base_config()
+    config.eval.every_epochs = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
     lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
