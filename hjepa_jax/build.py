@@ -18,6 +18,7 @@ from hjepa_jax.masking import HierarchicalMask, MaskSampler, MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.products import Precision
+from hjepa_jax.models.projection import Projection
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.targets import TargetSpec, target_depths
 from hjepa_jax.models.vit import VisionTransformer, patchify
@@ -68,6 +69,9 @@ def build_model(config: Config) -> HJEPA:
     pyramid = None
     if c.pyramid != "none":
         pyramid = FeaturePyramid(grid_size, c.num_levels, c.pyramid, shared["precision"])
+    projection = None
+    if config.loss.agreement_weight:
+        projection = Projection(*c.projection, precision=shared["precision"])
     return HJEPA(
         context_encoder=VisionTransformer(
             patch_size=c.patch_size,
@@ -94,6 +98,7 @@ def build_model(config: Config) -> HJEPA:
         summary_pass=config.loss.summary_weight > 0,
         min_coverage=config.mask.min_coverage,
         regularized=config.loss.regularized,
+        projection=projection,
     )
 
 
@@ -185,6 +190,8 @@ def build_loss_weights(config: Config) -> LossWeights:
         num_slices=c.num_slices,
         global_terms=tuple((name, weight) for name, weight in global_terms if weight),
         local_weight=c.local_weight,
+        agreement_weight=c.agreement_weight,
+        spread_weight=c.spread_weight,
     )
 
 
@@ -270,6 +277,7 @@ def build_train_step(
         num_accumulation_steps=config.optim.accumulation_steps,
         augment_local=build_augment_local(config) if config.data.local_views else None,
         num_local_views=config.data.local_views,
+        num_local_patches=config.data.local_patches,
         num_masks=config.mask.num_masks,
     )
 

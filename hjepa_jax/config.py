@@ -38,10 +38,13 @@ FREE_FIELDS = (
 # config.json may lack them.
 ADDED_FIELDS = (
     "data.local_crop_scale",
+    "data.local_patches",
     "data.local_size",
     "data.local_views",
+    "loss.agreement_weight",
     "loss.cross_view",
     "loss.local_weight",
+    "loss.spread_weight",
     "mask.num_masks",
     "model.drop_path",
     "model.global_level",
@@ -50,6 +53,7 @@ ADDED_FIELDS = (
     "model.level_depths",
     "model.num_registers",
     "model.predictor_mode",
+    "model.projection",
     "model.pyramid",
     "model.target",
     "model.target_layers",
@@ -79,9 +83,10 @@ def base_config() -> Config:
     c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # its width / height
-    c.data.local_views = 0  # V, small crops of each image, from which the global level is predicted
+    c.data.local_views = 0  # V, further crops of each image: they predict the global level, agree
     c.data.local_size = 16  # pixels per side of such a crop, as the model sees it
     c.data.local_crop_scale = (0.1, 0.4)  # its area, fraction of the image
+    c.data.local_patches = placeholder(int)  # of each, what is seen, at random; None: all
     c.data.horizontal_flip = 0.5  # probability
     c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
@@ -115,6 +120,8 @@ def base_config() -> Config:
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
     c.model.global_level = False  # one query more, for the whole image
     c.model.global_target = "patches"  # what that is the mean of: patches | summary (tokens)
+    # Hidden width and width of the features in which the views of an image agree, if they must.
+    c.model.projection = (512, 256)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
     # Of each level, the block of the target encoder (from 1) that its targets come from; None: the
@@ -144,6 +151,10 @@ def base_config() -> Config:
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
     c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
     c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
+    # Of what pulls the projected summary tokens of an image's views together (0: no projection),
+    # and of what keeps those of different images apart.
+    c.loss.agreement_weight = 0.0
+    c.loss.spread_weight = 0.5
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
     # of a batch (optim.accumulation_steps) times mask.num_masks.

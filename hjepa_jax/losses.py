@@ -101,6 +101,40 @@ def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
     return jnp.mean(jnp.sum(off_diagonal**2, axis=(1, 2))) / d
 
 
+def agreement_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
+    """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 2].
+
+    Every view takes part in the mean, and has a gradient through it.
+
+    References:
+      Tong et al. 2023, arXiv 2304.03977, eq. 4 (agreement of each patch with the mean of all).
+    """
+    unit = _normalize(x)
+    centre = _normalize(jnp.mean(unit, axis=1, keepdims=True))
+    return 1.0 - jnp.mean(jnp.sum(unit * centre, axis=-1))
+
+
+def spread_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
+    """How unevenly the directions of the batch use the K dimensions: 1 if evenly, K if all alike.
+
+      K * |1/B sum_b u_b u_b^T|_F^2 = K * mean over all pairs of cos^2, of the unit vectors u_b
+
+    averaged over views, whose directions are compared with those of the same view alone.
+
+    References:
+      HaoChen et al. 2021, arXiv 2106.04156, eq. 6 (spectral contrastive loss, second term).
+    """
+    unit = _normalize(x).transpose(1, 0, 2)
+    products = jnp.matmul(unit.transpose(0, 2, 1), unit, precision="highest") / x.shape[0]
+    return x.shape[-1] * jnp.mean(jnp.sum(products**2, axis=(1, 2)))
+
+
+def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """Unit vectors of the same directions; of (nearly) zero vectors shorter ones."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)
+
+
 def random_directions(rng: Array, num_slices: int, width: int) -> Float[Array, "D A"]:
     """Unit vectors, the columns, uniform on the sphere."""
     x = jax.random.normal(rng, (width, num_slices))

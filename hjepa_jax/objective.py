@@ -29,6 +29,8 @@ class LossWeights:
       global_terms: names and weights of the terms of the global level, where the model has it:
         "loss_global", whose target is of the same view, and "loss_cross_view", of a second one.
       local_weight: weight of what the local views predict of the global level, if there are any.
+      agreement_weight: weight of the agreement of an image's views, where they are projected.
+      spread_weight: weight of what keeps the projected views of different images apart.
       num_slices: random directions per step, of SIGReg.
     """
 
@@ -41,6 +43,8 @@ class LossWeights:
     num_slices: int = 256
     global_terms: tuple[tuple[str, float], ...] = ()
     local_weight: float = 1.0
+    agreement_weight: float = 0.0
+    spread_weight: float = 0.0
 
 
 def hjepa_loss(
@@ -53,6 +57,7 @@ def hjepa_loss(
 
       sum_l w_l d_l + summary_weight * (the same, from the summary tokens)
         + local_weight * (the global level, from local views) + regularizer
+        + agreement_weight * agreement + spread_weight * spread
 
     Args:
       prediction: output of the online networks.
@@ -98,6 +103,11 @@ def hjepa_loss(
         directions = losses.random_directions(rng, weights.num_slices, width)
         terms["loss_sigreg"] = losses.sigreg_loss(prediction.regularized, directions)
         loss += weights.sigreg_weight * terms["loss_sigreg"]
+    if prediction.projected is not None:
+        terms["loss_agreement"] = losses.agreement_loss(prediction.projected)
+        terms["loss_spread"] = losses.spread_loss(prediction.projected)
+        loss += weights.agreement_weight * terms["loss_agreement"]
+        loss += weights.spread_weight * terms["loss_spread"]
     return loss, {"loss": loss, **terms}
 
 

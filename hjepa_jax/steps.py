@@ -5,6 +5,7 @@ function to jit; `make_run_steps` puts several such steps and their metrics into
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.health import health
-from hjepa_jax.masking import MaskSampler, gather_tokens
+from hjepa_jax.masking import MaskSampler, gather_tokens, lowest_first
 from hjepa_jax.metrics import LogWindow, select, update_window
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
@@ -74,6 +75,7 @@ def make_train_step(
     num_accumulation_steps: int = 1,
     augment_local: Augment | None = None,
     num_local_views: int = 0,
+    num_local_patches: int | None = None,
     num_masks: int = 1,
 ) -> TrainStep:
     """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
@@ -94,7 +96,10 @@ def make_train_step(
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
-        2006.09882, section 3.4, "multi-crop"); the model has a global level, which they predict.
+        2006.09882, section 3.4, "multi-crop"); the model has a global level, which they predict,
+        or a projection, in which they agree.
+      num_local_patches: how many patches the encoder sees of each of them, drawn at random; None
+        for all.
       num_masks: how many masks each image has, whose targets are computed once (Baevski et al.
         2022, arXiv 2212.07525, section 3.3, "multi-mask training").
     """
@@ -129,10 +134,16 @@ def make_train_step(
 
         # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
         second_views = augment(view_rngs(augment_rngs, 1), images) if cross_view else None
-        local_views = None
+        local_views = local_index = None
         if augment_local is not None:
-            local_rngs = [view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)]
-            local_views = jnp.stack([augment_local(rngs, images) for rngs in local_rngs], axis=1)
+            # All views in one call, not one after the other: a program of a size that has no V.
+            of_views = functools.partial(jax.vmap, out_axes=1)
+            local_rngs = jnp.stack([view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)])
+            local_views = of_views(lambda rngs: augment_local(rngs, images))(local_rngs)
+            if num_local_patches is not None:
+                side = augment_local.image_size // model.context_encoder.patch_size
+                choose = functools.partial(some_patches, num_patches=side**2, k=num_local_patches)
+                local_index = of_views(choose)(local_rngs)
         target_index = masks.target_index.reshape(num_masks * len(views), -1)
         inputs = (views, second_views, target_index)
         rng = batch_rng(state.rng, state.step)
@@ -145,7 +156,8 @@ def make_train_step(
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             targets, tokens = ema_targets or make_targets(params["context_encoder"], *inputs)
-            prediction = apply({"params": params}, per_mask(views), masks, local_views, rngs=rngs)
+            seen = (per_mask(views), masks, local_views, local_index)
+            prediction = apply({"params": params}, *seen, rngs=rngs)
             loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
             return loss, (scalars, prediction, targets, tokens)
 
@@ -290,6 +302,18 @@ def make_embed_fn(
 def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, "B ..."]:
     """The keys of a further view of each image, from 1; the first view has `augment_rngs`."""
     return jax.vmap(lambda rng: jax.random.fold_in(rng, NO_IMAGE + 1 - view))(augment_rngs)
+
+
+def some_patches(
+    augment_rngs: Shaped[Array, "B ..."], *, num_patches: int, k: int
+) -> Int[Array, "B K"]:
+    """K of the patches of each view, any as likely as any other, by the key of the view."""
+
+    def choose(rng: Array) -> Array:
+        u = jax.random.uniform(jax.random.fold_in(rng, NO_IMAGE), (num_patches,))
+        return lowest_first(u, jnp.array(k), k)[0]
+
+    return jax.vmap(choose)(augment_rngs)
 
 
 def more_rngs(rngs: Shaped[Array, "B ..."], count: int) -> Shaped[Array, "K ..."]:

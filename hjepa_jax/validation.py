@@ -76,9 +76,16 @@ def validate(config: Config) -> None:
     increasing("data.crop_ratio", 0, 100)
     at_least(0, "data.local_views", at_most=64)
     increasing("data.local_crop_scale", 0, 1)
-    has_top = config.model.global_level and config.model.num_summary_tokens > 0
-    rule = "needs model.global_level=True and model.num_summary_tokens of at least 1"
-    check(has_top or not config.data.local_views, "data.local_views", rule)
+    agree, summaries = config.loss.agreement_weight > 0, config.model.num_summary_tokens > 0
+    rule = "needs model.num_summary_tokens of at least 1"
+    check(summaries or not agree, "loss.agreement_weight", rule)
+    rule = "needs data.local_views of at least 1, to agree with the view that is masked"
+    check(config.data.local_views > 0 or not agree, "loss.agreement_weight", rule)
+    has_top = config.model.global_level and summaries
+    predict = has_top and config.loss.local_weight > 0
+    rule = "needs loss.agreement_weight above 0, or what they predict: model.global_level=True, "
+    rule += "loss.local_weight above 0, and model.num_summary_tokens of at least 1"
+    check(agree or predict or not config.data.local_views, "data.local_views", rule)
     fraction("data.horizontal_flip", "data.vertical_flip")
     fraction("data.grayscale", "data.blur", "data.solarize")
     increasing("data.blur_sigma", 0, 100)
@@ -134,6 +141,15 @@ def validate(config: Config) -> None:
     side, rest = divmod(config.data.local_size, config.model.patch_size)
     fits = 1 <= side <= 128 and rest == 0
     check(fits or not config.data.local_views, "data.local_size", rule)
+    shown = config.data.local_patches
+    rule = f"must be from 1 to {side**2}, the patches of data.local_size={config.data.local_size}"
+    shows = shown is None or not config.data.local_views or 1 <= shown <= side**2
+    check(shows, "data.local_patches", rule)
+    positive("data.local_patches")
+    rule = "must be two whole numbers from 1 to 8192: hidden width, features"
+    sizes = config.model.projection
+    is_size = len(sizes) == 2 and all(is_a(int, n) and 1 <= n <= 8192 for n in sizes)
+    check(is_size, "model.projection", rule)
     grid_size = config.data.image_size // config.model.patch_size
     check(grid_size <= 128, "model.patch_size", "must leave at most 128 patches per side")
     check(
@@ -168,13 +184,11 @@ def validate(config: Config) -> None:
     one_of("loss.kind", PREDICTION_LOSSES)
     one_of("loss.regularizer", ("vicreg", "sigreg", "none"))
     one_of("loss.regularized", REGULARIZED)
-    check(
-        config.loss.local_weight > 0 or config.data.local_views == 0,
-        "data.local_views",
-        "must be 0 where loss.local_weight is: they would be encoded for nothing",
-    )
     at_least(0, "loss.summary_weight", "loss.local_weight", "loss.regularizer_weight")
-    at_least(0, "loss.variance_weight", "loss.covariance_weight")
+    at_least(0, "loss.variance_weight", "loss.covariance_weight", "loss.agreement_weight")
+    at_least(0, "loss.spread_weight")
+    rule = "must be greater than 0 where loss.agreement_weight is: all images would be alike"
+    check(config.loss.spread_weight > 0 or not agree, "loss.spread_weight", rule)
     at_least(1, "loss.num_slices", at_most=65_536)
     fraction("loss.cross_view")
     has_global = config.model.global_level or not config.loss.cross_view

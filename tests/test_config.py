@@ -153,6 +153,9 @@ OTHER_VALUES = {
     "loss.summary_weight": (0.5, {}),
     "loss.cross_view": (0.5, {"model.global_level": True}),
     "loss.local_weight": (0.5, {}),
+    "loss.agreement_weight": (2.0, {}),
+    "loss.spread_weight": (0.1, {}),
+    "model.projection": ((64, 32), {"loss.agreement_weight": 1.0}),
     "loss.regularizer": ("sigreg", {}),
     "loss.regularizer_weight": (0.1, {}),
     "loss.variance_weight": (5.0, {}),
@@ -164,7 +167,7 @@ OTHER_VALUES = {
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
     "data.train_split", "data.class_list", "data.local_views", "model.target",
-    "mask.num_masks",
+    "data.local_patches", "mask.num_masks",
 }  # fmt: skip
 
 
@@ -255,6 +258,13 @@ def test_every_option_changes_what_is_built():
         ("loss.local_weight", -1.0),
         ("data.local_views", 2),  # without a global level
         ("data.local_views", -1),
+        ("data.local_patches", 0),
+        ("loss.agreement_weight", 1.0),  # without a second view
+        ("loss.agreement_weight", -1.0),
+        ("loss.spread_weight", -1.0),
+        ("model.projection", (512,)),
+        ("model.projection", (512, 0)),
+        ("model.projection", (512, 2.5)),
         ("data.local_crop_scale", (0.5, 0.2)),
         ("loss.cross_view", 0.5),
         ("loss.cross_view", 1.5),
@@ -357,7 +367,7 @@ def test_a_regularizer_without_a_weight_is_refused(weights):
 def test_local_views_that_no_loss_reads_are_refused():
     config = base_config()
     config.model.global_level, config.data.local_views, config.loss.local_weight = True, 2, 0.0
-    with pytest.raises(InputError, match="must be 0 where loss") as error:
+    with pytest.raises(InputError, match=r"above 0, or what they predict") as error:
         validate(config)
     assert error.value.field == "data.local_views"
 

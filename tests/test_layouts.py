@@ -30,6 +30,7 @@ OPTIONS = {
     "model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.5,
     "model.drop_path": 0.2, "model.predictor_mode": "cross", "model.global_level": True,
     "model.target_layers": 2, "loss.cross_view": 0.5, "data.local_views": 2, "data.local_size": 8,
+    "loss.agreement_weight": 1.0, "data.local_patches": 3,
     "model.pyramid": "concat", "model.global_target": "summary", "loss.regularizer": "sigreg",
     "optim.accumulation_steps": 2,
 }  # fmt: skip

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hjepa_jax.masking import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.projection import Projection
 from hjepa_jax.models.vit import VisionTransformer
 
 REGULARIZED = ("summary", "context", "both")
@@ -29,7 +30,10 @@ class Prediction:
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
       regularized: representations of the image that the regularizer spreads, float32 [B, S, D].
       local_views: the global level, as the summary tokens of each of V local views predict it,
-        float32 [I, V, D] for the I images of which B masks are drawn; None without such views.
+        float32 [I, V, D] for the I images of which B masks are drawn; None without such views or
+        without that level.
+      projected: float32 [I, B / I + V, K], where all views of an image are to agree, those that
+        masks leave of it first; None without a projection.
     """
 
     levels: tuple[Any, ...]
@@ -40,6 +44,7 @@ class Prediction:
     context_mean: Any
     regularized: Any
     local_views: Any = None
+    projected: Any = None
 
 
 class HJEPA(nn.Module):
@@ -51,6 +56,7 @@ class HJEPA(nn.Module):
       summary_pass: whether the summary tokens alone must predict everything as well.
       min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
+      projection: of the summary tokens of each view to where all views of an image are to agree.
     """
 
     context_encoder: VisionTransformer
@@ -58,16 +64,19 @@ class HJEPA(nn.Module):
     summary_pass: bool = True
     min_coverage: float = 1.0
     regularized: str = "summary"
+    projection: Projection | None = None
 
     def __call__(
         self,
         images: Float[Array, "B H W C"],
         masks: Masks,
         local_views: Float[Array, "I V h w C"] | None = None,
+        local_index: Int[Array, "I V P"] | None = None,
     ) -> Prediction:
         """Encodes what is visible and predicts what is not; local views are of I images.
 
-        B is I times the masks per image.
+        B is I times the masks per image. Of each local view the encoder sees the patches
+        `local_index`, or all of them.
         """
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         b, r, _ = summary.shape
@@ -97,6 +106,10 @@ class HJEPA(nn.Module):
             "context": context_mean[:, None],
             "both": jnp.concatenate([summary, context_mean[:, None]], axis=1),
         }[self.regularized]
+        local = None if local_views is None else self.summarize(local_views, local_index)
+        predicted = None
+        if local is not None and self.predictor.global_level:
+            predicted = self.predict_global(local)
         return Prediction(
             levels,
             summary_levels,
@@ -105,16 +118,38 @@ class HJEPA(nn.Module):
             summary,
             context_mean,
             regularized,
-            None if local_views is None else self.predict_global(local_views),
+            predicted,
+            None if self.projection is None else self.project(summary, local),
         )
 
-    def predict_global(self, views: Float[Array, "B V h w C"]) -> Float[Array, "B V D"]:
-        """The global level as the summary tokens of each whole view, of any size, predict it."""
-        b, v = views.shape[:2]
-        _, summary = self.context_encoder(views.reshape(b * v, *views.shape[2:]))
-        seen = jnp.ones(summary.shape[:2], bool)
-        (prediction,) = self.predictor(summary, None, seen, None, (seen[:, :1],))
-        return prediction.reshape(b, v, -1)
+    def summarize(
+        self, views: Float[Array, "I V h w C"], index: Int[Array, "I V P"] | None = None
+    ) -> Float[Array, "I V R D"]:
+        """Summary tokens of each view, of any size: of all its patches or of those of `index`."""
+        i, v = views.shape[:2]
+        if index is not None:
+            index = index.reshape(i * v, -1)
+        _, summary = self.context_encoder(views.reshape(i * v, *views.shape[2:]), index)
+        return summary.reshape(i, v, *summary.shape[1:])
+
+    def predict_global(self, summary: Float[Array, "I V R D"]) -> Float[Array, "I V D"]:
+        """The global level as the summary tokens of each view predict it."""
+        i, v, r, d = summary.shape
+        seen = jnp.ones((i * v, r), bool)
+        tokens = summary.reshape(i * v, r, d)
+        (prediction,) = self.predictor(tokens, None, seen, None, (seen[:, :1],))
+        return prediction.reshape(i, v, -1)
+
+    def project(
+        self, summary: Float[Array, "B R D"], local: Float[Array, "I V R D"] | None
+    ) -> Float[Array, "I W K"]:
+        """Where the views of an image are to agree: those that masks leave of it, then local."""
+        assert self.projection is not None
+        num_images = len(summary) if local is None else len(local)
+        views = summary.reshape(num_images, -1, *summary.shape[1:])
+        if local is not None:
+            views = jnp.concatenate([views, local], axis=1)
+        return self.projection(views.reshape(*views.shape[:2], -1))
 
     def fuse_levels(
         self,

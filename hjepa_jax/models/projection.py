@@ -1,0 +1,52 @@
+"""The space in which all views of an image agree: an MLP on top of their summary tokens.
+
+References:
+  Chen et al. 2020, arXiv 2002.05709, section 4.2 (a nonlinear head between features and loss).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from hjepa_jax.models.products import Dense, Precision
+
+EPSILON = 1e-5
+
+
+class BatchStandardize(nn.Module):
+    """Zero mean and unit variance over images and views, then a scale and a bias per feature."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "I V D"]) -> Float[Array, "I V D"]:
+        mean = jnp.mean(x, axis=(0, 1), keepdims=True)
+        variance = jnp.mean((x - mean) ** 2, axis=(0, 1), keepdims=True)
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        x = (x - mean) * jax.lax.rsqrt(variance + EPSILON)
+        return x * scale[None, None] + bias[None, None]
+
+
+class Projection(nn.Module):
+    """MLP whose hidden features are standardized over all views of the batch.
+
+    The statistics are those of the batch at hand, in training as elsewhere: nothing but the loss
+    reads what it makes.
+
+    Attributes:
+      hidden: width of each of the two hidden layers.
+      features: width of the result, K.
+      precision: of the matrix products; parameters are float32.
+    """
+
+    hidden: int
+    features: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "I V D"]) -> Float[Array, "I V K"]:
+        """Projects V views of each of I images."""
+        for layer in range(2):
+            x = Dense(self.hidden, self.precision, name=f"hidden_{layer}")(x).astype(jnp.float32)
+            x = jnp.maximum(BatchStandardize(name=f"norm_{layer}")(x), 0.0)
+        return Dense(self.features, self.precision, name="out")(x).astype(jnp.float32)

@@ -1,0 +1,126 @@
+"""Views of an image that agree in a projection, and images that do not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hjepa_jax import losses
+from hjepa_jax.models.projection import EPSILON, Projection
+from hjepa_jax.objective import LossWeights
+from hjepa_jax.optimizer import decay_mask
+from hjepa_jax.steps import image_rngs, some_patches, view_rngs
+from tests.test_options import init_params, jitted, make_model, make_step, views_and_masks
+from tests.test_steps import BATCH, IMAGES, PATCH, RANDOM
+
+RNG = np.random.default_rng(0)
+LOCAL = dataclasses.replace(RANDOM, image_size=3 * PATCH, crop_scale=(0.3, 1.0))
+SIZES = (8, 6)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_agreement_is_the_distance_to_the_mean_direction_of_an_image():
+    x = RNG.normal(size=(5, 3, 4))
+    centre = unit(unit(x).mean(axis=1, keepdims=True))
+    expected = 1 - (unit(x) * centre).sum(axis=-1).mean()
+    np.testing.assert_allclose(losses.agreement_loss(jnp.asarray(x)), expected, rtol=1e-5)
+    # Lengths do not count; two views at a right angle are 45 degrees from their mean.
+    same = jnp.asarray(x[:, :1] * np.array([1.0, 2.0, 5.0])[None, :, None])
+    np.testing.assert_allclose(losses.agreement_loss(same), 0.0, atol=1e-6)
+    apart = jnp.array([[[1.0, 0.0], [0.0, 3.0]]])
+    np.testing.assert_allclose(losses.agreement_loss(apart), 1 - np.sqrt(0.5), rtol=1e-5)
+
+
+def test_spread_is_the_mean_squared_cosine_of_all_pairs_of_a_view():
+    x = RNG.normal(size=(7, 2, 4))
+    cosines = np.einsum("avk,bvk->vab", unit(x), unit(x))
+    expected = 4 * (cosines**2).mean()
+    np.testing.assert_allclose(losses.spread_loss(jnp.asarray(x)), expected, rtol=1e-5)
+    even = jnp.asarray(np.repeat(np.eye(4), 3, axis=0)[:, None])
+    np.testing.assert_allclose(losses.spread_loss(even), 1.0, rtol=1e-5)
+    alike = jnp.ones((6, 1, 4)) * jnp.arange(1.0, 7.0)[:, None, None]
+    np.testing.assert_allclose(losses.spread_loss(alike), 4.0, rtol=1e-5)
+
+
+def test_both_are_finite_and_have_a_finite_gradient_where_features_vanish():
+    for loss in (losses.agreement_loss, losses.spread_loss):
+        value, grad = jax.value_and_grad(loss)(jnp.zeros((3, 2, 4)))
+        assert np.isfinite(value)
+        assert np.isfinite(grad).all()
+
+
+def test_hidden_features_are_standardized_over_images_and_views_together():
+    x = jnp.asarray(RNG.normal(size=(5, 3, 4)), jnp.float32)
+    module = Projection(*SIZES)
+    variables = module.init(jax.random.PRNGKey(0), x)
+    params = jax.tree.map(lambda p: p + 0.1, variables["params"])
+    y = np.asarray(x, np.float64)
+    for layer in range(2):
+        hidden, norm = params[f"hidden_{layer}"], params[f"norm_{layer}"]
+        y = y @ np.asarray(hidden["kernel"]) + np.asarray(hidden["bias"])
+        y = (y - y.mean(axis=(0, 1))) / np.sqrt(y.var(axis=(0, 1)) + EPSILON)
+        y = np.maximum(y * np.asarray(norm["scale"]) + np.asarray(norm["bias"]), 0)
+    expected = y @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])
+    found = module.apply({"params": params}, x)
+    assert found.shape == (5, 3, SIZES[1])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_of_the_projection_alone_are_decayed():
+    params = init_params(make_model(projection=Projection(*SIZES)))["projection"]
+    decayed = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    assert len(decayed) == 10
+    assert all(decays == (path[-1].key == "kernel") for path, decays in decayed)
+
+
+def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
+    rngs = jax.random.split(jax.random.PRNGKey(0), 4_000)
+    index = np.asarray(some_patches(rngs, num_patches=9, k=4))
+    assert index.shape == (4_000, 4)
+    assert all(len(set(row)) == 4 for row in index)
+    counts = np.bincount(index.reshape(-1), minlength=9) / 4_000
+    assert len(counts) == 9
+    assert np.abs(counts - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 4_000)
+    # What is seen has nothing to do with where the crop is, which the same keys decide.
+    assert (index == np.asarray(some_patches(rngs, num_patches=9, k=4))).all()
+
+
+@pytest.mark.parametrize("num_masks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shown", [None, 4])
+def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
+    model = make_model(projection=Projection(*SIZES))
+    weights = LossWeights(level_weights=(1, 0.5), agreement_weight=2.0, spread_weight=0.25)
+    local = {"augment_local": LOCAL, "num_local_views": 2, "num_local_patches": shown}
+    step, state = make_step(model, weights=weights, num_masks=num_masks, **local)
+    _, outputs = step(state, IMAGES)
+    assert "loss_local" not in outputs.scalars
+
+    augment_rngs, _ = image_rngs(state.rng, state.step, BATCH)
+    params = state.params
+    summaries = []
+    for view in (2, 3):
+        rngs = view_rngs(augment_rngs, view)
+        views, index = jax.jit(LOCAL)(rngs, IMAGES), None
+        if shown is not None:
+            index = some_patches(rngs, num_patches=9, k=shown)
+        variables = {"params": {"context_encoder": params["context_encoder"]}}
+        summaries.append(jitted(model)(variables, views, index, method="encode")[1])
+    if num_masks == 1:
+        views, _, masks = views_and_masks(state)
+        seen = (views, masks.context_index, masks.context_valid)
+        variables = {"params": {"context_encoder": params["context_encoder"]}}
+        summaries.insert(0, jitted(model)(variables, *seen, method="encode")[1])
+        joined = jnp.stack(summaries, axis=1).reshape(BATCH, 3, -1)
+        projected = model.projection.apply({"params": params["projection"]}, joined)
+        for name, loss in (("agreement", losses.agreement_loss), ("spread", losses.spread_loss)):
+            expected = loss(projected)
+            np.testing.assert_allclose(outputs.scalars[f"loss_{name}"], expected, rtol=1e-3)
+    terms = {"loss_level_0": 1, "loss_level_1": 0.5, "loss_summary": 1}
+    terms |= {"loss_agreement": 2.0, "loss_spread": 0.25}
+    total = sum(weight * outputs.scalars[name] for name, weight in terms.items())
+    np.testing.assert_allclose(outputs.scalars["loss"], total, rtol=1e-5)
