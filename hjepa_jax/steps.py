@@ -139,7 +139,7 @@ def make_train_step(
             # All views in one call, not one after the other: a program of a size that has no V.
             of_views = functools.partial(jax.vmap, out_axes=1)
             local_rngs = jnp.stack([view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)])
-            local_views = of_views(lambda rngs: augment_local(rngs, images))(local_rngs)
+            local_views = of_views(functools.partial(augment_local, images=images))(local_rngs)
             if num_local_patches is not None:
                 side = augment_local.image_size // model.context_encoder.patch_size
                 choose = functools.partial(some_patches, num_patches=side**2, k=num_local_patches)
