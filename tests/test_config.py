@@ -28,6 +28,7 @@ def load(name: str):
 def test_the_documented_configs_exist():
     assert set(CONFIGS) >= {
         "shapes_tiny",
+        "cifar10_patches",
         "cifar10_tiny",
         "cifar10_small",
         "m1_max_quick_val",

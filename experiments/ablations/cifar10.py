@@ -3,7 +3,7 @@
 A smaller encoder than that of the config, for one epoch: rows compare with each other only.
 """
 
-CONFIG = "cifar10_tiny"
+CONFIG = "cifar10_patches"
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 1.0,

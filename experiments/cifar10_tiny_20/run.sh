@@ -3,7 +3,7 @@
 # report. Running it again continues it.
 set -euo pipefail
 workdir=runs/cifar10_tiny_20
-python -m hjepa_jax.main --config=configs/cifar10_tiny.py --workdir="$workdir" \
+python -m hjepa_jax.main --config=configs/cifar10_patches.py --workdir="$workdir" \
   --config.train.batch_size=256 --config.optim.learning_rate=1e-3 \
   --config.optim.final_learning_rate=1e-3 --config.model.dtype=bfloat16 \
   --config.parallel.cpu_devices=2 --config.log.every_steps=13 \

@@ -5,7 +5,7 @@ the masked view from which patches are predicted, further crops of which 16 of 6
 the projected summary tokens of all of them agree.
 """
 
-CONFIG = "cifar10_tiny"
+CONFIG = "cifar10_patches"
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 2.0,

@@ -3,7 +3,7 @@
 set -euo pipefail
 short_run() {
   echo "$@"
-  PYTHONPATH=. python experiments/recipes/short_run.py --config=configs/cifar10_tiny.py \
+  PYTHONPATH=. python experiments/recipes/short_run.py --config=configs/cifar10_patches.py \
     --num_train=8000 --num_test=4000 --config.model.width=128 --config.model.depth=4 \
     --config.model.num_heads=4 --config.model.predictor_width=64 \
     --config.model.predictor_num_heads=2 --config.optim.warmup_epochs=0.1 \

@@ -1,6 +1,6 @@
 """Trains a few hundred steps and probes on a part of the data: to compare recipes.
 
-  python experiments/recipes/short_run.py --config=configs/cifar10_tiny.py \
+  python experiments/recipes/short_run.py --config=configs/cifar10_patches.py \
     --config.train.num_steps=250 [any other --config.* override]
 
 Leaves nothing behind. Prints the probe table of the target encoder, the encoder at step 0 and raw

@@ -4,7 +4,7 @@ ViT 128 x 4 in batches of 256, products in bfloat16, k-NN after each epoch; 40 m
 core.
 """
 
-CONFIG = "cifar10_tiny"
+CONFIG = "cifar10_patches"
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.batch_size": 256,

@@ -5,7 +5,7 @@ and encoder of the best open code of this size (`open_*`: half of the grid seen,
 in scattered 2x2 cells by cross-attention; LayerScale, registers, flips both ways).
 """
 
-CONFIG = "cifar10_tiny"
+CONFIG = "cifar10_patches"
 SHARED = {
     "model.dtype": "bfloat16", "train.num_epochs": 10.0, "train.batch_size": 256,
     "optim.learning_rate": 1e-3, "train.steps_per_call": 65, "log.every_steps": 195,

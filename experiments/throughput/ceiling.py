@@ -3,7 +3,7 @@
 Every product of the step's program is timed by itself, in its own shapes. Their sum is the time
 that the step would take if all the rest were free: the ceiling that the step is measured against.
 
-  python experiments/throughput/ceiling.py --config=configs/cifar10_tiny.py
+  python experiments/throughput/ceiling.py --config=configs/cifar10_patches.py
 """
 
 import collections

@@ -33,8 +33,8 @@ class Model:
 
 
 MODELS = {  # by importance
-    "vit_tiny_32": Model("cifar10_tiny", (1024, 4096), profiled=True),
-    "vit_small_32": Model("cifar10_small", (1024, 4096)),
+    "vit_tiny_32": Model("cifar10_patches", (1024, 4096), profiled=True),
+    "vit_small_32": Model("cifar10_patches", (1024, 4096), "vit_small", (192, 3)),
     "vit_tiny_224": Model("m1_max_quick_val", (256, 1024), "vit_tiny"),
     "vit_small_224": Model("m1_max_quick_val", (256, 512), "vit_small", (384, 6), profiled=True),
     "vit_base_224": Model("m1_max_quick_val", (256,), "vit_base", (384, 6), torch_first=True),
@@ -182,6 +182,8 @@ def prepare_torch(spec):
 
     model, on_gpu, errors = MODELS[spec["model"]], torch.cuda.is_available(), []
     c = torch_baseline.CONFIGS[model.config] | torch_baseline.MODELS.get(model.size, {})
+    if model.predictor:
+        c |= dict(zip(("pred_width", "pred_heads"), model.predictor, strict=True))
     steps = {
         name: torch_baseline.make_step(
             c, spec["batches"][0], mode="bfloat16", compiled=name == "compiled"

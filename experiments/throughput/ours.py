@@ -1,6 +1,6 @@
 """Times our training step, or the whole training loop around it, and prints one line of JSON.
 
-  python experiments/throughput/ours.py --kind=step --config=configs/cifar10_tiny.py --steps=20
+  python experiments/throughput/ours.py --kind=step --config=configs/cifar10_patches.py --steps=20
 
 The images are noise: what they show changes nothing about speed.
 """

@@ -132,7 +132,7 @@ def draw(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--configs", nargs="+", default=["m1_max_quick_val", "cifar10_tiny"])
+    parser.add_argument("--configs", nargs="+", default=["m1_max_quick_val", "cifar10_patches"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--cpu_devices", type=int, default=1)

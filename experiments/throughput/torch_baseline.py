@@ -9,7 +9,7 @@ it), and the images are in memory.
 With --masks_ahead the masks come from a pool sampled before the first step, and pool and images
 are on the device already: what it could do at best, without the loop in NumPy.
 
-  python experiments/throughput/torch_baseline.py --config=cifar10_tiny --mode=float32 --steps=5
+  python experiments/throughput/torch_baseline.py --config=cifar10_patches --mode=float32 --steps=5
 """
 
 import argparse
@@ -32,14 +32,11 @@ CONFIGS = {
         "pred_width": 192, "pred_depth": 2, "pred_heads": 4, "blocks": 4, "scale": (0.15, 0.25),
         "summary_pass": False, "regularized": "context", "batch": 32,
     },
-    "cifar10_tiny": {
+    "cifar10_patches": {
         "image": 32, "patch": 4, "width": 192, "depth": 12, "heads": 3, "levels": 2, "summary": 4,
         "pred_width": 96, "pred_depth": 2, "pred_heads": 3, "blocks": 4, "scale": (0.09, 0.19),
         "summary_pass": True, "regularized": "summary", "batch": 64,
     },
-}  # fmt: skip
-CONFIGS["cifar10_small"] = CONFIGS["cifar10_tiny"] | {
-    "width": 384, "heads": 6, "pred_width": 192, "pred_heads": 3,
 }  # fmt: skip
 # In place of a config's own; as gpu.py has them for ours.
 MODELS = {
