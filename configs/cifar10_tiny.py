@@ -25,6 +25,6 @@ def get_config() -> Config:
     c.loss.regularizer = "none"  # of the summary tokens themselves
     c.loss.regularizer_weight = 0.0
 
-    c.optim.learning_rate = 1e-3
+    c.optim.learning_rate = 7e-4
     c.train.batch_size = 128
     return c.lock()
