@@ -1,4 +1,4 @@
-"""The README's table of results, from the reports that are kept in experiments/*/report.
+"""The README's table of results, from the probe tables that are kept in experiments/.
 
   python experiments/results_table.py     # writes it between the two marks in README.md
 
@@ -21,10 +21,12 @@ def results_table() -> str:
         "| run | epochs | probe | trained | random-init | raw pixels |",
         "|---|---|---|---|---|---|",
     ]
-    for path in sorted(EXPERIMENTS.glob("*/report/probe.json")):
+    for path in _probes():
         rows = json.loads(path.read_text())["results"]
         config = json.loads((path.parent / "config.json").read_text())
-        name, epochs = path.parent.parent.name, f"{config['train']['num_epochs']:g}"
+        name = path.relative_to(EXPERIMENTS).parts[0]
+        (last,) = {(row["step"], row["train_size"]) for row in rows if row["encoder"] == "target"}
+        epochs = round(last[0] * config["train"]["batch_size"] / last[1])  # some runs were stopped
         for protocol, shown in PROTOCOLS.items():
             scores = {
                 row["encoder"]: f"{100 * row['top1']:.1f}"
@@ -34,8 +36,14 @@ def results_table() -> str:
             best = max(scores.values(), key=float)
             cells = [f"**{s}**" if (s := scores[e]) == best else s for e in ENCODERS]
             link = f"[`{name}`](experiments/{name}/README.md)"
-            lines.append("| " + " | ".join([link, epochs, shown, *cells]) + " |")
+            lines.append("| " + " | ".join([link, str(epochs), shown, *cells]) + " |")
     return "\n".join(lines)
+
+
+def _probes() -> list[pathlib.Path]:
+    """Of each experiment with a probe table, in its report or without one."""
+    found = [*EXPERIMENTS.glob("*/probe.json"), *EXPERIMENTS.glob("*/report/probe.json")]
+    return sorted(found, key=lambda path: path.relative_to(EXPERIMENTS).parts[0])
 
 
 def between_marks(text: str, begin: str, end: str, new: str) -> str:

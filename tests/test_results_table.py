@@ -11,15 +11,26 @@ def test_the_table_of_the_readme_is_made_of_the_kept_runs():
     readme = results_table.README.read_text()
     assert results_table.with_table(readme) == readme, "run experiments/results_table.py"
     table = results_table.results_table()
-    kept = list(results_table.EXPERIMENTS.glob("*/report/probe.json"))
-    assert kept
+    kept = list(results_table.EXPERIMENTS.glob("**/probe.json"))
+    assert len(kept) > 4
     for path in kept:
         scores = [
             row["top1"]
             for row in json.loads(path.read_text())["results"]
             if (row["encoder"], row["pool"], row["protocol"]) == ("target", "concat", "linear")
         ]
-        assert f"{100 * scores[-1]:.1f}" in table
+        name = path.relative_to(results_table.EXPERIMENTS).parts[0]
+        line = next(line for line in table.splitlines() if f"`{name}`" in line)
+        assert f"{100 * scores[-1]:.1f}" in line
+
+
+def test_a_run_that_was_stopped_has_the_epochs_that_it_trained():
+    (line,) = [
+        line
+        for line in results_table.results_table().splitlines()
+        if "`cifar10_tiny_agreement`" in line and "linear" in line
+    ]
+    assert "| 15 |" in line
 
 
 @pytest.mark.parametrize(
