@@ -3,8 +3,9 @@
   python -m hjepa_jax.main --config=configs/cifar10_tiny.py
 
 Hidden patches are predicted, as in `cifar10_patches`, and the views of an image agree: the masked
-one and seven further crops, of each of which the encoder sees a quarter. Chosen by short runs
-scored on held-out training images (experiments/recipes).
+one and seven further crops, of each of which the encoder sees a quarter. Views and colours follow
+a forerunner that was scored on held-out training images (experiments/recipes); rate, batch and the
+weights of the loss were not compared. Masks are those of `cifar10_patches`.
 """
 
 from configs import cifar10_patches

@@ -152,7 +152,7 @@ def base_config() -> Config:
     c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
     c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
     # Of what pulls the projected summary tokens of an image's views together (0: no projection),
-    # and of what keeps those of different images apart.
+    # and of what keeps those of different images, of a part of a batch, apart.
     c.loss.agreement_weight = 0.0
     c.loss.spread_weight = 0.5
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none

@@ -1,4 +1,4 @@
-"""Losses as small separate pieces: prediction losses over valid targets, VICReg, and SIGReg.
+"""Losses as small pieces: prediction losses over valid targets, VICReg, SIGReg, views that agree.
 
 Everything is computed in float32, products too (whose operands GPUs round by default). Under jit
 with a batch that is split over devices, the means are means over the global batch.
@@ -102,7 +102,7 @@ def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
 
 
 def agreement_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
-    """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 2].
+    """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 1].
 
     Every view takes part in the mean, and has a gradient through it.
 
@@ -115,11 +115,12 @@ def agreement_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
 
 
 def spread_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
-    """How unevenly the directions of the batch use the K dimensions: 1 if evenly, K if all alike.
+    """How unevenly the directions of the batch use the K dimensions: K if all are alike.
 
       K * |1/B sum_b u_b u_b^T|_F^2 = K * mean over all pairs of cos^2, of the unit vectors u_b
 
-    averaged over views, whose directions are compared with those of the same view alone.
+    averaged over views, whose directions are compared with those of the same view alone. 1 where
+    they use all dimensions evenly, for which it takes K images; of B < K it is K / B at least.
 
     References:
       HaoChen et al. 2021, arXiv 2106.04156, eq. 6 (spectral contrastive loss, second term).

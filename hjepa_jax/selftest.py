@@ -2,10 +2,10 @@
 
   python -m hjepa_jax.selftest [--steps=50] [--output=selftest.json]
 
-The step is that of configs/cifar10_tiny.py. From the same key, weights and synthetic images masks
-must be equal, loss and gradients agree. Then it measures speed, and by how much memory grows with
-each step. Exit status 0 when all agree, 1 when not, with the first quantity that is off. The file
-holds all of it, for a bug report.
+The step is that of configs/cifar10_patches.py. From the same key, weights and synthetic images
+masks must be equal, loss and gradients agree. Then it measures speed, and by how much memory grows
+with each step. Exit status 0 when all agree, 1 when not, with the first quantity that is off. The
+file holds all of it, for a bug report.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from hjepa_jax.errors import InputError
 _STEPS = flags.DEFINE_integer("steps", 50, "Steps to measure speed and memory by.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write.")
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_tiny.py"
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_patches.py"
 
 # Float32 sums in another order differ in the sixth digit; through a network and back, less well.
 LOSS_TOLERANCE = 1e-4  # of the loss

@@ -91,8 +91,9 @@ def make_train_step(
         them too (the regularizer alone keeps them from collapsing).
       target_spec: what the targets are made of; None for the output of the target encoder.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
-        before the update. Means over the batch (of valid queries; VICReg, SIGReg) are then those
-        of a part; SIGReg grows with its rows, and so is smaller by as much.
+        before the update. Means over the batch (of valid queries; VICReg, SIGReg, the projection,
+        the spread of views) are then those of a part; SIGReg grows with its rows, and so is
+        smaller by as much.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
@@ -136,7 +137,7 @@ def make_train_step(
         second_views = augment(view_rngs(augment_rngs, 1), images) if cross_view else None
         local_views = local_index = None
         if augment_local is not None:
-            # All views in one call, not one after the other: a program of a size that has no V.
+            # One call for all views, so that the program does not grow with their number.
             of_views = functools.partial(jax.vmap, out_axes=1)
             local_rngs = jnp.stack([view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)])
             local_views = of_views(functools.partial(augment_local, images=images))(local_rngs)

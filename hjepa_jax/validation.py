@@ -143,12 +143,10 @@ def validate(config: Config) -> None:
     check(fits or not config.data.local_views, "data.local_size", rule)
     shown = config.data.local_patches
     rule = f"must be from 1 to {side**2}, the patches of data.local_size={config.data.local_size}"
-    shows = shown is None or not config.data.local_views or 1 <= shown <= side**2
-    check(shows, "data.local_patches", rule)
-    positive("data.local_patches")
-    rule = "must be two whole numbers from 1 to 8192: hidden width, features"
+    check(shown is None or 1 <= shown <= side**2, "data.local_patches", rule)
+    rule = "must be two whole numbers, hidden width and features, from 2 to 8192"
     sizes = config.model.projection
-    is_size = len(sizes) == 2 and all(is_a(int, n) and 1 <= n <= 8192 for n in sizes)
+    is_size = len(sizes) == 2 and all(is_a(int, n) and 2 <= n <= 8192 for n in sizes)
     check(is_size, "model.projection", rule)
     grid_size = config.data.image_size // config.model.patch_size
     check(grid_size <= 128, "model.patch_size", "must leave at most 128 patches per side")
@@ -241,12 +239,13 @@ def validate(config: Config) -> None:
         "optim.accumulation_steps",
         f"must divide train.batch_size={config.train.batch_size}",
     )
+    compares = None if config.loss.regularizer == "none" else "loss.regularizer"
+    compares = "loss.agreement_weight" if agree else compares
     check(
-        config.loss.regularizer == "none"
-        or config.train.batch_size // config.optim.accumulation_steps >= 2,
+        compares is None or config.train.batch_size // config.optim.accumulation_steps >= 2,
         "train.batch_size",
         "must leave at least 2 images per part, which "
-        f"loss.regularizer={config.loss.regularizer!r} compares",
+        f"{compares}={get_field(config, compares or 'train.batch_size')!r} compares",
     )
     at_least(1, "parallel.cpu_devices", at_most=256)
     at_least(1, "parallel.fsdp")  # run.build_run: it divides the number of devices

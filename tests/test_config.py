@@ -365,6 +365,28 @@ def test_a_regularizer_without_a_weight_is_refused(weights):
     validate(config)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("loss.spread_weight", 0.0, "all images would be alike"),
+        ("data.local_patches", 17, "from 1 to 16"),
+        ("model.projection", (8, 1), "from 2 to 8192"),
+        ("train.batch_size", 1, "loss.agreement_weight=1.0 compares"),
+    ],
+)
+def test_views_that_agree_need_images_and_room_to_differ(field, value, rule):
+    config = base_config()
+    agreeing = {
+        "loss.agreement_weight": 1.0, "data.local_views": 1, "loss.regularizer": "none",
+    }  # fmt: skip
+    config.update_from_flattened_dict(agreeing)
+    validate(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=rule) as error:
+        validate(config)
+    assert error.value.field == field
+
+
 def test_local_views_that_no_loss_reads_are_refused():
     config = base_config()
     config.model.global_level, config.data.local_views, config.loss.local_weight = True, 2, 0.0
