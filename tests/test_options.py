@@ -618,6 +618,12 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
         {"model.predictor_mode": "blocks", "model.drop_path": 0.1, "model.remat": True},
         {"model.target_layers": 2, "model.level_depths": (2, 2)},
         {
+            "loss.agreement_weight": 1.0,
+            "data.local_views": 2,
+            "data.local_size": 8,
+            "data.local_patches": 3,
+        },
+        {
             "model.global_level": True,
             "loss.cross_view": 1.0,
             "data.local_views": 2,
@@ -644,5 +650,7 @@ def test_a_config_builds_and_trains_with_its_options(tiny_config, overrides, tmp
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert np.isfinite(lines[-1]["train/loss"])
     assert ("train/loss_cross_view" in lines[-1]) == ("model.global_level" in overrides)
-    assert ("train/loss_local" in lines[-1]) == ("data.local_views" in overrides)
+    assert ("train/loss_agreement" in lines[-1]) == ("loss.agreement_weight" in overrides)
+    predict = "data.local_views" in overrides and "model.global_level" in overrides
+    assert ("train/loss_local" in lines[-1]) == predict
     assert ("train/ema_momentum" in lines[-1]) == ("model.target" not in overrides)
