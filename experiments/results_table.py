@@ -25,8 +25,9 @@ def results_table() -> str:
         rows = json.loads(path.read_text())["results"]
         config = json.loads((path.parent / "config.json").read_text())
         name = path.relative_to(EXPERIMENTS).parts[0]
-        (last,) = {(row["step"], row["train_size"]) for row in rows if row["encoder"] == "target"}
-        epochs = round(last[0] * config["train"]["batch_size"] / last[1])  # some runs were stopped
+        trained = {(row["step"], row["train_size"]) for row in rows if row["encoder"] == "target"}
+        ((step, num_images),) = trained
+        epochs = round(step * config["train"]["batch_size"] / num_images)  # some were stopped
         for protocol, shown in PROTOCOLS.items():
             scores = {
                 row["encoder"]: f"{100 * row['top1']:.1f}"

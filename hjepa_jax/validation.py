@@ -239,13 +239,13 @@ def validate(config: Config) -> None:
         "optim.accumulation_steps",
         f"must divide train.batch_size={config.train.batch_size}",
     )
-    compares = None if config.loss.regularizer == "none" else "loss.regularizer"
-    compares = "loss.agreement_weight" if agree else compares
+    compares = "loss.agreement_weight" if agree else "loss.regularizer"
+    each_alone = not agree and config.loss.regularizer == "none"
     check(
-        compares is None or config.train.batch_size // config.optim.accumulation_steps >= 2,
+        each_alone or config.train.batch_size // config.optim.accumulation_steps >= 2,
         "train.batch_size",
         "must leave at least 2 images per part, which "
-        f"{compares}={get_field(config, compares or 'train.batch_size')!r} compares",
+        f"{compares}={get_field(config, compares)!r} compares",
     )
     at_least(1, "parallel.cpu_devices", at_most=256)
     at_least(1, "parallel.fsdp")  # run.build_run: it divides the number of devices
