@@ -1,0 +1,59 @@
+"""k-NN of a run's features as they are, centred, and whitened: on held-out training images.
+
+  PYTHONPATH=. python experiments/cifar10_tiny_agreement/whitened_knn.py WORKDIR [--num_bank=20000]
+
+Whitening is of the bank's features, and knows no labels: it shows how much of what separates the
+classes lies in directions of little variance, which cosine similarity hardly sees and a linear
+probe does. It is not the protocol of the probes, which takes features as they are.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+
+from hjepa_jax import build, checkpoint, run, run_dir
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import knn_predict
+from hjepa_jax.evaluation.labelled import hold_out
+
+KS = (10, 20, 50, 100)
+
+
+def whiten(x: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Features [n, D] with the mean and the covariance of the bank [m, D] taken out of them."""
+    variances, directions = np.linalg.eigh(np.cov(bank.T))
+    return (x - bank.mean(axis=0)) @ directions / np.sqrt(variances + 1e-3 * variances.mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--num_bank", type=int, default=20_000)
+    args = parser.parse_args()
+    config = run_dir.load_config(args.workdir)
+    train, _ = run.open_config_source(config).load()
+    bank, held_out = hold_out(len(train.images), num_val=config.eval.num_val, seed=0)
+    rows = np.concatenate([bank[: args.num_bank], held_out])
+    model, params = checkpoint.load_encoder(args.workdir)
+    embed = jax.jit(build.build_embed_fn(config, model))
+    images = np.take(train.images, rows, axis=0)
+    features = extract_features(embed, params, images, batch_size=256, what="features")
+    bank_y, held_out_y = np.split(train.labels[rows], [args.num_bank])
+    for name, x in features.items():
+        fit, _ = np.split(x, [args.num_bank])
+        for what, changed in (
+            ("as they are", x),
+            ("centred", x - fit.mean(axis=0)),
+            ("whitened", whiten(x, fit)),
+        ):
+            fit_x, held_out_x = np.split(changed, [args.num_bank])
+            predicted = knn_predict(fit_x, bank_y, held_out_x, ks=KS, num_classes=10)
+            top1 = (predicted == held_out_y).mean(axis=1)
+            scores = " ".join(f"k={k}: {100 * t:.1f}" for k, t in zip(KS, top1, strict=True))
+            print(f"{name:10} {what:12} {scores}")
+
+
+if __name__ == "__main__":
+    main()
