@@ -21,10 +21,10 @@ from hjepa_jax.evaluation.labelled import hold_out
 KS = (10, 20, 50, 100)
 
 
-def whiten(x: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Features [n, D] with the mean and the covariance of the bank [m, D] taken out of them."""
+def whiten(centred: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Centred features [n, D] with the covariance of the bank's, [m, D], taken out of them."""
     variances, directions = np.linalg.eigh(np.cov(bank.T))
-    return (x - bank.mean(axis=0)) @ directions / np.sqrt(variances + 1e-3 * variances.mean())
+    return centred @ directions / np.sqrt(variances + 1e-3 * variances.mean())
 
 
 def main() -> None:
@@ -33,24 +33,25 @@ def main() -> None:
     parser.add_argument("--num_bank", type=int, default=20_000)
     args = parser.parse_args()
     config = run_dir.load_config(args.workdir)
-    train, _ = run.open_config_source(config).load()
-    bank, held_out = hold_out(len(train.images), num_val=config.eval.num_val, seed=0)
-    rows = np.concatenate([bank[: args.num_bank], held_out])
+    source = run.open_config_source(config)
+    train, _ = source.load()
+    fit, held_out = hold_out(len(train.images), num_val=config.eval.num_val)
+    bank = fit[: args.num_bank]
+    rows = np.concatenate([bank, held_out])
     model, params = checkpoint.load_encoder(args.workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
-    images = np.take(train.images, rows, axis=0)
-    features = extract_features(embed, params, images, batch_size=256, what="features")
-    bank_y, held_out_y = np.split(train.labels[rows], [args.num_bank])
+    features = extract_features(
+        embed, params, train.images[rows], batch_size=config.eval.batch_size, what="features"
+    )
     for name, x in features.items():
-        fit, _ = np.split(x, [args.num_bank])
-        for what, changed in (
-            ("as they are", x),
-            ("centred", x - fit.mean(axis=0)),
-            ("whitened", whiten(x, fit)),
-        ):
-            fit_x, held_out_x = np.split(changed, [args.num_bank])
-            predicted = knn_predict(fit_x, bank_y, held_out_x, ks=KS, num_classes=10)
-            top1 = (predicted == held_out_y).mean(axis=1)
+        centred = x - x[: len(bank)].mean(axis=0)
+        whitened = whiten(centred, centred[: len(bank)])
+        for what, changed in (("as they are", x), ("centred", centred), ("whitened", whitened)):
+            predicted = knn_predict(
+                changed[: len(bank)], train.labels[bank], changed[len(bank) :],
+                ks=KS, num_classes=len(source.info.class_names),
+            )  # fmt: skip
+            top1 = (predicted == train.labels[held_out]).mean(axis=1)
             scores = " ".join(f"k={k}: {100 * t:.1f}" for k, t in zip(KS, top1, strict=True))
             print(f"{name:10} {what:12} {scores}")
 
