@@ -252,13 +252,14 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
 
 
 def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTransformation:
-    """AdamW with the run's schedules."""
+    """AdamW, or Muon and AdamW, with the run's schedules."""
     return make_optimizer(
         learning_rate_fn=schedules.learning_rate_fn,
         weight_decay_fn=schedules.weight_decay_fn,
         b1=config.optim.b1,
         b2=config.optim.b2,
         clip_norm=config.optim.clip_norm or None,
+        muon_momentum=config.optim.muon_momentum if config.optim.kind == "muon" else None,
     )
 
 

@@ -57,6 +57,8 @@ ADDED_FIELDS = (
     "model.pyramid",
     "model.target",
     "model.target_layers",
+    "optim.kind",
+    "optim.muon_momentum",
     "train.init_from",
 )
 
@@ -165,6 +167,10 @@ def base_config() -> Config:
     c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
     c.optim = ConfigDict()
+    # adamw | muon: the weight matrices within encoder, predictor and projection move along their
+    # orthogonalized momentum, everything else by AdamW; at the same rate and decay.
+    c.optim.kind = "adamw"
+    c.optim.muon_momentum = 0.95
     c.optim.learning_rate = 1e-3  # peak
     c.optim.final_learning_rate = 0.0
     c.optim.warmup_epochs = 1.0

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hjepa_jax.muon import scale_by_muon
+
 Schedule = Callable[[Any], Any]
 
 # Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions; and
@@ -87,6 +89,19 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
 
 
+def muon_mask(params: Any) -> Any:
+    """True for the leaves that Muon moves: the kernels that map features to features.
+
+    So not the embedding of patches, whose inputs are pixels, nor tokens and vectors.
+    """
+
+    def is_hidden(path: Any, leaf: Any) -> bool:
+        names = [key.key for key in path]
+        return names[-1] == "kernel" and leaf.ndim == 2 and "patch_embedding" not in names
+
+    return jax.tree_util.tree_map_with_path(is_hidden, params)
+
+
 def make_optimizer(
     *,
     learning_rate_fn: Schedule,
@@ -94,6 +109,7 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.95,
     clip_norm: float | None = None,
+    muon_momentum: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with scheduled learning rate and weight decay, after clipping by global norm.
 
@@ -103,21 +119,47 @@ def make_optimizer(
       b1: decay rate of the first moment.
       b2: decay rate of the second.
       clip_norm: largest global gradient norm; None for no clipping.
+      muon_momentum: that of Muon, for the matrices of `muon_mask`, in place of Adam; with the same
+        rate and decay. None for Adam everywhere.
 
     References:
       Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).
     """
     # inject_hyperparams is what lets optax schedule the weight decay.
-    adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
-        learning_rate=lambda count: learning_rate_fn(count + 1),
-        weight_decay=lambda count: weight_decay_fn(count + 1),
-        b1=b1,
-        b2=b2,
-        mask=decay_mask,
-    )
+    schedules = {
+        "learning_rate": lambda count: learning_rate_fn(count + 1),
+        "weight_decay": lambda count: weight_decay_fn(count + 1),
+    }
+    if muon_momentum is None:
+        adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
+        optimizer = adamw(**schedules, b1=b1, b2=b2, mask=decay_mask)
+    else:
+        optimizer = optax.inject_hyperparams(_decoupled, static_args=("direction",))(
+            **schedules, direction=_muon_and_adam(b1, b2, muon_momentum)
+        )
     if clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def _decoupled(
+    learning_rate: Any, weight_decay: Any, direction: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """-learning_rate * (direction + weight_decay * parameter)."""
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _muon_and_adam(b1: float, b2: float, momentum: float) -> optax.GradientTransformation:
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda hidden: "muon" if hidden else "adam", muon_mask(params))
+
+    return optax.partition(
+        {"muon": scale_by_muon(momentum), "adam": optax.scale_by_adam(b1, b2)}, labels
+    )
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -169,12 +169,12 @@ def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResul
 
     masks = jax.jit(masks_of)(state.rng)
     new_state, outputs = jax.jit(train_step)(state, images)
-    # After its first update Adam's first moment is (1 - b1) times the gradient.
-    moment = optax.tree_utils.tree_get(new_state.opt_state, "mu")
-    grads = {
-        jax.tree_util.keystr(path): np.asarray(leaf, np.float64) / (1 - config.optim.b1)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(moment)
-    }
+    # After one update Adam's first moment is (1 - b1) times the gradient, Muon's momentum 1 times.
+    grads = {}
+    for name, factor in (("mu", 1 - config.optim.b1), ("momentum", 1.0)):
+        moment = optax.tree_utils.tree_get(new_state.opt_state, name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(moment):
+            grads[jax.tree_util.keystr(path)] = np.asarray(leaf, np.float64) / factor
     return StepResult(jax.device_get(masks), float(outputs.scalars["loss"]), grads)
 
 

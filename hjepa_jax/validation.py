@@ -219,7 +219,8 @@ def validate(config: Config) -> None:
 
     at_least(0, "optim.learning_rate", "optim.final_learning_rate", "optim.warmup_epochs")
     at_least(0, "optim.weight_decay", "optim.final_weight_decay", "optim.clip_norm")
-    for field in ("optim.b1", "optim.b2"):
+    one_of("optim.kind", ("adamw", "muon"))
+    for field in ("optim.b1", "optim.b2", "optim.muon_momentum"):
         check(0 <= get_field(config, field) < 1, field, "must be in [0, 1)")
     ema = config.optim.ema_momentum
     ema_rule = "must be (start, end, constant | linear | cosine), start and end in [0, 1]"

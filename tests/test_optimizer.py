@@ -6,10 +6,12 @@ import pytest
 
 from hjepa_jax import build
 from hjepa_jax.config import base_config
+from hjepa_jax.muon import orthogonalize, scale_by_muon
 from hjepa_jax.optimizer import (
     decay_mask,
     interpolation_schedule,
     make_optimizer,
+    muon_mask,
     warmup_cosine_schedule,
 )
 
@@ -110,3 +112,73 @@ def test_gradients_are_clipped_by_their_global_norm():
             updates, state = tx.update({"kernel": g}, state, params)
         results.append(updates["kernel"])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes():
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.normal(size=(3, 8, 20)), full_matrices=False)
+    sizes = np.array([[1e-3], [1.0], [1e4]]) * np.geomspace(1, 0.003, 8)
+    matrices = u * sizes[:, None] @ v
+    found = np.asarray(orthogonalize(jnp.asarray(matrices, jnp.float32)))
+    # In the basis of the matrix itself the result is diagonal, with numbers around 1 there.
+    inner = u.transpose(0, 2, 1) @ found @ v.transpose(0, 2, 1)
+    diagonal = np.einsum("sii->si", inner)
+    assert 0.65 < diagonal.min() < diagonal.max() < 1.25
+    np.testing.assert_allclose(inner, diagonal[:, None] * np.eye(8), atol=1e-3)
+
+
+def test_orthogonalizing_nothing_gives_nothing():
+    assert np.array_equal(orthogonalize(jnp.zeros((1, 2, 3))), np.zeros((1, 2, 3)))
+
+
+def test_muon_against_its_definition():
+    """Two updates of matrices of two shapes, one of them higher than wide, by an SVD."""
+    shapes = {"a": (6, 4), "b": (6, 4), "c": (3, 3), "d": (4, 6)}
+    rng = np.random.default_rng(1)
+    tx = scale_by_muon(momentum=0.9)
+    state = tx.init({name: jnp.zeros(shape) for name, shape in shapes.items()})
+    momentum = dict.fromkeys(shapes, 0.0)
+    for _ in range(2):
+        grads = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        updates, state = tx.update(jax.tree.map(jnp.float32, grads), state)
+        for name, shape in shapes.items():
+            momentum[name] = 0.9 * momentum[name] + grads[name]
+            u, _, v = np.linalg.svd(grads[name] + 0.9 * momentum[name], full_matrices=False)
+            inner = u.T @ np.asarray(updates[name]) @ v.T / (0.2 * max(shape) ** 0.5)
+            np.testing.assert_allclose(inner, np.eye(min(shape)), atol=0.35)
+
+
+def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
+    """And where Adam moves, it does so as without Muon; the decay is the same for both."""
+    tiny_config.loss.agreement_weight = 1.0
+    model = build.build_model(tiny_config)
+    params = build.build_create_state(tiny_config, model, optax.identity())().params
+    by_muon = {
+        jax.tree_util.keystr(path)
+        for path, on in jax.tree_util.tree_leaves_with_path(muon_mask(params))
+        if on
+    }
+    assert {
+        "['context_encoder']['block_0']['attention']['qkv']['kernel']",
+        "['predictor']['blocks_0']['mlp_in']['kernel']",
+    } <= by_muon
+    assert all(path.endswith("['kernel']") for path in by_muon)
+    assert not any("patch_embedding" in path for path in by_muon)
+
+    options = {"learning_rate_fn": lambda s: 0.1 * s, "weight_decay_fn": lambda s: 0.5}
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size).reshape(x.shape) ** 1.5), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = {}
+    for name, momentum in (("adam", None), ("muon", 0.95)):
+        tx = make_optimizer(**options, muon_momentum=momentum)
+        updates[name], _ = tx.update(grads, tx.init(params), params)
+        # Without a gradient what is left is the decay.
+        decay, _ = tx.update(zeros, tx.init(params), params)
+        expected = jax.tree.map(lambda on, x: -0.1 * 0.5 * x * on, decay_mask(params), params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), decay, expected)
+    for path, one in jax.tree_util.tree_leaves_with_path(updates["adam"]):
+        other = updates["muon"]
+        for key in path:
+            other = other[key.key]
+        same = jax.tree_util.keystr(path) not in by_muon
+        assert np.allclose(one, other, rtol=1e-5, atol=1e-7) == same, path

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import selftest
+from hjepa_jax import build, selftest
 from tests.conftest import REPOSITORY
 
 
@@ -68,6 +68,23 @@ def test_a_perturbed_weight_fails_with_the_first_quantity_that_is_off(tiny_confi
     report = selftest.self_test(tiny_config, num_steps=1)
     assert not report["passed"]
     assert report["verdict"].startswith(("loss on cpu is off from the CPU's by", "gradient of "))
+
+
+@pytest.mark.slow
+def test_the_gradients_are_found_in_the_state_of_either_optimizer(tiny_config):
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    tiny_config.optim.clip_norm = 0.0
+    found = []
+    for kind in ("adamw", "muon"):
+        tiny_config.optim.kind = kind
+        schedules = build.build_schedules(tiny_config, 40)
+        model, tx = build.build_model(tiny_config), build.build_optimizer(tiny_config, schedules)
+        state = build.build_create_state(tiny_config, model, tx)()
+        step = build.build_train_step(tiny_config, model, tx, schedules)
+        found.append(selftest.run_step(tiny_config, step, state, images).grads)
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        np.testing.assert_allclose(found[1][name], grad, rtol=1e-5, atol=1e-8)
 
 
 def command(tmp_path, code=""):

@@ -69,6 +69,11 @@ def test_the_plugin_takes_accumulation(tiny_config):
     assert refusals(Step(tiny_config), PLATFORM) == []
 
 
+def test_the_plugin_takes_muon(tiny_config):
+    tiny_config.optim.kind = "muon"
+    assert refusals(Step(tiny_config), PLATFORM) == []
+
+
 @pytest.mark.parametrize("kind", ["hierarchical", "random"])
 def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, kind):
     tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
