@@ -1,5 +1,6 @@
 """The loop of a run: dispatches steps, and at their times logs, evaluates, shows and saves."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -31,6 +32,10 @@ from hjepa_jax.run import Run, num_params
 from hjepa_jax.run_dir import writing
 from hjepa_jax.showcase import Showcase
 from hjepa_jax.train_state import TrainState
+
+# Calls that the device may have before it: enough that it never waits for the next, few enough that
+# who stops a run does not wait for more.
+MAX_CALLS_UNDER_WAY = 2
 
 # Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
 ONLINE_KNN_K = 20
@@ -101,14 +106,19 @@ class Loop:
         cluster.meet()  # compiling takes each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
+            under_way: collections.deque[Any] = collections.deque()
             while step < num_steps:
                 count = min(size, self._next_stop(step) - step)
                 if self._records is not None:  # else batch after batch would queue on the device
                     jax.block_until_ready(state)
+                elif len(under_way) == MAX_CALLS_UNDER_WAY:
+                    jax.block_until_ready(under_way.popleft())
                 before = time.perf_counter()
                 images, index = self._take(batches, step, count)
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, np.int32(count))
+                if self._records is None:
+                    under_way.append(state.step + 0)  # a copy: the next call is given the state
                 step += count
                 self._timer.add_steps(count, data_wait)
                 signum = self._agreed(stop.signum, step)

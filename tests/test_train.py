@@ -22,6 +22,7 @@ from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import quality
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.logging import Progress, read_metrics
+from hjepa_jax.loop import MAX_CALLS_UNDER_WAY, Loop
 from hjepa_jax.publish import write_report
 from tests import processes
 
@@ -122,6 +123,29 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(tiny_config, tmp_p
         for name in ("whole", "parts")
     )
     assert whole == parts
+
+
+def test_few_calls_are_under_way_at_a_time(tiny_config, tmp_path, monkeypatch):
+    """So that who stops a run waits for a few steps, not for all until the log's next line."""
+    tiny_config.train.num_steps = tiny_config.train.checkpoint_every_steps = 40
+    tiny_config.log.every_steps = 40
+    tiny_config.eval.every_epochs = 0.0
+    marks, under_way = [], []
+    take, end_call = Loop._take, Loop._end_call
+
+    def count_and_take(*args):
+        under_way.append(sum(not mark.is_ready() for mark in marks))
+        return take(*args)
+
+    def mark_and_end(loop, state, *args):
+        marks.append(state.step + 0)
+        return end_call(loop, state, *args)
+
+    monkeypatch.setattr(Loop, "_take", count_and_take)
+    monkeypatch.setattr(Loop, "_end_call", mark_and_end)
+    train.train_and_evaluate(tiny_config, tmp_path)
+    assert len(under_way) == 40
+    assert max(under_way) < MAX_CALLS_UNDER_WAY
 
 
 @pytest.mark.parametrize(
