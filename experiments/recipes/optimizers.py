@@ -27,5 +27,6 @@ ROWS = {
     "muon_1e-3": _row("muon", 1e-3),
     "muon_3e-3": _row("muon", 3e-3),
     "muon_6e-3": _row("muon", 6e-3),
+    "muon_vicreg_0.02": _row("muon", 3e-3, vicreg=0.02),
     "muon_vicreg_0.1": _row("muon", 3e-3, vicreg=0.1),
 }
