@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The recipe of cifar10_tiny, unchanged, on `shapes`; minutes on a GPU, hours on two CPU cores.
-# Running it again continues it.
+# Running it again continues it. The config has another optimizer by now.
 set -euo pipefail
 python -m hjepa_jax.main --config=configs/cifar10_tiny.py --config.data.source=shapes \
   --workdir=runs/shapes_cifar10_recipe --config.model.dtype=bfloat16 \
-  --config.train.steps_per_call=39 --config.log.every_steps=156 --config.eval.every_epochs=2.0
+  --config.train.steps_per_call=39 --config.log.every_steps=156 --config.eval.every_epochs=2.0 \
+  --config.optim.kind=adamw --config.optim.learning_rate=7e-4
