@@ -11,6 +11,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.host_memory import keep_freed_memory
 
 # What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
 # The last three: a config file is a program of the user's.
@@ -26,6 +27,7 @@ def run(main: Callable[[], None]) -> None:
 
     Bad input of any kind becomes one line on stderr, without a traceback.
     """
+    keep_freed_memory()  # before anything imports NumPy, whose threads settle how memory is had
     # Orbax and TFDS narrate, and log with a traceback what they raise; --verbosity=0 shows it.
     logging.set_verbosity(logging.FATAL)
     try:

@@ -1,10 +1,8 @@
 """Which backend runs, and what it cannot do."""
 
-import ctypes
 import dataclasses
 import importlib.metadata
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -109,8 +107,6 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError("platform", platform, f"this backend does not start: {reason}") from error
-    if backend == "cpu":
-        _keep_freed_memory()
     if current_rules().keeps_programs:
         keep_compiled_programs()
     return backend.lower()
@@ -149,20 +145,3 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of returning it to the system.
-
-    XLA on CPU allocates the temporaries of a step anew at each call; without this the kernel hands
-    out and clears gigabytes of fresh pages every step.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from other C libraries
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
-        mallopt(m_top_pad, 64 << 20)
-        mallopt(m_arena_max, 1)

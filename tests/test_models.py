@@ -9,7 +9,7 @@ import pytest
 
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.models.positions import sincos2d_positions
+from hjepa_jax.models.positions import sincos2d_positions, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.products import Precision
 from hjepa_jax.models.transformer import Block
@@ -225,19 +225,23 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
 def test_tokens_that_see_others_before_them_become_what_they_become_beside_them():
     """What is left out of a block's last pass is only the part that nobody asks for."""
     block = Block(num_heads=2)
-    x, angles = RNG.normal(size=(2, 7, 16)), RNG.normal(size=(2, 7, 4))
+    x, angles = RNG.normal(size=(2, 7, 16)), RNG.normal(size=(2, 7, 4))  # two heads of 8
     allowed = RNG.random((2, 7, 7)) < 0.7
-    x, angles, allowed = (jnp.asarray(a) for a in (x.astype("f"), angles.astype("f"), allowed))
+    x, allowed, turns = (
+        jnp.asarray(x, "f"),
+        jnp.asarray(allowed),
+        turns_of(jnp.asarray(angles, "f")),
+    )
     params = jax.jit(block.init)(jax.random.PRNGKey(0), x)
-    beside = jax.jit(block.apply)(params, x, allowed, angles)[:, 3:]
-    found = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:], angles, before=x[:, :3])
+    beside = jax.jit(block.apply)(params, x, allowed, turns)[:, 3:]
+    found = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:], turns, before=x[:, :3])
     np.testing.assert_allclose(found, beside, rtol=1e-4, atol=1e-5)
-    alone = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:, 3:], angles[:, 3:])
+    alone = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:, 3:], turns[:, 3:])
     assert np.abs(found - alone).max() > 0.01
 
 
 def test_the_gradient_of_a_block_pads_nothing():
-    """Query, key and value are one cut, whose gradient is a concatenation, not a sum."""
+    """Query, key and value are products of their own, by cuts of the kernel: no sum of parts."""
     num_pads = []
     for depth in (1, 3):
         encoder = VisionTransformer(GRID, PATCH, WIDTH, depth=depth, num_heads=2)

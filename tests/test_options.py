@@ -14,7 +14,7 @@ from hjepa_jax.logging import read_metrics
 from hjepa_jax.masking import MultiBlockMask
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.models.positions import rope2d_angles, rotate
+from hjepa_jax.models.positions import rope2d_angles, rotate, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.targets import TargetSpec, encode_targets, target_depths
@@ -64,12 +64,13 @@ def encode(model: HJEPA, encoder_params, views):
 @pytest.mark.parametrize("shift", [(1, 0), (0, 3), (2, 5)])
 def test_rotated_scores_depend_on_relative_position_alone(shift):
     grid, width, (down, right) = 12, 8, shift
-    angles = jnp.asarray(rope2d_angles(grid, width)).reshape(grid, grid, -1)
+    angles = jnp.asarray(rope2d_angles(grid, width))[None]
+    turns = turns_of(angles).reshape(grid, grid, -1)
     query, key = jnp.asarray(RNG.normal(size=(2, 1, 1, 1, width)), jnp.float32)
 
     def score(row, col, other_row, other_col):
         turned = [
-            rotate(x, angles[r, c][None, None])
+            rotate(x, turns[r, c][None, None])
             for x, r, c in ((query, row, col), (key, other_row, other_col))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -79,7 +80,7 @@ def test_rotated_scores_depend_on_relative_position_alone(shift):
     assert abs(score(*here) - score(3, 1, 5, 5)) > 1e-3
     assert abs(score(*here) - score(3, 1, 6, 4)) > 1e-3
     np.testing.assert_allclose(
-        np.linalg.norm(rotate(query, angles[7, 9][None, None])), np.linalg.norm(query), rtol=1e-5
+        np.linalg.norm(rotate(query, turns[7, 9][None, None])), np.linalg.norm(query), rtol=1e-5
     )
 
 
@@ -113,6 +114,18 @@ def test_tokens_that_are_nowhere_stay_so_in_whatever_order_patches_come():
     shuffled, same = apply(params, VIEWS, jnp.asarray(np.tile(order, (BATCH, 1)), jnp.int32))
     np.testing.assert_allclose(shuffled, np.asarray(tokens)[:, order], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(same, summary, rtol=1e-4, atol=1e-5)
+
+
+def test_cosines_are_computed_once_for_all_blocks_and_both_passes():
+    encoder = ENCODER.clone(positions="rope2d", depth=3)
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), VIEWS)
+    index = jnp.asarray(np.tile([0, 3], (BATCH, 1)), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(encoder.apply(params, VIEWS, index)[1] ** 2)
+
+    program = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 def test_the_angle_of_a_cell_is_that_of_its_centre():

@@ -90,6 +90,18 @@ def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_ar
     assert [result.dtype, *(g.dtype for g in pullback(result))] == ["bfloat16"] * 2 + ["float32"]
 
 
+@pytest.mark.parametrize("precision", [Precision(), LOW])
+def test_parts_are_columns_of_the_whole(precision):
+    layer, x = Dense(12, precision), random(2, 5, 8)
+    params = jax.tree.map(
+        lambda p: p + 0.1 * random(*p.shape), layer.init(jax.random.PRNGKey(0), x)
+    )
+    parts = layer.apply(params, x, 3, method="parts")
+    assert [part.shape for part in parts] == [(2, 5, 4)] * 3
+    whole = layer.apply(params, x)
+    np.testing.assert_allclose(np.concatenate(parts, axis=-1), whole, rtol=1e-5, atol=1e-6)
+
+
 class PlainAttention(nn.Module):
     """As in the paper: softmax, then the product."""
 
@@ -98,8 +110,8 @@ class PlainAttention(nn.Module):
     out_scale: float
 
     @nn.compact
-    def __call__(self, x, allowed, angles, source, source_angles, before):
-        assert angles is source is source_angles is None
+    def __call__(self, x, allowed, turns, source, source_turns, before):
+        assert turns is source is source_turns is None
         (b, n, d), seen = x.shape, x if before is None else jnp.concatenate([before, x], axis=1)
         qkv = nn.Dense(3 * d, name="qkv")(seen).reshape(b, seen.shape[1], 3, self.num_heads, -1)
         query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))

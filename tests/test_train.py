@@ -145,7 +145,8 @@ def test_few_calls_are_under_way_at_a_time(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "_end_call", mark_and_end)
     train.train_and_evaluate(tiny_config, tmp_path)
     assert len(under_way) == 40
-    assert max(under_way) < MAX_CALLS_UNDER_WAY
+    # One that the loop has waited for may be among them: our mark of it comes after the loop's own.
+    assert max(under_way) <= MAX_CALLS_UNDER_WAY
 
 
 @pytest.mark.parametrize(

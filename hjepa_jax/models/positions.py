@@ -44,14 +44,22 @@ def rope2d_angles(grid_size: int, head_width: int) -> Float[np.ndarray, "N d_2"]
     return np.concatenate([rows, cols], axis=1).astype(np.float32)
 
 
-def rotate(x: Float[Array, "B h N d"], angles: Float[Array, "#B N d_2"]) -> Float[Array, "B h N d"]:
-    """Turns the pair (x_i, x_{i + d/2}) of each token by its i-th angle.
+def turns_of(angles: Float[Array, "#B N d_2"]) -> Float[Array, "#B N d"]:
+    """Cosines, then sines, of the angles of each token, as `rotate` wants them.
+
+    One array, which XLA computes once; of two it computes each again in every block and head.
+    """
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotate(x: Float[Array, "B h N d"], turns: Float[Array, "#B N d"]) -> Float[Array, "B h N d"]:
+    """Turns the pair (x_i, x_{i + d/2}) of each token by its i-th angle, in float32.
 
     The product of a query and a key that are both turned depends on the difference of their angles
     only, and so on the vector from one position to the other.
     """
-    cos, sin = (f(angles)[:, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = jnp.split(turns[:, None], 2, axis=-1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, first * sin + second * cos]
     return jnp.concatenate(turned, axis=-1)
 

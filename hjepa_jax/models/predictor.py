@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
 from hjepa_jax.models import hierarchy
-from hjepa_jax.models.positions import PositionTable, rope2d_angles
+from hjepa_jax.models.positions import PositionTable, rope2d_angles, turns_of
 from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.transformer import block_type, layer_norm, residual_scale, token_init
 
@@ -135,17 +135,19 @@ class Predictor(nn.Module):
         ]
         queries = [q + rows for q, rows in zip(queries, of_queries(table), strict=True)]
         queries = _side_by_side(queries, len(x)).astype(x.dtype)
-        context_angles = query_angles = None
+        turns = context_turns = query_turns = None
         if angles is not None:
             context_angles = jnp.broadcast_to(
                 of_context(angles), (len(x), num_context, angles.shape[1])
             )
-            query_angles = _side_by_side(of_queries(angles), len(x))
+            both = [context_angles, _side_by_side(of_queries(angles), len(x))]
+            turns = turns_of(jnp.concatenate(both, axis=1))
+            context_turns, query_turns = turns[:, :num_context], turns[:, num_context:]
 
         if self.mode == "cross":
             x = self.norm_context(x).astype(x.dtype)
             for block in self.blocks:
-                queries = block(queries, context_valid[:, None], query_angles, x, context_angles)
+                queries = block(queries, context_valid[:, None], query_turns, x, context_turns)
         else:
             tokens = jnp.concatenate([x, queries], axis=1)
             allowed = jnp.concatenate([context_valid, *query_valid], axis=1)[:, None]
@@ -153,15 +155,13 @@ class Predictor(nn.Module):
                 groups = _groups(num_context, num_blocks, num_queries)
                 of_context_or_own = (groups == 0) | (groups[:, None] == groups)
                 allowed = allowed & of_context_or_own[None]
-            if context_angles is not None and query_angles is not None:
-                context_angles = jnp.concatenate([context_angles, query_angles], axis=1)
             *blocks, last_block = self.blocks
             for block in blocks:
-                tokens = block(tokens, allowed, context_angles)
+                tokens = block(tokens, allowed, turns)
             # Of the context nothing is asked any more.
             x, queries = jax.lax.split(tokens, (num_context, sum(num_queries)), axis=1)
             allowed = allowed[:, -queries.shape[1] :]
-            queries = last_block(queries, allowed, context_angles, before=x)
+            queries = last_block(queries, allowed, turns, before=x)
 
         levels = jax.lax.split(self.norm(queries), num_queries, axis=1)
         return tuple(

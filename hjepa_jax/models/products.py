@@ -92,7 +92,11 @@ def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) ->
 
 
 def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
-    """x^T, in tiles where it has them: a plain transpose would be folded back into the product."""
+    """x^T, in tiles where it has them: a plain transpose would be folded back into the product.
+
+    So would a reshape of x be into the copy, ten times as slow by its divisions of every index.
+    """
+    x = jax.lax.optimization_barrier(x)
     *batch, n, d = x.shape
     rows, cols = (_TILE if _has_tiles(size) else 1 for size in (n, d))
     tiles = x.reshape(*batch, n // rows, rows, d // cols, cols)
@@ -113,11 +117,22 @@ class Dense(nn.Module):
     precision: Precision = Precision()
     scale: float = 1.0
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        (y,) = self.parts(x, 1)
+        return y
+
+    @nn.compact
+    def parts(self, x: Float[Array, "*B D"], count: int) -> list[Float[Array, "*B F_count"]]:
+        """The result in `count` equal parts, each a product of its own: nothing large is cut."""
         kernel_init = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        y = product(_DENSE, x.reshape(-1, x.shape[-1]), kernel, self.precision)
-        y = y + bias.astype(y.dtype)[None]
-        return y.reshape(*x.shape[:-1], self.features)
+        rows, sizes = x.reshape(-1, x.shape[-1]), (self.features // count,) * count
+        found = []
+        for k, b in zip(
+            jax.lax.split(kernel, sizes, axis=1), jax.lax.split(bias, sizes), strict=True
+        ):
+            y = product(_DENSE, rows, k, self.precision)
+            y = y + b.astype(y.dtype)[None]
+            found.append(y.reshape(*x.shape[:-1], -1))
+        return found

@@ -35,23 +35,24 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B N D"],
         allowed: Bool[Array, "B _ K"] | None = None,
-        angles: Float[Array, "_ _ _"] | None = None,
+        turns: Float[Array, "_ _ _"] | None = None,
         source: Float[Array, "B K D"] | None = None,
-        source_angles: Float[Array, "_ K _"] | None = None,
+        source_turns: Float[Array, "_ K _"] | None = None,
         before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
         b, n, d = x.shape
         if source is None:
             seen = x if before is None else jnp.concatenate([before, x], axis=1)
-            query, key, value = self._heads(Dense(3 * d, self.precision, name="qkv")(seen), 3)
-            query, source_angles = query[:, :, -n:], angles
-            angles = None if angles is None else angles[:, -n:]
+            parts = Dense(3 * d, self.precision, name="qkv").parts(seen, 3)
+            query, key, value = map(self._heads, parts)
+            query, source_turns = query[:, :, -n:], turns
+            turns = None if turns is None else turns[:, -n:]
         else:
-            (query,) = self._heads(Dense(d, self.precision, name="query")(x), 1)
-            pair = Dense(2 * d, self.precision, name="key_value")(source)
-            key, value = self._heads(pair, 2)
-        if angles is not None and source_angles is not None:
-            query, key = rotate(query, angles), rotate(key, source_angles)
+            query = self._heads(Dense(d, self.precision, name="query")(x))
+            pair = Dense(2 * d, self.precision, name="key_value").parts(source, 2)
+            key, value = map(self._heads, pair)
+        if turns is not None and source_turns is not None:
+            query, key = rotate(query, turns), rotate(key, source_turns)
         scale = (d // self.num_heads) ** -0.5
         logits = product("bhqd,bhkd->bhqk", query * scale, key, self.precision)
         logits = logits.astype(jnp.float32)
@@ -67,13 +68,10 @@ class Attention(nn.Module):
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
         return Dense(d, self.precision, self.out_scale, name="out")(out)
 
-    def _heads(self, x: Float[Array, "B N _"], count: int) -> list[Float[Array, "B h N d"]]:
-        b, n, width = x.shape
-        x = x.astype(self.precision.operands)
-        heads = x.reshape(b, n, count, self.num_heads, width // count // self.num_heads)
-        # Cut by one operation, whose gradient is one concatenation and not a sum of padded parts.
-        parts = jax.lax.split(heads.transpose(2, 0, 3, 1, 4), (1,) * count)
-        return [part.squeeze(0) for part in parts]
+    def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B h N d"]:
+        b, n, d = x.shape
+        x = x.astype(self.precision.operands)  # what is kept for the backward pass: half of it
+        return x.reshape(b, n, self.num_heads, d // self.num_heads).transpose(0, 2, 1, 3)
 
 
 class LayerScale(nn.Module):
@@ -118,9 +116,9 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B N D"],
         allowed: Bool[Array, "B _ K"] | None = None,
-        angles: Float[Array, "_ _ _"] | None = None,
+        turns: Float[Array, "_ _ _"] | None = None,
         source: Float[Array, "B K D"] | None = None,
-        source_angles: Float[Array, "_ K _"] | None = None,
+        source_turns: Float[Array, "_ K _"] | None = None,
         before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
         """See `Attention`.
@@ -128,17 +126,17 @@ class Block(nn.Module):
         Args:
           x: tokens.
           allowed: which keys each token may attend to; None for all.
-          angles: of rotary positions, see `positions.rotate`; None for no rotation.
+          turns: of rotary positions, see `positions.rotate`; None for no rotation.
           source: tokens to attend to; None for those of `x`.
-          source_angles: theirs.
+          source_turns: theirs.
           before: tokens before `x` that are attended to like them, and not computed any further;
-            the keys of `allowed`, and `angles`, begin with theirs.
+            the keys of `allowed`, and `turns`, begin with theirs.
         """
         d = x.shape[-1]
         norm = layer_norm("norm_attention")
         attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
         before = None if before is None else norm(before)
-        y = attention(norm(x), allowed, angles, source, source_angles, before)
+        y = attention(norm(x), allowed, turns, source, source_turns, before)
         x = x + self._branch(y, "scale_attention")
         y = layer_norm("norm_mlp")(x)
         y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.masking import gather_tokens
-from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles
+from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles, turns_of
 from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.transformer import (
@@ -128,9 +128,9 @@ class VisionTransformer(nn.Module):
                 tokens = self.param(name, token_init, (1, count, self.width))
                 tokens = jnp.broadcast_to(tokens, (len(x), count, self.width)).astype(x.dtype)
                 x = jnp.concatenate([tokens, x], axis=1)
-        angles = None
+        turns = None
         if self.positions == "rope2d":  # what is nowhere is not turned
-            angles = jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0)))
+            turns = turns_of(jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0))))
         allowed = None
         if valid is not None:
             allowed = jnp.concatenate([jnp.ones((len(x), prefix), bool), valid], axis=1)[:, None]
@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
                 layer_scale=self.layer_scale,
                 name=f"block_{i}",
             )
-            x = block(x, allowed, angles)
+            x = block(x, allowed, turns)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)
