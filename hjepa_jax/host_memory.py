@@ -1,7 +1,9 @@
-"""How the process holds the memory of the CPU's arrays: for good, and in large pages."""
+"""How the process holds the memory of the CPU's arrays: from step to step, and in large pages."""
 
 import ctypes
+import functools
 import os
+import pathlib
 import sys
 
 # malloc.h and sys/mman.h
@@ -19,22 +21,58 @@ def keep_freed_memory() -> None:
     To be called before NumPy or JAX is imported. Threads that are there by then have an arena of
     their own, which large blocks do not fit into, and other threads come to share it.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # another C library
+    libc = _glibc()
+    if libc is None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         libc.mallopt(option, value)
-    _ask_for_huge_pages(libc, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    _ask_for_huge_pages(libc, machine_bytes() // 2)
 
 
-def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
-    """Marks the next `num_bytes` of the heap; they are addresses only until somebody writes."""
+def return_unused_memory(*, above: float = 0.0) -> None:
+    """Gives back what is free, where the process holds more than a share `above` of all memory.
+
+    What was allocated beside the temporaries of a step can keep the next ones from their place:
+    without this a process would come to hold them two or three times over.
+    """
+    libc = _glibc()
+    if libc is not None and resident_bytes() > above * machine_bytes():
+        libc.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds, on Linux."""
+    pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@functools.cache
+def machine_bytes() -> int:
+    """Memory of the machine, or of the container where that has less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(physical, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return physical
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # another C library
+        return None
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    return libc
+
+
+def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
+    """Marks the next `num_bytes` of the heap; they are addresses only until somebody writes."""
     block = libc.malloc(num_bytes)
     if block is None:  # a limit on addresses (ulimit -v): small pages then
         return

@@ -26,6 +26,7 @@ from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.features import Features, extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out, spread_rows
+from hjepa_jax.host_memory import return_unused_memory
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules
 from hjepa_jax.run import Run, num_params
@@ -36,6 +37,9 @@ from hjepa_jax.train_state import TrainState
 # Calls that the device may have before it: enough that it never waits for the next, few enough that
 # who stops a run does not wait for more.
 MAX_CALLS_UNDER_WAY = 2
+
+# Share of the memory beyond which none is kept from call to call.
+_FULL = 0.5
 
 # Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
 ONLINE_KNN_K = 20
@@ -96,6 +100,7 @@ class Loop:
         size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
         started = time.perf_counter()
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
+        return_unused_memory()
         print(
             f"{num_params(state.params):,} trainable parameters on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
@@ -121,6 +126,7 @@ class Loop:
                     under_way.append(state.step + 0)  # a copy: the next call is given the state
                 step += count
                 self._timer.add_steps(count, data_wait)
+                return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
                 signum = self._agreed(stop.signum, step)
                 with writing(self._workdir):
                     window = self._end_call(state, window, step, signum)

@@ -1,4 +1,4 @@
-"""The memory of a process: kept when freed, whichever thread of XLA frees it."""
+"""The memory of a process: kept when freed, whichever thread of XLA frees it; returned if asked."""
 
 import subprocess
 import sys
@@ -26,14 +26,44 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, as its subject does")
-def test_memory_that_a_step_freed_is_there_for_the_next_one():
-    def faults(keep):
-        code = FAULTS.format(keep=keep)
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
+# Prints what the process holds of 256 MiB: after it freed them, then while it has memory to spare,
+# then not.
+RETURNED = """
+from hjepa_jax import host_memory
+host_memory.keep_freed_memory()
+import numpy as np
 
-    assert faults("") > 10_000  # 64 MB are 16,000 pages of 4 KiB
-    assert faults("keep_freed_memory()") < 1_000
+before, block = host_memory.resident_bytes(), np.ones(1 << 25)
+small = [bytearray(2000) for _ in range(100)]  # behind it: the heap's end does not come down
+del block
+print(host_memory.resident_bytes() - before)
+host_memory.return_unused_memory(above=1.0)
+print(host_memory.resident_bytes() - before)
+host_memory.return_unused_memory(above=before / host_memory.machine_bytes())
+print(host_memory.resident_bytes() - before)
+"""
+
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux, as its subject does"
+)
+
+
+def printed(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+@on_linux
+def test_memory_that_a_step_freed_is_there_for_the_next_one():
+    (dropped,), (kept,) = (
+        printed(FAULTS.format(keep=keep)) for keep in ("", "keep_freed_memory()")
+    )
+    assert dropped > 10_000  # 64 MB are 16,000 pages of 4 KiB
+    assert kept < 1_000
+
+
+@on_linux
+def test_free_memory_is_returned_where_there_is_little():
+    freed, roomy, scarce = printed(RETURNED)
+    assert min(freed, roomy) > 200 << 20
+    assert scarce < 50 << 20
