@@ -2,14 +2,12 @@
 
 import ctypes
 import functools
+import mmap
 import os
 import pathlib
 import sys
 
-# malloc.h and sys/mman.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_MADV_HUGEPAGE = 14
-_PAGE = 4096
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -43,13 +41,13 @@ def return_unused_memory(*, above: float = 0.0) -> None:
 def resident_bytes() -> int:
     """Memory that the process holds, on Linux."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return int(pages) * mmap.PAGESIZE
 
 
 @functools.cache
 def machine_bytes() -> int:
     """Memory of the machine, or of the container where that has less."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    physical = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     try:
         return min(physical, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no container, or "max"
@@ -76,5 +74,6 @@ def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
     block = libc.malloc(num_bytes)
     if block is None:  # a limit on addresses (ulimit -v): small pages then
         return
-    libc.madvise(-(-block // _PAGE) * _PAGE, num_bytes - _PAGE, _MADV_HUGEPAGE)
+    start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+    libc.madvise(start, num_bytes - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     libc.free(block)  # to the heap, as its trimming is off by now

@@ -100,9 +100,7 @@ class Predictor(nn.Module):
           Predictions per level: float32 [B, Q, D], then [B, N_l, D], then [B, 1, D]; without
           `target_index` the last one alone, as `query_valid` has.
         """
-        table, angles = self.position_table(), None
-        if self.positions == "rope2d":
-            angles = jnp.asarray(rope2d_angles(self.grid_size, self.width // self.num_heads))
+        table = self.position_table()
         x = self.project_in(context)
         num_context = x.shape[1]
         num_summary = num_context - (0 if context_index is None else context_index.shape[1])
@@ -135,19 +133,16 @@ class Predictor(nn.Module):
         ]
         queries = [q + rows for q, rows in zip(queries, of_queries(table), strict=True)]
         queries = _side_by_side(queries, len(x)).astype(x.dtype)
-        turns = context_turns = query_turns = None
-        if angles is not None:
-            context_angles = jnp.broadcast_to(
-                of_context(angles), (len(x), num_context, angles.shape[1])
-            )
-            both = [context_angles, _side_by_side(of_queries(angles), len(x))]
-            turns = turns_of(jnp.concatenate(both, axis=1))
-            context_turns, query_turns = turns[:, :num_context], turns[:, num_context:]
+        turns = source_turns = query_turns = None
+        if self.positions == "rope2d":
+            angles = jnp.asarray(rope2d_angles(self.grid_size, self.width // self.num_heads))
+            turns = turns_of(_side_by_side([of_context(angles), *of_queries(angles)], len(x)))
+            source_turns, query_turns = turns[:, :num_context], turns[:, num_context:]
 
         if self.mode == "cross":
             x = self.norm_context(x).astype(x.dtype)
             for block in self.blocks:
-                queries = block(queries, context_valid[:, None], query_turns, x, context_turns)
+                queries = block(queries, context_valid[:, None], query_turns, x, source_turns)
         else:
             tokens = jnp.concatenate([x, queries], axis=1)
             allowed = jnp.concatenate([context_valid, *query_valid], axis=1)[:, None]

@@ -94,7 +94,8 @@ def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) ->
 def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
     """x^T, in tiles where it has them: a plain transpose would be folded back into the product.
 
-    So would a reshape of x be into the copy, ten times as slow by its divisions of every index.
+    The barrier keeps a reshape of x out of the copy, which would divide every index by its sizes
+    and be ten times as slow.
     """
     x = jax.lax.optimization_barrier(x)
     *batch, n, d = x.shape
@@ -129,9 +130,8 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         rows, sizes = x.reshape(-1, x.shape[-1]), (self.features // count,) * count
         found = []
-        for k, b in zip(
-            jax.lax.split(kernel, sizes, axis=1), jax.lax.split(bias, sizes), strict=True
-        ):
+        kernels, biases = jax.lax.split(kernel, sizes, axis=1), jax.lax.split(bias, sizes)
+        for k, b in zip(kernels, biases, strict=True):
             y = product(_DENSE, rows, k, self.precision)
             y = y + b.astype(y.dtype)[None]
             found.append(y.reshape(*x.shape[:-1], -1))
