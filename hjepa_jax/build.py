@@ -260,6 +260,7 @@ def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTrans
         b2=config.optim.b2,
         clip_norm=config.optim.clip_norm or None,
         muon_momentum=config.optim.muon_momentum if config.optim.kind == "muon" else None,
+        muon_precision=_precision(config.model.dtype),
     )
 
 

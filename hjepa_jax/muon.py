@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from hjepa_jax.models.products import FLOAT32, Precision, product
+
 # Of the quintic, Jordan 2024: steep at 0, so that five iterations do for all but tiny singular
 # values; what is around 1 stays between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,13 +33,16 @@ class MuonState(NamedTuple):
     momentum: Any
 
 
-def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
+def scale_by_muon(
+    momentum: float = 0.95, precision: Precision = FLOAT32
+) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalized, of matrices [m, n]; root mean square 0.2 (where m = n).
 
     To be followed by weight decay and a learning rate, which may be those of AdamW.
 
     Args:
       momentum: decay rate of the momentum, in [0, 1).
+      precision: of the products that orthogonalize.
     """
 
     def init(params: Any) -> MuonState:
@@ -47,27 +52,31 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
         del params
         new = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         ahead = jax.tree.map(lambda m, g: momentum * m + g, new, updates)
-        return _by_shape(ahead), MuonState(new)
+        return _by_shape(ahead, precision), MuonState(new)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalize(matrices: Float[Array, "S m n"]) -> Float[Array, "S m n"]:
+def orthogonalize(
+    matrices: Float[Array, "S m n"], precision: Precision = FLOAT32
+) -> Float[Array, "S m n"]:
     """About U V^T of each matrix U S V^T, by Newton-Schulz iterations; at least as wide as high.
 
     X <- a X + (b X X^T + c (X X^T)^2) X, from X of norm 1. Singular values below a few thousandths
-    of the norm stay smaller than 1; a matrix of zeros stays zero.
+    of the norm stay smaller than 1; a matrix of zeros stays zero. The iteration mends its own
+    errors, so that products of bfloat16 numbers do.
     """
     a, b, c = _COEFFICIENTS
     norm = jnp.sqrt(jnp.sum(matrices**2, axis=(1, 2), keepdims=True))
     x = matrices / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
     for _ in range(_ITERATIONS):
-        gram = jnp.einsum("smk,snk->smn", x, x)
-        x = a * x + jnp.matmul(b * gram + c * jnp.matmul(gram, gram), x)
+        gram = product("smk,snk->smn", x, x, precision)
+        square = product("smk,skn->smn", gram, gram, precision)
+        x = a * x + product("smk,skn->smn", b * gram + c * square, x, precision)
     return x
 
 
-def _by_shape(tree: Any) -> Any:
+def _by_shape(tree: Any, precision: Precision) -> Any:
     """All matrices of a tree orthogonalized and scaled, those of one shape together.
 
     A network has many of few shapes: few large products instead of many small ones.
@@ -79,7 +88,7 @@ def _by_shape(tree: Any) -> Any:
     for (_, width), members in groups.items():
         turned = [leaves[i].shape[0] > leaves[i].shape[1] for i in members]
         stack = [leaves[i].T if t else leaves[i] for i, t in zip(members, turned, strict=True)]
-        found = _UPDATE_RMS * width**0.5 * orthogonalize(jnp.stack(stack))
+        found = _UPDATE_RMS * width**0.5 * orthogonalize(jnp.stack(stack), precision)
         for k, (i, t) in enumerate(zip(members, turned, strict=True)):
             leaves[i] = found[k].T if t else found[k]
     return jax.tree.unflatten(structure, leaves)

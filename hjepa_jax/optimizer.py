@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hjepa_jax.models.products import FLOAT32, Precision
 from hjepa_jax.muon import scale_by_muon
 
 Schedule = Callable[[Any], Any]
@@ -110,6 +111,7 @@ def make_optimizer(
     b2: float = 0.95,
     clip_norm: float | None = None,
     muon_momentum: float | None = None,
+    muon_precision: Precision = FLOAT32,
 ) -> optax.GradientTransformation:
     """AdamW with scheduled learning rate and weight decay, after clipping by global norm.
 
@@ -121,6 +123,7 @@ def make_optimizer(
       clip_norm: largest global gradient norm; None for no clipping.
       muon_momentum: that of Muon, for the matrices of `muon_mask`, in place of Adam; with the same
         rate and decay. None for Adam everywhere.
+      muon_precision: of its products.
 
     References:
       Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).
@@ -135,7 +138,8 @@ def make_optimizer(
         optimizer = adamw(**schedules, b1=b1, b2=b2, mask=decay_mask)
     else:
         optimizer = optax.inject_hyperparams(_decoupled, static_args=("direction",))(
-            **schedules, direction=_muon_and_adam(b1, b2, muon_momentum)
+            **schedules,
+            direction=_muon_and_adam(b1, b2, scale_by_muon(muon_momentum, muon_precision)),
         )
     if clip_norm is None:
         return optimizer
@@ -153,13 +157,13 @@ def _decoupled(
     )
 
 
-def _muon_and_adam(b1: float, b2: float, momentum: float) -> optax.GradientTransformation:
+def _muon_and_adam(
+    b1: float, b2: float, muon: optax.GradientTransformation
+) -> optax.GradientTransformation:
     def labels(params: Any) -> Any:
         return jax.tree.map(lambda hidden: "muon" if hidden else "adam", muon_mask(params))
 
-    return optax.partition(
-        {"muon": scale_by_muon(momentum), "adam": optax.scale_by_adam(b1, b2)}, labels
-    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2)}, labels)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -10,13 +10,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
     ["errors", "whole_files", "user_cache", "host_memory"],
-    ["blocks", "muon"],
+    ["blocks", "models.products"],
+    ["muon"],
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
      "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
-    ["models.hierarchy", "models.products", "models.positions", "models.transformer",
+    ["models.hierarchy", "models.positions", "models.transformer",
      "models.pyramid", "models.vit", "models.predictor", "models.projection", "models.hjepa",
      "models.targets"],
     ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",

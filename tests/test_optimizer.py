@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from hjepa_jax import build
 from hjepa_jax.config import base_config
+from hjepa_jax.models.products import Precision
 from hjepa_jax.muon import orthogonalize, scale_by_muon
 from hjepa_jax.optimizer import (
     decay_mask,
@@ -125,6 +128,28 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes():
     diagonal = np.einsum("sii->si", inner)
     assert 0.65 < diagonal.min() < diagonal.max() < 1.25
     np.testing.assert_allclose(inner, diagonal[:, None] * np.eye(8), atol=1e-3)
+
+
+def test_muon_multiplies_in_the_dtype_of_the_model(tiny_config):
+    tiny_config.optim.kind = "muon"
+    schedules = build.build_schedules(tiny_config, 40)
+    params = {"layer": {"kernel": jnp.ones((16, 48))}}
+    for dtype, letters in (("float32", "f32"), ("bfloat16", "bf16")):
+        tiny_config.model.dtype = dtype
+        tx = build.build_optimizer(tiny_config, schedules)
+        program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+        operands = re.findall(r"dot_general.* : \(tensor<[^>]*x(\w+)>", program)
+        assert operands == 15 * [letters]  # three products, five times
+
+
+def test_rounded_products_orthogonalize_as_well():
+    matrices = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 48)), jnp.float32)
+    rounded = Precision(operands=jnp.bfloat16, results=jnp.bfloat16)
+    exact, found = orthogonalize(matrices), orthogonalize(matrices, rounded)
+    assert found.dtype == jnp.float32
+    sizes = np.linalg.svd(found, compute_uv=False)
+    assert 0.65 < sizes.min() < sizes.max() < 1.25
+    assert 0 < np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
 
 
 def test_orthogonalizing_nothing_gives_nothing():

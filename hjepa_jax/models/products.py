@@ -33,6 +33,9 @@ class Precision:
     results: Any = jnp.float32
 
 
+FLOAT32 = Precision()
+
+
 def product(spec: str, a: Array, b: Array, precision: Precision) -> Array:
     """`jnp.einsum(spec, a, b)`; in the backward pass the gradient is an operand, rounded as such.
 
