@@ -88,7 +88,9 @@ def _by_shape(tree: Any, precision: Precision) -> Any:
     for (_, width), members in groups.items():
         turned = [leaves[i].shape[0] > leaves[i].shape[1] for i in members]
         stack = [leaves[i].T if t else leaves[i] for i, t in zip(members, turned, strict=True)]
-        found = _UPDATE_RMS * width**0.5 * orthogonalize(jnp.stack(stack), precision)
+        # XLA would fold the turn of a lone matrix into its products, and has none such for CPUs.
+        matrices = jax.lax.optimization_barrier(jnp.stack(stack))
+        found = _UPDATE_RMS * width**0.5 * orthogonalize(matrices, precision)
         for k, (i, t) in enumerate(zip(members, turned, strict=True)):
             leaves[i] = found[k].T if t else found[k]
     return jax.tree.unflatten(structure, leaves)

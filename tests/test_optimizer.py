@@ -152,6 +152,20 @@ def test_rounded_products_orthogonalize_as_well():
     assert 0 < np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (48, 48), (5, 3)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_muon_runs_with_rounded_products_whatever_the_shape(shape, number):
+    rounded = Precision(operands=jnp.bfloat16, results=jnp.float32)  # as on CPU
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(number)]
+    exact, found = (
+        jax.jit(tx.update)(params, tx.init(params))[0]
+        for tx in (scale_by_muon(), scale_by_muon(precision=rounded))
+    )
+    for one, other in zip(exact, found, strict=True):
+        assert np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
+
+
 def test_orthogonalizing_nothing_gives_nothing():
     assert np.array_equal(orthogonalize(jnp.zeros((1, 2, 3))), np.zeros((1, 2, 3)))
 
