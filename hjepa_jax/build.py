@@ -238,6 +238,7 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
             warmup_steps=in_steps("optim.warmup_epochs"),
             num_steps=num_steps,
             end=c.final_learning_rate,
+            decay_steps=None if c.decay_epochs is None else in_steps("optim.decay_epochs"),
         ),
         weight_decay_fn=interpolation_schedule(
             c.weight_decay,

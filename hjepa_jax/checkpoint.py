@@ -385,17 +385,6 @@ class NewestCheckpoint:
         self._manager.close()
 
 
-def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
-    """Bytes on disk of each checkpoint of a run, by its step."""
-    sizes = {}
-    for folder in (workdir / "checkpoints").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a run that goes on may delete the oldest
-            if folder.name.isdecimal():
-                files = [f for f in folder.rglob("*") if f.is_file()]
-                sizes[int(folder.name)] = sum(f.stat().st_size for f in files)
-    return dict(sorted(sizes.items()))
-
-
 def read_meta(workdir: pathlib.Path) -> dict[str, Any]:
     """What the newest checkpoint says of itself: commit, versions, scores and more.
 

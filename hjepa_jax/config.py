@@ -34,6 +34,20 @@ FREE_FIELDS = (
     "train.steps_per_call",
 )
 
+# Fields that a continuation may change where no update that was made would have been another one.
+SCHEDULE_FIELDS = (
+    "optim.decay_epochs",
+    "optim.ema_momentum",
+    "optim.final_learning_rate",
+    "optim.final_weight_decay",
+    "optim.learning_rate",
+    "optim.max_ema_momentum",
+    "optim.warmup_epochs",
+    "optim.weight_decay",
+    "train.num_epochs",
+    "train.num_steps",
+)
+
 # Fields that came later than others. A run without them did what their defaults do, so that its
 # config.json may lack them.
 ADDED_FIELDS = (
@@ -57,6 +71,7 @@ ADDED_FIELDS = (
     "model.pyramid",
     "model.target",
     "model.target_layers",
+    "optim.decay_epochs",
     "optim.kind",
     "optim.muon_momentum",
     "train.init_from",
@@ -174,6 +189,7 @@ def base_config() -> Config:
     c.optim.learning_rate = 1e-3  # peak
     c.optim.final_learning_rate = 0.0
     c.optim.warmup_epochs = 1.0
+    c.optim.decay_epochs = placeholder(float)  # the last, of a falling rate; None: after warm-up
     c.optim.weight_decay = 0.05
     c.optim.final_weight_decay = placeholder(float)  # cosine towards it; None: constant
     c.optim.b1 = 0.9

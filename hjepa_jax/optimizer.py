@@ -34,21 +34,30 @@ UNDECAYED = (
 
 
 def warmup_cosine_schedule(
-    peak: float, *, warmup_steps: int, num_steps: int, end: float = 0.0
+    peak: float,
+    *,
+    warmup_steps: int,
+    num_steps: int,
+    end: float = 0.0,
+    decay_steps: int | None = None,
 ) -> Schedule:
-    """Linear from 0 to `peak` over `warmup_steps`, then half a cosine down to `end`.
+    """Linear from 0 to `peak` over `warmup_steps`; half a cosine down to `end`, at the end.
 
     Args:
       peak: value at step `warmup_steps`.
       warmup_steps: at least 0; may exceed `num_steps` (a run cut short in its warm-up).
       num_steps: step at which `end` is reached.
       end: final value.
+      decay_steps: length of the cosine, `peak` until then; None for all after the warm-up, which is
+        also the most.
     """
+    longest = max(num_steps - warmup_steps, 0)
+    length = longest if decay_steps is None else min(decay_steps, longest)
 
     def schedule(step: Any) -> Any:
         step = jnp.asarray(step, jnp.float32)
         warmup = peak * step / max(warmup_steps, 1)
-        progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
+        progress = (step - (num_steps - length)) / max(length, 1)
         cosine = _cosine(peak, end, progress)
         return jnp.where(step < warmup_steps, warmup, cosine)
 

@@ -10,17 +10,21 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from hjepa_jax.build import build_schedules
 from hjepa_jax.config import (
     ADDED_FIELDS,
     FREE_FIELDS,
     REMOVED_FIELDS,
+    SCHEDULE_FIELDS,
     Config,
     base_config,
     differing_fields,
 )
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import flatten
+from hjepa_jax.fields import flatten, get_field
 from hjepa_jax.validation import validate
 from hjepa_jax.whole_files import replacing
 
@@ -30,8 +34,14 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+def check_workdir(config: Config, workdir: pathlib.Path, *, num_images: int | None = None) -> None:
     """Refuses a directory in which this run cannot be; changes nothing.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      num_images: of its training set. Where it is not known yet, length and schedules are not
+        compared with those of the run that is there.
 
     Raises:
       InputError: when it holds a run whose config differs in a field that matters, or could not be
@@ -39,22 +49,26 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     """
     with writing(workdir):
         if (workdir / "config.json").exists():
-            _check_same_run(load_config(workdir), config, workdir)
+            _check_same_run(load_config(workdir), config, workdir, num_images)
         there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there):  # what access rights promise, disks may refuse
             pass
 
 
-def prepare_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Makes the run's directory and writes config.json into it.
+def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> None:
+    """Makes the run's directory and writes config.json into it, or the schedules into that.
 
     Raises:
       InputError: see `check_workdir`; nothing is changed then.
     """
-    check_workdir(config, workdir)
+    check_workdir(config, workdir, num_images=num_images)
     path = workdir / "config.json"
     if path.exists():
-        return
+        old, schedules = load_config(workdir), {f: get_field(config, f) for f in SCHEDULE_FIELDS}
+        if all(get_field(old, field) == value for field, value in schedules.items()):
+            return
+        config = old.unlock()
+        config.update_from_flattened_dict(schedules)
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -126,17 +140,49 @@ def lock_owner(workdir: pathlib.Path) -> str:
     return ""
 
 
-def _check_same_run(old: Config, new: Config, workdir: pathlib.Path) -> None:
-    differing = differing_fields(old.to_dict(), new.to_dict())
-    if differing:
-        was, now = flatten(old.to_dict()), flatten(new.to_dict())
-        changes = ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
-        rule = f"holds a run of another config ({changes}); choose another --workdir"
-        raise InputError("--workdir", str(workdir), rule)
+def _check_same_run(
+    old: Config, new: Config, workdir: pathlib.Path, num_images: int | None
+) -> None:
+    differing, why = differing_fields(old.to_dict(), new.to_dict()), ""
+    if not set(differing) - set(SCHEDULE_FIELDS):
+        if num_images is not None:
+            why = _another_past(old, new, max(checkpoint_sizes(workdir), default=0), num_images)
+        if not why:
+            return
+    was, now = flatten(old.to_dict()), flatten(new.to_dict())
+    changes = ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
+    rule = f"holds a run of another config ({changes}){why}; choose another --workdir"
+    raise InputError("--workdir", str(workdir), rule)
+
+
+def _another_past(old: Config, new: Config, num_updates: int, num_images: int) -> str:
+    """What `new` would have done otherwise in the first updates; empty where nothing."""
+    was, now = (build_schedules(config, num_images) for config in (old, new))
+    if num_updates > now.num_steps:
+        return f", which made {num_updates} updates where this one would end after {now.num_steps}"
+    updates = np.arange(1, num_updates + 1)
+    for name in ("learning_rate", "weight_decay", "ema_momentum"):
+        before, after = (np.asarray(getattr(s, f"{name}_fn")(updates)) for s in (was, now))
+        differ = ~np.isclose(before, after, rtol=1e-6, atol=0.0)
+        if differ.any():
+            i = differ.argmax()
+            return f", and made update {i + 1} at {name} {before[i]:.4g}, not {after[i]:.4g}"
+    return ""
+
+
+def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
+    """Bytes on disk of each checkpoint of a run, by its step."""
+    sizes = {}
+    for folder in (workdir / "checkpoints").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on may delete the oldest
+            if folder.name.isdecimal():
+                files = [f for f in folder.rglob("*") if f.is_file()]
+                sizes[int(folder.name)] = sum(f.stat().st_size for f in files)
+    return dict(sorted(sizes.items()))
 
 
 def load_config(workdir: pathlib.Path) -> Config:
-    """The config that the run in `workdir` was started with, locked and checked.
+    """The config of the run in `workdir`, locked and checked.
 
     Raises:
       InputError: when there is none, or it is not one of this version.

@@ -28,7 +28,7 @@ from hjepa_jax.evaluation.results import Row, read_probe_json
 from hjepa_jax.history import History, read_history
 from hjepa_jax.metrics import FEATURE_ROWS
 from hjepa_jax.run import num_params, open_config_source
-from hjepa_jax.run_dir import load_config, lock_owner
+from hjepa_jax.run_dir import checkpoint_sizes, load_config, lock_owner
 from hjepa_jax.snapshot import Snapshot, fixed_images
 
 # Training images whose features a report looks at: those compared with, and held-out ones.
@@ -162,7 +162,7 @@ def read_facts(
     model = build.build_model(config)
     state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
-    sizes = checkpoint.checkpoint_sizes(workdir)
+    sizes = checkpoint_sizes(workdir)
     look, meta, num_images, reason = None, {}, None, ""
     if not sizes:
         reason = "there is no checkpoint yet"

@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 from hjepa_jax import cluster, warm_start
-from hjepa_jax.checkpoint import Checkpoints, checkpoint_sizes
+from hjepa_jax.checkpoint import Checkpoints
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
@@ -21,7 +21,13 @@ from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import Run, build_run, open_config_source
-from hjepa_jax.run_dir import check_workdir, locked, prepare_workdir, writing
+from hjepa_jax.run_dir import (
+    check_workdir,
+    checkpoint_sizes,
+    locked,
+    prepare_workdir,
+    writing,
+)
 from hjepa_jax.validation import validate
 
 
@@ -54,6 +60,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
+    cluster.by_first(lambda: check_workdir(config, workdir, num_images=source.num_images))
     _check_judgeable(config, source, train)
     data = fingerprint(train, source.records)
     _check_same_everywhere(config, data)
@@ -63,7 +70,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
 
         def claim() -> None:
             held.enter_context(locked(workdir))
-            prepare_workdir(config, workdir)
+            prepare_workdir(config, workdir, source.num_images)
 
         cluster.by_first(claim)
         with writing(workdir):

@@ -217,7 +217,8 @@ def validate(config: Config) -> None:
         unused = config.loss.regularizer == "none" or config.loss.regularized == "context"
         check(unused, "loss.regularized", rule)
 
-    at_least(0, "optim.learning_rate", "optim.final_learning_rate", "optim.warmup_epochs")
+    at_least(0, "optim.learning_rate", "optim.final_learning_rate")
+    at_least(0, "optim.warmup_epochs", "optim.decay_epochs")
     at_least(0, "optim.weight_decay", "optim.final_weight_decay", "optim.clip_norm")
     one_of("optim.kind", ("adamw", "muon"))
     for field in ("optim.b1", "optim.b2", "optim.muon_momentum"):

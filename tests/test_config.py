@@ -270,6 +270,7 @@ def test_every_option_changes_what_is_built():
         ("loss.cross_view", 0.5),
         ("loss.cross_view", 1.5),
         ("optim.kind", "sgd"),
+        ("optim.decay_epochs", -1.0),
         ("optim.b1", 1.0),
         ("optim.muon_momentum", 1.0),
         ("optim.ema_momentum", (0.9, 1.0, "sine")),
@@ -484,7 +485,7 @@ def test_a_number_that_python_does_not_print_is_still_refused_in_a_line():
         validate(config)
 
 
-@pytest.mark.parametrize("field", ["train.num_epochs", "optim.warmup_epochs"])
+@pytest.mark.parametrize("field", ["train.num_epochs", "optim.warmup_epochs", "optim.decay_epochs"])
 def test_epochs_of_more_steps_than_can_be_counted_are_refused(field):
     config = base_config()
     config.update_from_flattened_dict({field: 2e9})

@@ -28,6 +28,19 @@ def test_warmup_is_linear_and_the_cosine_ends_at_the_end():
     np.testing.assert_allclose(fn(10_000), 0.2, rtol=1e-6)
 
 
+def test_the_rate_may_be_kept_until_the_decay():
+    fn = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110, end=0.2, decay_steps=40)
+    assert [round(float(fn(s)), 6) for s in (5, 10, 70, 90, 110)] == [0.5, 1.0, 1.0, 0.6, 0.2]
+    kept = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110, decay_steps=0)
+    assert [float(kept(s)) for s in (5, 10, 110)] == [0.5, 1.0, 1.0]
+    for steps in (100, 500):  # all after the warm-up, at most
+        longest = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110, decay_steps=steps)
+        whole = warmup_cosine_schedule(1.0, warmup_steps=10, num_steps=110)
+        assert [float(longest(s)) for s in (5, 10, 35, 110)] == [
+            float(whole(s)) for s in (5, 10, 35, 110)
+        ]
+
+
 def test_a_run_may_end_within_its_warmup():
     fn = warmup_cosine_schedule(1e-4, warmup_steps=1562, num_steps=300)
     np.testing.assert_allclose(fn(250), 1.6005e-05, rtol=1e-4)

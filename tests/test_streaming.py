@@ -277,7 +277,7 @@ def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_one
         c.data.source, c.data.max_labelled = f"folder:{few}", 8
         c.train.batch_size, c.train.num_steps, c.train.num_epochs = 10, None, 3.0
     workdir = tmp_path / "run"
-    prepare_workdir(streamed_config, workdir)
+    prepare_workdir(streamed_config, workdir, 20)
     (workdir / "metrics.jsonl").write_text('{"step": 6, "train/loss": 1.0}\n')
     facts = read_facts(workdir, images=True)
     assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (2, 6, "finished")

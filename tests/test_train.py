@@ -256,6 +256,31 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
 
 
+def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tmp_path):
+    """It is then what a run of that length is, bit for bit; what it did may not change."""
+    c = tiny_config
+    c.optim.warmup_epochs, c.optim.decay_epochs, c.train.num_steps = 0.0, 0.0, 2
+    train.train_and_evaluate(c, tmp_path / "parts")
+    c.optim.decay_epochs, c.train.num_steps = 0.2, 6  # an epoch has 15 steps
+    for name in ("parts", "whole"):
+        train.train_and_evaluate(c, tmp_path / name)
+        assert run_dir.load_config(tmp_path / name).to_dict() == c.to_dict()
+    assert_same_tree(*(final_state(c, tmp_path / name) for name in ("parts", "whole")))
+
+    refused = {
+        ("train.num_steps", 8): "(train.num_steps 6 -> 8), and made update 4 at learning_rate "
+        "0.00075, not 0.001; ",
+        ("train.num_steps", 4): ", which made 6 updates where this one would end after 4; ",
+        ("optim.weight_decay", 0.1): ", and made update 1 at weight_decay 0.05, not 0.1; ",
+    }
+    for (field, value), words in refused.items():
+        other = c.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        with pytest.raises(InputError, match=re.escape(words)):
+            train.train_and_evaluate(other, tmp_path / "parts")
+        assert run_dir.load_config(tmp_path / "parts").to_dict() == c.to_dict()
+
+
 def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp_path):
     code = "import sys, pathlib\nfrom hjepa_jax.run_dir import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    input()"
@@ -528,7 +553,7 @@ def test_labels_that_no_probe_can_use_are_refused_before_training(tiny_config, t
 def test_a_workdir_of_another_config_is_refused_before_the_data_is_looked_for(
     tiny_config, tmp_path
 ):
-    run_dir.prepare_workdir(tiny_config, tmp_path / "run")
+    run_dir.prepare_workdir(tiny_config, tmp_path / "run", 48)
     tiny_config.data.source = f"npz:{tmp_path}/absent.npz"
     with pytest.raises(InputError, match=r"holds a run of another config \(data.source"):
         train.train_and_evaluate(tiny_config, tmp_path / "run")
