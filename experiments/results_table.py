@@ -26,13 +26,14 @@ def results_table() -> str:
         config = json.loads((path.parent / "config.json").read_text())
         name = path.relative_to(EXPERIMENTS).parts[0]
         trained = {(row["step"], row["train_size"]) for row in rows if row["encoder"] == "target"}
-        ((step, num_images),) = trained
+        step, num_images = max(trained)  # of several checkpoints the newest counts
         epochs = round(step * config["train"]["batch_size"] / num_images)  # some were stopped
         for protocol, shown in PROTOCOLS.items():
             scores = {
                 row["encoder"]: f"{100 * row['top1']:.1f}"
                 for row in rows
                 if row["protocol"] == protocol and row["pool"] == "concat" and "labels" not in row
+                if row["encoder"] != "target" or row["step"] == step
             }
             best = max(scores.values(), key=float)
             cells = [f"**{s}**" if (s := scores[e]) == best else s for e in ENCODERS]

@@ -240,7 +240,7 @@ def encoder_size(config: Config) -> tuple[int, int, int]:
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields in which two configs (plain nested dicts) differ and a continuation must not."""
+    """Fields that matter to results in which two configs (plain nested dicts) differ."""
     old, new = flatten(old), flatten(new)
     missing = object()
     return [

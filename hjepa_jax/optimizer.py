@@ -91,7 +91,8 @@ def interpolation_schedule(
 
 
 def _cosine(start: float, end: float, progress: Any) -> Any:
-    return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    value = end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    return jnp.where(progress > 0.0, value, start)  # not rounded, whatever the end is
 
 
 def decay_mask(params: Any) -> Any:

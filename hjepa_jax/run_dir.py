@@ -64,9 +64,12 @@ def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> N
     check_workdir(config, workdir, num_images=num_images)
     path = workdir / "config.json"
     if path.exists():
-        old, schedules = load_config(workdir), {f: get_field(config, f) for f in SCHEDULE_FIELDS}
-        if all(get_field(old, field) == value for field, value in schedules.items()):
+        old = load_config(workdir)
+        changes = _changes(old, config)
+        if not changes:
             return
+        print(f"goes on with {changes}", flush=True)
+        schedules = {field: get_field(config, field) for field in SCHEDULE_FIELDS}
         config = old.unlock()
         config.update_from_flattened_dict(schedules)
     with writing(workdir):
@@ -144,15 +147,21 @@ def _check_same_run(
     old: Config, new: Config, workdir: pathlib.Path, num_images: int | None
 ) -> None:
     differing, why = differing_fields(old.to_dict(), new.to_dict()), ""
-    if not set(differing) - set(SCHEDULE_FIELDS):
+    if not differing:
+        return
+    if set(differing) <= set(SCHEDULE_FIELDS):
         if num_images is not None:
             why = _another_past(old, new, max(checkpoint_sizes(workdir), default=0), num_images)
         if not why:
             return
-    was, now = flatten(old.to_dict()), flatten(new.to_dict())
-    changes = ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
-    rule = f"holds a run of another config ({changes}){why}; choose another --workdir"
+    rule = f"holds a run of another config ({_changes(old, new)}){why}; choose another --workdir"
     raise InputError("--workdir", str(workdir), rule)
+
+
+def _changes(old: Config, new: Config) -> str:
+    was, now = flatten(old.to_dict()), flatten(new.to_dict())
+    differing = differing_fields(old.to_dict(), new.to_dict())
+    return ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
 
 
 def _another_past(old: Config, new: Config, num_updates: int, num_images: int) -> str:
@@ -161,12 +170,12 @@ def _another_past(old: Config, new: Config, num_updates: int, num_images: int) -
     if num_updates > now.num_steps:
         return f", which made {num_updates} updates where this one would end after {now.num_steps}"
     updates = np.arange(1, num_updates + 1)
-    for name in ("learning_rate", "weight_decay", "ema_momentum"):
+    averaged = ["ema_momentum"] if old.model.target == "ema" else []
+    for name in ("learning_rate", "weight_decay", *averaged):
         before, after = (np.asarray(getattr(s, f"{name}_fn")(updates)) for s in (was, now))
-        differ = ~np.isclose(before, after, rtol=1e-6, atol=0.0)
-        if differ.any():
-            i = differ.argmax()
-            return f", and made update {i + 1} at {name} {before[i]:.4g}, not {after[i]:.4g}"
+        if (before != after).any():
+            i = np.abs(before - after).argmax()
+            return f", and made update {i + 1} at {name} {before[i]:.7g}, not {after[i]:.7g}"
     return ""
 
 

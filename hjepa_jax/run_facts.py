@@ -74,7 +74,7 @@ class Facts:
 
     Attributes:
       name: of the workdir.
-      config: what it was started with.
+      config: of the run, with the schedules under which it went on last.
       history: its metrics.jsonl.
       probes: the rows of its probe.json.
       status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or

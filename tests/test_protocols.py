@@ -203,6 +203,20 @@ def test_tables_show_every_score_where_it_belongs():
     assert "verdict" in table
 
 
+def test_the_best_score_is_of_the_newest_checkpoint():
+    """A run that was made longer keeps the rows of where it ended before."""
+    rows = [
+        {"protocol": "linear", "encoder": encoder, "step": step, "top1": top1}
+        for encoder, step, top1 in (
+            ("target", 100, 0.6), ("target", 200, 0.5), ("target", 200, 0.55),
+            ("pixels", 0, 0.3), ("pixels", 0, 0.4),
+        )
+    ]  # fmt: skip
+    assert results.best_score(rows, "linear", "target") == 0.55
+    assert results.best_score(rows, "linear", "pixels") == 0.4
+    assert results.best_score(rows, "knn", "target") is None
+
+
 def test_seeds_are_summed_up_by_mean_and_standard_deviation():
     row = {"protocol": "linear", "encoder": "target", "level": 0, "pool": "mean"}
     text = results.format_seeds([[row | {"top1": 0.2}], [row | {"top1": 0.4}]])

@@ -268,8 +268,8 @@ def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tm
     assert_same_tree(*(final_state(c, tmp_path / name) for name in ("parts", "whole")))
 
     refused = {
-        ("train.num_steps", 8): "(train.num_steps 6 -> 8), and made update 4 at learning_rate "
-        "0.00075, not 0.001; ",
+        ("train.num_steps", 8): "(train.num_steps 6 -> 8), and made update 5 at learning_rate "
+        "0.00025, not 0.001; ",
         ("train.num_steps", 4): ", which made 6 updates where this one would end after 4; ",
         ("optim.weight_decay", 0.1): ", and made update 1 at weight_decay 0.05, not 0.1; ",
     }

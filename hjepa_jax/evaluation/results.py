@@ -132,13 +132,16 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
 
 
 def best_score(rows: list[Row], protocol: str, encoder: str) -> float | None:
-    """The best top-1 of an encoder over levels and pools; None where it was not judged."""
+    """The best top-1 of an encoder over levels and pools; None where it was not judged.
+
+    Of several checkpoints the newest counts.
+    """
     scores = [
-        row["top1"]
+        (row.get("step", 0), row["top1"])
         for row in rows
         if row["protocol"] == protocol and row["encoder"] == encoder and "top1" in row
     ]
-    return max(scores, default=None)
+    return max(scores)[1] if scores else None
 
 
 def headline_scores(rows: list[Row]) -> dict[str, float]:
