@@ -2,14 +2,16 @@
 
   PYTHONPATH=. python experiments/fitted_curve.py runs/X 100 --field=eval/knn_top1_summary
 
-prints the fit and what it says of epoch 100. The curve is top-1 = a - b epoch^-c, 0 < c <= 2, by
-least squares: a is where it would end. The range is that of the predictions of fits that leave out
-one score each, which says how much hangs on a single one and nothing of what a longer schedule or
-overfitting would change. It is a prediction, not a result.
+prints the fit and what it says of epoch 100; with `--until=6` from the scores of the first six
+epochs alone, which says what such a prediction is worth where the rest is known. The curve is
+top-1 = a - b epoch^-c, 0 < c <= 2, by least squares: a is where it would end. The range is that of
+the predictions of fits that leave out one score each, which says how much hangs on a single one and
+nothing of what a longer schedule or overfitting would change. It is a prediction, not a result.
 """
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import nnls
@@ -18,13 +20,14 @@ from hjepa_jax.history import read_history
 from hjepa_jax.run_dir import load_config
 
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
+MIN_SCORES = 4  # without one of them as many as the law has numbers
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score."""
     every_epochs = load_config(workdir).eval.every_epochs
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
-    return every_epochs * steps / steps[0], 100 * top1
+    return every_epochs * steps / steps[:1], 100 * top1
 
 
 def fit(epochs: np.ndarray, top1: np.ndarray) -> tuple[float, float, float]:
@@ -51,13 +54,20 @@ def predictions(epochs: np.ndarray, top1: np.ndarray, epoch: float) -> tuple[flo
     return predict(fit(epochs, top1), epoch), min(without), max(without)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("epoch", type=float)
     parser.add_argument("--field", default="eval/knn_top1")
-    args = parser.parse_args()
+    parser.add_argument("--until", type=float, default=np.inf, help="last epoch that counts")
+    args = parser.parse_args(argv)
     epochs, top1 = scores(args.workdir, args.field)
+    epochs, top1 = epochs[epochs <= args.until], top1[epochs <= args.until]
+    if len(epochs) < MIN_SCORES:
+        parser.error(
+            f"{args.workdir} has {len(epochs)} scores of {args.field} up to epoch {args.until:g}; "
+            f"a fit needs {MIN_SCORES}"
+        )
     law = fit(epochs, top1)
     for epoch, score in zip(epochs, top1, strict=True):
         print(f"epoch {epoch:6.2f}  {score:5.1f}  fitted {predict(law, epoch):5.1f}")

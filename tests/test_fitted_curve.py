@@ -33,6 +33,22 @@ def test_a_falling_curve_predicts_no_fall():
     assert (a, b) == pytest.approx((48.0, 0.0))
 
 
+def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys):
+    config = base_config()
+    config.eval.every_epochs = 1.0
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    top1 = [0.6 - 0.25 * epoch**-0.5 for epoch in range(1, 6)] + [0.1, 0.1]
+    lines = [{"step": 10 * (i + 1), "eval/knn_top1": score} for i, score in enumerate(top1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fitted_curve.main([str(tmp_path), "100", "--until=5"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    predicted = float(last.split(": ")[1].split()[0])
+    assert predicted == pytest.approx(60.0 - 25.0 * 100.0**-0.5, abs=0.2)
+    with pytest.raises(SystemExit, match="2"):
+        fitted_curve.main([str(tmp_path), "100", "--until=3"])
+    assert "has 3 scores of eval/knn_top1 up to epoch 3; a fit needs 4" in capsys.readouterr().err
+
+
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):
     config = base_config()
     config.eval.every_epochs = 0.5
