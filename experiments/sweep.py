@@ -66,6 +66,14 @@ def row_config(sweep: Sweep, overrides: dict[str, Any], seed: int) -> Config:
     return config.lock()
 
 
+def fitted_and_scored(
+    num_images: int, num_val: int, num_fit: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training images that probes fit (`num_fit` at most; None: all others) and are scored on."""
+    fit, scored = hold_out(num_images, num_val=num_val)
+    return np.sort(np.random.default_rng(0).permutation(fit)[:num_fit]), scored
+
+
 def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[str, str]:
     """Trains, or goes on, and scores the target encoder on held-out training images.
 
@@ -78,8 +86,7 @@ def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[
     model, params = load_encoder(workdir)
     source = open_config_source(config)
     train, _ = source.load()
-    fit, scored = hold_out(len(train.labels), num_val=config.eval.num_val)
-    fit = np.sort(np.random.default_rng(0).permutation(fit)[:num_fit])
+    fit, scored = fitted_and_scored(len(train.labels), config.eval.num_val, num_fit)
     # Only what a probe reads is embedded: the rows it fits, then those it is scored on.
     rows = np.concatenate([fit, scored])
     embed = jax.jit(build.build_embed_fn(config, model))

@@ -1,0 +1,67 @@
+"""Probes on held-out training images: the sweeps' split, every encoder, no test image."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import held_out, sweep
+from hjepa_jax.config import base_config
+from hjepa_jax.data.sources import Split, save_npz
+from hjepa_jax.evaluation.results import read_probe_json
+from hjepa_jax.train import train_and_evaluate
+
+NUM_FIT = 120
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of one step on images that show their class, with test images that show another."""
+    folder = tmp_path_factory.mktemp("held_out")
+    rng = np.random.default_rng(0)
+    labels = np.arange(240, dtype=np.int32) % 4
+    images = (
+        rng.integers(0, 30, (240, 8, 8, 3), np.uint8)
+        + (60 * labels).astype(np.uint8)[:, None, None, None]
+    )
+    test = Split(images[:40], (labels[:40] + 1) % 4)
+    save_npz(folder / "data.npz", Split(images, labels), test)
+    c = base_config()
+    c.data.source = f"npz:{folder / 'data.npz'}"
+    c.data.image_size = 8
+    c.model.width, c.model.depth, c.model.num_heads, c.model.num_levels = 16, 1, 2, 1
+    c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
+    c.mask.num_blocks, c.mask.scale = 1, (0.25, 0.25)
+    c.train.batch_size, c.train.num_steps = 16, 1
+    c.eval.every_epochs, c.eval.num_val, c.eval.probe_at_end = 0.0, 40, False
+    c.log.tensorboard = c.log.report = False
+    train_and_evaluate(c.lock(), folder / "run")
+    return folder / "run"
+
+
+def test_every_encoder_is_scored_on_the_rows_that_sweeps_hold_out(workdir):
+    rows = held_out.held_out_rows(workdir, NUM_FIT)
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    fit, scored = sweep.fitted_and_scored(240, 40, NUM_FIT)
+    assert (len(fit), len(scored), set(fit) & set(scored)) == (NUM_FIT, 40, set())
+    assert {(row["train_size"], row["test_size"]) for row in rows} == {(NUM_FIT, 40)}
+    (pixels,) = (r["top1"] for r in rows if (r["encoder"], r["protocol"]) == ("pixels", "linear"))
+    assert pixels > 0.9, "the labels of the test images would make it 0"
+
+
+def test_the_command_writes_its_rows_and_refuses_what_is_no_run(workdir, tmp_path):
+    def command(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
+        arguments = ["-m", "experiments.held_out", str(folder), f"--num_fit={NUM_FIT}"]
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, check=False
+        )
+
+    done = command(workdir)
+    assert done.returncode == 0, done.stderr
+    assert "random_init" in done.stdout
+    assert len(read_probe_json(workdir / "held_out.json")) > 6
+    refused = command(tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
