@@ -8,7 +8,6 @@ import pathlib
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
-_BEHIND_BYTES = 1 << 20  # more than is free in one piece as a process begins: it extends the heap
 
 
 def keep_freed_memory() -> None:
@@ -25,7 +24,7 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         libc.mallopt(option, value)
-    _ask_for_huge_pages(libc, machine_bytes() * 3 // 4)
+    _ask_for_huge_pages(libc, machine_bytes() // 2)
 
 
 def return_unused_memory(*, above: float = 0.0) -> None:
@@ -71,13 +70,9 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
-    """Marks the next `num_bytes` of the heap; they are addresses only until somebody writes.
-
-    The mark is one of addresses and lasts as long as they are the heap's: the heap's end must not
-    come down into them when memory is returned.
-    """
-    block, behind = libc.malloc(num_bytes), libc.malloc(_BEHIND_BYTES)  # which stays allocated
-    if block is None or behind is None:  # a limit on addresses (ulimit -v): small pages then
+    """Marks the next `num_bytes` of the heap; they are addresses only until somebody writes."""
+    block = libc.malloc(num_bytes)
+    if block is None:  # a limit on addresses (ulimit -v): small pages then
         return
     start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
     libc.madvise(start, num_bytes - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)

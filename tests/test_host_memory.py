@@ -43,31 +43,6 @@ host_memory.return_unused_memory(above=before / host_memory.machine_bytes())
 print(host_memory.resident_bytes() - before)
 """
 
-# Prints of two blocks of 64 MiB whether huge pages are asked for where they lie: of one from before
-# what is free is returned, and of one from after that.
-HUGE = """
-from hjepa_jax import host_memory
-host_memory.keep_freed_memory()
-import ctypes
-
-def is_marked(block):
-    middle = ctypes.addressof(ctypes.c_char.from_buffer(block)) + len(block) // 2
-    inside = False
-    for line in open("/proc/self/smaps"):
-        first, *others = line.split()
-        if not first.endswith(":"):
-            start, end = (int(number, 16) for number in first.split("-"))
-            inside = start <= middle < end
-        elif inside and first == "VmFlags:":
-            return int("hg" in others)
-
-before = bytearray(1 << 26)  # NumPy's arrays ask by themselves
-print(is_marked(before))
-host_memory.return_unused_memory()
-after = bytearray(1 << 26)
-print(is_marked(after))
-"""
-
 on_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs Linux, as its subject does"
 )
@@ -92,8 +67,3 @@ def test_free_memory_is_returned_where_there_is_little():
     freed, roomy, scarce = printed(RETURNED)
     assert min(freed, roomy) > 200 << 20
     assert scarce < 50 << 20
-
-
-@on_linux
-def test_memory_taken_after_a_return_has_huge_pages_too():
-    assert printed(HUGE) == [1, 1]
