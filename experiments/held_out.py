@@ -9,8 +9,6 @@ choose on, some training images, and are scored on `eval.num_val` others; never 
 import argparse
 import pathlib
 
-import jax
-
 from experiments.sweep import fitted_and_scored
 from hjepa_jax import build, cli
 from hjepa_jax.checkpoint import load_state
@@ -30,7 +28,7 @@ def held_out_rows(workdir: pathlib.Path, num_fit: int | None) -> list[Row]:
     train, _ = source.load()
     parts = fitted_and_scored(len(train.labels), config.eval.num_val, num_fit)
     return evaluate_encoders(
-        jax.jit(build.build_embed_fn(config, model)),
+        build.build_embed_fn(config, model),
         {"target": state.target_params, "random_init": initial.target_params},
         *(Split(train.images[rows], train.labels[rows]) for rows in parts),
         num_classes=len(source.info.class_names),

@@ -9,6 +9,14 @@ from experiments import fitted_curve
 from hjepa_jax.config import base_config
 
 
+def write_run(workdir, every_epochs, lines):
+    """What is read of a run: how often it was scored, and its log."""
+    config = base_config()
+    config.eval.every_epochs = every_epochs
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_power_law_is_found_again():
     epochs = np.arange(1.0, 11.0)
     top1 = 80.0 - 45.0 * epochs**-0.4
@@ -34,12 +42,9 @@ def test_a_falling_curve_predicts_no_fall():
 
 
 def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys):
-    config = base_config()
-    config.eval.every_epochs = 1.0
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     top1 = [0.6 - 0.25 * epoch**-0.5 for epoch in range(1, 6)] + [0.1, 0.1]
     lines = [{"step": 10 * (i + 1), "eval/knn_top1": score} for i, score in enumerate(top1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(tmp_path, 1.0, lines)
     fitted_curve.main([str(tmp_path), "100", "--until=5"])
     last = capsys.readouterr().out.splitlines()[-1]
     predicted = float(last.split(": ")[1].split()[0])
@@ -50,12 +55,9 @@ def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys
 
 
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):
-    config = base_config()
-    config.eval.every_epochs = 0.5
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
     lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_run(tmp_path, 0.5, lines)
     epochs, top1 = fitted_curve.scores(tmp_path, "eval/knn_top1")
     np.testing.assert_allclose(epochs, [0.5, 1.0])
     np.testing.assert_allclose(top1, [30.0, 40.0])
