@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
+from hjepa_jax.errors import InputError
 from hjepa_jax.history import read_history
 from hjepa_jax.run_dir import load_config
 
@@ -24,8 +25,14 @@ MIN_SCORES = 4  # without one of them as many as the law has numbers
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score."""
+    """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score.
+
+    Raises:
+      InputError: for a workdir without a run, or one that is not scored while it trains.
+    """
     every_epochs = load_config(workdir).eval.every_epochs
+    if not every_epochs:
+        raise InputError("eval.every_epochs", every_epochs, "must be above 0 for a curve")
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
     return every_epochs * steps / steps[:1], 100 * top1
 
@@ -61,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--field", default="eval/knn_top1")
     parser.add_argument("--until", type=float, default=np.inf, help="last epoch that counts")
     args = parser.parse_args(argv)
-    epochs, top1 = scores(args.workdir, args.field)
+    if not args.epoch > 0:
+        parser.error(f"epoch={args.epoch:g}: must be above 0")
+    try:
+        epochs, top1 = scores(args.workdir, args.field)
+    except InputError as error:
+        parser.error(str(error))
     epochs, top1 = epochs[epochs <= args.until], top1[epochs <= args.until]
     if len(epochs) < MIN_SCORES:
         parser.error(

@@ -16,6 +16,7 @@ from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.protocols import Protocol, evaluate_encoders
 from hjepa_jax.evaluation.results import Row, format_tables, write_probe_json
+from hjepa_jax.platform import select_platform
 from hjepa_jax.run import open_config_source
 from hjepa_jax.run_dir import load_config
 
@@ -23,6 +24,7 @@ from hjepa_jax.run_dir import load_config
 def held_out_rows(workdir: pathlib.Path, num_fit: int | None) -> list[Row]:
     """A row per probe and representation: of the newest target encoder, random-init and pixels."""
     config = load_config(workdir)
+    select_platform(config.platform)
     model, state, initial = load_state(workdir)
     source = open_config_source(config)
     train, _ = source.load()

@@ -162,13 +162,14 @@ def row_workdir(sweep: Sweep, name: str, seed: int, overrides: dict[str, Any]) -
 def train_first(
     sweep: Sweep, overrides: dict[str, Any], seed: int, changed: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains the row that this one starts from, if there is one, and says where that is."""
+    """Trains the row that this one starts from, if there is one, after its own; says where."""
     name = overrides.get(START)
     if name is None:
         return {}
     first = {**sweep["SHARED"], **sweep["ROWS"][name], **changed}
     workdir = row_workdir(sweep, name, seed, first)
-    train_and_evaluate(row_config(sweep, first, seed), workdir)
+    started = train_first(sweep, first, seed, changed)
+    train_and_evaluate(row_config(sweep, {**first, **started}, seed), workdir)
     return {START: str(workdir)}
 
 

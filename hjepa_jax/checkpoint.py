@@ -32,6 +32,7 @@ from hjepa_jax.train_state import TrainState
 
 FORMAT_VERSION = 2
 BEST_METRIC = "eval/knn_top1"
+MAX_DIGITS = 10  # of a step, which is counted in int32
 
 
 class DamagedCheckpoint(Exception):
@@ -103,7 +104,7 @@ class Checkpoints:
                 rule = "needs a checkpoint with a k-NN score (eval.every_epochs)"
                 raise InputError("--step", which, rule)
             return best
-        if not which.isdecimal():
+        if not which.isdecimal() or len(which) > MAX_DIGITS:
             raise InputError("--step", which, "must be last, best or the step of a checkpoint")
         return int(which)
 
@@ -369,12 +370,22 @@ class NewestCheckpoint:
         )
 
     def restore(self, state: Any) -> Any:
-        """The newest tree, like `state`; `state` itself where nothing was saved."""
+        """The newest tree, like `state`; `state` itself where nothing whole was saved.
+
+        What is damaged is named and deleted.
+        """
         step = self._manager.latest_step()
         if step is None:
             return state
         template = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(template))
+        try:
+            with _reading():
+                return self._manager.restore(step, args=ocp.args.StandardRestore(template))
+        except DamagedCheckpoint as error:
+            where = f"{self._manager.directory}/{step}"
+            print(f"{where} is damaged and deleted: {error}", file=sys.stderr, flush=True)
+            self._manager.delete(step)
+            return state
 
     def save(self, step: int, state: Any) -> None:
         """Starts saving `state`; what was kept before goes when it is on disk."""

@@ -1,8 +1,10 @@
 """What the command-line entries share: flags, errors in one line, exit status."""
 
 import contextlib
+import difflib
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -44,6 +46,11 @@ def run(main: Callable[[], None]) -> None:
         os._exit(128 + signal.SIGINT)  # sys.exit would wait for a thread that saves
 
 
+def define_platform() -> flags.FlagHolder[str | None]:
+    """The flag `--platform`, of commands that look at a run, maybe on another machine."""
+    return flags.DEFINE_string("platform", None, "Backend to use, auto for any (that of the run).")
+
+
 def fail(message: str) -> NoReturn:
     """Prints one line on stderr and exits with status 2."""
     line = " ".join(message.split())
@@ -61,12 +68,50 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     try:
         rest = values(argv)
     except flags.Error as error:
-        fail(str(error))
+        fail(_told(str(error)))
     except CONFIG_FLAGS_ERRORS as error:
-        fail(f"{type(error).__name__}: {error}")
+        fail(_unknown_field(argv) or _unreadable(argv, error))
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")
     return rest
+
+
+def _told(message: str) -> str:
+    """What absl says of a flag, with the rule for its value."""
+    from hjepa_jax.config import base_config
+    from hjepa_jax.fields import RULES, field_types
+
+    if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
+        return f"--{missing[1]}: must be given"
+    if not_so := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
+        field, value = not_so.groups()
+        kind = field_types(base_config()).get(field)
+        rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
+        return str(InputError(field, value, rule))
+    return message
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Of the first override that names no field of a config; empty where all do."""
+    from hjepa_jax.config import base_config
+    from hjepa_jax.fields import field_types
+
+    known = field_types(base_config())
+    for field in (match[1] for a in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", a))):
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"; did you mean --config.{near[0]}?" if near else ""
+            return f"--config.{field}: is not a field of a config{hint}"
+    return ""
+
+
+def _unreadable(argv: list[str], error: BaseException) -> str:
+    """Of a config file that is none."""
+    paths = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+    reason = f"{type(error).__name__}: {error}"
+    if not paths:
+        return reason
+    return str(InputError("--config", paths[-1], f"must be a config file ({reason})"))
 
 
 def config_name(path: str) -> str:

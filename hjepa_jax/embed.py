@@ -19,6 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required
 _INPUT = flags.DEFINE_string("input", None, "Image folder or .npz file.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use (the newest).", lower_bound=0)
+_PLATFORM = cli.define_platform()
 
 
 def main() -> None:
@@ -30,9 +31,10 @@ def main() -> None:
     from hjepa_jax.data.sources import open_source
     from hjepa_jax.evaluation.features import extract_features
     from hjepa_jax.platform import select_platform
+    from hjepa_jax.whole_files import replacing
 
     config = run_dir.load_config(pathlib.Path(_WORKDIR.value))
-    select_platform(config.platform)
+    select_platform(_PLATFORM.value or config.platform)
     model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
     kind = "npz" if _INPUT.value.endswith(".npz") else "folder"
     source = open_source(f"{kind}:{_INPUT.value}", data_dir=None, image_size=config.data.image_size)
@@ -45,7 +47,8 @@ def main() -> None:
         if split.names:
             arrays[f"{name}_files"] = np.array(split.names)
     try:
-        np.savez(_OUTPUT.value, **arrays)
+        with replacing(pathlib.Path(_OUTPUT.value)) as file:
+            np.savez(file, **arrays)
     except OSError as error:
         rule = f"must be a file that can be written ({error.strerror})"
         raise InputError("--output", _OUTPUT.value, rule) from error

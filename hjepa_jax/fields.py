@@ -31,12 +31,20 @@ def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
     for field in sorted(expected.keys() ^ found.keys()):
         rule = "is missing" if field in expected else "is not a field of a config"
         raise InputError(field, found.get(field), rule)
+    kinds = field_types(defaults)
     for field, default in expected.items():
-        section, _, name = field.rpartition(".")
-        kind = (get_field(defaults, section) if section else defaults).get_type(name)
-        value = get_field(config, field)
+        value, kind = get_field(config, field), kinds[field]
         if not (is_a(kind, value) or (value is None and default is None)):
             raise InputError(field, value, RULES[kind])
+
+
+def field_types(defaults: ConfigDict) -> dict[str, type]:
+    """The type of each field by its dotted name; of one that is None, what else it may be."""
+    types = {}
+    for field in flatten(defaults.to_dict()):
+        section, _, name = field.rpartition(".")
+        types[field] = (get_field(defaults, section) if section else defaults).get_type(name)
+    return types
 
 
 def is_a(kind: type, value: Any) -> bool:

@@ -104,12 +104,12 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     """The finite numbers of a line; None where it is no line of metrics."""
     try:
         line = json.loads(text)
-    except (ValueError, RecursionError):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            return None
+        return {
+            name: value
+            for name, value in line.items()
+            if type(value) in (int, float) and math.isfinite(value)
+        }
+    except (ValueError, RecursionError, OverflowError):  # the last: of an integer too long
         return None
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        return None
-    return {
-        name: value
-        for name, value in line.items()
-        if type(value) in (int, float) and math.isfinite(value)
-    }

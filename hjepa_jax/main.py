@@ -60,10 +60,12 @@ def main() -> None:
 
 def summary(workdir: pathlib.Path) -> str:
     """Where everything of a run is, and the commands to look at it."""
-    from hjepa_jax.evaluation.results import best_score, read_probe_json
+    from hjepa_jax.evaluation.results import best_score, read_probe_json, rows_on
     from hjepa_jax.logging import summary_box
+    from hjepa_jax.run_dir import load_config
 
-    rows, lines = read_probe_json(workdir / "probe.json"), {}
+    config, lines = load_config(workdir), {}
+    rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
     for protocol in ("linear", "knn"):
         scores = {e: best_score(rows, protocol, e) for e in ("target", "random_init", "pixels")}
         known = [f"{e.replace('_', '-')} {100 * s:.1f} %" for e, s in scores.items() if s]
@@ -71,7 +73,8 @@ def summary(workdir: pathlib.Path) -> str:
             lines[f"best {protocol}"] = ", ".join(known)
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
-    lines["curves"] = f"tensorboard --logdir {workdir}"
+    if config.log.tensorboard:
+        lines["curves"] = f"tensorboard --logdir {workdir}"
     lines["judge"] = f"python -m hjepa_jax.probe --workdir={workdir}"
     lines["features"] = f"python -m hjepa_jax.embed --workdir={workdir} --input=... --output=..."
     return summary_box(f"done: {workdir}", lines)

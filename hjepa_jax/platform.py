@@ -13,6 +13,7 @@ from hjepa_jax.user_cache import keep_compiled_programs
 
 # Config value -> name that JAX knows the backend by.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
+PLATFORMS = ("auto", *BACKENDS)
 
 # Apple's GPUs have two plugins, each for versions of jax that the other cannot run with:
 # backend -> its package, the first jax that it runs with, and the first that it does not.
@@ -91,9 +92,11 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
       The name of the backend in use, lower case.
 
     Raises:
-      InputError: when the backend is not installed, does not go with the installed jax, or does
-        not start.
+      InputError: when there is no such backend, or it is not installed, does not go with the
+        installed jax, does not start, or has no device.
     """
+    if platform not in PLATFORMS:
+        raise InputError("platform", platform, f"must be one of {', '.join(PLATFORMS)}")
     _check_plugins(platform)
     if platform != "auto":
         # Both Apple plugins keep the CPU backend beside them only when it is asked for.
@@ -107,6 +110,9 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError("platform", platform, f"this backend does not start: {reason}") from error
+    if platform not in ("auto", "cpu") and backend == "cpu":  # which JAX does not say
+        rule = "JAX finds no such device here, or lacks its plugin; cpu and auto would do"
+        raise InputError("platform", platform, rule)
     if current_rules().keeps_programs:
         keep_compiled_programs()
     return backend.lower()

@@ -15,6 +15,7 @@ from absl import flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
+from hjepa_jax.fields import MAX_NUMBER
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "The run's directory, or several.", required=True)
 _PROTOCOLS = flags.DEFINE_list("protocols", ["linear", "knn"], "Probes to run.")
@@ -29,9 +30,10 @@ _SHOTS = flags.DEFINE_list("lowshot_labels", None, "Labels per class, or fractio
 _FEWSHOT = flags.DEFINE_list("fewshot_shots", ["1", "5"], "Examples per class in an episode.")
 _FINETUNE = flags.DEFINE_float("finetune_epochs", 20.0, "Length of a fine-tuning.")
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the hold-out, of draws and episodes.", lower_bound=0
+    "seed", 0, "Seed of the hold-out, of draws and episodes.", lower_bound=0, upper_bound=MAX_NUMBER
 )
 _KEEP = flags.DEFINE_bool("keep_features", True, "Keep extracted features in the workdir.")
+_PLATFORM = cli.define_platform()
 
 
 def main() -> None:
@@ -44,6 +46,8 @@ def main() -> None:
     _check_names("--pools", _POOLS.value, features.POOLS)
     if not 0 < _FINETUNE.value < float("inf"):
         raise InputError("--finetune_epochs", _FINETUNE.value, "must be a number above 0")
+    if not any(_WORKDIR.value):
+        raise InputError("--workdir", "", "must be the directory of a run, or of several")
     options = {
         "protocols": tuple(_PROTOCOLS.value),
         "levels": None if _LEVELS.value == ["all"] else _numbers("--levels", _LEVELS.value),
@@ -66,7 +70,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     from hjepa_jax.platform import select_platform
 
     config = run_dir.load_config(workdir)
-    select_platform(config.platform)
+    select_platform(_PLATFORM.value or config.platform)
     model, state, initial = checkpoint.load_state(workdir, _STEP.value)
     params = {
         "target": state.target_params,
@@ -76,13 +80,15 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     source = run.open_config_source(config, source=_DATA.value, data_dir=_DATA_DIR.value)
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
+    train, test = source.load()
     with run_dir.writing(workdir):
         rows = judge_run(
             workdir,
             config,
             model,
             {name: params[name] for name in _ENCODERS.value},
-            *source.load(),
+            train,
+            test,
             source=source,
             step=step,
             protocol=Protocol(
@@ -99,7 +105,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
 
 
 def _check_names(flag: str, names: list[str], options: tuple[str, ...]) -> None:
-    for name in names:
+    for name in names or [""]:
         if name not in options:
             raise InputError(flag, name, f"must be some of {', '.join(options)}")
 
@@ -107,7 +113,7 @@ def _check_names(flag: str, names: list[str], options: tuple[str, ...]) -> None:
 def _numbers(flag: str, values: list[str]) -> tuple[int | float, ...]:
     """Whole numbers, and fractions where the flag takes them."""
     numbers = []
-    for value in values:
+    for value in values or [""]:
         try:
             number = float(value)
             whole = int(number)

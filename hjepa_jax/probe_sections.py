@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hjepa_jax.evaluation.results import QUALITY_COLUMNS, column
+from hjepa_jax.evaluation.results import QUALITY_COLUMNS, Row, column, differing
 from hjepa_jax.figures import (
     Panel,
     bars,
@@ -40,44 +40,43 @@ def probes_section(facts: Facts) -> Section | None:
         figures["knn"] = (curves([panel]), "k-NN accuracy over training")
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
+        where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
         cells: dict[tuple[Any, ...], dict[str, float]] = {}
         for row in scored:
-            key = (row["encoder"], row["step"], row["pool"], row["level"], row["dim"])
+            key = tuple(row.get(name) for name in where)
             cells.setdefault(key, {})[column(row)] = row["top1"]
         rows = [[*key, *(pct(scores.get(n)) for n in names)] for key, scores in cells.items()]
         parts += [
             "Top-1 in percent on the test images, each protocol on every representation:",
-            table(["encoder", "step", "pool", "level", "dim", *names], rows),
+            table([*where, *names], rows),
         ]
-    for name in dict.fromkeys(row["protocol"] for row in scored if not row.get("labels")):
+    own = [row for row in facts.own_probes if "top1" in row and not row.get("labels")]
+    for name in dict.fromkeys(row["protocol"] for row in own if row["encoder"] != "pixels"):
         figures[f"probe_{name}"] = (
-            _bars(facts, name),
+            _bars([row for row in own if row["protocol"] == name], name),
             f"{_TITLES.get(name, name.capitalize())} probe beside its baselines",
         )
     quality = [row for row in facts.probes if row["protocol"] == "quality"]
     if quality:
+        where = ["encoder", "step", "pool", "level", *differing(quality)]
         rows = [
-            [r["encoder"], r["step"], r["pool"], r["level"], *(num(r.get(n)) for n in
-             QUALITY_COLUMNS), r["verdict"]]
+            [*map(r.get, where), *(num(r.get(n)) for n in QUALITY_COLUMNS), r["verdict"]]
             for r in quality
-        ]  # fmt: skip
-        heads = ["encoder", "step", "pool", "level", *QUALITY_COLUMNS, "verdict"]
-        parts.append(table(heads, rows))
+        ]
+        parts.append(table([*where, *QUALITY_COLUMNS, "verdict"], rows))
     if not parts and not figures:
         return None
     return "Probes", "\n\n".join(parts) or "probe.json has no rows yet.", figures
 
 
-def _bars(facts: Facts, protocol: str) -> Figure:
-    """The newest step of each encoder."""
-    rows = [r for r in facts.probes if r["protocol"] == protocol and not r.get("labels")]
+def _bars(rows: list[Row], protocol: str) -> Figure:
+    """The newest step of each encoder; of several seeds or numbers of blocks the first."""
     encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
     newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
-    scores = {
-        (r["encoder"], r["pool"], r["level"]): 100 * r["top1"]
-        for r in rows
-        if r["encoder"] == "pixels" or r["step"] == newest[r["encoder"]]
-    }
+    scores = {}
+    for row in rows:
+        if row["encoder"] == "pixels" or row["step"] == newest[row["encoder"]]:
+            scores.setdefault((row["encoder"], row["pool"], row["level"]), 100 * row["top1"])
     groups = list(dict.fromkeys(key[1:] for key in scores if key[0] != "pixels"))
     pixels = [value for key, value in scores.items() if key[0] == "pixels"]
     return bars(
@@ -85,7 +84,7 @@ def _bars(facts: Facts, protocol: str) -> Figure:
         {e.replace("_", "-"): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
         title=f"{_TITLES.get(protocol, protocol.capitalize())} probe",
         ylabel="top-1, percent",
-        limits={"raw pixels": pixels[-1]} if pixels else {},
+        limits={"raw pixels": pixels[0]} if pixels else {},
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from hjepa_jax.config import Config
 from hjepa_jax.curve_sections import thin
 from hjepa_jax.data.sources import Split
-from hjepa_jax.evaluation.results import best_score, column
+from hjepa_jax.evaluation.results import best_score, column, differing
 from hjepa_jax.fields import flatten
 from hjepa_jax.figures import Panel, curves, png
 from hjepa_jax.page import Section, table, to_html
@@ -93,7 +93,7 @@ def comparison(runs: list[Facts]) -> list[Section]:
     ]
     for protocol in ("linear", "knn"):
         for encoder in ("target", "random_init", "pixels"):
-            scores = [pct(best_score(run.probes, protocol, encoder)) for run in runs]
+            scores = [pct(best_score(run.own_probes, protocol, encoder)) for run in runs]
             rows.append([f"best {protocol} of {encoder.replace('_', '-')}, %", *scores])
     panels = []
     for metric, title, unit in (
@@ -131,10 +131,12 @@ def _differences(configs: list[Config], heads: list[str]) -> str:
 
 def _probe_table(runs: list[Facts], heads: list[str]) -> str:
     cells: dict[str, list[float | None]] = {}
+    rare = differing([row for run in runs for row in run.probes if "top1" in row])
     for i, run in enumerate(runs):
         for row in run.probes:
             if "top1" in row:
                 key = f"{column(row)}, {row['encoder']} {row['pool']} level {row['level']}"
+                key += "".join(f", {name} {row[name]}" for name in rare)
                 cells.setdefault(key, [None] * len(runs))[i] = row["top1"]
     rows = [[key, *map(pct, values)] for key, values in cells.items()]
     spread = [

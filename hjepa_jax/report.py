@@ -18,6 +18,7 @@ _WORKDIR = flags.DEFINE_multi_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; of several, report).")
 _IMAGES = flags.DEFINE_bool("images", True, "Read checkpoint and images too, not only numbers.")
+_PLATFORM = cli.define_platform()
 
 
 def main() -> None:
@@ -28,8 +29,8 @@ def main() -> None:
     workdirs = [pathlib.Path(value) for value in _WORKDIR.value]
     output = pathlib.Path(_OUTPUT.value or (workdirs[0] if len(workdirs) == 1 else "report"))
     config = run_dir.load_config(workdirs[0])
-    select_platform(config.platform)
-    with run_dir.writing(output):
+    select_platform(_PLATFORM.value or config.platform)
+    with run_dir.writing(output, "--output" if _OUTPUT.value else "--workdir"):
         for path in publish.write_report(workdirs, output, images=_IMAGES.value):
             print(path)
 

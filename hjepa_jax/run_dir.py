@@ -24,7 +24,7 @@ from hjepa_jax.config import (
 )
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import flatten, get_field
+from hjepa_jax.fields import flatten
 from hjepa_jax.validation import validate
 from hjepa_jax.whole_files import replacing
 
@@ -56,7 +56,7 @@ def check_workdir(config: Config, workdir: pathlib.Path, *, num_images: int | No
 
 
 def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> None:
-    """Makes the run's directory and writes config.json into it, or the schedules into that.
+    """Makes the run's directory and writes config.json into it: how the run goes on from here.
 
     Raises:
       InputError: see `check_workdir`; nothing is changed then.
@@ -65,13 +65,10 @@ def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> N
     path = workdir / "config.json"
     if path.exists():
         old = load_config(workdir)
-        changes = _changes(old, config)
-        if not changes:
+        if old.to_dict() == config.to_dict():
             return
-        print(f"goes on with {changes}", flush=True)
-        schedules = {field: get_field(config, field) for field in SCHEDULE_FIELDS}
-        config = old.unlock()
-        config.update_from_flattened_dict(schedules)
+        if changes := _changes(old, config):
+            print(f"goes on with {changes}", flush=True)
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -79,15 +76,15 @@ def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> N
 
 
 @contextlib.contextmanager
-def writing(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns an error of the file system within the block into an InputError ("--workdir")."""
+def writing(directory: pathlib.Path, field: str = "--workdir") -> Iterator[None]:
+    """Turns an error of the file system within the block into an InputError of that field."""
     try:
         yield
     except BrokenPipeError:  # nobody reads the output any more: not the directory's fault
         raise
     except OSError as error:
         rule = f"must be a directory that can be written ({error.strerror or first_line(error)})"
-        raise InputError("--workdir", str(workdir), rule) from error
+        raise InputError(field, str(directory), rule) from error
 
 
 @contextlib.contextmanager
@@ -190,13 +187,13 @@ def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
     return dict(sorted(sizes.items()))
 
 
-def load_config(workdir: pathlib.Path) -> Config:
+def load_config(workdir: str | pathlib.Path) -> Config:
     """The config of the run in `workdir`, locked and checked.
 
     Raises:
       InputError: when there is none, or it is not one of this version.
     """
-    path = workdir / "config.json"
+    path = pathlib.Path(workdir) / "config.json"
     config = base_config().lock()
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

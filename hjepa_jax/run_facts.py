@@ -24,7 +24,7 @@ from hjepa_jax.evaluation.quality import (
     Verdict,
     collapse_verdict,
 )
-from hjepa_jax.evaluation.results import Row, read_probe_json
+from hjepa_jax.evaluation.results import Row, read_probe_json, rows_on
 from hjepa_jax.history import History, read_history
 from hjepa_jax.metrics import FEATURE_ROWS
 from hjepa_jax.run import num_params, open_config_source
@@ -76,7 +76,7 @@ class Facts:
       name: of the workdir.
       config: of the run, with the schedules under which it went on last.
       history: its metrics.jsonl.
-      probes: the rows of its probe.json.
+      probes: the rows of its probe.json, on whatever data.
       status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or
         "not started".
       stopped_by: the rule that ended it, and the numbers it looked at; empty for none.
@@ -102,6 +102,11 @@ class Facts:
     look: Look | None
     no_look: str
     width: int
+
+    @property
+    def own_probes(self) -> list[Row]:
+        """The rows on the data set that the run was trained on."""
+        return rows_on(self.config.data.source, self.probes)
 
     @property
     def device_memory(self) -> int | None:
@@ -182,7 +187,7 @@ def read_facts(
     except InputError as error:
         reason = str(error)
     if num_images is None:
-        num_images = _probed_size(config, probes)
+        num_images = _probed_size(config, rows_on(config.data.source, probes))
     schedules = None
     with contextlib.suppress(InputError):  # the data is no longer what was trained on
         schedules = build.build_schedules(config, num_images) if num_images else None
@@ -208,7 +213,7 @@ def read_facts(
 
 
 def _probed_size(config: Config, probes: list[Row]) -> int | None:
-    """Number of training images that probes have seen, where it is that of all.
+    """Number of training images that probes on the run's data have seen, where it is that of all.
 
     None where the run may be streamed: probes then see `max_labelled` of them, or another split.
     """

@@ -12,6 +12,7 @@ from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
 from hjepa_jax.models.targets import WHOLES
 from hjepa_jax.models.vit import SIZES
+from hjepa_jax.platform import PLATFORMS
 
 
 def validate(config: Config) -> None:
@@ -56,7 +57,7 @@ def validate(config: Config) -> None:
 
     check_types(config, base_config())
     at_least(0, "seed")
-    one_of("platform", ("auto", "cpu", "cuda", "metal", "mps"))
+    one_of("platform", PLATFORMS)
 
     one_of("data.streaming", ("auto", "always", "never"))
     at_least(0, "data.num_workers", at_most=1024)

@@ -50,9 +50,9 @@ def checklist(facts: Facts) -> list[Check]:
     )
 
     for protocol in ("linear", "knn"):
-        ours = best_score(facts.probes, protocol, "target")
+        ours = best_score(facts.own_probes, protocol, "target")
         for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
-            theirs = best_score(facts.probes, protocol, encoder)
+            theirs = best_score(facts.own_probes, protocol, encoder)
             what = f"Trained features beat {name} by more than {pct(MARGIN)} points ({protocol})"
             if ours is None or theirs is None:
                 checks.append((None, what, "not probed"))
@@ -136,7 +136,7 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
         )
         what = "Judge the best checkpoint too: `python -m hjepa_jax.probe --step=best ...`."
         found.append((what, rule))
-    ours, random = (best_score(facts.probes, "linear", e) for e in ("target", "random_init"))
+    ours, random = (best_score(facts.own_probes, "linear", e) for e in ("target", "random_init"))
     if ours is not None and random is not None and ours <= random + MARGIN:
         rule = f"linear: {pct(ours)} %, random-init {pct(random)} %"
         found.append(("Do not trust this representation yet: see the checklist.", rule))

@@ -75,9 +75,11 @@ class Sources:
         return [line[name] for line in self.lines if name in line]
 
     def best(self, protocol: str, encoder: str) -> float | None:
-        keys = (protocol, encoder)
-        scores = [r["top1"] for r in self.probes if (r["protocol"], r["encoder"]) == keys]
-        return max(scores, default=None)
+        """Of the features that held-out training images choose, on the run's own data."""
+        keys = (protocol, encoder, self.config["data"]["source"])
+        rows = [r for r in self.probes if (r["protocol"], r["encoder"], r["data"]) == keys]
+        rows.sort(key=lambda r: (r["step"], r["chosen"]["val_top1"], r["top1"]))
+        return rows[-1]["top1"] if rows else None
 
 
 def read_sources(folder: pathlib.Path, **known) -> Sources:

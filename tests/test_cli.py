@@ -98,7 +98,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     assert features["test_labels"].shape == (60,)
 
     model, params = checkpoint.load_encoder(workdir)
-    embed = jax.jit(build.build_embed_fn(run_dir.load_config(workdir), model))
+    embed = jax.jit(build.build_embed_fn(run_dir.load_config(str(workdir)), model))
     images = np.load(source)["test_images"]
     np.testing.assert_allclose(
         embed(params, images)["level_1"], features["test_level_1"], atol=1e-4
@@ -157,8 +157,16 @@ def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config.optim.learning_rat=1"], ["learning_rat"]),
-        (["--config.optim.learning_rate=fast"], ["learning_rate", "fast"]),
+        (
+            ["--config.optim.learning_rat=1"],
+            ["--config.optim.learning_rat: is not a field", "mean --config.optim.learning_rate?"],
+        ),
+        (["--config.optimizer.kind=adamw"], ["--config.optimizer.kind: is not a field"]),
+        (["--noconfig.log.raport"], ["--config.log.raport: is not a field", "log.report?"]),
+        (["--config.optim.learning_rate=fast"], ["optim.learning_rate='fast'", "must be a number"]),
+        (["--config.train.batch_size=2.5"], ["train.batch_size='2.5'", "must be a whole number"]),
+        (["--config.mask.scale=(1,"], ["mask.scale='(1,'", "must be a tuple of numbers"]),
+        (["--config.model=1"], ["model='1'", "a group of fields"]),
         (["--colour=red"], ["colour"]),
         (["stray"], ["stray"]),
         (["--flagfile=/nowhere"], ["flagfile", "/nowhere"]),
@@ -193,7 +201,8 @@ def test_a_reader_that_has_gone_away_ends_the_command_without_a_word(tiny_flags,
 
 
 def test_missing_config_flag_and_file_are_refused(run_module):
-    assert_refused(run_module(MAIN), "config")
+    assert_refused(run_module(MAIN), "--config: must be given")
+    assert_refused(run_module(MAIN, "--config=README.md"), "--config='README.md'", "SyntaxError")
     assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")
 
 
@@ -201,6 +210,7 @@ def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
     assert_refused(
         run_module("hjepa_jax.probe", f"--workdir={tmp_path}"), "--workdir", str(tmp_path)
     )
+    assert_refused(run_module("hjepa_jax.probe", "--workdir="), "--workdir", "directory of a run")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +234,14 @@ def trained(tmp_path_factory, shapes_npz):
         (["--levels=nan"], ["--levels", "nan"]),
         (["--protocols=attentive", "--levels=7"], ["--levels=7", "0 to 1"]),
         (["--protocols=finetune", "--finetune_epochs=inf"], ["--finetune_epochs=inf"]),
+        (["--protocols=finetune", "--finetune_epochs=1e15"], ["--finetune_epochs=1e+15", "steps"]),
+        (["--protocols="], ["--protocols", "linear"]),
+        (["--levels="], ["--levels", "numbers"]),
+        (["--pools="], ["--pools", "summary"]),
+        (["--platform=abacus"], ["platform='abacus'", "cuda"]),
+        (["--step=" + "9" * 5000], ["--step", "last, best"]),
         (["--seed=-1"], ["seed", "-1"]),
+        (["--seed=4294967296"], ["seed", "4294967296"]),
         (["--pools=max"], ["--pools", "max"]),
         (["--step=99"], ["--step=99", "[4]"]),
         (["--step=best"], ["--step", "best", "k-NN"]),

@@ -1,6 +1,8 @@
 """The rules of backends that this machine has not: their names and versions are pretended."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,18 @@ def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions)
     pretend("cpu", **versions)
     with pytest.raises(InputError, match=rf"needs jax-{choice}.*'hjepa-jax\[{choice}\]'$"):
         platform.select_platform(choice)
+
+
+def test_a_backend_in_whose_place_jax_takes_the_cpu_is_refused():
+    """As of "cuda,cpu", where there is no NVIDIA GPU or no plugin for it."""
+    code = (
+        "import jax; from hjepa_jax import errors, platform\n"
+        "try: print(platform.select_platform('cuda'), jax.default_backend())\n"
+        "except errors.InputError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = "gpu gpu" if jax.default_backend() == "gpu" else "platform='cuda': JAX finds no"
+    assert done.stdout.startswith(expected)
 
 
 def test_a_backend_that_does_not_start_is_an_input_error(pretend, monkeypatch):

@@ -1,6 +1,8 @@
 """The protocol as a whole, with an encoder that is a matrix."""
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -180,12 +182,50 @@ def test_quality_looks_at_images_of_all_classes_of_a_sorted_source(monkeypatch):
     assert target["lidar"] > 2.5
 
 
+ROW = {
+    "protocol": "linear", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
+    "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5},
+}  # fmt: skip
+
+
 def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):
     path = tmp_path / "probe.json"
-    row = {"protocol": "linear", "encoder": "target", "level": 0, "pool": "mean", "step": 1}
-    results.write_probe_json(path, [row | {"top1": 0.1}, row | {"level": 1, "top1": 0.2}])
-    results.write_probe_json(path, [row | {"top1": 0.3}, row | {"step": 2, "top1": 0.4}])
+    results.write_probe_json(path, [ROW | {"top1": 0.1}, ROW | {"level": 1, "top1": 0.2}])
+    results.write_probe_json(path, [ROW | {"top1": 0.3}, ROW | {"step": 2, "top1": 0.4}])
     assert [r["top1"] for r in results.read_probe_json(path)] == [0.3, 0.2, 0.4]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", '{"results": [', '{"results": 5}', '{"results": [1]}', "[]", "[" * 100_000,
+        json.dumps({"results": [ROW | {"top1": None}]}),
+        json.dumps({"results": [ROW | {"top1": 10**400}]}),
+        json.dumps({"results": [ROW | {"chosen": {}}]}),
+        json.dumps({"results": [ROW | {"protocol": "quality"}]}),
+        json.dumps({"results": [{"protocol": "linear", "top1": 0.5}]}),
+    ],
+)  # fmt: skip
+def test_what_is_no_probe_json_has_no_rows_and_is_not_overwritten(tmp_path, content):
+    path = tmp_path / "probe.json"
+    path.write_text(content)
+    assert results.read_probe_json(path) == []
+    with pytest.raises(InputError, match="move it away"):
+        results.write_probe_json(path, [ROW])
+    assert path.read_text() == content
+
+
+def test_processes_that_add_to_one_probe_json_lose_no_row(tmp_path):
+    code = f"""
+import pathlib, sys
+from hjepa_jax.evaluation import results
+for step in range(40):
+    row = {ROW!r} | {{"step": step, "seed": sys.argv[1]}}
+    results.write_probe_json(pathlib.Path({str(tmp_path)!r}) / "probe.json", [row])
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(results.read_probe_json(tmp_path / "probe.json")) == 80
 
 
 def test_tables_show_every_score_where_it_belongs():
@@ -203,13 +243,13 @@ def test_tables_show_every_score_where_it_belongs():
     assert "verdict" in table
 
 
-def test_the_best_score_is_of_the_newest_checkpoint():
+def test_the_best_score_is_of_the_newest_checkpoint_and_chosen_without_the_test_images():
     """A run that was made longer keeps the rows of where it ended before."""
     rows = [
-        {"protocol": "linear", "encoder": encoder, "step": step, "top1": top1}
-        for encoder, step, top1 in (
-            ("target", 100, 0.6), ("target", 200, 0.5), ("target", 200, 0.55),
-            ("pixels", 0, 0.3), ("pixels", 0, 0.4),
+        ROW | {"encoder": encoder, "step": step, "top1": top1, "chosen": {"val_top1": val_top1}}
+        for encoder, step, top1, val_top1 in (
+            ("target", 100, 0.7, 0.7), ("target", 200, 0.6, 0.5), ("target", 200, 0.55, 0.52),
+            ("pixels", 0, 0.3, 0.2), ("pixels", 0, 0.4, 0.3),
         )
     ]  # fmt: skip
     assert results.best_score(rows, "linear", "target") == 0.55

@@ -368,3 +368,34 @@ def test_the_command_writes_and_names_its_files(run_module, finished, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [str(tmp_path / "report.md"), str(tmp_path / "report.html")]
     assert result.stderr == ""
+
+
+def test_rows_on_other_data_and_of_other_seeds_are_told_apart(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    path = workdir / "probe.json"
+    own = json.loads(path.read_text())["results"]
+    before = read_facts(workdir, images=False)
+    other = [
+        r | {"data": "tfds:other", "top1": 1.0, "train_size": 7, "chosen": {"val_top1": 1.0}}
+        for r in own
+    ]
+    path.write_text(json.dumps({"results": [*other, *own, *(r | {"seed": 3} for r in own)]}))
+    write_report([workdir], workdir, images=False)
+    found = report_sections(workdir)
+    assert "100.00" not in found["What was reached"]
+    facts = read_facts(workdir, images=False)
+    assert (facts.num_steps, facts.status) == (before.num_steps, before.status)
+    table = tables(found["Probes"])[0]
+    assert table[0][5:7] == ["data", "seed"]
+    places = {(r["encoder"], r["pool"], r["level"]) for r in own}
+    assert len({tuple(line[:7]) for line in table[1:]}) == len(table) - 1 == 3 * len(places)
+
+
+def test_pixels_alone_have_a_table_and_no_bars(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    path = workdir / "probe.json"
+    rows = [r for r in json.loads(path.read_text())["results"] if r["encoder"] == "pixels"]
+    path.write_text(json.dumps({"results": rows}))
+    write_report([workdir], workdir, images=False)
+    assert "pixels" in report_sections(workdir)["Probes"]
+    assert not list((workdir / "figures").glob("probe_*.png"))

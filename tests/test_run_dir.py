@@ -90,11 +90,14 @@ def test_a_run_goes_on_when_images_have_gone(tmp_path):
     run_dir.check_workdir(config, tmp_path, num_images=NUM_IMAGES - 256)
 
 
-def test_other_schedules_are_said_and_saved_and_nothing_else(tmp_path, capsys):
+def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsys):
     config = workdir_of(tmp_path, {"optim.decay_epochs": 0.0}, 50)
     assert capsys.readouterr().out == ""
     config.train.num_epochs, config.log.every_steps = 30.0, 7
+    config.train.on_collapse, config.platform = "stop", "cpu"
     run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
     assert capsys.readouterr().out == "goes on with train.num_epochs 20.0 -> 30.0\n"
-    saved = run_dir.load_config(tmp_path)
-    assert (saved.train.num_epochs, saved.log.every_steps) == (30.0, 50)
+    assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+    saved = (tmp_path / "config.json").stat().st_mtime_ns
+    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    assert (tmp_path / "config.json").stat().st_mtime_ns == saved

@@ -282,7 +282,11 @@ def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_one
     facts = read_facts(workdir, images=True)
     assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (2, 6, "finished")
 
-    write_probe_json(workdir / "probe.json", [{"train_size": 8}])
+    row = {
+        "protocol": "linear", "encoder": "target", "step": 6, "pool": "mean", "level": 0, "dim": 8,
+        "data": f"folder:{few}", "top1": 0.5, "chosen": {"val_top1": 0.5}, "train_size": 8,
+    }  # fmt: skip
+    write_probe_json(workdir / "probe.json", [row])
     facts = read_facts(workdir, images=False)
     assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (None, None, "interrupted")
     for path in sorted(few.glob("train/*/*"))[1::2]:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The CIFAR-10 rows of results.csv, by today's script (the protocol's linear probe instead of ridge).
+# The CIFAR-10 rows of results.csv, by today's script (the protocol's linear probe instead
+# of ridge, scored on held-out training images instead of test images).
 set -euo pipefail
 short_run() {
   echo "$@"
   PYTHONPATH=. python experiments/recipes/short_run.py --config=configs/cifar10_patches.py \
-    --num_train=8000 --num_test=4000 --config.model.width=128 --config.model.depth=4 \
+    --num_fit=8000 --config.eval.num_val=4000 --config.model.width=128 --config.model.depth=4 \
     --config.model.num_heads=4 --config.model.predictor_width=64 \
     --config.model.predictor_num_heads=2 --config.optim.warmup_epochs=0.1 \
     --config.model.positions=sincos2d --config.optim.learning_rate=1e-3 "$@"

@@ -24,6 +24,7 @@ from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features, progress
+from hjepa_jax.fields import MAX_NUMBER
 from hjepa_jax.models.transformer import layer_norm
 from hjepa_jax.models.vit import VisionTransformer
 from hjepa_jax.optimizer import make_optimizer, warmup_cosine_schedule
@@ -145,11 +146,15 @@ def finetune(
       "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch, nats.
 
     Raises:
-      InputError: when the loss is not finite ("finetune.learning_rate").
+      InputError: for more steps than can be counted ("--finetune_epochs"), or when the loss is not
+        finite ("finetune.learning_rate").
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
     num_steps = max(1, round(settings.num_epochs * order.steps_per_epoch))
+    if num_steps > MAX_NUMBER:
+        rule = f"must be at most {MAX_NUMBER} steps, not {num_steps}"
+        raise InputError("--finetune_epochs", settings.num_epochs, rule)
     model = Classifier(encoder.clone(drop_path=settings.drop_path), settings.num_classes)
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(settings.seed))
 

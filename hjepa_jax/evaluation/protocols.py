@@ -48,7 +48,7 @@ class Protocol:
       protocols: some of `PROTOCOLS`.
       levels: levels to judge; None for all.
       pools: some of `features.POOLS`.
-      num_val: training images on which hyper-parameters are chosen.
+      num_val: training images on which hyper-parameters are chosen; at most a fifth of them.
       seed: of that hold-out, of low-shot draws and of episodes.
       batch_size: images per call of the encoder.
       lowshot_labels: labels per class, or fractions; None for those of `lowshot.DEFAULT_SHOTS` that
@@ -207,29 +207,28 @@ def _score(
     """What one protocol says of one representation; low-shot and few-shot say several things."""
     train_x, train_y, test_x, test_y = arrays
     chooses = {"num_val": protocol.num_val, "seed": protocol.seed}
+    fit, val = hold_out(len(train_x), **chooses)
     shown = {"what": f"{name}, {train_x.shape[1]} features"}
     if name == "linear":
         # Half of the penalties where the features are wide, raw pixels above all: time is D x G.
         grid = DEFAULT_L2_GRID[:: 1 if train_x.shape[1] <= 1024 else 2]
         result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses, **shown)
         chosen = {"l2": result.chosen_l2, "val_top1": max(result.val_top1)}
-        how = {"l2_grid": list(grid), "num_val": protocol.num_val}
+        how = {"l2_grid": list(grid), "num_val": len(val)}
         return [{"top1": result.top1, "chosen": chosen, "settings": how}]
     if name == "knn":
-        fit, _ = hold_out(len(train_x), **chooses)
         ks = [k for k in DEFAULT_KS if k <= len(fit)]
         result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses, **shown)
         chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
-        how = {"ks": ks, "temperature": TEMPERATURE, "num_val": protocol.num_val}
+        how = {"ks": ks, "temperature": TEMPERATURE, "num_val": len(val)}
         return [{"top1": result.top1, "chosen": chosen, "settings": how}]
     if name == "lowshot":
         shots = protocol.lowshot_labels
         if shots is None:
-            fit, _ = hold_out(len(train_x), **chooses)
             smallest = np.bincount(train_y[fit], minlength=num_classes).min()
             shots = [shot for shot in DEFAULT_SHOTS if shot <= smallest]
         found = lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses, **shown)
-        how = {"alphas": list(DEFAULT_ALPHAS), "num_val": protocol.num_val}
+        how = {"alphas": list(DEFAULT_ALPHAS), "num_val": len(val)}
         return [
             {
                 "labels": result.labels,

@@ -2,12 +2,13 @@
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from hjepa_jax.whole_files import replacing
+from hjepa_jax.errors import InputError
+from hjepa_jax.whole_files import one_at_a_time, replacing
 
 Row = dict[str, Any]
 
@@ -15,6 +16,8 @@ Row = dict[str, Any]
 IDENTITY = (
     "protocol", "encoder", "level", "pool", "dim", "labels", "step", "seed", "data", "num_layers",
 )  # fmt: skip
+# Those of them that a table has no column for, unless its rows differ in one.
+RARE = ("data", "seed", "num_layers")
 QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
 
 
@@ -98,20 +101,67 @@ def format_seeds(runs: list[list[Row]]) -> str:
 def read_probe_json(path: pathlib.Path) -> list[Row]:
     """The rows of a probe.json; none where there is no such file, or it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["results"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read_rows(path)
+    except (OSError, ValueError):
         return []
 
 
+def _read_rows(path: pathlib.Path) -> list[Row]:
+    """Raises OSError when the file cannot be read, ValueError when it is no probe.json."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text)["results"]
+        if all(map(_is_complete, rows)):
+            return rows
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError("not the rows of results")
+
+
+def _is_complete(row: Row) -> bool:
+    """Whether a row has what tables and verdicts are made of."""
+    needed = {"protocol", "encoder", "step", "pool", "level", "dim", "data"}
+    if not needed <= row.keys():
+        return False
+    if row["protocol"] == "quality":
+        return "verdict" in row
+    scores = [row["top1"]]
+    if row["protocol"] in ("linear", "knn"):
+        scores.append(row["chosen"]["val_top1"])
+    return all(0 <= score <= 1 for score in scores)
+
+
 def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not."""
-    merged = {
-        tuple(str(row.get(name)) for name in IDENTITY): row
-        for row in (*read_probe_json(path), *rows)
-    }
-    text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
+    """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not.
+
+    Processes that add to one file wait for each other.
+
+    Raises:
+      InputError: when what is there is no probe.json ("probe.json").
+      OSError: when it cannot be read or written.
+    """
+    with one_at_a_time(path.parent):
+        try:
+            there = _read_rows(path)
+        except FileNotFoundError:
+            there = []
+        except ValueError as error:
+            rule = f"must hold results, as this program writes them ({error}); move it away"
+            raise InputError("probe.json", str(path), rule) from error
+        merged = {tuple(str(row.get(name)) for name in IDENTITY): row for row in (*there, *rows)}
+        text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
+        with replacing(path) as file:
+            file.write(f"{text}\n".encode())
+
+
+def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:
+    """Those on one data set, such as the run's own."""
+    return [row for row in rows if row.get("data") == data]
+
+
+def differing(rows: Sequence[Row]) -> list[str]:
+    """Which of `RARE` the rows differ in: without these two results would look like one."""
+    return [name for name in RARE if len({str(row.get(name)) for row in rows}) > 1]
 
 
 def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
@@ -132,16 +182,21 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
 
 
 def best_score(rows: list[Row], protocol: str, encoder: str) -> float | None:
-    """The best top-1 of an encoder over levels and pools; None where it was not judged.
+    """Top-1 of the features that were best on held-out training images; None where not judged.
 
     Of several checkpoints the newest counts.
+
+    Args:
+      rows: on one data set.
+      protocol: "linear" or "knn".
+      encoder: whose features.
     """
     scores = [
-        (row.get("step", 0), row["top1"])
+        (row["step"], row["chosen"]["val_top1"], row["top1"])
         for row in rows
-        if row["protocol"] == protocol and row["encoder"] == encoder and "top1" in row
+        if row["protocol"] == protocol and row["encoder"] == encoder
     ]
-    return max(scores)[1] if scores else None
+    return max(scores)[2] if scores else None
 
 
 def headline_scores(rows: list[Row]) -> dict[str, float]:
