@@ -368,6 +368,8 @@ class NewestCheckpoint:
         self._manager = ocp.CheckpointManager(
             directory.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
         )
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(_late_reports_ignored())
 
     def restore(self, state: Any) -> Any:
         """The newest tree, like `state`; `state` itself where nothing whole was saved.
@@ -393,7 +395,8 @@ class NewestCheckpoint:
 
     def close(self) -> None:
         """Waits for the save under way and releases the directory."""
-        self._manager.close()
+        with self._open:
+            self._manager.close()
 
 
 def read_meta(workdir: pathlib.Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def health(
         "image_share": image_share(tokens),
     }
     for level, query in enumerate(queries):
-        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(query[2])
+        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(tokens)
         scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
     if prediction.summary_levels:
         share = explained_variance(prediction.summary_levels[0], finest, finest_valid)

@@ -123,13 +123,15 @@ def reset_averages(window: LogWindow) -> LogWindow:
 
 
 def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
-    """The window's means by name, nan where no step was finite; rank and spread of its features."""
+    """The window's means by name, nan where no step was finite; rank and spread of its features.
+
+    The last two are left out where they are not known.
+    """
     values = {name: float(value) for name, value in window.averages.compute().items()}
-    return {
-        **values,
-        "effective_rank": verdict.effective_rank if verdict else 0.0,
-        "relative_std": verdict.relative_std if verdict else 0.0,
-    }
+    if verdict is None:
+        return values
+    spread = {"effective_rank": verdict.effective_rank, "relative_std": verdict.relative_std}
+    return values | spread
 
 
 def spread(window: LogWindow, *, step: int, batch_size: int) -> Verdict | None:

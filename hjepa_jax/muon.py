@@ -4,6 +4,8 @@ Adam looks at each weight by itself; Muon at a matrix as a whole. An update U S 
 becomes U V^T, so that a direction that many examples share moves a layer no further than a rare
 one. Of optax's two implementations, in the versions that we run, one scales updates by shape and
 one does not, and one loops on the device, which Apple's plugins do not like: hence our own.
+Query, key and value are one matrix here, and orthogonalized as one; each by itself made no
+difference after an epoch (experiments/recipes).
 
 References:
   Jordan 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, iteration);
@@ -36,7 +38,7 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     momentum: float = 0.95, precision: Precision = FLOAT32
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalized, of matrices [m, n]; root mean square 0.2 (where m = n).
+    """Nesterov momentum, orthogonalized, of matrices [m, n]; root mean square about 0.2.
 
     To be followed by weight decay and a learning rate, which may be those of AdamW.
 

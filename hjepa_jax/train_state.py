@@ -14,8 +14,9 @@ class TrainState:
 
     Attributes:
       step: int32 [], optimizer updates done.
-      params: online parameters, {"context_encoder": ..., "predictor": ...}, float32.
-      target_params: EMA of params["context_encoder"].
+      params: online parameters, {"context_encoder": ..., "predictor": ...} and, where views agree,
+        "projection"; float32.
+      target_params: EMA of params["context_encoder"]; a copy, with `model.target=online`.
       opt_state: state of the optax transformation.
       rng: uint32 [2], the run's key; step s uses fold_in(rng, s).
     """

@@ -13,6 +13,7 @@ Check = tuple[bool | None, str, str]
 MARGIN = 0.01  # of top-1: what is less is taken for noise
 EASY_COSINE = 0.95
 MOSTLY_PLACES = 0.5  # of the targets' variance; runs of rotary positions stay near 0.01
+BEYOND_PLACES = 0.1  # of the targets' variance: what is explained of it beside the place
 SLOW_DATA = 0.1
 HEADROOM = 0.5  # of the device's memory: with less in use a batch of twice the size fits
 
@@ -105,15 +106,21 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if cosine is not None and cosine > EASY_COSINE and not signs:
         what = "Make prediction harder: larger `mask.scale`, smaller `mask.context_scale`."
         found.append((what, f"train/pred_target_cosine {cosine:.3f} is above {EASY_COSINE}"))
-    places = history.last("train/position_share")
+    places = history.last("train/position_share") or 0.0
+    explained = history.last("train/explained_variance_level_0") or 0.0
     added = facts.config.model.positions != "rope2d"
-    if added and places is not None and places > MOSTLY_PLACES:
-        what = "Most of what is predicted is the place of a patch: try `model.positions=rope2d`."
-        found.append((what, f"train/position_share {places:.3f} is above {MOSTLY_PLACES}"))
+    if added and places > MOSTLY_PLACES and explained < places + BEYOND_PLACES:
+        what = "Most of what is predicted is where a patch is: try `model.positions=rope2d`."
+        rule = (
+            f"train/position_share {places:.3f} is above {MOSTLY_PLACES}, and "
+            f"train/explained_variance_level_0 {explained:.3f} not {BEYOND_PLACES} above it"
+        )
+        found.append((what, rule))
     wait = history.last("perf/data_wait_fraction")
     if wait is not None and wait > SLOW_DATA:
         rule = f"perf/data_wait_fraction {wait:.3f} is above {SLOW_DATA}"
-        found.append(("Raise `train.steps_per_call`.", rule))
+        what = "Raise `train.steps_per_call`; where data is streamed, `data.num_workers`."
+        found.append((what, rule))
     peak, limit = history.last("perf/peak_memory_bytes"), facts.device_memory
     if peak is not None and limit and peak < HEADROOM * limit:
         rule = (

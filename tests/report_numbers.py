@@ -364,8 +364,12 @@ def next_steps(s: Sources) -> list:
     if cosine > 0.95 and healthy:
         found.append(f"train/pred_target_cosine {cosine:.3f} is above 0.95")
     places = last.get("train/position_share", 0.0)
-    if places > 0.5 and s.config["model"]["positions"] != "rope2d":
-        found.append(f"train/position_share {places:.3f} is above 0.5")
+    explained = last.get("train/explained_variance_level_0", 1.0)
+    if places > 0.5 and explained < places + 0.1 and s.config["model"]["positions"] != "rope2d":
+        found.append(
+            f"train/position_share {places:.3f} is above 0.5, and "
+            f"train/explained_variance_level_0 {explained:.3f} not 0.1 above it"
+        )
     if wait > 0.1:
         found.append(f"perf/data_wait_fraction {wait:.3f} is above 0.1")
     knn = [(line["step"], line["eval/knn_top1"]) for line in s.lines if "eval/knn_top1" in line]

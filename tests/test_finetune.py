@@ -101,6 +101,22 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
     again.close()
 
 
+def test_a_damaged_checkpoint_is_named_deleted_and_made_again(params, tmp_path, capsys):
+    settings = dataclasses.replace(SETTINGS, num_epochs=1)
+    kept = NewestCheckpoint(tmp_path)
+    expected = run(params, settings, checkpoints=kept)
+    kept.close()
+    (step,) = tmp_path.iterdir()
+    for file in step.rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    again = NewestCheckpoint(tmp_path)
+    assert run(params, settings, checkpoints=again) == expected
+    assert f"{tmp_path}/{step.name} is damaged and deleted: " in capsys.readouterr().err
+    assert run(params, settings, checkpoints=again) == expected
+    again.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_loss_that_is_not_finite_is_refused_by_name(params):
     with pytest.raises(InputError, match=r"^finetune\.learning_rate=1e\+30"):
         run(params, dataclasses.replace(SETTINGS, learning_rate=1e30))

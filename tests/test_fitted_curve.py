@@ -54,6 +54,24 @@ def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys
     assert "has 3 scores of eval/knn_top1 up to epoch 3; a fit needs 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("every_epochs", "epoch", "words"),
+    [
+        (None, "100", "holds no run"),
+        (0.0, "100", "eval.every_epochs=0.0: must be above 0"),
+        (1.0, "0", "epoch=0: must be above 0"),
+        (1.0, "nan", "epoch=nan: must be above 0"),
+    ],
+)
+def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, every_epochs, epoch, words):
+    if every_epochs is not None:
+        lines = [{"step": i, "eval/knn_top1": 0.1 * i} for i in range(1, 6)]
+        write_run(tmp_path, every_epochs, lines)
+    with pytest.raises(SystemExit, match="2"):
+        fitted_curve.main([str(tmp_path), epoch])
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):
     lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
     lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]

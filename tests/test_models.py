@@ -1,5 +1,6 @@
 """Encoder, predictor, and their composition."""
 
+import dataclasses
 import functools
 
 import jax
@@ -154,6 +155,19 @@ def test_an_image_that_shows_nothing_is_asked_for_nothing_not_even_the_global_le
     assert 5 < np.sum(~shows) < 40
     for level in valid:
         np.testing.assert_array_equal(np.asarray(level).any(axis=1), shows)
+
+
+def test_an_image_that_shows_nothing_adds_nothing_to_the_spread_of_a_batch(model_and_params):
+    model, variables = model_and_params
+    none = dataclasses.replace(
+        MASKS, context_valid=MASKS.context_valid & (jnp.arange(3)[:, None] > 0)
+    )
+    x = images()
+    plain, found = (
+        np.asarray(jitted(model)(variables, x, masks).context_mean) for masks in (MASKS, none)
+    )
+    np.testing.assert_array_equal(found[1:], plain[1:])
+    np.testing.assert_allclose(found[0], plain[1:].mean(axis=0), atol=1e-6)
 
 
 def test_whole_hidden_cells_are_queried_at_the_coarse_level():

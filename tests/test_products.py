@@ -26,7 +26,7 @@ def rounded(x):
 
 
 @pytest.mark.parametrize("width", [8, 32, 48])
-@pytest.mark.parametrize("spec", ["nd,df->nf", "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"])
+@pytest.mark.parametrize("spec", ["nd,df->nf", "bnd,df->bnf", "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"])
 def test_operands_are_rounded_and_sums_are_float32_in_both_directions(spec, width):
     sizes = dict(zip("nbhqkdf", (5, 2, 3, 4, 64, width, 7), strict=True))
     in_a, in_b, out = spec.replace("->", ",").split(",")

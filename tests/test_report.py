@@ -235,6 +235,13 @@ def test_targets_that_are_maps_of_places_are_told_with_what_helps(finished, tmp_
     assert "train/position_share 0.620 is above 0.5" in found["Next steps"]
     assert "model.positions=rope2d" in found["Next steps"]
 
+    lines[-1]["train/explained_variance_level_0"] = 0.9  # far more than places alone could
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report([workdir], workdir, images=False)
+    assert "position_share" not in report_sections(workdir)["Next steps"]
+
+    lines[-1]["train/explained_variance_level_0"] = 0.65
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = json.loads((workdir / "config.json").read_text())
     config["model"]["positions"] = "rope2d"  # as it is already
     (workdir / "config.json").write_text(json.dumps(config))

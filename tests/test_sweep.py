@@ -80,13 +80,14 @@ def test_a_row_may_start_from_another(tiny_sweep):
         "first": {"optim.learning_rate": 0.3},
         "scratch": still,
         "second": {**still, "train.init_from": "first"},
+        "third": {**still, "train.init_from": "second"},
     }
-    for name in ("second", "first", "scratch"):
+    for name in ("third", "second", "first", "scratch"):
         sweep.make_row(found, name, 0, {}, results)
-    second, first, scratch = read(results)
+    third, second, first, scratch = read(results)
     assert second["overrides"].endswith("train.init_from=first (optim.learning_rate=0.3)")
     assert second["effective_rank"] == first["effective_rank"] != scratch["effective_rank"]
-    assert second["linear"] == first["linear"]
+    assert third["linear"] == second["linear"] == first["linear"]
 
 
 def test_results_of_other_columns_are_refused(tiny_sweep):

@@ -189,5 +189,12 @@ class HJEPA(nn.Module):
 
 
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
+    """Means over the valid tokens; of an image without one, the mean of all other images.
+
+    There it adds nothing to the spread of the batch, which a vector of zeros would.
+    """
     weight = valid.astype(jnp.float32)[..., None]
-    return jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+    means = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
+    known = jnp.any(valid, axis=1).astype(jnp.float32)[:, None]
+    middle = jnp.sum(means * known, axis=0, keepdims=True) / jnp.maximum(jnp.sum(known), 1.0)
+    return means + (1.0 - known) * middle

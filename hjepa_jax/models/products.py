@@ -66,8 +66,10 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
     grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
-    sums_over_first = in_a[:-1] == out[:-1] and precision.results == jnp.float32
-    if sums_over_first and _has_tiles(min(a.shape[-1], grad.shape[-1])):
+    # Of a by what only a has, its last axis but one; what comes before is of all three.
+    by_rows = in_a[:-1] == out[:-1] and set(in_a) - set(in_b) == {in_a[-2]}
+    tiles = precision.results == jnp.float32 and _has_tiles(min(a.shape[-1], grad.shape[-1]))
+    if by_rows and tiles:
         pair = (a, grad) if in_b[-1] == out[-1] else (grad, a)
         grad_b = _product_over_first(*pair).astype(like_b.dtype)
     else:

@@ -48,7 +48,8 @@ class Mixing(nn.Module):
     def __call__(self, x: Float[Array, "B N E"]) -> Float[Array, "B N D"]:
         shape = (x.shape[-1], self.features)
         kernel = self.param("mixing", lambda _: jnp.eye(*shape))
-        return product("bnd,df->bnf", x, kernel, self.precision).astype(jnp.float32)
+        rows = product("nd,df->nf", x.reshape(-1, x.shape[-1]), kernel, self.precision)
+        return rows.reshape(*x.shape[:-1], self.features).astype(jnp.float32)
 
 
 class FeaturePyramid(nn.Module):

@@ -2,7 +2,8 @@
 
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
-  backend); softmax and LayerNorm are computed in float32 whatever the precision is.
+  backend); exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever the
+  precision is, of logits in the precision's results.
 """
 
 from typing import Any
