@@ -98,6 +98,9 @@ def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsy
     run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
     assert capsys.readouterr().out == "goes on with train.num_epochs 20.0 -> 30.0\n"
     assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+    config.log.every_steps = 9
+    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    assert run_dir.load_config(tmp_path).log.every_steps == 9
     saved = (tmp_path / "config.json").stat().st_mtime_ns
     run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
