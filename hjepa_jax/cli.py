@@ -21,7 +21,8 @@ CONFIG_FLAGS_ERRORS = (
     AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
     ImportError, NameError, SyntaxError,
 )  # fmt: skip
-MAX_LINE = 2000  # characters of a message: it may quote thousands of what it was given
+# Characters of a message, which may quote thousands of what it was given, and of a flag's value.
+MAX_LINE, MAX_VALUE = 2000, 200
 
 
 def run(main: Callable[[], None]) -> None:
@@ -70,7 +71,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except flags.Error as error:
         fail(_told(str(error)))
     except CONFIG_FLAGS_ERRORS as error:
-        fail(_unknown_field(argv) or _unreadable(argv, error))
+        fail(_misnamed(argv, error) or _unreadable(argv, error))
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")
     return rest
@@ -84,25 +85,28 @@ def _told(message: str) -> str:
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
     if not_so := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
-        field, value = not_so.groups()
+        field, value = not_so[1], not_so[2]
+        value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
         kind = field_types(base_config()).get(field)
         rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
         return str(InputError(field, value, rule))
     return message
 
 
-def _unknown_field(argv: list[str]) -> str:
-    """Of the first override that names no field of a config; empty where all do."""
+def _misnamed(argv: list[str], error: BaseException) -> str:
+    """Of the first override that names no field of a config, or no element of one; else empty."""
     from hjepa_jax.config import base_config
     from hjepa_jax.fields import field_types
 
     known = field_types(base_config())
-    for field in (match[1] for a in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", a))):
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
+    overrides = [match[1] for match in matches if match]
+    for field in overrides:
+        if (name := field.partition("[")[0]) not in known:
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean --config.{near[0]}?" if near else ""
             return f"--config.{field}: is not a field of a config{hint}"
-    return ""
+    return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
 
 
 def _unreadable(argv: list[str], error: BaseException) -> str:

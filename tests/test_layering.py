@@ -86,6 +86,6 @@ def test_only_checkpoint_imports_orbax():
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
-        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "main", "probe", "embed",
-        "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
+        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
+        "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
     }  # fmt: skip
