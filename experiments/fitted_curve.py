@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
+from hjepa_jax.build import build_schedules
 from hjepa_jax.errors import InputError
 from hjepa_jax.history import read_history
+from hjepa_jax.run import open_config_source
 from hjepa_jax.run_dir import load_config
 
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
@@ -25,16 +27,15 @@ MIN_SCORES = 4  # without one of them as many as the law has numbers
 
 
 def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and scores (percent) in a run's log, [n] each; steps count from the first score.
+    """Epochs and scores (percent) in a run's log, [n] each.
 
     Raises:
-      InputError: for a workdir without a run, or one that is not scored while it trains.
+      InputError: for a workdir without a run, or one whose training images are not to be had.
     """
-    every_epochs = load_config(workdir).eval.every_epochs
-    if not every_epochs:
-        raise InputError("eval.every_epochs", every_epochs, "must be above 0 for a curve")
+    config = load_config(workdir)
+    schedules = build_schedules(config, open_config_source(config).num_images)
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
-    return every_epochs * steps / steps[:1], 100 * top1
+    return steps / schedules.steps_per_epoch, 100 * top1
 
 
 def fit(epochs: np.ndarray, top1: np.ndarray) -> tuple[float, float, float]:

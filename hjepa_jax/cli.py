@@ -71,7 +71,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except flags.Error as error:
         fail(_told(str(error)))
     except CONFIG_FLAGS_ERRORS as error:
-        fail(_misnamed(argv, error) or _unreadable(argv, error))
+        fail(_of_override(argv, error) or _of_file(argv, error))
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")
     return rest
@@ -84,16 +84,16 @@ def _told(message: str) -> str:
 
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
-    if not_so := re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL):
+    if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
         field, value = not_so[1], not_so[2]
         value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
-        kind = field_types(base_config()).get(field)
+        kind = float if "[" in field else field_types(base_config()).get(field)
         rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
         return str(InputError(field, value, rule))
     return message
 
 
-def _misnamed(argv: list[str], error: BaseException) -> str:
+def _of_override(argv: list[str], error: BaseException) -> str:
     """Of the first override that names no field of a config, or no element of one; else empty."""
     from hjepa_jax.config import base_config
     from hjepa_jax.fields import field_types
@@ -106,10 +106,12 @@ def _misnamed(argv: list[str], error: BaseException) -> str:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean --config.{near[0]}?" if near else ""
             return f"--config.{field}: is not a field of a config{hint}"
+    if isinstance(error, (ImportError, NameError, SyntaxError)):  # of the config file
+        return ""
     return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
 
 
-def _unreadable(argv: list[str], error: BaseException) -> str:
+def _of_file(argv: list[str], error: BaseException) -> str:
     """Of a config file that is none."""
     paths = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
     reason = f"{type(error).__name__}: {error}"

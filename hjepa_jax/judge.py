@@ -63,6 +63,7 @@ def judge_run(
       OSError: when the workdir cannot be written.
     """
     wanted, rows = protocol.protocols, []
+    results.rows_to_add_to(workdir / "probe.json")  # what cannot be added to is refused at once
     num_classes = len(source.info.class_names)
     protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)

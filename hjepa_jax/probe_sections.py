@@ -70,7 +70,7 @@ def probes_section(facts: Facts) -> Section | None:
 
 
 def _bars(rows: list[Row], protocol: str) -> Figure:
-    """The newest step of each encoder; of several seeds or numbers of blocks the first."""
+    """The newest step of each encoder; of several numbers of blocks the first."""
     encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
     newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
     scores = {}

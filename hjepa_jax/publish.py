@@ -136,7 +136,7 @@ def _probe_table(runs: list[Facts], heads: list[str]) -> str:
         for row in run.probes:
             if "top1" in row:
                 key = f"{column(row)}, {row['encoder']} {row['pool']} level {row['level']}"
-                key += "".join(f", {name} {row[name]}" for name in rare)
+                key += "".join(f", {name} {row.get(name)}" for name in rare)
                 cells.setdefault(key, [None] * len(runs))[i] = row["top1"]
     rows = [[key, *map(pct, values)] for key, values in cells.items()]
     spread = [

@@ -74,7 +74,7 @@ class Facts:
 
     Attributes:
       name: of the workdir.
-      config: of the run, with the schedules under which it went on last.
+      config: with which the run went on last.
       history: its metrics.jsonl.
       probes: the rows of its probe.json, on whatever data.
       status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or

@@ -15,7 +15,7 @@ from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.labelled import MIN_ROWS
 from hjepa_jax.evaluation.protocols import Protocol, check_classes
-from hjepa_jax.evaluation.results import headline_scores
+from hjepa_jax.evaluation.results import headline_scores, rows_to_add_to
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
@@ -71,6 +71,9 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         def claim() -> None:
             held.enter_context(locked(workdir))
             prepare_workdir(config, workdir, source.num_images)
+            if config.eval.probe_at_end:  # refused before hours of training, too
+                with writing(workdir):
+                    rows_to_add_to(workdir / "probe.json")
 
         cluster.by_first(claim)
         with writing(workdir):

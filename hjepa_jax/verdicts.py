@@ -106,10 +106,15 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if cosine is not None and cosine > EASY_COSINE and not signs:
         what = "Make prediction harder: larger `mask.scale`, smaller `mask.context_scale`."
         found.append((what, f"train/pred_target_cosine {cosine:.3f} is above {EASY_COSINE}"))
-    places = history.last("train/position_share") or 0.0
-    explained = history.last("train/explained_variance_level_0") or 0.0
-    added = facts.config.model.positions != "rope2d"
-    if added and places > MOSTLY_PLACES and explained < places + BEYOND_PLACES:
+    places = history.last("train/position_share")
+    explained = history.last("train/explained_variance_level_0")
+    mostly = (
+        places is not None
+        and explained is not None
+        and places > MOSTLY_PLACES
+        and explained < places + BEYOND_PLACES
+    )
+    if mostly and facts.config.model.positions != "rope2d":
         what = "Most of what is predicted is where a patch is: try `model.positions=rope2d`."
         rule = (
             f"train/position_share {places:.3f} is above {MOSTLY_PLACES}, and "

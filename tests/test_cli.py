@@ -235,8 +235,8 @@ def trained(tmp_path_factory, shapes_npz):
         (["--protocols=attentive", "--levels=7"], ["--levels=7", "0 to 1"]),
         (["--protocols=finetune", "--finetune_epochs=inf"], ["--finetune_epochs=inf"]),
         (
-            ["--protocols=finetune", "--finetune_epochs=1e15"],
-            ["--finetune_epochs=1000000000000000.0", "steps"],
+            ["--protocols=finetune", "--finetune_epochs=1e308"],
+            ["--finetune_epochs=1e+308: must be at most 2147483647 steps"],
         ),
         (["--protocols="], ["--protocols", "linear"]),
         (["--levels="], ["--levels", "numbers"]),

@@ -502,10 +502,11 @@ def test_epochs_of_more_steps_than_can_be_counted_are_refused(field):
         ("--config.seed.x=1", "seed.x"),
         ("--config.=1", "--config.: is not a field"),
         ("--config.mask.scale=" + "-" * 9_999 + "1", ""),
+        ("--config.data.mean[0]=x", "data.mean[0]='x': must be a number"),
         ("--config.optim=3", "optim='3': is a group of fields"),
         ("--config.model.width=" + "9" * 5_000, "999...': must be a whole number"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_an_override_that_cannot_be_set_ends_in_one_line(override, words, capsys):
     values, argv = flags.FlagValues(), ["main", "--config=configs/shapes_tiny.py", override]

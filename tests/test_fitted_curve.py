@@ -9,10 +9,10 @@ from experiments import fitted_curve
 from hjepa_jax.config import base_config
 
 
-def write_run(workdir, every_epochs, lines):
-    """What is read of a run: how often it was scored, and its log."""
+def write_run(workdir, lines):
+    """What is read of a run: how many steps an epoch has, ten, and its log."""
     config = base_config()
-    config.eval.every_epochs = every_epochs
+    config.data.source, config.train.batch_size = "shapes", 2000  # of 20,000 images
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -44,7 +44,7 @@ def test_a_falling_curve_predicts_no_fall():
 def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys):
     top1 = [0.6 - 0.25 * epoch**-0.5 for epoch in range(1, 6)] + [0.1, 0.1]
     lines = [{"step": 10 * (i + 1), "eval/knn_top1": score} for i, score in enumerate(top1)]
-    write_run(tmp_path, 1.0, lines)
+    write_run(tmp_path, lines)
     fitted_curve.main([str(tmp_path), "100", "--until=5"])
     last = capsys.readouterr().out.splitlines()[-1]
     predicted = float(last.split(": ")[1].split()[0])
@@ -55,18 +55,16 @@ def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("every_epochs", "epoch", "words"),
+    ("run", "epoch", "words"),
     [
-        (None, "100", "holds no run"),
-        (0.0, "100", "eval.every_epochs=0.0: must be above 0"),
-        (1.0, "0", "epoch=0: must be above 0"),
-        (1.0, "nan", "epoch=nan: must be above 0"),
+        (False, "100", "holds no run"),
+        (True, "0", "epoch=0: must be above 0"),
+        (True, "nan", "epoch=nan: must be above 0"),
     ],
 )
-def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, every_epochs, epoch, words):
-    if every_epochs is not None:
-        lines = [{"step": i, "eval/knn_top1": 0.1 * i} for i in range(1, 6)]
-        write_run(tmp_path, every_epochs, lines)
+def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, run, epoch, words):
+    if run:
+        write_run(tmp_path, [{"step": i, "eval/knn_top1": 0.1 * i} for i in range(1, 6)])
     with pytest.raises(SystemExit, match="2"):
         fitted_curve.main([str(tmp_path), epoch])
     assert words in capsys.readouterr().err.splitlines()[-1]
@@ -75,7 +73,7 @@ def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, every_epochs
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):
     lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
     lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]
-    write_run(tmp_path, 0.5, lines)
+    write_run(tmp_path, lines)
     epochs, top1 = fitted_curve.scores(tmp_path, "eval/knn_top1")
-    np.testing.assert_allclose(epochs, [0.5, 1.0])
+    np.testing.assert_allclose(epochs, [1.0, 2.0])
     np.testing.assert_allclose(top1, [30.0, 40.0])

@@ -198,7 +198,8 @@ def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "", '{"results": [', '{"results": 5}', '{"results": [1]}', "[]", "[" * 100_000,
+        "", '{"results": [', '{"results": 5}', '{"results": {}}', '{"results": ""}',
+        '{"results": [1]}', "[]", "[" * 100_000,
         json.dumps({"results": [ROW | {"top1": None}]}),
         json.dumps({"results": [ROW | {"top1": 10**400}]}),
         json.dumps({"results": [ROW | {"chosen": {}}]}),

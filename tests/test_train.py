@@ -550,6 +550,14 @@ def test_labels_that_no_probe_can_use_are_refused_before_training(tiny_config, t
         assert not (tmp_path / "run").exists()
 
 
+def test_a_file_that_no_score_can_be_added_to_is_refused_before_training(tiny_config, tmp_path):
+    tiny_config.eval.probe_at_end = True
+    (tmp_path / "probe.json").write_text("{}")
+    with pytest.raises(InputError, match=r"probe\.json=.*must hold results"):
+        train.train_and_evaluate(tiny_config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_workdir_of_another_config_is_refused_before_the_data_is_looked_for(
     tiny_config, tmp_path
 ):

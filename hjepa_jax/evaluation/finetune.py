@@ -151,10 +151,11 @@ def finetune(
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
-    num_steps = max(1, round(settings.num_epochs * order.steps_per_epoch))
-    if num_steps > MAX_NUMBER:
-        rule = f"must be at most {MAX_NUMBER} steps, not {num_steps}"
+    steps = settings.num_epochs * order.steps_per_epoch
+    if steps > MAX_NUMBER:
+        rule = f"must be at most {MAX_NUMBER} steps, not {steps:g}"
         raise InputError("--finetune_epochs", settings.num_epochs, rule)
+    num_steps = max(1, round(steps))
     model = Classifier(encoder.clone(drop_path=settings.drop_path), settings.num_classes)
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(settings.seed))
 

@@ -111,7 +111,7 @@ def _read_rows(path: pathlib.Path) -> list[Row]:
     text = path.read_text(encoding="utf-8")
     try:
         rows = json.loads(text)["results"]
-        if all(map(_is_complete, rows)):
+        if isinstance(rows, list) and all(map(_is_complete, rows)):
             return rows
     except (LookupError, TypeError, AttributeError, RecursionError):
         pass
@@ -131,32 +131,46 @@ def _is_complete(row: Row) -> bool:
     return all(0 <= score <= 1 for score in scores)
 
 
+def rows_to_add_to(path: pathlib.Path) -> list[Row]:
+    """The rows of a probe.json that may be written; none where there is no such file.
+
+    Raises:
+      InputError: when what is there is no probe.json ("probe.json", or what the file is called).
+      OSError: when it cannot be read.
+    """
+    try:
+        return _read_rows(path)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        rule = f"must hold results, as this program writes them ({error}); move it away"
+        raise InputError(path.name, str(path), rule) from error
+
+
 def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
     """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not.
 
     Processes that add to one file wait for each other.
 
     Raises:
-      InputError: when what is there is no probe.json ("probe.json").
+      InputError: see `rows_to_add_to`.
       OSError: when it cannot be read or written.
     """
     with one_at_a_time(path.parent):
-        try:
-            there = _read_rows(path)
-        except FileNotFoundError:
-            there = []
-        except ValueError as error:
-            rule = f"must hold results, as this program writes them ({error}); move it away"
-            raise InputError("probe.json", str(path), rule) from error
-        merged = {tuple(str(row.get(name)) for name in IDENTITY): row for row in (*there, *rows)}
+        every = (*rows_to_add_to(path), *rows)
+        merged = {tuple(str(row.get(name)) for name in IDENTITY): row for row in every}
         text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
         with replacing(path) as file:
             file.write(f"{text}\n".encode())
 
 
 def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:
-    """Those on one data set, such as the run's own."""
-    return [row for row in rows if row.get("data") == data]
+    """Those on one data set, such as the run's own, with the seed of the first of them.
+
+    Seeds hold out other images: scores that they choose do not compare.
+    """
+    found = [row for row in rows if row.get("data") == data]
+    return [row for row in found if row.get("seed") == found[0].get("seed")]
 
 
 def differing(rows: Sequence[Row]) -> list[str]:

@@ -195,6 +195,6 @@ def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Ar
     """
     weight = valid.astype(jnp.float32)[..., None]
     means = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-    known = jnp.any(valid, axis=1).astype(jnp.float32)[:, None]
-    middle = jnp.sum(means * known, axis=0, keepdims=True) / jnp.maximum(jnp.sum(known), 1.0)
-    return means + (1.0 - known) * middle
+    known = jnp.any(valid, axis=1, keepdims=True)
+    middle = jnp.sum(means, axis=0, keepdims=True) / jnp.maximum(jnp.sum(known), 1)
+    return jnp.where(known, means, middle)
