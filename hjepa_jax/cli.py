@@ -79,15 +79,14 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
 
 def _told(message: str) -> str:
     """What absl says of a flag, with the rule for its value."""
-    from hjepa_jax.config import base_config
-    from hjepa_jax.fields import RULES, field_types
-
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
     if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
+        from hjepa_jax.fields import RULES
+
         field, value = not_so[1], not_so[2]
         value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
-        kind = float if "[" in field else field_types(base_config()).get(field)
+        kind = float if "[" in field else _config_types().get(field)
         rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
         return str(InputError(field, value, rule))
     return message
@@ -95,10 +94,7 @@ def _told(message: str) -> str:
 
 def _of_override(argv: list[str], error: BaseException) -> str:
     """Of the first override that names no field of a config, or no element of one; else empty."""
-    from hjepa_jax.config import base_config
-    from hjepa_jax.fields import field_types
-
-    known = field_types(base_config())
+    known = _config_types()
     matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
     overrides = [match[1] for match in matches if match]
     for field in overrides:
@@ -109,6 +105,14 @@ def _of_override(argv: list[str], error: BaseException) -> str:
     if isinstance(error, (ImportError, NameError, SyntaxError)):  # of the config file
         return ""
     return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
+
+
+def _config_types() -> dict[str, type]:
+    """The type of each field of a config; JAX is loaded for it."""
+    from hjepa_jax.config import base_config
+    from hjepa_jax.fields import field_types
+
+    return field_types(base_config())
 
 
 def _of_file(argv: list[str], error: BaseException) -> str:

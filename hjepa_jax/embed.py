@@ -33,7 +33,7 @@ def main() -> None:
     from hjepa_jax.platform import select_platform
     from hjepa_jax.whole_files import replacing
 
-    config = run_dir.load_config(pathlib.Path(_WORKDIR.value))
+    config = run_dir.load_config(_WORKDIR.value)
     select_platform(_PLATFORM.value or config.platform)
     model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
     kind = "npz" if _INPUT.value.endswith(".npz") else "folder"

@@ -26,12 +26,7 @@ from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import flatten
 from hjepa_jax.validation import validate
-from hjepa_jax.whole_files import replacing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from hjepa_jax.whole_files import fcntl, replacing
 
 
 def check_workdir(config: Config, workdir: pathlib.Path, *, num_images: int | None = None) -> None:

@@ -105,7 +105,7 @@ class Facts:
 
     @property
     def own_probes(self) -> list[Row]:
-        """The rows on the data set that the run was trained on."""
+        """The rows on the data set that the run was trained on, of one seed; see `rows_on`."""
         return rows_on(self.config.data.source, self.probes)
 
     @property

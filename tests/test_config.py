@@ -498,7 +498,7 @@ def test_epochs_of_more_steps_than_can_be_counted_are_refused(field):
     ("override", "words"),
     [
         ("--config.seed[0]=1", "seed[0]"),
-        ("--config.data.mean[9]=1", "--config.data.mean[9]: "),
+        ("--config.data.mean[9]=1", "--config.data.mean[9]: tuple index out of range"),
         ("--config.seed.x=1", "seed.x"),
         ("--config.=1", "--config.: is not a field"),
         ("--config.mask.scale=" + "-" * 9_999 + "1", ""),

@@ -95,7 +95,7 @@ def test_a_backend_in_whose_place_jax_takes_the_cpu_is_refused():
         "except errors.InputError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = "gpu gpu" if jax.default_backend() == "gpu" else "platform='cuda': "
+    expected = "gpu gpu" if jax.default_backend() == "gpu" else "platform='cuda': JAX finds no"
     assert done.stdout.startswith(expected)
 
 

@@ -25,10 +25,11 @@ def rounded(x):
     return np.asarray(x.astype(jnp.bfloat16), np.float64)
 
 
+@pytest.mark.parametrize("features", [7, 32])
 @pytest.mark.parametrize("width", [8, 32, 48])
 @pytest.mark.parametrize("spec", ["nd,df->nf", "bnd,df->bnf", "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"])
-def test_operands_are_rounded_and_sums_are_float32_in_both_directions(spec, width):
-    sizes = dict(zip("nbhqkdf", (5, 2, 3, 4, 64, width, 32), strict=True))
+def test_operands_are_rounded_and_sums_are_float32_in_both_directions(spec, width, features):
+    sizes = dict(zip("nbhqkdf", (5, 2, 3, 4, 64, width, features), strict=True))
     in_a, in_b, out = spec.replace("->", ",").split(",")
     a, b, grad = (random(*(sizes[axis] for axis in axes)) for axes in (in_a, in_b, out))
     result, pullback = jax.vjp(lambda a, b: product(spec, a, b, LOW), a, b)

@@ -264,6 +264,11 @@ def test_seeds_are_summed_up_by_mean_and_standard_deviation():
     assert "30.00 +- 14.14  (2 runs)" in text
 
 
+def test_a_row_says_how_many_images_were_held_out_not_how_many_were_asked_for():
+    protocol = Protocol(protocols=("linear", "knn", "lowshot"), num_val=5000, lowshot_labels=(1,))
+    assert {row["settings"]["num_val"] for row in evaluate(protocol)} == {len(TRAIN.labels) // 5}
+
+
 def test_knn_leaves_out_numbers_of_neighbours_that_the_data_cannot_give():
     rows = evaluate(Protocol(protocols=("knn",)), train=split(40, 0))
     assert {row["chosen"]["k"] for row in rows} <= {1, 5, 10, 20}

@@ -206,6 +206,15 @@ def _score(
 ) -> list[Row]:
     """What one protocol says of one representation; low-shot and few-shot say several things."""
     train_x, train_y, test_x, test_y = arrays
+    if name == "fewshot":
+        found = []
+        for shots in protocol.fewshot_shots:
+            result = fewshot_probe(train_x, test_x, test_y, num_shots=shots, seed=protocol.seed)
+            labels = f"{shots}-shot"
+            found.append({"labels": labels, **dataclasses.asdict(result), "chosen": {}})
+        return found
+    if name == "quality":
+        return [judge_quality(train_x[_sample(len(train_x), QUALITY_ROWS)], views)]
     chooses = {"num_val": protocol.num_val, "seed": protocol.seed}
     fit, val = hold_out(len(train_x), **chooses)
     shown = {"what": f"{name}, {train_x.shape[1]} features"}
@@ -222,33 +231,24 @@ def _score(
         chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
         how = {"ks": ks, "temperature": TEMPERATURE, "num_val": len(val)}
         return [{"top1": result.top1, "chosen": chosen, "settings": how}]
-    if name == "lowshot":
-        shots = protocol.lowshot_labels
-        if shots is None:
-            smallest = np.bincount(train_y[fit], minlength=num_classes).min()
-            shots = [shot for shot in DEFAULT_SHOTS if shot <= smallest]
-        found = lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses, **shown)
-        how = {"alphas": list(DEFAULT_ALPHAS), "num_val": len(val)}
-        return [
-            {
-                "labels": result.labels,
-                "num_labels": result.num_labels,
-                "top1": result.top1,
-                "top1_std": result.top1_std,
-                "per_seed": list(result.per_seed),
-                "chosen": {"alpha": result.chosen_alpha, "val_top1": result.val_top1},
-                "settings": how,
-            }
-            for result in found
-        ]
-    if name == "fewshot":
-        found = []
-        for shots in protocol.fewshot_shots:
-            result = fewshot_probe(train_x, test_x, test_y, num_shots=shots, seed=protocol.seed)
-            labels = f"{shots}-shot"
-            found.append({"labels": labels, **dataclasses.asdict(result), "chosen": {}})
-        return found
-    return [judge_quality(train_x[_sample(len(train_x), QUALITY_ROWS)], views)]
+    shots = protocol.lowshot_labels
+    if shots is None:
+        smallest = np.bincount(train_y[fit], minlength=num_classes).min()
+        shots = [shot for shot in DEFAULT_SHOTS if shot <= smallest]
+    found = lowshot_probe(*arrays, num_classes=num_classes, shots=shots, **chooses, **shown)
+    how = {"alphas": list(DEFAULT_ALPHAS), "num_val": len(val)}
+    return [
+        {
+            "labels": result.labels,
+            "num_labels": result.num_labels,
+            "top1": result.top1,
+            "top1_std": result.top1_std,
+            "per_seed": list(result.per_seed),
+            "chosen": {"alpha": result.chosen_alpha, "val_top1": result.val_top1},
+            "settings": how,
+        }
+        for result in found
+    ]
 
 
 def judge_quality(
