@@ -215,7 +215,8 @@ def test_latin_1_bytes_are_written_as_escapes(tmp_path):
 
 # Random folders
 
-SPLITS = ["", "train", "TRAINING", "test", "Val", "valid", "dev", "extra"]
+LAYOUTS = [[""], ["train"], ["Train", "valid"], ["TRAINING", "test"]]
+SPLITS = ["train", "TRAINING", "test", "Val", "valid", "dev", "extra"]
 FOLDERS = ["a", "b", "a/in", "a/in/deep", "b/.cache", "b/in", "", "runs", ".git"]
 FILES = [
     "0.png", "1.JPG", "2.jfif", "3", "4.webp", "5.txt", "6.json", ".hidden", "._0.png", "7.tif",
@@ -226,16 +227,19 @@ KINDS = ["image"] * 5 + ["text", "empty", "inner link", "outer link", "broken li
 
 @st.composite
 def folders(draw):
-    """A data set: name and kind of each file."""
-    entry = st.tuples(*map(st.sampled_from, (SPLITS, FOLDERS, FILES, KINDS)))
+    """A data set: name and kind of each file. Most are sound; some mix up splits and classes."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    splits = layout + (draw(st.sampled_from([[], [], [], SPLITS])))
+    entry = st.tuples(*map(st.sampled_from, (splits, FOLDERS, FILES, KINDS)))
     found = {
-        os.path.normpath("/".join(filter(None, parts[:3]))): parts[3]
+        "/".join(filter(None, parts[:3])): parts[3]
         for parts in draw(st.lists(entry, min_size=1, max_size=20))
+        if layout == [""] or parts[1] != "runs"  # one split alone would have the class
     }
-    for split in draw(st.sampled_from([[""], ["train"], ["Train", "valid"]])):
-        for name in ("a", "b"):  # most folders are data sets
+    for split in layout:
+        for name in ("a", "b"):
             for i in range(2):
-                found.setdefault(os.path.normpath(f"{split}/{name}/main{i}.png"), "image")
+                found["/".join(filter(None, (split, name, f"main{i}.png")))] = "image"
     return found
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
+from hjepa_jax.data.class_list import find_class_list
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
     Streaming,
@@ -31,7 +31,6 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
 UNREADABLE = -2  # the label of a corrupt record; TFDS has -1 for an image without a label
-REPOSITORY = Path(__file__).parent.parent.parent
 SCAN_BATCH = 1000  # records that are looked through at a time for those of some classes
 
 
@@ -219,16 +218,9 @@ def _is_labelled(split: TfdsRecords) -> bool:
 
 
 def _read_classes(path: str, names: Sequence[str]) -> list[int]:
-    """Returns the labels of the classes that a file names, one a line.
-
-    A relative path is looked for in the current folder, then in the folder of this repository: the
-    shipped configs name their lists from there.
-    """
+    """Returns the labels of the classes that a file names, one a line."""
     try:
-        file = Path(path).expanduser()
-        if not file.exists():
-            file = REPOSITORY / file
-        lines = file.read_text(encoding="utf-8").split()
+        lines = find_class_list(path).read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
         rule = f"must be a file of class names: {first_line(error)}"
         raise InputError("data.class_list", path, rule) from error
