@@ -94,7 +94,9 @@ def base_config() -> Config:
     c.data.num_workers = 2  # processes that decode streamed images; 0: a thread of the run
     c.data.max_labelled = 20_000  # of a streamed set: images per split kept in memory for probes
     c.data.train_split = placeholder(str)  # of a streamed TFDS set, may lack labels; None: train
-    c.data.class_list = placeholder(str)  # a file: a streamed TFDS set has only the classes in it
+    # A file of class names: a streamed TFDS set has only these. A relative path counts from the
+    # current folder, or else from the folder of the config file.
+    c.data.class_list = placeholder(str)
     c.data.image_size = 32  # pixels per side that the model sees; stored images are resized
     c.data.mean = (0.491, 0.482, 0.447)  # per channel, of pixels in [0, 1]
     c.data.std = (0.247, 0.243, 0.262)

@@ -41,7 +41,9 @@ def main() -> None:
         raise InputError("--config", path, f"must be a config file ({reason})") from error
 
     from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
+    from hjepa_jax.data.class_list import resolve_class_list
 
+    resolve_class_list(config, path)
     if _DRY_RUN.value:
         print(json.dumps(run.describe(config)))
         return

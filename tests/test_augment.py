@@ -6,6 +6,8 @@ from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from hjepa_jax.data.augment import Augment, crop_and_resize, luma, resize_and_normalize
+from hjepa_jax.data.sources import square
+from hjepa_jax.evaluation.features import embed_pixels
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.integers(0, 256, (6, 16, 16, 3), np.uint8))
@@ -37,6 +39,32 @@ def test_without_options_only_normalisation_is_left():
     np.testing.assert_allclose(evaluated, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(32, 80), (80, 32), (33, 80)])
+def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
+    """The program shows of stored images the same square as the reader of files cuts out."""
+    rng = np.random.default_rng(1)
+    smooth = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(shape[::-1])
+    expected, expected_32 = (square(smooth, size) / 255.0 for size in (16, 32))
+    squashed = np.asarray(smooth.resize((16, 16))) / 255.0
+    assert np.abs(squashed - expected).max() > 0.3
+    images = jnp.asarray(np.asarray(smooth))[None]
+    for got in (
+        resize_and_normalize(images, image_size=16, **UNIT),
+        Augment(16, **UNIT)(RNGS[:1], images),
+        Augment(16, **UNIT, crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0))(RNGS[:1], images),
+    ):
+        np.testing.assert_allclose(got[0], expected, atol=0.04)  # of linear and cubic filters
+    pixels = embed_pixels(None, images)["pixels"].reshape(32, 32, 3)
+    np.testing.assert_allclose(pixels, expected_32, atol=0.04)
+
+
+def test_square_images_are_resized_bit_for_bit_as_before():
+    image = IMAGES[0] / 255.0
+    before = crop_and_resize(image, 0.0, 0.0, 16.0, 16.0, size=9)
+    after = resize_and_normalize(IMAGES[:1], image_size=9, **UNIT)
+    np.testing.assert_array_equal(after[0], before)
+
+
 def test_crops_stay_inside_and_keep_their_area_range():
     """A ramp image tells where its crop came from: the mean is the centre, the range the size."""
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
@@ -52,22 +80,24 @@ def test_crops_stay_inside_and_keep_their_area_range():
     assert row[:, -1].max() > 0.98
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "expected"), [(64, 64, (0.7, 1 / 0.7)), (32, 96, (2.1, 2.1))]
-)
-def test_a_crop_has_the_area_drawn_for_it_whatever_ratios_fit(height, width, expected):
-    across, down = np.linspace(0, 255, width)[None, :], np.linspace(0, 255, height)[:, None]
+@pytest.mark.parametrize(("height", "width", "side"), [(64, 64, 64), (32, 96, 32), (97, 48, 48)])
+def test_a_crop_has_the_area_drawn_for_it_in_the_central_square(height, width, side):
+    # The ramps go from 0 to 255 within the central square.
+    across = np.linspace(0, 255, side)[np.clip(np.arange(width) - (width - side) // 2, 0, side - 1)]
+    down = np.linspace(0, 255, side)[np.clip(np.arange(height) - (height - side) // 2, 0, side - 1)]
+    across, down = across[None, :], down[:, None]
     image = np.stack(np.broadcast_arrays(across, down, 0), axis=-1).round().astype(np.uint8)
     augment = Augment(32, **UNIT, crop_scale=(0.7, 0.7), crop_ratio=(0.5, 2.0))
     images = jnp.asarray(np.tile(image[None], (200, 1, 1, 1)))
     views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(1), 200), images))
     middle = views[:, 8:24, 8:24]  # away from the border, where pixels beyond it are missing
-    across = (middle[:, 0, -1, 0] - middle[:, 0, 0, 0]) / 15 * 32
-    down = (middle[:, -1, 0, 1] - middle[:, 0, 0, 1]) / 15 * 32
-    np.testing.assert_allclose(across * down, 0.7, rtol=0.06)
+    scale = 32 / 15 * (side - 1) / side
+    across = (middle[:, 0, -1, 0] - middle[:, 0, 0, 0]) * scale
+    down = (middle[:, -1, 0, 1] - middle[:, 0, 0, 1]) * scale
+    np.testing.assert_allclose(across * down, 0.7, rtol=0.06)  # of the square, unsquashed
     assert max(across.max(), down.max()) < 1.04
-    ratios = across * width / (down * height)
-    assert (ratios.min(), ratios.max()) == pytest.approx(expected, rel=0.06)
+    ratios = across / down
+    assert (ratios.min(), ratios.max()) == pytest.approx((0.7, 1 / 0.7), rel=0.06)
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:

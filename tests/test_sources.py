@@ -122,22 +122,24 @@ def test_npz_grey_values_fill_three_channels(tmp_path, shape):
     np.testing.assert_array_equal(train.images, np.stack([grey] * 3, axis=-1))
 
 
-def test_npz_without_test_pair_holds_out_a_tenth_by_seed(tmp_path):
+def test_npz_without_test_pair_holds_out_the_same_tenth_for_every_seed(tmp_path):
     split = random_split(50)
     split.images[:, 0, 0, 0] = np.arange(50)  # each image carries its index
     np.savez(tmp_path / "data.npz", train_images=split.images, train_labels=split.labels)
     held = []
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         train, test = open_here(f"npz:{tmp_path}/data.npz", seed=seed).load()
         train_index, test_index = train.images[:, 0, 0, 0], test.images[:, 0, 0, 0]
         assert len(test_index) == 5
         assert sorted([*train_index, *test_index]) == list(range(50))
+        np.testing.assert_array_equal(train.labels, split.labels[train_index])
         np.testing.assert_array_equal(test.labels, split.labels[test_index])
+        assert set(test.labels) == {0, 1, 2, 3}
         held.append(test_index.tolist())
-    assert held[0] == held[1] != held[2]
+    assert held[0] == held[1]
 
 
-GOOD = {"train_images": np.zeros((4, 6, 5, 3), np.uint8), "train_labels": np.arange(4)}
+GOOD = {"train_images": np.zeros((4, 6, 5, 3), np.uint8), "train_labels": np.array([0, 1, 0, 1])}
 
 
 @pytest.mark.parametrize(
@@ -145,17 +147,28 @@ GOOD = {"train_images": np.zeros((4, 6, 5, 3), np.uint8), "train_labels": np.ara
     [
         ({"train_labels": None}, "must hold the arrays"),
         ({"test_images": GOOD["train_images"]}, "must hold the arrays"),
-        ({"x": np.zeros(3)}, "must hold the arrays"),
+        ({"x_train": GOOD["train_images"]}, "once, not train_images and x_train"),
+        ({"train_images": None, "x": GOOD["train_images"]}, "must hold the arrays"),
         ({"train_images": np.zeros((4, 6, 5, 3), np.float32)}, "train_images must be uint8"),
         ({"train_images": np.zeros((4, 6, 5, 4), np.uint8)}, "train_images must be [n, H, W, 3]"),
         ({"train_images": np.zeros((4, 6), np.uint8)}, "train_images must be [n, H, W, 3]"),
         ({"train_images": np.zeros((0, 6, 5, 3), np.uint8)}, "train_images must not be empty"),
-        ({"train_labels": np.arange(4.0)}, "train_labels must be integers"),
+        ({"train_images": np.zeros((4, 6, 5, 3), np.int64)}, "train_images must be uint8"),
+        ({"train_labels": np.array(["a", "b", "a", "b"])}, "train_labels must be integers"),
+        ({"train_labels": np.arange(4) / 2}, "train_labels must hold one label per image: whole"),
+        ({"train_labels": np.array([0, 1, 0, np.nan])}, "train_labels must hold one label per"),
+        ({"train_labels": np.array([0, 1, 0, np.inf])}, "train_labels must hold one label per"),
+        ({"train_labels": np.full(4, 1e30)}, "train_labels must lie in [0, 65535]"),
+        ({"train_labels": np.full(4, -1e30)}, "train_labels must lie in [0, 65535]"),
         ({"train_labels": np.arange(5)}, "train_labels must hold one label per image"),
-        ({"train_labels": np.zeros((4, 1), int)}, "train_labels must hold one label per image"),
+        ({"train_labels": np.ones((4, 2), int)}, "or one-hot rows"),
+        ({"train_labels": np.zeros((4, 2), int)}, "or one-hot rows"),
+        ({"train_labels": np.zeros((4, 0), int)}, "or one-hot rows"),
+        ({"train_labels": np.zeros((4, 2, 2), int)}, "or one-hot rows"),
+        ({"train_labels": np.arange(4)}, "no class has two images"),
         ({"train_labels": np.arange(4) - 1}, "train_labels must lie in [0, 65535]"),
         ({"train_labels": np.array([0, 1, 2, 2**40])}, "train_labels must lie in [0, 65535]"),
-        ({"train_labels": np.array([None] * 4)}, "must name a readable .npz file"),
+        ({"train_labels": np.array([None] * 4)}, "train_labels must be integers"),
         (
             {"test_images": np.zeros((2, 5, 6, 3), np.uint8), "test_labels": np.arange(2)},
             "train and test images differ in shape",
@@ -232,8 +245,10 @@ LABELS = ("train_labels", header("(4,)"))
         ([("train_images", header("(-4, -2, 2, 3)")), LABELS], "must name a readable .npz"),
         ([("train_images", header("((9,),)")), LABELS], "must name a readable .npz"),
         ([("train_images", "(" * 190), LABELS], "must name a readable .npz"),
-        ([("train_images", header("(4, 2, 2, 3)", "|O")), LABELS], "must name a readable .npz"),
+        ([("train_images", header("(4, 2, 2, 3)", "|O")), LABELS], "train_images must be uint8"),
         ([("train_images", header("(4, 2, 2, 3)")), LABELS, LABELS], "must hold the arrays"),
+        ([("train_images", header("(4, 2, 2, 3)")), ("train_labels", header("(99999999,)"))],
+         "is shorter than its shape"),
         ([("train_images", header("(4, 2, 2, 3)")), ("train_labels", header("(4,)", "<m8[s]"))],
          "labels must be integers"),
     ],
@@ -259,18 +274,19 @@ def save_image(path, colour=RED, size=(12, 10)):
     Image.new("RGB", size, colour).save(path)
 
 
-def test_folder_without_test_images_holds_out_a_tenth_by_seed(tmp_path):
+def test_folder_without_test_images_holds_out_the_same_tenth_for_every_seed(tmp_path):
     for name, colour in (("cat", RED), ("dog", BLUE)):
         for i in range(10):
             save_image(tmp_path / name / f"{i}.png", colour)
     held = []
-    for seed in (0, 0, 1):
+    for seed in (0, 1):
         source = open_here(f"folder:{tmp_path}", seed=seed)
         assert (source.info.num_train, source.info.num_test) == (18, 2)
         assert source.info.class_names == ("cat", "dog")
         assert source.info.image_shape == (8, 8, 3)
         train, test = source.load()
-        held.append(test.labels.tolist())
+        held.append(test.names)
+        assert test.labels.tolist() == [0, 1]
         for split in (train, test):
             colours = np.array([RED, BLUE], np.uint8)[split.labels]
             np.testing.assert_array_equal(split.images[:, 4, 4], colours)
@@ -293,7 +309,8 @@ def test_folder_takes_its_own_test_images(tmp_path, test_name):
 
 def test_folder_may_have_a_class_named_train(tmp_path):
     for name in ("car", "plane", "train"):
-        save_image(tmp_path / name / "0.png")
+        for i in range(2):
+            save_image(tmp_path / name / f"{i}.png")
     assert open_here(f"folder:{tmp_path}").info.class_names == ("car", "plane", "train")
 
 
@@ -360,12 +377,6 @@ def make_bad(path, kind):
             path.write_bytes(bitmap_header(10_000))
         case "bomb":
             path.write_bytes(bitmap_header(40_000))
-        case "folder":
-            path.mkdir()
-        case "pipe":
-            os.mkfifo(path)
-        case "link to nothing":
-            path.symlink_to(path.parent / "absent.png")
 
 
 @pytest.mark.parametrize(
@@ -378,9 +389,6 @@ def make_bad(path, kind):
         ("postscript", "is none of BMP, GIF"),
         ("suspected bomb", "10000 x 10000 are more than 89478485 pixels"),
         ("bomb", "could be decompression bomb"),
-        ("folder", "is no file"),
-        ("pipe", "is no file"),
-        ("link to nothing", "is no file"),
     ],
 )
 def test_a_bad_image_is_skipped_and_listed_and_the_rest_is_read(tmp_path, capsys, kind, reason):
@@ -393,8 +401,8 @@ def test_a_bad_image_is_skipped_and_listed_and_the_rest_is_read(tmp_path, capsys
     shown = {name: tuple(image[0, 0]) for split in (train, test)
              for name, image in zip(split.names, split.images, strict=True)}  # fmt: skip
     assert shown == {"x/0.png": RED, "x/2.png": BLUE, "x/4.png": GREEN}
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
+    used, line = capsys.readouterr().err.splitlines()
+    assert used == f"folder:{tmp_path}: train 3 files; test 1 files held out, by class; 1 class (x)"
     assert line.startswith(f"folder:{tmp_path}: 1 of 4 files skipped: {bad} ")
     assert reason in line
 
@@ -410,8 +418,7 @@ def test_many_bad_images_are_counted_and_three_are_named(tmp_path, capsys):
     assert (source.info.num_train, source.info.num_test) == (6, 6)
     train, test = source.load()
     assert (len(train.images), len(test.images)) == (len(train.labels), len(test.labels)) == (2, 2)
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
+    _, line = capsys.readouterr().err.splitlines()
     assert "8 of 12 files skipped" in line
     assert line.count("is none of") == 3
     assert "; and 5 more" in line
@@ -429,7 +436,7 @@ def test_links_out_of_the_folder_are_skipped_and_those_within_are_read(tmp_path,
     assert source.info.num_train + source.info.num_test == 6
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert f"2 of 8 files skipped: {root}/x/out.png is a link out of the folder; " in line
+    assert "; not used: 2 link out of the folder (x/out.png, y/out.png)" in line
     (tmp_path / "link").symlink_to(root)  # the folder itself may be reached by a link
     assert open_here(f"folder:{tmp_path}/link").info == source.info
 
@@ -437,19 +444,21 @@ def test_links_out_of_the_folder_are_skipped_and_those_within_are_read(tmp_path,
     (tmp_path / "elsewhere").mkdir()
     (root / "x" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
     (root / "y").symlink_to(tmp_path / "elsewhere")
-    assert_refused(f"folder:{root}", f"no image in {root}/y ({root}/y/0.png is a link out")
+    assert_refused(f"folder:{root}", f"no image in {root}/y (it is a link out of the folder)")
 
 
 @pytest.mark.parametrize("split", ["train", "test", "."])
 def test_a_class_of_which_no_image_is_left_is_refused(tmp_path, split, capsys):
     for folder in ("train", "test") if split != "." else (".",):
         for name in ("x", "y"):
-            save_image(tmp_path / folder / name / "0.png")
+            for i in range(2):
+                save_image(tmp_path / folder / name / f"{i}.png")
+    for bad in (tmp_path / split / "y").iterdir():
+        bad.write_text("not an image")
     bad = tmp_path / split / "y" / "0.png"
-    bad.write_text("not an image")
     message = assert_refused(f"folder:{tmp_path}", "there is no image left in class y")
     assert f"({bad} cannot be decoded as an image" in message
-    assert capsys.readouterr().err == ""  # the one line says all
+    assert capsys.readouterr().err.count("\n") == 1  # of what is used; the error says the rest
 
 
 def test_one_image_that_is_left_cannot_be_split(tmp_path):

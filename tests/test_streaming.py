@@ -16,9 +16,11 @@ import jax
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from ml_collections import ConfigDict
 
 from hjepa_jax import train
-from hjepa_jax.data import sources, streaming
+from hjepa_jax.config import base_config
+from hjepa_jax.data import class_list, sources, streaming
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.records import (
     Streaming,
@@ -33,6 +35,7 @@ from hjepa_jax.publish import write_report
 from hjepa_jax.run_dir import prepare_workdir
 from hjepa_jax.run_facts import read_facts
 from tests import processes
+from tests.conftest import REPOSITORY
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
 from tests.test_sources import define_tiny_set
 
@@ -398,9 +401,61 @@ def test_a_list_of_classes_restricts_a_tfds_set_and_renumbers_its_labels(tfds_di
         open_tfds(tfds_dir, class_list=str(tmp_path / "none.txt"))
 
 
+def test_a_list_is_found_from_the_folder_of_the_config_or_the_repository(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("here.txt", "configs/here.txt", "configs/beside.txt"):
+        (tmp_path / name).write_text("x\ny\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def resolve(path):
+        config = base_config().lock()
+        config.data.class_list = path
+        class_list.resolve_class_list(config, "configs/own.py")
+        return config.data.class_list
+
+    monkeypatch.chdir(tmp_path)
+    beside = str(tmp_path / "configs" / "beside.txt")
+    assert resolve("beside.txt") == beside
+    assert class_list.find_class_list(beside).exists()
+    shipped = "configs/imagenet100_classes.txt"
+    for path in ("here.txt", "~/here.txt", "configs/here.txt", "none.txt", shipped, None):
+        assert resolve(path) == path
+    assert class_list.find_class_list(shipped) == REPOSITORY / shipped
+    assert class_list.find_class_list("~/here.txt") == tmp_path / "here.txt"
+    assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
+    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # refused later
+
+
+def test_splits_of_a_tfds_set_that_are_not_used_are_named(tfds_dir, tmp_path, capsys):
+    counts = "train 20 images in split train; test 6 images in split test; 3 classes (x, y, z)"
+    other = "; not used: 1 other splits (unlabelled)\n"
+    open_tfds(tfds_dir, "never")
+    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}{other}"
+    open_tfds(tfds_dir)
+    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}{other}"
+    open_tfds(tfds_dir, train_split="unlabelled")
+    counts = counts.replace("20 images in split train", "24 images in split unlabelled")
+    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}\n"
+
+
+def test_a_streamed_set_without_test_images_holds_out_a_tenth_by_class(tmp_path, capsys):
+    define_tiny_set("TinyUntested", [("train", 25)], (4, 6, 3))
+    options = {"data_dir": str(tmp_path), "image_size": 8}
+    for seed in (0, 1):
+        streamed = open_source(
+            "tfds:tiny_untested", **options, seed=seed, streaming=Streaming("always")
+        )
+        resident = open_source("tfds:tiny_untested", **options, seed=seed)
+        for split, other in zip(streamed.load(), resident.load(), strict=True):
+            np.testing.assert_array_equal(split.images, other.images)
+            np.testing.assert_array_equal(split.labels, other.labels)
+        assert sorted(split.labels) == [0, 1]
+        assert len(streamed.records) == 23
+
+
 def test_the_shipped_list_names_a_hundred_classes_of_imagenet():
     config = importlib.import_module("configs.imagenet100_small").get_config()
-    names = pathlib.Path(config.data.class_list).read_text().split()
+    names = class_list.find_class_list(config.data.class_list).read_text().split()
     tfds_file = "datasets/imagenet2012/labels.txt"
     tfds_dir = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent
     assert len(set(names)) == 100

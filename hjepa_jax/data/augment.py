@@ -25,7 +25,8 @@ class Augment:
     Attributes:
       image_size: side of the result, pixels.
       mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
-      crop_scale: area of the crop, fraction of the image (uniform); (1, 1) keeps the image.
+      crop_scale: area of the crop, fraction of the central square of the image (uniform); (1, 1)
+        keeps that square.
       crop_ratio: width / height of the crop (log-uniform among those with which it fits; the next
         that fits, where none of them does).
       horizontal_flip: probability of a left-right flip.
@@ -63,7 +64,10 @@ class Augment:
         crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
         x = image.astype(jnp.float32) / 255.0
         if self.crop_scale != (1.0, 1.0):
-            box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
+            side, top, left = _centre_square(height, width)
+            box = _sample_crop(crop_rng, side, side, self.crop_scale, self.crop_ratio)
+            if height != width:
+                box = (box[0] + top, box[1] + left, *box[2:])
             x = crop_and_resize(x, *box, size=self.image_size)
         else:
             x = _resize(x, self.image_size)
@@ -95,7 +99,7 @@ def resize_and_normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "B S S C"]:
-    """What evaluation sees: the whole image, resized and normalised, nothing random."""
+    """Returns what evaluation sees: the central square, resized and normalised, nothing random."""
     x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
     return normalize(x, mean, std)
 
@@ -158,11 +162,22 @@ def _happens(rng: Array, probability: float) -> Array:
 
 
 def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
-    """The whole image at another size, or untouched if it has that size."""
+    """Returns the central square of the image at another size; untouched if it has that size."""
     height, width, _ = image.shape
     if (height, width) == (size, size):
         return image
-    return crop_and_resize(image, 0.0, 0.0, float(height), float(width), size=size)
+    side, top, left = _centre_square(height, width)
+    return crop_and_resize(image, top, left, float(side), float(side), size=size)
+
+
+def _centre_square(height: int, width: int) -> tuple[int, float, float]:
+    """Returns side, top and left of the largest central square, in pixels.
+
+    The same as `hjepa_jax.data.sources.square` cuts out of an image file: the model never sees an
+    image that is squashed.
+    """
+    side = min(height, width)
+    return side, (height - side) / 2, (width - side) / 2
 
 
 def _resize_matrix(

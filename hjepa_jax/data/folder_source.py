@@ -1,50 +1,26 @@
 """The `folder:<path>` source: one sub-folder of image files per class.
 
-What stands in a folder is anybody's: whatever is no picture is skipped and listed, not a reason to
-end a run. A class is never dropped, though: without an image left it is refused.
+A file that is no image does not end a run: it is left out, and named in a line on stderr. A class
+is never left out, however: a class without an image is refused. `folder_files` has the rules.
 """
 
 import dataclasses
-import itertools
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hjepa_jax.data.folder_files import IMAGE_FORMATS, FolderListing, Listing, list_folder
 from hjepa_jax.data.records import NOT_STREAMED, Streaming, read_all, report_skipped
-from hjepa_jax.data.sources import (
-    Source,
-    SourceInfo,
-    Split,
-    first_line,
-    hold_out,
-    hold_out_test,
-    num_held_out,
-    square,
-    streams,
-)
+from hjepa_jax.data.sources import Source, SourceInfo, Split, first_line, square, streams
+from hjepa_jax.data.test_split import draw_test_rows, hold_out_test
+from hjepa_jax.data.usage import printable, report_usage
 from hjepa_jax.errors import InputError
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-# A file is read as one of these whatever its suffix: Pillow knows more, and some start programs.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Where Pillow, too, begins to suspect a decompression bomb; it refuses only at twice as many.
 MAX_PIXELS = 2**30 // 12
-TEST_FOLDERS = ("test", "val", "validation")
-
-
-class _Listing(NamedTuple):
-    """The files of a split in order of class and name, and their labels."""
-
-    class_names: tuple[str, ...]
-    files: list[str]
-    labels: Int32[np.ndarray, " n"]
-
-    def part(self, rows: Int[np.ndarray, " rows"]) -> "_Listing":
-        return _Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,61 +42,52 @@ class FolderRecords:
 
 
 def open_folder(
-    source: str, root: Path, image_size: int, seed: int, streaming: Streaming = NOT_STREAMED
+    source: str, root: Path, image_size: int, streaming: Streaming = NOT_STREAMED
 ) -> Source:
     """Opens `folder:<path>`; see `hjepa_jax.data.sources.open_source`."""
-    top = root = root.resolve()
     if not root.is_dir():
         raise InputError("data.source", source, "must name a folder that exists")
-    roots = [root]
-    if _sub_folders(root / "train"):  # else "train" may be a class, beside "car" and "plane"
-        tests = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
-        roots = [root / "train", *tests[:1]]
-    skipped: list[InputError] = []
-    listings = [_list_classes(source, top, each, skipped) for each in roots]
-    class_names = listings[0].class_names
-    if listings[-1].class_names != class_names:
-        differing = ", ".join(sorted({*listings[-1].class_names} ^ {*class_names}))
-        rule = f"train and {roots[-1].name} must have the same classes; one lacks {differing}"
-        raise InputError("data.source", source, rule)
-    counts = [len(listing.files) for listing in listings]
-    num_files = sum(counts)
-    report_skipped(source, skipped, f"{num_files + len(skipped)} files")
-    if streams(streaming, counts[0], (image_size, image_size, 3)):
-        if len(listings) == 1:
-            held_out = hold_out(num_files, num_held_out(source, num_files), seed)
-            listings = [listings[0].part(rows) for rows in held_out]
-        return _open_streamed(source, top, listings, image_size, seed, streaming)
+    listing = list_folder(source, root)
+    whole = listing.splits[0]
+    splits = listing.splits
+    if len(splits) == 1:
+        splits = [whole.part(rows) for rows in draw_test_rows(source, whole.labels)]
+    _report(source, listing, splits)
+    if streams(streaming, len(whole.files), (image_size, image_size, 3)):
+        return _open_streamed(source, listing.top, splits, image_size, streaming)
 
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
-        splits = [_read_split(top, listing, image_size, skipped) for listing in listings]
-        for listing, split in zip(listings, splits, strict=True):
-            for label in np.setdiff1d(listing.labels, split.labels)[:1]:
-                rule = f"there is no image left in class {class_names[label]}{_first(skipped)}"
+        loaded = [_read_split(listing.top, each, image_size, skipped) for each in listing.splits]
+        for split, listed in zip(loaded, listing.splits, strict=True):
+            for label in np.setdiff1d(listed.labels, split.labels)[:1]:
+                reason = "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
+                rule = f"there is no image left in class {whole.class_names[label]}{reason}"
                 raise InputError("data.source", source, rule)
-        train, test = splits if len(splits) == 2 else hold_out_test(source, splits[0], seed)
-        report_skipped(source, skipped, f"{num_files} files")
+        # Drawn from images that can be read, so that a bad file does not empty the test set.
+        train, test = loaded if len(loaded) == 2 else hold_out_test(source, loaded[0])
+        report_skipped(source, skipped, f"{sum(len(each.files) for each in splits)} files")
         return train, test
 
-    num_test = counts[1] if len(counts) == 2 else num_held_out(source, num_files)
+    num_train, num_test = (len(each.files) for each in splits)
     shape = (image_size, image_size, 3)
-    info = SourceInfo(num_files - num_test, num_test, shape, class_names)
-    return Source(source, info, load)
+    return Source(source, SourceInfo(num_train, num_test, shape, whole.class_names), load)
+
+
+def _report(source: str, listing: FolderListing, splits: list[Listing]) -> None:
+    train, test = (f"{len(each.files)} files" for each in splits)
+    names = listing.split_names
+    train += f" in {names[0]}/" if names else ""
+    test += f" in {names[1]}/" if len(names) == 2 else " held out, by class"
+    report_usage(source, train, test, splits[0].class_names, listing.unused)
 
 
 def _open_streamed(
-    source: str,
-    top: Path,
-    listings: list[_Listing],
-    image_size: int,
-    seed: int,
-    streaming: Streaming,
+    source: str, top: str, listings: list[Listing], image_size: int, streaming: Streaming
 ) -> Source:
     """A folder whose training images are read while they are trained on."""
     labelled = [
-        listing.part(streaming.draw_labelled(np.arange(len(listing.files)), seed))
-        for listing in listings
+        listing.part(streaming.draw_labelled(np.arange(len(listing.files)))) for listing in listings
     ]
 
     def load() -> tuple[Split, Split]:
@@ -159,59 +126,12 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndar
         unknown = isinstance(error, UnidentifiedImageError)  # whose message is but the path
         reason = f"is none of {', '.join(IMAGE_FORMATS)}" if unknown else first_line(error)
         rule = f"cannot be decoded as an image: {reason}"
-        raise InputError("data.source", os.fspath(path), rule) from error
+        raise InputError("data.source", printable(os.fspath(path)), rule) from error
 
 
-def _read_split(top: Path, listing: _Listing, image_size: int, skipped: list[InputError]) -> Split:
+def _read_split(top: str, listing: Listing, image_size: int, skipped: list[InputError]) -> Split:
     """Decodes files; those that are no images are added to `skipped`, and are not in the split."""
     images, kept, errors = read_all(FolderRecords(listing.files, image_size))
     skipped += errors
-    names = tuple(os.path.relpath(listing.files[i], top) for i in kept)
+    names = tuple(printable(os.path.relpath(listing.files[i], top)) for i in kept)
     return Split(images, listing.labels[kept], names)
-
-
-def _list_classes(source: str, top: Path, root: Path, skipped: list[InputError]) -> _Listing:
-    folders = _sub_folders(root)
-    if {folder.name for folder in folders} <= {"train", *TEST_FOLDERS}:
-        raise InputError("data.source", source, f"{root} must hold one sub-folder per class")
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        images, num_skipped = [], len(skipped)
-        outside = not _is_within(top, folder.path)
-        for entry in _visible(folder):
-            if Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            if outside or (entry.is_symlink() and not _is_within(top, entry.path)):
-                rule = "is a link out of the folder"
-                skipped.append(InputError("data.source", entry.path, rule))
-            elif not entry.is_file():  # to open a pipe would be to wait
-                skipped.append(InputError("data.source", entry.path, "is no file"))
-            else:
-                images.append(entry.path)
-        if not images:
-            rule = f"there is no image in {folder.path}{_first(skipped[num_skipped:])}"
-            raise InputError("data.source", source, rule)
-        files += images
-        labels += [label] * len(images)
-    class_names = tuple(folder.name for folder in folders)
-    return _Listing(class_names, files, np.array(labels, np.int32))
-
-
-def _first(skipped: list[InputError]) -> str:
-    """Why the first of them was skipped, in brackets."""
-    return "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
-
-
-def _is_within(top: Path, path: str) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(top)
-
-
-def _sub_folders(folder: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in _visible(folder) if entry.is_dir()] if folder.is_dir() else []
-
-
-def _visible(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Lists a folder by name, without hidden entries such as the `._*` files of macOS."""
-    with os.scandir(folder) as entries:
-        visible = itertools.filterfalse(lambda entry: entry.name.startswith("."), entries)
-        return sorted(visible, key=lambda entry: entry.name)

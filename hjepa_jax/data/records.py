@@ -13,9 +13,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from hjepa_jax.data.usage import printable
 from hjepa_jax.errors import InputError
 
 READ_AHEAD = 1024  # records handed to the threads at a time: Ctrl-C waits for no more
+MAX_WAITING_BYTES = 2**27  # of decoded records that wait for their place
 MAX_UNREADABLE = 100  # in a row: then it is not the records that are at fault
 NUM_LISTED = 3  # skipped records that are named
 
@@ -29,7 +31,7 @@ class Streaming:
       train_split: the split of a TFDS set to train on, which may be without labels; None for train.
       class_list: a file that names one class a line; a TFDS set is restricted to them.
       max_labelled: labelled images of train and test that are kept in memory for probes, at most.
-        They are drawn once, by seed.
+        Every run on the set draws the same ones.
     """
 
     when: str = "never"
@@ -37,11 +39,11 @@ class Streaming:
     class_list: str | None = None
     max_labelled: int = 20_000
 
-    def draw_labelled(self, rows: np.ndarray, seed: int) -> np.ndarray:
-        """At most `max_labelled` of the rows, in their order."""
+    def draw_labelled(self, rows: np.ndarray) -> np.ndarray:
+        """Returns at most `max_labelled` of the rows, in their order."""
         if len(rows) <= self.max_labelled:
             return rows
-        drawn = np.random.default_rng(seed).permutation(len(rows))[: self.max_labelled]
+        drawn = np.random.default_rng(0).permutation(len(rows))[: self.max_labelled]
         return rows[np.sort(drawn)]
 
 
@@ -109,8 +111,9 @@ def read_all(
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         # Odd metadata: what matters is whether there is a picture. (The filter is every thread's.)
         warnings.simplefilter("ignore")
-        for start in range(0, len(records), READ_AHEAD):
-            rows = range(start, min(start + READ_AHEAD, len(records)))
+        ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, images[:1].nbytes)))
+        for start in range(0, len(records), ahead):
+            rows = range(start, min(start + ahead, len(records)))
             for row, image in zip(rows, pool.map(read, rows), strict=True):
                 if isinstance(image, InputError):
                     errors.append(image)
@@ -147,4 +150,4 @@ def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None
     named = "; ".join(f"{error.value} {error.rule}" for error in errors[:NUM_LISTED])
     others = f"; and {len(errors) - NUM_LISTED} more" if len(errors) > NUM_LISTED else ""
     line = f"{source}: {len(errors)} of {what} skipped: {named}{others}"
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    print(printable(" ".join(line.split())), file=sys.stderr, flush=True)

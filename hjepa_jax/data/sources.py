@@ -7,8 +7,8 @@
 | source          | what                                                                 |
 |-----------------|----------------------------------------------------------------------|
 | `tfds:<name>`   | a TensorFlow Datasets image classification set; downloaded if needed |
-| `npz:<file>`    | arrays in one file; `save_npz` writes them                           |
-| `folder:<path>` | one sub-folder of image files per class                              |
+| `npz:<file>`    | arrays in one file, see `npz_source`; `save_npz` writes them         |
+| `folder:<path>` | one sub-folder of image files per class, see `folder_files`          |
 | `shapes`        | built-in procedural images, see `hjepa_jax.data.shapes`              |
 
 The order of the examples is a function of the source alone; whoever shuffles brings a seed.
@@ -19,16 +19,16 @@ import dataclasses
 import hashlib
 import math
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, Int32, Shaped, UInt8
+from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, ImageOps
 
 from hjepa_jax.data.records import NOT_STREAMED, Records, Streaming, read_or_next
 from hjepa_jax.errors import InputError
+from hjepa_jax.host_memory import available_bytes
 
 NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 # A split beyond this would crowd out the model on a small device.
@@ -98,7 +98,8 @@ def open_source(
         folder in the home directory). Other sources ignore it.
       image_size: side in pixels to which images of varying size are brought (shorter side resized,
         then centre crop). Images that all have one size keep it.
-      seed: chooses the test images where the source has none of its own (10 %), and draws `shapes`.
+      seed: draws `shapes`. Other sources do not depend on it: if one has no test images, the same
+        tenth of its images is held out for every seed (`hjepa_jax.data.test_split`).
       streaming: whether the training images are read while they are trained on.
       may_download: without, a set of TFDS that is not prepared is refused.
 
@@ -111,7 +112,15 @@ def open_source(
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
         check_size(source, (num_images, *found.info.image_shape))
-    return found
+    if source.partition(":")[0] not in ("tfds", "folder"):  # small, or in memory by now
+        return found
+
+    def load() -> tuple[Split, Split]:
+        num_images = found.info.num_train + found.info.num_test
+        check_memory(source, num_images * math.prod(found.info.image_shape))
+        return found.load()
+
+    return dataclasses.replace(found, load=load)
 
 
 def _open(
@@ -135,16 +144,15 @@ def _open(
     if kind == "tfds" and rest:
         from hjepa_jax.data import tfds_source  # it needs Split from here
 
-        return tfds_source.open_tfds(
-            source, rest, data_dir, image_size, seed, streaming, may_download
-        )
+        return tfds_source.open_tfds(source, rest, data_dir, image_size, streaming, may_download)
     if kind == "npz" and rest:
-        return _open_npz(source, Path(rest).expanduser(), seed)
-    if kind == "folder" and rest:
-        from hjepa_jax.data import folder_source  # it needs Split from here
+        from hjepa_jax.data import npz_source  # as above
 
-        root = Path(rest).expanduser()
-        return folder_source.open_folder(source, root, image_size, seed, streaming)
+        return npz_source.open_npz(source, Path(rest).expanduser())
+    if kind == "folder" and rest:
+        from hjepa_jax.data import folder_source  # as above
+
+        return folder_source.open_folder(source, Path(rest).expanduser(), image_size, streaming)
     rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
     raise InputError("data.source", source, rule)
 
@@ -159,6 +167,19 @@ def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
     if num_bytes > MAX_RESIDENT_BYTES:
         limit = f"{MAX_RESIDENT_BYTES / 2**30:.0f} GiB"
         rule = f"must fit the device as uint8, {limit}; this is {num_bytes / 2**30:.1f} GiB"
+        raise InputError("data.source", source, rule)
+
+
+def check_memory(source: str, num_bytes: int) -> None:
+    """Refuses what the machine has no memory for, before it is read.
+
+    Raises:
+      InputError: less than `num_bytes` are available.
+    """
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        needed, there = (f"{size / 2**30:.1f} GiB" for size in (num_bytes, available))
+        rule = f"needs {needed} of memory for its images, and {there} are available"
         raise InputError("data.source", source, rule)
 
 
@@ -184,39 +205,10 @@ def fingerprint(split: Split, records: Records | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def hold_out(
-    num_examples: int, num_held: int, seed: int
-) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held"]]:
-    order = np.random.default_rng(seed).permutation(num_examples)
-    num_kept = num_examples - num_held
-    return np.sort(order[:num_kept]), np.sort(order[num_kept:])
-
-
-def hold_out_test(source: str, split: Split, seed: int) -> tuple[Split, Split]:
-    def part(rows: Int[np.ndarray, " rows"]) -> Split:
-        names = tuple(split.names[i] for i in rows) if split.names else ()
-        return Split(split.images[rows], split.labels[rows], names)
-
-    num_images = len(split.labels)
-    kept, held = hold_out(num_images, num_held_out(source, num_images), seed)
-    return part(kept), part(held)
-
-
 def first_line(error: BaseException) -> str:
     """Returns the first line of a message that says something, or the name of the error."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
-
-
-def num_held_out(source: str, num_examples: int) -> int:
-    """How many images are held out for the test, where a source has none for it.
-
-    Raises:
-      InputError: when none would be left to train on.
-    """
-    if num_examples < 2:
-        raise InputError("data.source", source, "one image cannot be split into train and test")
-    return max(1, num_examples // 10)
 
 
 def _open_shapes(seed: int) -> Source:
@@ -235,95 +227,17 @@ def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
     np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))
 
 
-def _open_npz(source: str, path: Path, seed: int) -> Source:
-    """Reads and checks the whole file: there is nothing to decode, and errors come at once."""
-    arrays = _read_npz(source, path)
-    train = _check_split(source, "train", arrays)
-    if "test_images" in arrays:
-        test = _check_split(source, "test", arrays)
-        if test.images.shape[1:] != train.images.shape[1:]:
-            shapes = f"{train.images.shape[1:]} and {test.images.shape[1:]}"
-            raise InputError(
-                "data.source", source, f"train and test images differ in shape: {shapes}"
-            )
-    else:
-        train, test = hold_out_test(source, train, seed)
-    num_classes = 1 + max(train.labels.max(), test.labels.max())
-    info = SourceInfo(
-        num_train=len(train.labels),
-        num_test=len(test.labels),
-        image_shape=train.images.shape[1:],
-        class_names=tuple(map(str, range(num_classes))),
-    )
-    return Source(source, info, lambda: (train, test))
-
-
-def _read_npz(source: str, path: Path) -> dict[str, np.ndarray]:
-    try:
-        if not path.is_file():  # to open a pipe would be to wait
-            raise FileNotFoundError("there is no such file")
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            names = [member.filename.removesuffix(".npy") for member in members]
-            if sorted(names) not in (sorted(NPZ_KEYS), sorted(NPZ_KEYS[:2])):
-                rule = (
-                    f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none), not "
-                    + (", ".join(names) or "nothing")
-                )
-                raise InputError("data.source", source, rule)
-            arrays = [_read_npy(source, archive, member) for member in members]
-            return dict(zip(names, arrays, strict=True))
-    except InputError:
-        raise
-    except Exception as error:  # on corrupt data zipfile and NumPy raise almost anything
-        rule = f"must name a readable .npz file: {first_line(error)}"
-        raise InputError("data.source", source, rule) from error
-
-
-def _read_npy(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """Reads one array, once it is known that it is of the size that it says.
-
-    NumPy alone would make room for whatever shape the header names.
-    """
-    with archive.open(member) as file:
-        major, _ = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0
-        if major > 1:
-            read_header = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-    check_size(source, shape, dtype.itemsize)
-    if math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{member.filename} is shorter than its shape {shape}")
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _check_split(source: str, name: str, arrays: dict[str, np.ndarray]) -> Split:
-    images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
-
-    def require(condition: object, rule: str) -> None:
-        if not condition:
-            found = f"images {images.dtype}{images.shape}, labels {labels.dtype}{labels.shape}"
-            raise InputError("data.source", source, f"{name}_{rule} (found {found})")
-
-    require(images.dtype == np.uint8, "images must be uint8")
-    channels_fit = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
-    require(channels_fit, "images must be [n, H, W, 3], [n, H, W, 1] or [n, H, W]")
-    require(images.size, "images must not be empty")
-    require(labels.dtype.kind in "iu", "labels must be integers")
-    require(labels.shape == images.shape[:1], "labels must hold one label per image")
-    require(labels.min() >= 0 and labels.max() < 2**16, "labels must lie in [0, 65535]")
-    check_size(source, (*images.shape[:3], 3))
-    return Split(as_rgb(images), labels.astype(np.int32))
-
-
 def as_rgb(images: Shaped[np.ndarray, "n H W *C"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Replicates grey values to three channels; colour images pass."""
+    """Returns images [n, H, W, 3]: grey values are repeated in three channels."""
     if images.ndim == 3:
         images = images[..., None]
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
 def square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns an RGB image: the shorter side is resized to `image_size`, the centre cut out.
+
+    `hjepa_jax.data.augment` brings stored images that are not square to the same centre.
+    """
     size = (image_size, image_size)
     return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))

@@ -4,13 +4,13 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
+from hjepa_jax.data.class_list import find_class_list
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
     Streaming,
@@ -23,11 +23,10 @@ from hjepa_jax.data.sources import (
     SourceInfo,
     Split,
     first_line,
-    hold_out,
-    num_held_out,
     square,
 )
-from hjepa_jax.data.tfds_source import TEST_SPLITS, files_of, formats_of
+from hjepa_jax.data.test_split import draw_test_rows, keep_rows
+from hjepa_jax.data.tfds_source import TEST_SPLITS, files_of, formats_of, report_splits
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
@@ -113,8 +112,6 @@ def open_streamed(
     source: str,
     builder: Any,
     image_shape: tuple[int, int, int],
-    *,
-    seed: int,
     streaming: Streaming,
 ) -> Source:
     """A prepared set whose training images are read while they are trained on.
@@ -123,7 +120,6 @@ def open_streamed(
       source: its name.
       builder: its TFDS builder.
       image_shape: (H, W, 3) of its images as they are returned.
-      seed: chooses the labelled images, and those of train to test on where no split is for it.
       streaming: what of it.
 
     Raises:
@@ -150,13 +146,13 @@ def open_streamed(
     labelled = open_split("train")
     others = (open_split(name) for name in TEST_SPLITS if name in builder.info.splits)
     test = next((split for split in others if _is_labelled(split)), None)
+    test_name = test.split if test else None
     if test is None:
-        num_test = num_held_out(source, len(labelled))
-        labelled, test = map(labelled.part, hold_out(len(labelled), num_test, seed))
+        labels = _all_labels(labelled, builder)
+        labelled, test = map(labelled.part, draw_test_rows(source, labels))
     records = open_split(streaming.train_split) if streaming.train_split else labelled
     drawn = [
-        split.part(streaming.draw_labelled(np.arange(len(split)), seed))
-        for split in (labelled, test)
+        split.part(streaming.draw_labelled(np.arange(len(split)))) for split in (labelled, test)
     ]
     new_label = np.full(len(names), -1, np.int32)
     new_label[classes] = np.arange(len(classes))
@@ -172,6 +168,8 @@ def open_streamed(
         return loaded[0], loaded[1]
 
     class_names = tuple(names[label] for label in classes)
+    used = (records.split, test_name, labelled.split)
+    report_splits(source, builder, used, len(records), len(test), class_names=class_names)
     info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
     return Source(source, info, load, records)
 
@@ -202,9 +200,9 @@ def _read_labelled(source: str, records: TfdsRecords) -> tuple[Split, list[Input
     if np.any(labels == -1):
         rule = f"split {records.split} has images without a label"
         raise InputError("data.source", source, rule)
-    readable = labels != UNREADABLE
-    errors += unreadable_errors(records, np.array(kept)[~readable].tolist())
-    return Split(images[readable], labels[readable]), errors
+    readable = np.flatnonzero(labels != UNREADABLE)
+    errors += unreadable_errors(records, np.delete(kept, readable).astype(int).tolist())
+    return Split(keep_rows(images, readable), labels[readable]), errors
 
 
 def _is_labelled(split: TfdsRecords) -> bool:
@@ -220,9 +218,9 @@ def _is_labelled(split: TfdsRecords) -> bool:
 
 
 def _read_classes(path: str, names: Sequence[str]) -> list[int]:
-    """Labels of the classes that a file names, one a line."""
+    """Returns the labels of the classes that a file names, one a line."""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").split()
+        lines = find_class_list(path).read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
         rule = f"must be a file of class names: {first_line(error)}"
         raise InputError("data.class_list", path, rule) from error
@@ -235,7 +233,19 @@ def _read_classes(path: str, names: Sequence[str]) -> list[int]:
 
 
 def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np.ndarray, " n"]:
-    """Which records are of the classes: all are looked through once, and that is kept."""
+    """Returns which records are of the classes."""
+    labels = _split_labels(records, builder)
+    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
+
+
+def _all_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]:
+    """Returns the label of each record; negative if it has none or cannot be read."""
+    whole = _all_records(builder, records.split, records.image_shape)
+    return _split_labels(whole, builder)[records.rows]
+
+
+def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]:
+    """Returns the labels of a whole split: all are looked through once, and that is kept."""
 
     def scan() -> dict[str, np.ndarray]:
         print(
@@ -257,4 +267,4 @@ def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np
     corrupt = np.flatnonzero(labels == UNREADABLE).tolist()
     what = f"{len(records)} records of split {records.split} (their class is unknown)"
     report_skipped("data.class_list", unreadable_errors(records, corrupt), what)
-    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
+    return labels

@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,11 @@ from hjepa_jax.data.sources import (
     Split,
     as_rgb,
     first_line,
-    hold_out_test,
-    num_held_out,
     square,
     streams,
 )
+from hjepa_jax.data.test_split import hold_out_test, num_held_out
+from hjepa_jax.data.usage import Unused, report_usage
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
@@ -46,7 +47,6 @@ def open_tfds(
     name: str,
     data_dir: str | None,
     image_size: int,
-    seed: int,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
 ) -> Source:
@@ -89,7 +89,7 @@ def open_tfds(
     if streams(streaming, splits[train_name].num_examples, shape):
         from hjepa_jax.data import tfds_records
 
-        return tfds_records.open_streamed(source, builder, shape, seed=seed, streaming=streaming)
+        return tfds_records.open_streamed(source, builder, shape, streaming)
 
     def load() -> tuple[Split, Split]:
         def decode() -> dict[str, np.ndarray]:
@@ -105,13 +105,37 @@ def open_tfds(
         arrays = kept_arrays(key, decode)
         train = Split(arrays["train_images"], arrays["train_labels"])
         if test_name is None:
-            return hold_out_test(source, train, seed)
+            return hold_out_test(source, train)
         return train, Split(arrays[f"{test_name}_images"], arrays[f"{test_name}_labels"])
 
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
+    report_splits(
+        source, builder, ("train", test_name), num_train, num_test, class_names=label.names
+    )
     return Source(source, SourceInfo(num_train, num_test, shape, tuple(label.names)), load)
+
+
+def report_splits(
+    source: str,
+    builder: Any,
+    used: Sequence[str | None],
+    num_train: int,
+    num_test: int,
+    *,
+    class_names: Sequence[str],
+) -> None:
+    """Says which splits are used: that of the training images, that of the test, and others."""
+    train, test, *_ = used
+    others = [name for name in builder.info.splits if name not in used]
+    report_usage(
+        source,
+        f"{num_train} images in split {train}",
+        f"{num_test} images " + (f"in split {test}" if test else "held out, by class"),
+        class_names,
+        [Unused(name, "other splits") for name in others],
+    )
 
 
 def formats_of(builder: Any) -> set[str]:

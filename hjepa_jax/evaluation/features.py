@@ -161,7 +161,7 @@ def params_digest(params: Any) -> str:
 
 def embed_pixels(_: Any, images: UInt8[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:
     """The "encoder" of the raw-pixel baseline: the pixels themselves, at most 32x32."""
-    size = min(PIXEL_SIZE, images.shape[1])
+    size = min(PIXEL_SIZE, *images.shape[1:3])
     pixels = resize_and_normalize(images, image_size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
     return {"pixels": pixels.reshape(len(images), -1)}
 

@@ -291,7 +291,7 @@ def test_any_file_of_a_folder_is_read_or_skipped(tmp_path):
 
         def check():
             nonlocal num_read
-            source = open_folder("folder:x", tmp_path, IMAGE_SIZE, 0)
+            source = open_folder("folder:x", tmp_path, IMAGE_SIZE)
             assert_as_declared(source)
             num_read += sum(len(split.images) for split in source.load())
 

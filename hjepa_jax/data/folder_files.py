@@ -1,0 +1,307 @@
+"""The files in a folder of images: which are used, and why the others are not.
+
+A folder holds one sub-folder per class, or one folder per split that holds those:
+
+| split      | folder name, in any case (see `hjepa_jax.data.test_split.NAMES`)    |
+|------------|---------------------------------------------------------------------|
+| training   | `train`, `training`                                                 |
+| test       | `test`, `testing`; if there is none: `val`, `valid`, `validation`, `dev` |
+
+Folders inside a class belong to the class. A file with the suffix of an image is used; any other
+file is used if its content is an image. Everything else is listed with a reason.
+"""
+
+import dataclasses
+import os
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32
+from PIL import Image, UnidentifiedImageError
+
+from hjepa_jax.data.test_split import split_role
+from hjepa_jax.data.usage import Unused, printable
+from hjepa_jax.errors import InputError
+
+# Pillow reads more formats, and starts other programs for some of them.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Suffixes of these formats. Such a file is not opened before it is decoded.
+IMAGE_SUFFIXES = {
+    ".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+HIDDEN, EMPTY, OUTSIDE = "hidden", "empty folder", "link out of the folder"
+RUN = "work directory of a run"
+HARMLESS = (HIDDEN, EMPTY, RUN)  # a folder with nothing else in it is no class that was lost
+_RUN_FOLDERS = ("checkpoints", "features", "figures", "finetune", "projector")
+
+
+class Listing(NamedTuple):
+    """The files of a split in order of class and name, and their labels."""
+
+    class_names: tuple[str, ...]
+    files: list[str]
+    labels: Int32[np.ndarray, " n"]
+
+    def part(self, rows: Int[np.ndarray, " rows"]) -> "Listing":
+        return Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderListing:
+    """Everything in a folder.
+
+    Attributes:
+      top: the folder, as an absolute path without links.
+      splits: training files, and test files if the folder has a test split.
+      split_names: names of their folders; none if the folder has no splits.
+      unused: every other file, or a folder around it.
+    """
+
+    top: str
+    splits: list[Listing]
+    split_names: list[str]
+    unused: list[Unused]
+
+
+class _Folder(NamedTuple):
+    path: str
+    chain: tuple[str, ...]  # real paths of this folder and of those it was reached through
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
+    """Lists the images of a folder by split and class, and everything that is not used.
+
+    Args:
+      source: the value of `data.source`, for errors.
+      root: the folder.
+
+    Raises:
+      InputError: there is no sub-folder per class, a class has no image, or train and test do not
+        have the same classes.
+    """
+    lister = _Lister(source, os.path.realpath(root))
+    splits, names = lister.list_splits()
+    return FolderListing(lister.top, splits, names, lister.unused)
+
+
+class _Lister:
+    """Lists one folder; `unused` grows on the way."""
+
+    def __init__(self, source: str, top: str):
+        self.source, self.top, self.unused = source, top, list[Unused]()
+
+    def list_splits(self) -> tuple[list[Listing], list[str]]:
+        """Returns the splits and their folder names; one split without a name if there are none."""
+        top = _Folder(self.top, (self.top,))
+        folders, files = self._scan(top, refuse_links=True)
+        trains = [each for each in _of_role(folders, "train") if _sub_folders(each)]
+        tests = _of_role(folders, "test") + _of_role(folders, "val")
+        if not trains or not _is_split(trains[0], folders, tests):
+            return [self._list_classes(top, folders, files)], []
+        used = [trains[0], *self._choose_test(tests)]
+        for folder in folders:
+            if folder not in used:
+                self._drop_folder(folder, used)
+        self._drop_files(files, f"beside {printable(used[0].name)}/")
+        splits = [
+            self._list_classes(folder, *self._scan(folder, refuse_links=True)) for folder in used
+        ]
+        names = [printable(folder.name) for folder in used]
+        differing = {*splits[0].class_names} ^ {*splits[-1].class_names}
+        if differing:
+            rule = f"{names[0]} and {names[-1]} must have the same classes; one lacks"
+            self._refuse(f"{rule} {', '.join(sorted(differing))}")
+        return splits, names
+
+    def _choose_test(self, tests: list[_Folder]) -> list[_Folder]:
+        """Returns the first folder that holds class folders; none if all are empty."""
+        for folder in tests:
+            if _sub_folders(folder):
+                return [folder]
+        for folder in tests:
+            if any(not name.startswith(".") for name in os.listdir(folder.path)):
+                self._refuse_without_classes(folder)
+        return []
+
+    def _list_classes(self, root: _Folder, folders: list[_Folder], files: list[str]) -> Listing:
+        """Lists the class folders of a split."""
+        self._drop_files(files, "beside the class folders")
+        if all(split_role(folder.name) for folder in folders):
+            self._refuse_without_classes(root)
+        names, paths, labels = [], [], []
+        for folder in folders:
+            self._check_is_class(folder)
+            first = len(self.unused)
+            images = self._list_images(folder)
+            lost = [each for each in self.unused[first:] if each.reason not in HARMLESS]
+            if images:
+                labels += [len(names)] * len(images)
+                names.append(printable(folder.name))
+                paths += images
+            elif lost:
+                reason = f"{printable(lost[0].name)}: {lost[0].reason}"
+                self._refuse(f"there is no image in {printable(folder.path)} ({reason})")
+            else:
+                self._drop(folder.path, EMPTY, is_folder=True)
+        if not names:
+            self._refuse_without_classes(root)
+        return Listing(tuple(names), paths, np.array(labels, np.int32))
+
+    def _check_is_class(self, folder: _Folder) -> None:
+        """Refuses a folder of splits beside classes: its images would be those of one class."""
+        inside = _sub_folders(folder)
+        if not inside or _has_images(folder):
+            return
+        path = printable(folder.path)
+        if split_role(folder.name):
+            self._refuse(
+                f"{path} is a split: the other classes must be in a folder train beside it"
+            )
+        for name in inside:
+            if (split_role(name) or ("",))[0] == "train":
+                rule = f"must hold one sub-folder per class, but {path} holds a split"
+                self._refuse(f"{rule}, {printable(name)}; name folder:{path}")
+
+    def _list_images(self, folder: _Folder) -> list[str]:
+        """Returns the images in a folder and in the folders inside it, in order of their names."""
+        folders, files = self._scan(folder)
+        found: dict[str, list[str]] = {}
+        for path in files:
+            reason = "" if _has_image_suffix(path) else _why_no_image(path)
+            if reason:
+                self._drop(path, reason)
+            else:
+                found[path] = [path]
+        for inner in folders:
+            first = len(self.unused)
+            found[inner.path] = self._list_images(inner)
+            if not found[inner.path] and len(self.unused) == first:
+                self._drop(inner.path, EMPTY, is_folder=True)
+        return [image for path in sorted(found) for image in found[path]]
+
+    def _scan(
+        self, folder: _Folder, *, refuse_links: bool = False
+    ) -> tuple[list[_Folder], list[str]]:
+        """Returns sub-folders and files that may be used, by name, and drops the rest.
+
+        Args:
+          folder: the folder.
+          refuse_links: whether a folder that is a link out of the data is an error. It would be a
+            class or a split that is lost.
+        """
+        with os.scandir(folder.path) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        folders, files = [], []
+        for entry in ordered:
+            is_folder = entry.is_dir()
+            reason = self._why_unused(entry, folder)
+            if reason == OUTSIDE and is_folder and refuse_links:
+                self._refuse(f"there is no image in {printable(entry.path)} (it is a {OUTSIDE})")
+            if reason:
+                self._drop(entry.path, reason, is_folder=is_folder)
+            elif is_folder:
+                real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                folders.append(_Folder(entry.path, (*folder.chain, real)))
+            else:
+                files.append(entry.path)
+        return folders, files
+
+    def _why_unused(self, entry: os.DirEntry[str], folder: _Folder) -> str:
+        """Returns the reason, as far as it can be seen without opening a file; else ""."""
+        if entry.name.startswith("."):
+            return HIDDEN
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
+            if not _is_within(self.top, real):
+                return OUTSIDE
+            if any(_is_within(real, around) for around in folder.chain):
+                return "link to a folder around it"
+            if not os.path.exists(real):
+                return "link to nothing"
+        if not entry.is_dir():
+            return "" if entry.is_file() else "no file"  # opening a pipe would wait
+        own = entry.name in _RUN_FOLDERS and _is_run(folder.path)
+        return RUN if own or _is_run(entry.path) else ""
+
+    def _drop_folder(self, folder: _Folder, used: list[_Folder]) -> None:
+        """Drops a folder beside the used splits; the reason says how much is in it."""
+        count = sum(len(names) for _, _, names in os.walk(folder.path))
+        names = " and ".join(f"{printable(each.name)}/" for each in used)
+        files = f"{count} file{'s' if count != 1 else ''}"
+        reason = f"folder of {files} beside {names}" if count else EMPTY
+        self._drop(folder.path, reason, is_folder=True)
+
+    def _drop_files(self, files: list[str], reason: str) -> None:
+        for path in files:
+            self._drop(path, reason)
+
+    def _drop(self, path: str, reason: str, *, is_folder: bool = False) -> None:
+        name = os.path.relpath(path, self.top) + ("/" if is_folder else "")
+        self.unused.append(Unused(name, reason))
+
+    def _refuse_without_classes(self, folder: _Folder) -> None:
+        self._refuse(f"{printable(folder.path)} must hold one sub-folder per class")
+
+    def _refuse(self, rule: str) -> None:
+        raise InputError("data.source", self.source, rule)
+
+
+def _of_role(folders: list[_Folder], role: str) -> list[_Folder]:
+    """Returns the folders of this role, in the order of precedence of their names."""
+    ranked = []
+    for folder in folders:
+        found = split_role(folder.name)
+        if found and found[0] == role:  # `train` before `Train` before `train_images`
+            ranked.append((found[1], len(folder.name), folder.name.swapcase(), folder))
+    return [folder for *_, folder in sorted(ranked)]
+
+
+def _is_split(train: _Folder, folders: list[_Folder], tests: list[_Folder]) -> bool:
+    """Whether `train` is a split: it may be a class, beside "car" and "plane"."""
+    return (
+        len(folders) == 1 or any(_sub_folders(folder) for folder in tests) or not _has_images(train)
+    )
+
+
+def _is_within(folder: str, path: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_run(folder: str) -> bool:
+    """Whether a folder is the work directory of a run."""
+    inside = [os.path.join(folder, name) for name in ("config.json", "checkpoints")]
+    return all(map(os.path.exists, inside))
+
+
+def _sub_folders(folder: _Folder) -> list[str]:
+    with os.scandir(folder.path) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+
+
+def _has_images(folder: _Folder) -> bool:
+    """Whether images lie in the folder itself."""
+    with os.scandir(folder.path) as entries:
+        return any(_has_image_suffix(entry.name) and entry.is_file() for entry in entries)
+
+
+def _has_image_suffix(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def _why_no_image(path: str) -> str:
+    """Returns "" if the head of the file is that of an image, else the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its metadata; decoding decides
+            Image.open(path, formats=IMAGE_FORMATS).close()
+    except UnidentifiedImageError:
+        return f"no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} image"
+    except Exception:  # of corrupt data almost anything; of a file without rights OSError
+        return "not readable"
+    return ""

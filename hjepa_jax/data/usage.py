@@ -1,0 +1,61 @@
+"""One line that says which images of a source are used, and what is not used and why."""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+NUM_NAMED = 3  # names per reason, and classes
+
+
+class Unused(NamedTuple):
+    """A part of a source that is not used.
+
+    Attributes:
+      name: of a file (relative to its folder), an array or a split. A name that ends in "/" stands
+        for a folder and everything in it.
+      reason: why it is not used, in a few words.
+    """
+
+    name: str
+    reason: str
+
+
+def printable(name: str) -> str:
+    r"""Returns the name as text that every terminal and every UTF-8 file takes.
+
+    A file name is bytes. Bytes that are not UTF-8 are written as `\xe9`, and so are control
+    characters.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in text)
+
+
+def report_usage(
+    source: str, train: str, test: str, class_names: Sequence[str], unused: Sequence[Unused]
+) -> None:
+    """Prints the line on stderr.
+
+    Args:
+      source: the value of `data.source`.
+      train: how many training images there are, and where they come from.
+      test: the same of the test images.
+      class_names: the classes.
+      unused: everything else that is in the source.
+    """
+    classes = _some(class_names, len(class_names))
+    count = f"{len(class_names)} class" + ("es" if len(class_names) != 1 else "")
+    line = f"{source}: train {train}; test {test}; {count} ({classes})"
+    if unused:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in unused:
+            by_reason.setdefault(reason, []).append(name)
+        groups = [f"{len(x)} {reason} ({_some(x, len(x))})" for reason, x in by_reason.items()]
+        line += f"; not used: {', '.join(groups)}"
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    more = ", ..." if count > NUM_NAMED else ""
+    return ", ".join(map(printable, names[:NUM_NAMED])) + more

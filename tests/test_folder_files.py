@@ -1,0 +1,319 @@
+"""Every file of a folder is used, or named with a reason."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hjepa_jax.data import sources
+from hjepa_jax.data.folder_files import IMAGE_SUFFIXES, list_folder
+from hjepa_jax.data.sources import open_source
+from hjepa_jax.errors import InputError
+
+
+def write(root, *names, content=None):
+    """Writes image files; a name with a known format's suffix has that format, others are PNG."""
+    for i, name in enumerate(names):
+        path = pathlib.Path(os.fsdecode(os.fsencode(root) + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+            continue
+        suffix = path.suffix.lower()
+        image_format = Image.registered_extensions().get(suffix, "PNG")
+        image_format = "PNG" if suffix not in IMAGE_SUFFIXES else image_format
+        colour = (60 * (i % 4), 20, 30)
+        if suffix in (".pbm", ".pgm"):
+            Image.new("L", (6, 6), 60).save(path, image_format)
+        else:
+            Image.new("RGB", (6, 6), colour).save(path, image_format)
+
+
+def load(root):
+    return open_source(f"folder:{root}", data_dir=None, image_size=4).load()
+
+
+def names_of(root):
+    return [sorted(split.names) for split in load(root)]
+
+
+def line_of(root, capsys):
+    open_source(f"folder:{root}", data_dir=None, image_size=4)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix(f"folder:{root}: ")
+
+
+def refused(root, rule):
+    with pytest.raises(InputError) as caught:
+        load(root)
+    assert rule in str(caught.value)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()
+
+
+def test_folders_inside_a_class_belong_to_it(tmp_path):
+    names = ["x/0.png", "x/a/1.png", "x/a/b/2.png", "x/z/3.png", "y/c/4.png", "y/d/5.png"]
+    write(tmp_path, *(f"{split}/{name}" for split in ("train", "test") for name in names))
+    train, test = load(tmp_path)
+    assert sorted(train.names) == [f"train/{name}" for name in names]
+    assert sorted(test.names) == [f"test/{name}" for name in names]
+    assert train.labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [*sorted(IMAGE_SUFFIXES), ".dib", ".mpo", "", ".img", ".tmp~"])
+@pytest.mark.parametrize("upper", [False, True])
+def test_an_image_is_read_whatever_its_suffix(tmp_path, suffix, upper):
+    suffix = suffix.upper() if upper else suffix
+    write(tmp_path, f"train/x/0{suffix}", "test/x/0.png")
+    train, _ = load(tmp_path)
+    assert train.names == (f"train/x/0{suffix}",)
+    assert train.images.shape == (1, 4, 4, 3)
+
+
+@pytest.mark.parametrize("train_name", ["train", "Train", "TRAINING", "train_set", "Train Images"])
+@pytest.mark.parametrize(
+    "test_name", ["test", "Testing", "test-set", "val", "VALID", "Validation", "dev", "val_images"]
+)
+def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path, capsys, train_name, test_name):
+    write(tmp_path, f"{train_name}/x/0.png", f"{test_name}/x/1.png")
+    assert line_of(tmp_path, capsys) == (
+        f"train 1 files in {train_name}/; test 1 files in {test_name}/; 1 class (x)"
+    )
+    assert names_of(tmp_path) == [[f"{train_name}/x/0.png"], [f"{test_name}/x/1.png"]]
+
+
+def test_test_takes_precedence_over_val_which_is_named(tmp_path, capsys):
+    write(tmp_path, "train/x/0.png", "val/x/1.png", "val/x/2.png", "test/x/3.png", "extra/4.png")
+    (tmp_path / "valid").mkdir()
+    assert line_of(tmp_path, capsys) == (
+        "train 1 files in train/; test 1 files in test/; 1 class (x); not used: "
+        "1 folder of 1 file beside train/ and test/ (extra/), "
+        "1 folder of 2 files beside train/ and test/ (val/), 1 empty folder (valid/)"
+    )
+
+
+def test_a_folder_of_unlabelled_test_images_gives_place_to_val(tmp_path, capsys):
+    write(tmp_path, "train/x/0.png", "valid/x/1.png", "test/2.png")
+    line = line_of(tmp_path, capsys)
+    assert "test 1 files in valid/; " in line
+    assert "1 folder of 1 file beside train/ and valid/ (test/)" in line
+
+
+def test_an_empty_test_folder_is_named_and_images_are_held_out(tmp_path, capsys):
+    write(tmp_path, "train/x/0.png", "train/x/1.png")
+    (tmp_path / "test").mkdir()
+    assert line_of(tmp_path, capsys) == (
+        "train 1 files in train/; test 1 files held out, by class; 1 class (x); "
+        "not used: 1 empty folder (test/)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (["cat/0.png", "dog/0.png", "test/cat/1.png"], "test is a split: the other classes"),
+        (["all/train/x/0.png", "all/test/x/0.png"], "all holds a split, train; name folder:"),
+        (["train/train/x/0.png", "test/test/x/0.png"], "must hold one sub-folder per class"),
+        (["train/x/0.png", "Testing/0.png"], "must hold one sub-folder per class"),
+        (["Train/x/0.png", "VAL/y/0.png"], "Train and VAL must have the same classes"),
+    ],
+)
+def test_a_layout_that_would_mix_up_classes_is_refused(tmp_path, names, rule):
+    write(tmp_path, *names)
+    refused(tmp_path, rule)
+
+
+def test_what_is_not_used_is_counted_and_named_by_reason(tmp_path, capsys):
+    write(tmp_path, "x/0.png", "x/1.png", "y/2.png", "y/3.png", "stray.png", "y/.hidden.png")
+    write(tmp_path, ".DS_Store", "x/notes.txt", "README.md", "x/Thumbs.db", content=b"text")
+    (tmp_path / "x" / "none").mkdir()
+    (tmp_path / "z").mkdir()
+    (tmp_path / "y" / "gone.png").symlink_to(tmp_path / "y" / "absent.png")
+    (tmp_path / "y" / "around").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "y" / "pipe.png")
+    assert line_of(tmp_path, capsys) == (
+        "train 3 files; test 1 files held out, by class; 2 classes (x, y); not used: "
+        "2 hidden (.DS_Store, y/.hidden.png), "
+        "2 beside the class folders (README.md, stray.png), "
+        "2 no BMP, GIF, JPEG, PNG, PPM, TIFF or WEBP image (x/Thumbs.db, x/notes.txt), "
+        "2 empty folder (x/none/, z/), 1 link to a folder around it (y/around/), "
+        "1 link to nothing (y/gone.png), 1 no file (y/pipe.png)"
+    )
+
+
+def test_links_in_a_circle_end(tmp_path):
+    write(tmp_path, "x/0.png", "x/1.png", "y/0.png", "y/1.png")
+    (tmp_path / "x" / "to_y").symlink_to(tmp_path / "y")
+    (tmp_path / "y" / "to_x").symlink_to(tmp_path / "x")
+    listing = list_folder("folder:x", tmp_path)
+    assert {each.name for each in listing.unused} == {"x/to_y/to_x/", "y/to_x/to_y/"}
+    assert len(listing.splits[0].files) == 8
+
+
+def make_workdir(path, *names):
+    write(path, *names, "figures/loss.png")
+    (path / "checkpoints").mkdir()
+    (path / "config.json").write_text("{}")
+
+
+def test_a_folder_does_not_look_into_work_directories(tmp_path, monkeypatch, capsys):
+    write(tmp_path, "x/0.png", "x/1.png", "y/0.png", "y/1.png")
+    make_workdir(tmp_path / "runs" / "first")
+    make_workdir(tmp_path / "runs" / "sweep" / "second")
+    make_workdir(tmp_path / "y" / "third")
+    monkeypatch.chdir(tmp_path)
+    open_source("folder:.", data_dir=None, image_size=4)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train 3 files; test 1 files" in line
+    assert "3 work directory of a run (runs/first/, runs/sweep/second/, y/third/)" in line
+    assert "1 empty folder (runs/)" in line
+
+
+def test_a_folder_that_is_a_work_directory_too_keeps_its_classes(tmp_path, capsys):
+    make_workdir(tmp_path, "x/0.png", "x/1.png", "runs/0.png", "runs/1.png")  # a class "runs"
+    line = line_of(tmp_path, capsys)
+    assert "2 classes (runs, x)" in line
+    assert "2 work directory of a run (checkpoints/, figures/)" in line
+
+
+@pytest.mark.parametrize("spelling", ["{0}/d/x/", "{0}//d/../d/x", "d/x/", "./d/x", "~/d/x/"])
+def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch, spelling):
+    write(tmp_path / "d" / "x", "train/a/0.png", "test/a/1.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert names_of(spelling.format(tmp_path)) == [["train/a/0.png"], ["test/a/1.png"]]
+
+
+NAMES = [b"caf\xe9", b"\xff\xfe", b"a\nb\x1b[31m", "日本".encode(), b"$x_1$"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_any_bytes_are_read_and_can_be_printed(tmp_path, capsys, name):
+    name = os.fsdecode(name)
+    write(tmp_path, f"train/{name}/{name}.png", f"train/{name}/{name}/0.jpg", f"test/{name}/0.gif")
+    write(tmp_path, f"{name}.txt", f"train/{name}/{name}.txt", f"test/{name}/bad.png", content=b"x")
+    source = open_source(f"folder:{tmp_path}", data_dir=None, image_size=4)
+    train, test = source.load()
+    assert (len(train.images), len(test.images)) == (2, 1)
+    texts = [*source.info.class_names, *train.names, capsys.readouterr().err]
+    for text in texts:
+        text.encode()  # UTF-8
+    assert len(texts[-1].splitlines()) == 2
+    assert all(text.isprintable() for text in texts[:-1])
+
+
+def test_latin_1_bytes_are_written_as_escapes(tmp_path):
+    write(tmp_path, *(os.fsdecode(b"%s/caf\xe9/0.png" % split) for split in (b"train", b"test")))
+    assert names_of(tmp_path)[0] == [r"train/caf\xe9/0.png"]
+
+
+# Random folders
+
+LAYOUTS = [[""], ["train"], ["Train", "valid"], ["TRAINING", "test"]]
+SPLITS = ["train", "TRAINING", "test", "Val", "valid", "dev", "extra"]
+FOLDERS = ["a", "b", "a/in", "a/in/deep", "b/.cache", "b/in", "", "runs", ".git"]
+FILES = [
+    "0.png", "1.JPG", "2.jfif", "3", "4.webp", "5.txt", "6.json", ".hidden", "._0.png", "7.tif",
+    "8.heic",
+]  # fmt: skip
+KINDS = ["image"] * 5 + ["text", "empty", "inner link", "outer link", "broken link", "run"]
+
+
+@st.composite
+def folders(draw):
+    """A data set: name and kind of each file. Most are sound; some mix up splits and classes."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    splits = layout + (draw(st.sampled_from([[], [], [], SPLITS])))
+    entry = st.tuples(*map(st.sampled_from, (splits, FOLDERS, FILES, KINDS)))
+    found = {
+        "/".join(filter(None, parts[:3])): parts[3]
+        for parts in draw(st.lists(entry, min_size=1, max_size=20))
+        if layout == [""] or parts[1] != "runs"  # one split alone would have the class
+    }
+    for split in layout:
+        for name in ("a", "b"):
+            for i in range(2):
+                found["/".join(filter(None, (split, name, f"main{i}.png")))] = "image"
+    return found
+
+
+def make(root, outside, files):
+    for name, kind in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() or path.is_symlink():
+            continue
+        match kind:
+            case "image":
+                shutil.copyfile(outside, path)
+            case "inner link":
+                path.symlink_to(root)
+            case "outer link":
+                path.symlink_to(outside)
+            case "broken link":
+                path.symlink_to(root / "absent")
+            case "run":
+                make_workdir(path)
+            case _:
+                path.write_bytes(b"" if kind == "empty" else b"some text")
+
+
+def check_every_file_is_used_or_named(files):
+    with tempfile.TemporaryDirectory() as temporary:
+        root, outside = pathlib.Path(temporary, "data"), pathlib.Path(temporary, "outside.png")
+        Image.new("RGB", (6, 6), (90, 20, 30)).save(outside)
+        make(root, outside, files)
+        try:
+            listing = list_folder("folder:x", root)
+        except InputError as error:  # it names what is wrong with the layout
+            message = str(error)
+            return message.startswith("data.source=") and "\n" not in message
+        used = [os.path.relpath(path, root) for split in listing.splits for path in split.files]
+        unused = [each.name for each in listing.unused]
+        assert len(used) == len(set(used))
+        assert len(unused) == len(set(unused))
+        assert not {*used} & {*unused}
+        for directory, _, names in os.walk(root):
+            for name in names:
+                path = os.path.relpath(os.path.join(directory, name), root)
+                parents = [f"{parent}/" for parent in pathlib.PurePath(path).parents]
+                found = (path in used) + (path in unused) + (f"{path}/" in unused)
+                inside = sum(parent in unused for parent in parents)
+                assert found + inside >= 1, f"{path} is neither used nor named"
+                assert not (path in used and inside), f"{path} is used and not used"
+        for split in listing.splits:
+            assert len(split.files) == len(split.labels)
+            assert set(split.labels) == set(range(len(split.class_names)))
+        return True
+
+
+@given(folders())
+@settings(
+    max_examples=60, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+def test_every_file_is_used_or_named(files):
+    assert check_every_file_is_used_or_named(files)
+
+
+@pytest.mark.slow
+@given(folders())
+@settings(max_examples=3000, deadline=None, database=None)
+def test_every_file_of_many_folders_is_used_or_named(files):
+    assert check_every_file_is_used_or_named(files)
+
+
+def test_memory_that_there_is_not_is_asked_for_in_numbers(tmp_path, monkeypatch):
+    write(tmp_path, "train/x/0.png", "test/x/0.png")
+    source = open_source(f"folder:{tmp_path}", data_dir=None, image_size=4)
+    monkeypatch.setattr(sources, "available_bytes", lambda: 95)
+    with pytest.raises(InputError, match=r"needs 0.0 GiB of memory for its images, and 0.0 GiB"):
+        source.load()
+    monkeypatch.setattr(sources, "available_bytes", lambda: 96)
+    np.testing.assert_array_equal([len(split.images) for split in source.load()], [1, 1])
