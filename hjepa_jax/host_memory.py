@@ -54,6 +54,16 @@ def machine_bytes() -> int:
         return physical
 
 
+def available_bytes() -> int:
+    """Memory that is free for new use; all memory if the system does not say (not Linux)."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return min(machine_bytes(), 1024 * int(kibibytes))
+    except (OSError, StopIteration):
+        return machine_bytes()
+
+
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):

@@ -15,6 +15,7 @@ LAYERS = [
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
      "data.sources", "data.shapes",
      "data.folder_source", "data.tfds_source", "data.tfds_records", "data.records",
+     "data.fingerprint", "data.given",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
     ["models.hierarchy", "models.positions", "models.transformer",
@@ -40,6 +41,7 @@ LAYERS = [
     ["publish"],
     ["loop"],
     ["train"],
+    ["api"],
     ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -17,7 +17,8 @@ from hjepa_jax import run
 from hjepa_jax.config import base_config
 from hjepa_jax.data import sources
 from hjepa_jax.data.folder_source import decode_image
-from hjepa_jax.data.sources import Split, fingerprint, open_source, save_npz
+from hjepa_jax.data.fingerprint import fingerprint
+from hjepa_jax.data.sources import Split, open_source, save_npz
 from hjepa_jax.errors import InputError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

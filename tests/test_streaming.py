@@ -26,7 +26,8 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.sources import fingerprint, open_source
+from hjepa_jax.data.fingerprint import fingerprint
+from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
 from hjepa_jax.publish import write_report

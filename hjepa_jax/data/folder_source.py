@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hjepa_jax.data.records import NOT_STREAMED, Streaming, read_all, report_skipped
+from hjepa_jax.data.records import (
+    NOT_STREAMED,
+    Labelled,
+    Streaming,
+    read_all,
+    report_skipped,
+    stamps_of,
+)
 from hjepa_jax.data.sources import (
     Source,
     SourceInfo,
@@ -46,6 +53,10 @@ class _Listing(NamedTuple):
     def part(self, rows: Int[np.ndarray, " rows"]) -> "_Listing":
         return _Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
 
+    def labelled(self, top: Path, image_size: int) -> Labelled:
+        names = tuple(os.path.relpath(path, top) for path in self.files)
+        return Labelled(FolderRecords(self.files, image_size), self.labels, names)
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderRecords:
@@ -63,6 +74,11 @@ class FolderRecords:
 
     def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
         return decode_image(self.files[row], self.image_size)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        ends = (min(self.files), max(self.files))  # all share the folders that these share
+        shared = len(os.path.commonpath([os.path.dirname(path) for path in ends]))
+        return stamps_of(self.files, [path[shared:] for path in self.files])
 
 
 def open_folder(
@@ -106,7 +122,8 @@ def open_folder(
     num_test = counts[1] if len(counts) == 2 else num_held_out(source, num_files)
     shape = (image_size, image_size, 3)
     info = SourceInfo(num_files - num_test, num_test, shape, class_names)
-    return Source(source, info, load)
+    parts = tuple(listing.labelled(top, image_size) for listing in listings)
+    return Source(source, info, load, parts=parts)
 
 
 def _open_streamed(
@@ -133,7 +150,8 @@ def _open_streamed(
     num_train, num_test = (len(listing.files) for listing in labelled)
     records = FolderRecords(listings[0].files, image_size)
     info = SourceInfo(num_train, num_test, records.image_shape, listings[0].class_names)
-    return Source(source, info, load, records)
+    parts = tuple(listing.labelled(top, image_size) for listing in listings)
+    return Source(source, info, load, records, parts)
 
 
 def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
