@@ -42,6 +42,7 @@ LAYERS = [
     ["loop"],
     ["train"],
     ["api"],
+    ["feature_file"],
     ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
@@ -89,5 +90,6 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
-        "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
+        "api", "feature_file", "selftest", "run_facts", "run_report", "publish", "warm_start",
+        "validation",
     }  # fmt: skip

@@ -19,6 +19,7 @@ from array_record.python import array_record_module
 
 from hjepa_jax import train
 from hjepa_jax.data import sources, streaming
+from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.records import (
     Streaming,
@@ -26,7 +27,6 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
@@ -53,6 +53,9 @@ class Numbers:
         if row in self.unreadable:
             raise InputError("data.source", f"number {row}", "is corrupt")
         return np.full(self.image_shape, row, np.uint8)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        return [(str(row), 1, 0) for row in range(self.num)]
 
 
 def read(records, order, *steps, num_workers=0, **shard):
