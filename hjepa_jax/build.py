@@ -286,15 +286,32 @@ def build_train_step(
 
 
 def build_preprocess(config: Config) -> Any:
-    """What evaluation does to stored images: resized and normalised, nothing random."""
+    """What evaluation does to stored images: resized and normalised, nothing random.
+
+    It refuses images that are not uint8: within a compiled function nobody can check that floats
+    lie in [0, 1].
+    """
     c = config.data
-    return functools.partial(
+    resize = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
     )
+
+    def preprocess(images: Any) -> Any:
+        if images.dtype != jnp.uint8:
+            rule = (
+                "must be uint8 here; hjepa_jax.load(workdir).embed(images) takes floats in [0, 1]"
+            )
+            raise InputError("images", f"{images.dtype}{list(images.shape)}", rule)
+        return resize(images)
+
+    return preprocess
 
 
 def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
     """`embed(encoder_params, uint8 images)` with this config's size and normalisation.
+
+    For images as they are stored in a data set. `hjepa_jax.load(workdir).embed(images)` also takes
+    floats, files and images of any size, and checks them.
 
     Raises:
       InputError: when the encoder has fewer than `num_layers` blocks ("--num_layers").

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from hjepa_jax import build
-from hjepa_jax.array_table import changed, describe_arrays, differences, json_checksum
+from hjepa_jax.array_table import (
+    ArrayTable,
+    changed,
+    describe_arrays,
+    differences,
+    json_checksum,
+)
 from hjepa_jax.config import Config
+from hjepa_jax.data.fingerprint import differ
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import is_a
@@ -163,6 +170,8 @@ class Checkpoints:
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Reads the state alone, of the newest checkpoint or of the one at `step`.
 
+        Fields of `state` that are None are not read, and stay None; an owner reads all of them.
+
         Raises:
           InputError: when there is no such checkpoint, or it is damaged, or it is of another model
             or version.
@@ -232,22 +241,26 @@ class Checkpoints:
             tables, kept = {}, {"window"} & set(templates)
         else:
             tables, kept = meta["arrays"], set()
+        tables = {
+            name: _of_wanted_fields(table, templates.get(name)) for name, table in tables.items()
+        }
         for name, tree in templates.items():
             if name in tables and (differing := differences(tables[name], tree)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
                 rule = f"does not fit this model: {'; '.join(differing[:3])}{more}"
                 raise InputError("--step", step, rule)
-        if self._data and meta.get("data") not in (None, self._data):
+        if differ(meta.get("data"), self._data):
             message = f"warning: the training images differ from those of step {step} (fingerprint "
             print(f"{message}{meta['data']} -> {self._data})", file=sys.stderr, flush=True)
 
-        args = {
-            name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-            for name, tree in templates.items()
-            if name not in kept
-        }
+        # A manager takes one kind of arguments for an item, and its owner saves as "standard".
+        kind = ocp.args.StandardRestore if self._owner else _restore_fields
+        args = {name: kind(_like(tree)) for name, tree in templates.items() if name not in kept}
         with _reading():
-            found = self._manager.restore(step, args=ocp.args.Composite(**args))
+            found = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
+        for name in args:
+            if isinstance(found[name], dict):  # some fields of a TrainState
+                found[name] = dataclasses.replace(templates[name], **found[name])
         for name, table in tables.items():
             if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
@@ -298,6 +311,37 @@ class Checkpoints:
         """
         with self._open, self._writing():
             self._manager.close()
+
+
+def _missing_fields(tree: Any) -> set[str]:
+    """Names of the fields of a TrainState that are None; nothing for any other tree."""
+    if not isinstance(tree, TrainState):
+        return set()
+    return {field.name for field in dataclasses.fields(tree) if getattr(tree, field.name) is None}
+
+
+def _of_wanted_fields(table: ArrayTable, tree: Any) -> ArrayTable:
+    """The entries of a table of arrays that belong to the fields of `tree`."""
+    missing = _missing_fields(tree)
+    return {path: entry for path, entry in table.items() if _field(path) not in missing}
+
+
+def _field(path: str) -> str:
+    """The field that a path such as ".params['norm']['scale']" begins with."""
+    return path.removeprefix(".").partition("[")[0].partition(".")[0]
+
+
+def _like(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _restore_fields(tree: Any) -> Any:
+    """Asks Orbax for a tree; of a TrainState for the fields that are not None, as a dictionary."""
+    missing, wanted = _missing_fields(tree), tree
+    if isinstance(tree, TrainState):
+        wanted = {name: value for name, value in vars(tree).items() if name not in missing}
+    args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    return ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
 
 
 @dataclasses.dataclass
@@ -412,27 +456,27 @@ def read_meta(workdir: pathlib.Path) -> dict[str, Any]:
         checkpoints.close()
 
 
-def load_encoder(workdir: str | pathlib.Path, step: int | None = None) -> tuple[HJEPA, Any]:
-    """The model of a run and the parameters of its target encoder.
+def load_encoder(workdir: str | pathlib.Path, step: int | str | None = None) -> tuple[HJEPA, Any]:
+    """The model of a run and the parameters of its target encoder; nothing else is read.
 
-      model, params = checkpoint.load_encoder("runs/cifar10_tiny")
-      embed = build.build_embed_fn(run_dir.load_config("runs/cifar10_tiny"), model)
-      features = embed(params, images)["level_0"]  # uint8 [B, H, W, 3] -> float32 [B, D]
+    `hjepa_jax.load` does the same and also prepares images.
 
     Args:
       workdir: the run's directory. The data set it was trained on is not needed.
-      step: which checkpoint; None for the newest.
+      step: which checkpoint, "last", "best" (by k-NN) or a number; None for the newest.
 
     Raises:
       InputError: when the directory holds no run or no such checkpoint.
     """
     which = "last" if step is None else str(step)
-    model, state, _ = load_state(pathlib.Path(workdir), which)
+    model, state = _load_fields(pathlib.Path(workdir), which, {"target_params"})
     return model, state.target_params
 
 
 def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, TrainState, TrainState]:
     """The model of a run, its state at a checkpoint, and its state at step 0.
+
+    The state of the optimizer and the key are None in both: only training needs them.
 
     Args:
       workdir: the run's directory. The data set it was trained on is not needed.
@@ -441,13 +485,34 @@ def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, Train
     Raises:
       InputError: when the directory holds no run or no such checkpoint.
     """
+    model, state = _load_fields(workdir, which, {"step", "params", "target_params"})
+    create = _create_state(load_config(workdir), model)
+    return model, state, initialise(lambda: _only(create(), {"step", "params", "target_params"}))
+
+
+def _load_fields(workdir: pathlib.Path, which: str, wanted: set[str]) -> tuple[HJEPA, TrainState]:
+    """The model of a run and some fields of its state at a checkpoint; the others are None."""
     config = load_config(workdir)
     model = build.build_model(config)
-    # Schedules decide no shape, so any length will do.
-    tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
-    initial = initialise(build.build_create_state(config, model, tx))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        _only(jax.eval_shape(_create_state(config, model)), wanted),
+    )
     checkpoints = Checkpoints(workdir, config=config)
     try:
-        return model, checkpoints.restore_state(initial, checkpoints.find_step(which)), initial
+        return model, checkpoints.restore_state(template, checkpoints.find_step(which))
     finally:
         checkpoints.close()
+
+
+def _create_state(config: Config, model: HJEPA) -> Callable[[], TrainState]:
+    # Schedules decide no shape, so any length will do.
+    tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
+    return build.build_create_state(config, model, tx)
+
+
+def _only(state: TrainState, wanted: set[str]) -> TrainState:
+    """The state with None in place of all other fields."""
+    others = {field.name for field in dataclasses.fields(state)} - wanted
+    return dataclasses.replace(state, **dict.fromkeys(others))

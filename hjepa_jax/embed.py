@@ -1,58 +1,40 @@
-"""Features of images from the target encoder of a workdir, as a file.
+"""Writes the features of images, from the target encoder of a run, into a file.
 
-  python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=features.npz
+  python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=FILE.npz
+    [--step=last|best|N]
 
-The input is read like `data.source` folder:<path> or npz:<path>. The output holds, for the train
-and the test split, `<split>_level_<l>` [n, D], `<split>_summary` [n, R * D], `<split>_labels` and,
-of a folder, `<split>_files`: which file, by its name within the folder, each row is of. A file that
-is no image is told on stderr and has no row.
+The input is read like `data.source` folder:<path> or npz:<path>, but batch by batch: memory does
+not grow with the number of files. The output holds, for the train and the test split,
+`<split>_level_<l>` [n, D], `<split>_summary` [n, R * D], `<split>_labels` and, for a folder,
+`<split>_files`: the name, within the folder, of the file of each row. A file that is no image is
+named on stderr and has no row.
+
+If the input has no test split of its own, the rule of the runs chooses one. So if a run was
+trained on the input, `test_files` are the files that it never saw.
+
+`hjepa_jax.load(DIR).embed(images)` gives the same features in Python. Both bring an image of
+another size to that of the encoder in one way: shorter side resized (bicubic), centre cut out.
 """
-
-import pathlib
 
 from absl import flags
 
 from hjepa_jax import cli
-from hjepa_jax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "Image folder or .npz file.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use (the newest).", lower_bound=0)
+_STEP = flags.DEFINE_string("step", "last", "Checkpoint to use: last, best (by k-NN) or a step.")
 _PLATFORM = cli.define_platform()
 
 
 def main() -> None:
     """Runs the command."""
-    import jax
-    import numpy as np
+    from hjepa_jax import feature_file
 
-    from hjepa_jax import build, checkpoint, run_dir
-    from hjepa_jax.data.sources import open_source
-    from hjepa_jax.evaluation.features import extract_features
-    from hjepa_jax.platform import select_platform
-    from hjepa_jax.whole_files import replacing
-
-    config = run_dir.load_config(_WORKDIR.value)
-    select_platform(_PLATFORM.value or config.platform)
-    model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
-    kind = "npz" if _INPUT.value.endswith(".npz") else "folder"
-    source = open_source(f"{kind}:{_INPUT.value}", data_dir=None, image_size=config.data.image_size)
-    embed = jax.jit(build.build_embed_fn(config, model))
-    arrays = {}
-    for name, split in zip(("train", "test"), source.load(), strict=True):
-        features = extract_features(embed, params, split.images, batch_size=config.eval.batch_size)
-        arrays |= {f"{name}_{key}": value for key, value in features.items()}
-        arrays[f"{name}_labels"] = split.labels
-        if split.names:
-            arrays[f"{name}_files"] = np.array(split.names)
-    try:
-        with replacing(pathlib.Path(_OUTPUT.value)) as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        rule = f"must be a file that can be written ({error.strerror})"
-        raise InputError("--output", _OUTPUT.value, rule) from error
-    print(f"{_OUTPUT.value}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+    shapes = feature_file.write_features(
+        _WORKDIR.value, _INPUT.value, _OUTPUT.value, step=_STEP.value, platform=_PLATFORM.value
+    )
+    print(f"{_OUTPUT.value}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,23 @@ def machine_bytes() -> int:
         return physical
 
 
+def available_bytes() -> int:
+    """Returns the memory that the process can still have; outside Linux, all of the machine."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return machine_bytes()
+    available, group = int(kib) * 1024, pathlib.Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or "max"
+        return available
+    # The cache of files counts as used, and is given up where memory is needed.
+    return min(available, limit - used + int(stat.get("file", 0)))
+
+
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
@@ -77,20 +94,3 @@ def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
     start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
     libc.madvise(start, num_bytes - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     libc.free(block)  # to the heap, as its trimming is off by now
-
-
-def available_bytes() -> int | None:
-    """Returns the memory that the process can still have on Linux; elsewhere None."""
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    available, group = int(kib) * 1024, pathlib.Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, or "max"
-        return available
-    # The cache of files counts as used, and is given up where memory is needed.
-    return min(available, limit - used + int(stat.get("file", 0)))

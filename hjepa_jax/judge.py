@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import pathlib
+import sys
 from typing import Any
 
 import jax
 
-from hjepa_jax import __version__, build
+from hjepa_jax import build
 from hjepa_jax.checkpoint import NewestCheckpoint
 from hjepa_jax.config import Config
-from hjepa_jax.data.sources import Source, Split, fingerprint
+from hjepa_jax.data.fingerprint import fingerprint
+from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
 from hjepa_jax.evaluation.features import (
@@ -21,6 +23,7 @@ from hjepa_jax.evaluation.features import (
 )
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.provenance import source_digest
 
 # Those of plain features, and those that need the encoder's tokens or the encoder itself.
 PROTOCOLS = (*protocols.PROTOCOLS, "attentive", "finetune")
@@ -63,7 +66,12 @@ def judge_run(
       OSError: when the workdir cannot be written.
     """
     wanted, rows = protocol.protocols, []
-    results.rows_to_add_to(workdir / "probe.json")  # what cannot be added to is refused at once
+    images = fingerprint(train, test=test)
+    # A file that cannot be added to is refused at once.
+    before = results.rows_to_add_to(workdir / "probe.json")
+    if others := [r for r in before if not results.may_be_of(r, source.name, images)]:
+        message = f"probe.json holds {len(others)} rows of {source.name} with other images than it"
+        print(f"{message} has now; reports leave them out", file=sys.stderr, flush=True)
     num_classes = len(source.info.class_names)
     protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
@@ -79,8 +87,6 @@ def judge_run(
 
     plain = tuple(name for name in wanted if name in protocols.PROTOCOLS)
     if plain:
-        # "2": how features are made here. The augmentation decides what LiDAR's views are.
-        version = f"{__version__} 2 {config.data.image_size} {num_layers} {augment}"
         protocols.evaluate_encoders(
             embed,
             encoders,
@@ -90,13 +96,13 @@ def judge_run(
             step=step,
             protocol=dataclasses.replace(protocol, protocols=plain),
             embed_views=build.build_embed_views_fn(config, model, num_layers=num_layers),
-            cache=FeatureCache(workdir / "features", version=version) if keep_features else None,
+            cache=FeatureCache(workdir / "features") if keep_features else None,
             data=source.name,
             report=add,
         )
 
     for encoder, params in {**encoders, "pixels": None}.items():
-        common = protocols.origin(encoder, step, protocol.seed, source.name, train, test)
+        common = protocols.origin(encoder, step, protocol.seed, source.name, train, test, images)
         if "attentive" in wanted:
             embed_tokens = jax.jit(build.build_tokens_fn(config, model))
             tokens, test_tokens = (
@@ -121,8 +127,11 @@ def judge_run(
             add({"protocol": "attentive", **where, "top1": result.top1, "chosen": chosen, **common})
         if "finetune" in wanted and encoder != "pixels":  # random-init: training from scratch
             settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
-            made_from = f"{__version__} {fingerprint(train)} {settings} {augment}"
-            made_from = hashlib.sha256(f"{params_digest(params)} {made_from}".encode()).hexdigest()
+            made_from = " ".join(
+                [source_digest(), fingerprint(train), params_digest(params)]
+                + [repr(part) for part in (settings, augment, model.context_encoder)]
+            )
+            made_from = hashlib.sha256(made_from.encode()).hexdigest()
             newest = NewestCheckpoint(workdir / "finetune" / f"{encoder}_{made_from[:16]}")
             try:
                 scores = finetune(

@@ -1,6 +1,7 @@
 """Which code and machine made a result: versions of packages, commit of the source, device."""
 
 import functools
+import hashlib
 import pathlib
 import platform as python_platform
 import subprocess
@@ -22,6 +23,21 @@ def versions() -> dict[str, str]:
     found = {"python": python_platform.python_version(), **found, "device": device.device_kind}
     memory = (device.memory_stats() or {}).get("bytes_limit")
     return {**found, "device memory": str(memory)} if memory else found
+
+
+@functools.cache
+def source_digest(folder: str = "") -> str:
+    """16 hexadecimal digits over the package's source files, or over those in one of its folders.
+
+    Results that are kept carry it if their code decides what they are.
+    """
+    root = pathlib.Path(__file__).parent / folder
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 @functools.cache

@@ -270,7 +270,8 @@ def make_embed_fn(
 
     Args:
       model: the networks whose encoder is used.
-      preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels.
+      preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels; refuses
+        images of another type.
       num_layers: n, how many of the last blocks give features. 1 is the output of the encoder;
         of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
     """
@@ -278,7 +279,7 @@ def make_embed_fn(
     depth = model.context_encoder.depth
 
     def embed(
-        encoder_params: Any, images: UInt8[Array, "B H W C"], *rngs: Array
+        encoder_params: Any, images: Shaped[Array, "B H W C"], *rngs: Array
     ) -> dict[str, Float[Array, "B _"]]:
         pixels = preprocess(images, *rngs)
         blocks = range(depth, depth - num_layers, -1)

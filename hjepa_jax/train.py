@@ -11,7 +11,8 @@ from typing import Any
 from hjepa_jax import cluster, warm_start
 from hjepa_jax.checkpoint import Checkpoints
 from hjepa_jax.config import Config
-from hjepa_jax.data.sources import Source, Split, fingerprint, first_line
+from hjepa_jax.data.fingerprint import content, fingerprint
+from hjepa_jax.data.sources import Source, Split, first_line
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.labelled import MIN_ROWS
 from hjepa_jax.evaluation.protocols import Protocol, check_classes
@@ -108,7 +109,7 @@ def _check_same_everywhere(config: Config, data: str) -> None:
     del shared["data"]["dir"]  # each machine may have its own
     digest = zlib.crc32(json.dumps(shared).encode()) >> 1
     cluster.check_same("--config", "", digest)
-    cluster.check_same("data.source", config.data.source, zlib.crc32(data.encode()) >> 1)
+    cluster.check_same("data.source", config.data.source, zlib.crc32(content(data).encode()) >> 1)
 
 
 def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:

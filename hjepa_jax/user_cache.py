@@ -19,6 +19,7 @@ from hjepa_jax.whole_files import replacing
 
 # Larger sets would fill a home directory.
 MAX_KEPT_BYTES = 2 * 1024**3
+MADE_FROM = "made_from"  # name of the array that says what the others were made from
 
 
 def cache_folder() -> Path:
@@ -39,29 +40,38 @@ def keep_compiled_programs() -> None:
 
 
 def kept_arrays(
-    key: str, create: Callable[[], dict[str, np.ndarray]], *, folder: Path | None = None
+    key: str,
+    create: Callable[[], dict[str, np.ndarray]],
+    *,
+    made_from: str = "",
+    folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """`create()`, or what it returned when it was last called with this key.
+    """`create()`, or what it returned when it was last called with this key and `made_from`.
 
     Args:
-      key: names all that the arrays depend on.
+      key: names the arrays; there is one file for each key.
       create: makes them.
+      made_from: all that they depend on. If it differs from that of the file, the arrays are made
+        again and replace the old ones.
       folder: where they are kept; None for the user's cache.
     """
     folder = (folder or cache_folder()) / "data"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}  # reading checks their CRC
+            if str(file[MADE_FROM]) == made_from:
+                # Reading checks their CRC.
+                return {name: file[name] for name in file.files if name != MADE_FROM}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        arrays = create()
+        pass
+    arrays = create()
     num_bytes = sum(array.nbytes for array in arrays.values())
     if num_bytes > MAX_KEPT_BYTES:
         return arrays
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            np.savez(file, **arrays, **{MADE_FROM: np.array(made_from)})  # pyright: ignore[reportArgumentType]
     except OSError:
         return arrays
     kept = f"kept {num_bytes / 2**20:.0f} MiB of decoded data in {path.parent}"

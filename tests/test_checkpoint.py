@@ -36,7 +36,7 @@ def make_window():
 @pytest.fixture
 def workdir(tmp_path: pathlib.Path, tiny_config) -> pathlib.Path:
     """Checkpoints at steps 1 and 2."""
-    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config, data="abc", owner=True)
+    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config, data="all-abc", owner=True)
     for step in (1, 2):
         checkpoints.save(make_state(step), make_window(), scores={})
         checkpoints.wait()
@@ -44,7 +44,7 @@ def workdir(tmp_path: pathlib.Path, tiny_config) -> pathlib.Path:
     return tmp_path
 
 
-def restore(workdir, config, *, data="abc", width=3) -> TrainState:
+def restore(workdir, config, *, data="all-abc", width=3) -> TrainState:
     checkpoints = checkpoint.Checkpoints(workdir, config=config, data=data, owner=True)
     try:
         return checkpoints.restore(make_state(0, width=width), make_window())[0]
@@ -81,14 +81,87 @@ def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_con
 def test_other_training_images_warn(workdir, tiny_config, capsys):
     restore(workdir, tiny_config)
     assert "warning" not in capsys.readouterr().err
-    restore(workdir, tiny_config, data="xyz")
-    assert "fingerprint abc -> xyz" in capsys.readouterr().err
+    restore(workdir, tiny_config, data="all-xyz")
+    assert "fingerprint all-abc -> all-xyz" in capsys.readouterr().err
+
+
+def test_a_fingerprint_of_a_sample_of_the_images_is_compared_with_nothing(
+    tiny_config, tmp_path, capsys
+):
+    """Older versions looked at every (n // 256)-th image: a difference there means nothing."""
+    checkpoints = checkpoint.Checkpoints(
+        tmp_path, config=tiny_config, data="0123456789abcdef", owner=True
+    )
+    checkpoints.save(make_state(1), make_window(), scores={})
+    checkpoints.close()
+    assert_same_tree(restore(tmp_path, tiny_config, data="all-xyz"), make_state(1))
+    assert "warning" not in capsys.readouterr().err
+
+
+FIELDS = ("step", "params", "target_params", "opt_state", "rng")
+
+
+@pytest.mark.parametrize("wanted", [("target_params",), ("step", "params", "target_params")])
+def test_only_the_fields_asked_for_are_read(workdir, tiny_config, wanted, monkeypatch):
+    looked_at = []
+    real = checkpoint.describe_arrays
+    monkeypatch.setattr(
+        checkpoint, "describe_arrays", lambda tree: looked_at.append(tree) or real(tree)
+    )
+    whole = make_state(2)
+    asked = TrainState(
+        **{name: getattr(whole, name) if name in wanted else None for name in FIELDS}
+    )
+    with checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints:
+        found = checkpoints.restore_state(asked)
+    assert_same_tree(found, asked)
+    assert len(looked_at) == 1, "what was read is checked"
+    assert [name for name in FIELDS if getattr(looked_at[0], name) is not None] == [
+        name for name in FIELDS if name in wanted
+    ], "nothing else was brought into memory"
+
+
+def change_checksum(workdir, path):
+    """Writes another checksum for an array of checkpoint 2, as if one of its bits had flipped."""
+    from hjepa_jax.array_table import json_checksum
+
+    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
+    meta["arrays"]["state"][path][2] ^= 1
+    meta.pop("checksum")
+    rewrite_meta(workdir, 2, **meta, checksum=json_checksum(meta))
+
+
+def test_a_damaged_array_is_refused_if_it_is_asked_for(workdir, tiny_config):
+    asked = TrainState(None, None, make_state(0).target_params, None, None)
+    change_checksum(workdir, ".opt_state['mu']")
+    with checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints:
+        assert_same_tree(
+            checkpoints.restore_state(asked).target_params, make_state(2).target_params
+        )
+        with pytest.raises(InputError, match=r"checksum of state \.opt_state"):
+            checkpoints.restore_state(make_state(0))
+    change_checksum(workdir, ".target_params['kernel']")
+    with (
+        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
+        pytest.raises(InputError, match=r"checksum of state \.target_params"),
+    ):
+        checkpoints.restore_state(asked)
+
+
+def test_fields_of_another_model_are_refused_leaf_by_leaf(workdir, tiny_config):
+    asked = TrainState(None, None, make_state(0, width=5).target_params, None, None)
+    rule = r"does not fit this model: .target_params.* is float32\[3, 4\] there, float32\[5, 4\]"
+    with (
+        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
+        pytest.raises(InputError, match=rule),
+    ):
+        checkpoints.restore_state(asked)
 
 
 def test_a_checkpoint_names_its_code_and_data(workdir, tiny_config):
     meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
     assert meta["format_version"] == 2
-    assert meta["data"] == "abc"
+    assert meta["data"] == "all-abc"
     assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
     assert meta["config"]["train"]["batch_size"] == tiny_config.train.batch_size
     assert "commit" in meta
@@ -126,7 +199,7 @@ def test_the_previous_format_is_read(tiny_config, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, tiny_config, capsys):
-    rewrite_meta(workdir, 2, data="abd")
+    rewrite_meta(workdir, 2, data="all-abd")
     assert_same_tree(restore(workdir, tiny_config), make_state(1))
     assert "checkpoint 2 is damaged: the checksum of meta differs" in capsys.readouterr().err
     assert (workdir / "damaged/2").is_dir()
@@ -134,7 +207,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, tiny_conf
 
 
 def test_readers_leave_a_damaged_checkpoint_where_it_is(workdir, tiny_config):
-    rewrite_meta(workdir, 2, data="abd")
+    rewrite_meta(workdir, 2, data="all-abd")
     checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config)
     with pytest.raises(InputError, match=r"--step=2: is damaged .*the others are \[1\]"):
         checkpoints.restore_state(make_state(0))
@@ -147,7 +220,7 @@ def test_complaints_of_others_go_where_they_went_before(workdir, tiny_config, mo
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     before = sys.unraisablehook
-    rewrite_meta(workdir, 2, data="abd")
+    rewrite_meta(workdir, 2, data="all-abd")
     checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config, owner=True)
     checkpoints.restore(make_state(0), make_window())
     for text in ("Event loop is closed", "else"):
@@ -174,7 +247,7 @@ def test_meta_that_is_none_is_damage(workdir, tiny_config, content):
 
 def test_nothing_left_to_read_is_one_error(workdir, tiny_config):
     for step in (1, 2):
-        rewrite_meta(workdir, step, data="abd")
+        rewrite_meta(workdir, step, data="all-abd")
     with pytest.raises(InputError, match="holds no checkpoint that can be read"):
         restore(workdir, tiny_config)
 
@@ -209,7 +282,7 @@ def test_the_best_checkpoint_outlives_every_resume(tiny_config, tmp_path):
 def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):
     tiny_config.train.keep_checkpoints = 4
     save(tmp_path, tiny_config, {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6})
-    rewrite_meta(tmp_path, 1, data="abd")
+    rewrite_meta(tmp_path, 1, data="all-abd")
     (tmp_path / "checkpoints/2/meta/metadata").unlink()
     assert best_step(tmp_path, tiny_config) == 3
     tiny_config.train.keep_checkpoints = 1

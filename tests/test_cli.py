@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import build, checkpoint, run_dir
+import hjepa_jax
 from hjepa_jax.logging import read_metrics
 
 MAIN = "hjepa_jax.main"
@@ -97,12 +96,8 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     assert features["train_level_0"].shape == (240, 16)
     assert features["test_labels"].shape == (60,)
 
-    model, params = checkpoint.load_encoder(workdir)
-    embed = jax.jit(build.build_embed_fn(run_dir.load_config(str(workdir)), model))
-    images = np.load(source)["test_images"]
-    np.testing.assert_allclose(
-        embed(params, images)["level_1"], features["test_level_1"], atol=1e-4
-    )
+    found = hjepa_jax.load(workdir).embed(np.load(source)["test_images"])
+    np.testing.assert_allclose(found["level_1"], features["test_level_1"], atol=1e-4)
 
 
 def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
@@ -264,7 +259,10 @@ def test_bad_requests_to_the_probe_end_in_one_line_and_status_2(
 
 def test_import_starts_no_backend_and_imports_no_tensorflow():
     code = (
-        "import sys, hjepa_jax, hjepa_jax.main, hjepa_jax.train\n"
+        "import sys, hjepa_jax\n"
+        "slow = {'jax', 'tensorflow', 'matplotlib', 'sklearn', 'orbax'} & {*sys.modules}\n"
+        "assert hjepa_jax.load and not slow, slow\n"
+        "import hjepa_jax.api, hjepa_jax.main, hjepa_jax.train\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow'\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend has started'\n"

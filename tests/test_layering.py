@@ -15,7 +15,7 @@ LAYERS = [
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
      "data.sources", "data.shapes",
      "data.class_list", "data.folder_source", "data.folder_files", "data.npz_source",
-     "data.test_split", "data.usage",
+     "data.test_split", "data.usage", "data.fingerprint", "data.given",
      "data.tfds_source", "data.tfds_records", "data.records",
      "data.streaming", "data.augment", "data.pipeline", "platform",
      "array_table", "provenance", "placement", "cluster"],
@@ -42,6 +42,8 @@ LAYERS = [
     ["publish"],
     ["loop"],
     ["train"],
+    ["api"],
+    ["feature_file"],
     ["cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
@@ -89,5 +91,6 @@ def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
         "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
-        "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
+        "api", "feature_file", "selftest", "run_facts", "run_report", "publish", "warm_start",
+        "validation",
     }  # fmt: skip

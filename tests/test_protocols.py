@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,9 +106,9 @@ def test_features_are_extracted_once_per_checkpoint_and_data(tmp_path, monkeypat
 
     monkeypatch.setattr(protocols, "extract_features", spy)
 
-    def rows(step, train=TRAIN, version="a", seed=2):
+    def rows(step, train=TRAIN, seed=2):
         calls.clear()
-        cache = FeatureCache(tmp_path, version=version)
+        cache = FeatureCache(tmp_path)
         options = {"train": train, "step": step, "cache": cache, "params": encoders(seed)}
         return evaluate(Protocol(batch_size=40), **options)
 
@@ -123,17 +124,111 @@ def test_features_are_extracted_once_per_checkpoint_and_data(tmp_path, monkeypat
     assert len(list(tmp_path.glob("target_train_*"))) == 1, "new features replace the old"
     rows(7, train=split(200, 3), seed=3)
     assert len(calls) == 2  # both encoders, on the new training images
-    rows(7, version="b", seed=3)
-    assert len(calls) == 4
+    relabelled = Split(split(200, 3).images, split(200, 3).labels[::-1].copy())
+    rows(7, train=relabelled, seed=3)
+    assert not calls, "labels make no features"
+
+
+ZERO = np.zeros((), np.float32)
+
+
+def first_pixels(scale):
+    """A function whose source is always the same."""
+    return jax.jit(lambda params, images: {"level_0": images[:, 0, 0] * scale + params})
+
+
+def test_kept_features_go_with_all_that_makes_them(tmp_path):
+    """Constants, code, parameters, number of outputs, every image: but neither labels nor names."""
+    cache, made = FeatureCache(tmp_path), []
+
+    def get(embed, params=ZERO, images=TRAIN.images):
+        def make():
+            made.append(embed)
+            return extract_features(embed, params, images, batch_size=50)
+
+        before = len(made)
+        found = cache.get("target_train", make, embed, params, images)["level_0"]
+        expected = extract_features(embed, params, images, batch_size=50)["level_0"]
+        np.testing.assert_array_equal(found, expected)
+        return len(made) > before
+
+    assert get(first_pixels(2.0))
+    assert not get(first_pixels(2.0))
+    assert get(first_pixels(2.5)), "a constant, such as the mean of the normalisation"
+    large = np.ones((1, 4, 4, 3), np.float32)
+    table = lambda values: jax.jit(lambda p, x: {"level_0": (x * values).sum((1, 2)) + p})
+    assert get(table(large))
+    large[0, 3, 3, 2] = 2.0
+    assert get(table(large.copy())), "an entry of a constant table"
+    assert get(jax.jit(lambda p, x: {"level_0": x[:, 0, 1] * 2.0 + p})), "code"
+    assert get(first_pixels(2.0))
+    assert get(first_pixels(2.0), params=ZERO + 1), "parameters"
+    images = TRAIN.images.copy()
+    images[-1, -1, -1, -1] ^= 1
+    assert get(first_pixels(2.0), ZERO + 1, images), "the last byte of the images"
+    assert not get(first_pixels(2.0), ZERO + 1, TRAIN.images.copy())
+
+
+def test_features_of_the_old_images_are_not_served(tmp_path):
+    """As it was reported: 600 images, red and blue swapped in every odd one."""
+    labels = np.arange(700, dtype=np.int32) % 2
+    images = np.zeros((700, 4, 4, 3), np.uint8)
+    images[labels == 0, ..., 0] = images[labels == 1, ..., 2] = 200  # red, and blue
+    images = images + np.random.default_rng(0).integers(50, size=images.shape, dtype=np.uint8)
+    swapped = images.copy()
+    swapped[1::2] = swapped[1::2, ..., ::-1]  # now all are red
+
+    def top1(images):
+        train, test = Split(images[:600], labels[:600]), Split(images[600:], labels[600:])
+        rows = evaluate_encoders(
+            embed, {"target": encoders()["target"]}, train, test, num_classes=2, step=0,
+            protocol=Protocol(("knn",), num_val=100), cache=FeatureCache(tmp_path),
+        )  # fmt: skip
+        return max(row["top1"] for row in rows if row["encoder"] == "target")
+
+    assert top1(images) == 1.0
+    assert top1(swapped) < 0.7
 
 
 def test_a_broken_cache_file_is_made_anew(tmp_path):
-    cache = FeatureCache(tmp_path, version="a")
-    make = lambda: {"level_0": np.ones((3, 2), np.float32)}
-    cache.get("target_train", None, make)
+    cache, embed = FeatureCache(tmp_path), first_pixels(2.0)
+    make = lambda: {"level_0": np.ones((200, 2), np.float32)}
+    get = lambda: cache.get("target_train", make, embed, ZERO, TRAIN.images)["level_0"]
+    get()
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:40])
-    np.testing.assert_array_equal(cache.get("target_train", None, make)["level_0"], 1.0)
+    np.testing.assert_array_equal(get(), 1.0)
+
+
+def as_row(fingerprint=None, top1=0.5, **fields):
+    row = {
+        "protocol": "knn", "encoder": "target", "level": 0, "pool": "mean", "dim": 8, "step": 6,
+        "seed": 0, "data": "npz:a", "num_layers": 1, "top1": top1, "chosen": {"val_top1": 0.5},
+    }  # fmt: skip
+    return row | ({"data_fingerprint": fingerprint} if fingerprint else {}) | fields
+
+
+def test_rows_about_images_that_have_changed_stay_but_are_not_shown(tmp_path):
+    path = tmp_path / "probe.json"
+    old = [as_row("all-1", 0.1), as_row("all-1", 0.2, protocol="linear")]
+    elsewhere = as_row("all-9", 0.3, data="npz:b")
+    results.write_probe_json(path, [*old, elsewhere])
+    assert results.read_probe_json(path) == [*old, elsewhere]
+    new = as_row("all-2", 0.4)
+    results.write_probe_json(path, [new])
+    assert results.read_probe_json(path) == [elsewhere, new]
+    assert results.rows_to_add_to(path) == [*old, elsewhere, new]
+    results.write_probe_json(path, [old[0]])  # the images are what they were again
+    assert results.read_probe_json(path) == [*old, elsewhere]
+
+
+def test_a_row_of_an_older_version_is_replaced_and_shown_until_then(tmp_path):
+    path = tmp_path / "probe.json"
+    unknown = [as_row(None, 0.1), as_row(None, 0.2, protocol="linear")]
+    results.write_probe_json(path, unknown)
+    new = as_row("all-2", 0.4)
+    results.write_probe_json(path, [new])
+    assert results.read_probe_json(path) == [unknown[1], new]
 
 
 def test_constant_encoder_gets_a_verdict_and_no_crash():

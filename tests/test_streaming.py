@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from hjepa_jax import train
 from hjepa_jax.config import base_config
 from hjepa_jax.data import class_list, sources, streaming
+from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.records import (
     Streaming,
@@ -28,7 +29,7 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.sources import fingerprint, open_source
+from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import write_probe_json
 from hjepa_jax.publish import write_report
@@ -55,6 +56,9 @@ class Numbers:
         if row in self.unreadable:
             raise InputError("data.source", f"number {row}", "is corrupt")
         return np.full(self.image_shape, row, np.uint8)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        return [(str(row), 1, 0) for row in range(self.num)]
 
 
 def read(records, order, *steps, num_workers=0, **shard):

@@ -1,10 +1,13 @@
 """What is kept between runs: never anything else than what would be made anew."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import user_cache
+from hjepa_jax import provenance, user_cache
+from hjepa_jax.data.tfds_source import files_of
 
 
 @pytest.fixture
@@ -30,6 +33,50 @@ def test_arrays_are_made_once_per_key(calls, capsys):
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     assert other["y"][0] == 2
+
+
+def test_arrays_are_made_again_if_what_they_are_made_from_changes(tmp_path):
+    made = []
+
+    def get(made_from):
+        def create():
+            made.append(made_from)
+            return {"x": np.full(3, len(made))}
+
+        options = {"made_from": made_from, "folder": tmp_path}
+        return user_cache.kept_arrays("cifar10", create, **options)["x"][0]
+
+    assert [get("a"), get("a"), get("b"), get("b"), get("a")] == [1, 1, 2, 2, 3]
+    assert len(list(tmp_path.glob("data/*"))) == 1, "new arrays replace the old"
+
+
+def test_a_prepared_file_that_changes_is_noticed_whatever_its_time(tmp_path):
+    path = tmp_path / "set.tfrecord"
+    path.write_bytes(b"1234")
+    before, stat = files_of(tmp_path), path.stat()
+    assert files_of(tmp_path) == before
+    path.write_bytes(b"1235")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` and rsync do
+    after = files_of(tmp_path)
+    assert after[0][:3] == before[0][:3]
+    assert after != before
+
+
+def test_code_that_decides_what_is_kept_is_part_of_its_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    digest = provenance.source_digest.__wrapped__
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.py").write_text("1")
+    (tmp_path / "b.py").write_text("1")
+    found = [(digest(), digest("data"))]
+    for name, text in (("b.py", "2"), ("data/a.py", "2"), ("data/c.py", "")):
+        (tmp_path / name).write_text(text)
+        found.append((digest(), digest("data")))
+    whole, data = zip(*found, strict=True)
+    assert len(set(whole)) == 4
+    assert [data[0] == other for other in data[1:]] == [True, False, False]
+    (tmp_path / "notes.txt").write_text("no code")
+    assert (digest(), digest("data")) == found[-1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

@@ -6,6 +6,7 @@ is never left out, however: a class without an image is refused. `folder_files` 
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from hjepa_jax.data.folder_files import IMAGE_FORMATS, FolderListing, Listing, list_folder
-from hjepa_jax.data.records import NOT_STREAMED, Streaming, read_all, report_skipped
+from hjepa_jax.data.records import (
+    NOT_STREAMED,
+    Labelled,
+    Streaming,
+    read_all,
+    report_skipped,
+    stamps_of,
+)
 from hjepa_jax.data.sources import Source, SourceInfo, Split, first_line, square, streams
 from hjepa_jax.data.test_split import draw_test_rows, hold_out_test
 from hjepa_jax.data.usage import printable, report_usage
@@ -39,6 +47,11 @@ class FolderRecords:
 
     def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
         return decode_image(self.files[row], self.image_size)
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        ends = (min(self.files), max(self.files))  # all share the folders that these share
+        shared = len(os.path.commonpath([os.path.dirname(path) for path in ends]))
+        return stamps_of(self.files, [path[shared:] for path in self.files])
 
 
 def open_folder(
@@ -71,7 +84,9 @@ def open_folder(
 
     num_train, num_test = (len(each.files) for each in splits)
     shape = (image_size, image_size, 3)
-    return Source(source, SourceInfo(num_train, num_test, shape, whole.class_names), load)
+    info = SourceInfo(num_train, num_test, shape, whole.class_names)
+    parts = tuple(_labelled(listing.top, each, image_size) for each in listing.splits)
+    return Source(source, info, load, parts=parts)
 
 
 def _report(source: str, listing: FolderListing, splits: list[Listing]) -> None:
@@ -100,7 +115,8 @@ def _open_streamed(
     num_train, num_test = (len(listing.files) for listing in labelled)
     records = FolderRecords(listings[0].files, image_size)
     info = SourceInfo(num_train, num_test, records.image_shape, listings[0].class_names)
-    return Source(source, info, load, records)
+    parts = tuple(_labelled(top, listing, image_size) for listing in listings)
+    return Source(source, info, load, records, parts)
 
 
 def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
@@ -129,9 +145,17 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndar
         raise InputError("data.source", printable(os.fspath(path)), rule) from error
 
 
+def _labelled(top: str, listing: Listing, image_size: int) -> Labelled:
+    records = FolderRecords(listing.files, image_size)
+    return Labelled(records, listing.labels, _names(top, listing.files))
+
+
+def _names(top: str, files: Sequence[str]) -> tuple[str, ...]:
+    return tuple(printable(os.path.relpath(path, top)) for path in files)
+
+
 def _read_split(top: str, listing: Listing, image_size: int, skipped: list[InputError]) -> Split:
     """Decodes files; those that are no images are added to `skipped`, and are not in the split."""
     images, kept, errors = read_all(FolderRecords(listing.files, image_size))
     skipped += errors
-    names = tuple(printable(os.path.relpath(listing.files[i], top)) for i in kept)
-    return Split(images, listing.labels[kept], names)
+    return Split(images, listing.labels[kept], _names(top, [listing.files[i] for i in kept]))

@@ -4,14 +4,15 @@
 """
 
 import dataclasses
+import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from hjepa_jax.data.usage import printable
 from hjepa_jax.errors import InputError
@@ -51,8 +52,8 @@ NOT_STREAMED = Streaming()
 
 
 @runtime_checkable
-class Records(Protocol):
-    """Images of one shape; an instance can be pickled."""
+class Images(Protocol):
+    """Images of one shape that are read one by one."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
@@ -66,6 +67,38 @@ class Records(Protocol):
           InputError: it cannot be read; its value says which one.
         """
         ...
+
+
+@runtime_checkable
+class Records(Images, Protocol):
+    """Images that can be trained on; an instance can be pickled."""
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of last change (ns) of every file that the images come from.
+
+        They change when the images do. Names are the same in a copy or another place.
+        """
+        ...
+
+
+def stamps_of(paths: Sequence[str], names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """The stamps of files, see `Records.stamps`; -1 for a file that is not there."""
+
+    def stamps(start: int) -> list[tuple[str, int, int]]:
+        rows = range(start, min(start + READ_AHEAD, len(paths)))
+        return [(names[row], *_size_and_time(paths[row])) for row in rows]
+
+    with ThreadPoolExecutor() as pool:  # a network file system is slow, but answers many at once
+        parts = pool.map(stamps, range(0, len(paths), READ_AHEAD))
+        return [stamp for part in parts for stamp in part]
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
@@ -98,29 +131,80 @@ def read_all(
     Returns:
       The images that can be read, their rows, and what is wrong with the others.
     """
+    images = np.empty((len(records), *records.image_shape), np.uint8)
+    kept: list[int] = []
+    errors: list[InputError] = []
+    ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, images[:1].nbytes)))
+    for start in range(0, len(records), ahead):
+        rows = range(start, min(start + ahead, len(records)))
+        for row, image in zip(rows, _read_in_threads(records, rows), strict=True):
+            if isinstance(image, InputError):
+                errors.append(image)
+            else:
+                images[len(kept)] = image
+                kept.append(row)
+    return images[: len(kept)], kept, errors
 
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The images of a split that is not decoded yet, with labels and, if they have any, file names.
+
+    Attributes:
+      images: read one by one.
+      labels: of each.
+      names: of its file.
+    """
+
+    images: Images
+    labels: Int32[np.ndarray, " n"]
+    names: tuple[str, ...]
+
+
+class Decoded:
+    """Images of records as if they were an array: a slice is decoded when it is taken.
+
+    Args:
+      records: where they are read from.
+      stop_at_error: whether a record that cannot be read is an error. Else it is black.
+
+    Attributes:
+      errors: what is wrong with the rows, of those taken so far, that cannot be read.
+    """
+
+    def __init__(self, records: Images, *, stop_at_error: bool = False):
+        self._records, self._stop_at_error = records, stop_at_error
+        self.errors: dict[int, InputError] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "n H W 3"]:
+        wanted = range(*rows.indices(len(self)))
+        images = np.zeros((len(wanted), *self._records.image_shape), np.uint8)
+        for i, image in enumerate(_read_in_threads(self._records, wanted)):
+            if not isinstance(image, InputError):
+                images[i] = image
+            elif self._stop_at_error:
+                raise image
+            else:
+                self.errors[wanted[i]] = image
+        return images
+
+
+def _read_in_threads(
+    records: Images, rows: range
+) -> Iterator[UInt8[np.ndarray, "H W 3"] | InputError]:
     def read(row: int) -> np.ndarray | InputError:
         try:
             return records.read(row)
         except InputError as error:
             return error
 
-    images = np.empty((len(records), *records.image_shape), np.uint8)
-    kept: list[int] = []
-    errors: list[InputError] = []
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         # Odd metadata: what matters is whether there is a picture. (The filter is every thread's.)
         warnings.simplefilter("ignore")
-        ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, images[:1].nbytes)))
-        for start in range(0, len(records), ahead):
-            rows = range(start, min(start + ahead, len(records)))
-            for row, image in zip(rows, pool.map(read, rows), strict=True):
-                if isinstance(image, InputError):
-                    errors.append(image)
-                else:
-                    images[len(kept)] = image
-                    kept.append(row)
-    return images[: len(kept)], kept, errors
+        yield from pool.map(read, rows)
 
 
 def unreadable_errors(records: Records, rows: Iterable[int]) -> list[InputError]:

@@ -16,7 +16,6 @@ TensorFlow is imported only when a `tfds:` source is really read.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, ImageOps
 
-from hjepa_jax.data.records import NOT_STREAMED, Records, Streaming, read_or_next
+from hjepa_jax.data.records import NOT_STREAMED, Labelled, Records, Streaming
 from hjepa_jax.errors import InputError
 from hjepa_jax.host_memory import available_bytes
 
@@ -68,12 +67,17 @@ class Source:
 
     Where the source is streamed, those are what probes see, and `records` what is trained on.
     Elsewhere `records` is None, and all of train is trained on.
+
+    A folder also names its files in `parts`: all images of train and of test; of a folder that is
+    not streamed and has no split of its own, all images in one part, of which `load` holds some out
+    for the test with `hold_out_test`.
     """
 
     name: str
     info: SourceInfo
     load: Callable[[], tuple[Split, Split]]
     records: Records | None = None
+    parts: tuple[Labelled, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -187,22 +191,6 @@ def streams(streaming: Streaming, num_images: int, shape: tuple[int, int, int]) 
     """Whether a training set of so many decoded images is to be streamed."""
     too_large = num_images * math.prod(shape) > MAX_RESIDENT_BYTES
     return streaming.when == "always" or (streaming.when == "auto" and too_large)
-
-
-def fingerprint(split: Split, records: Records | None = None) -> str:
-    """Returns 16 hexadecimal digits over the shapes, all labels and about 256 whole images.
-
-    Of `records`, if given, over their number and 64 of them too.
-    """
-    sample = np.ascontiguousarray(split.images[:: max(1, len(split.images) // 256)])
-    digest = hashlib.sha256(repr(split.images.shape).encode())
-    digest.update(split.labels.astype("<i4").tobytes())
-    digest.update(sample.tobytes())
-    if records is not None:
-        digest.update(repr(len(records)).encode())
-        for row in range(0, len(records), max(1, len(records) // 64)):
-            digest.update(read_or_next(records, row)[0].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def first_line(error: BaseException) -> str:

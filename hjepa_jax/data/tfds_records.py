@@ -1,9 +1,11 @@
 """A `tfds:<name>` source that is read record by record, as sets in array_record allow."""
 
 import dataclasses
+import hashlib
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,13 @@ from hjepa_jax.data.sources import (
     square,
 )
 from hjepa_jax.data.test_split import draw_test_rows, keep_rows
-from hjepa_jax.data.tfds_source import TEST_SPLITS, files_of, formats_of, report_splits
+from hjepa_jax.data.tfds_source import (
+    TEST_SPLITS,
+    files_of,
+    formats_of,
+    made_from,
+    report_splits,
+)
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
 
@@ -77,6 +85,11 @@ class TfdsRecords:
             record = f"{self.split}[{self.rows[row]}]"
             rule = f"cannot be read as an image: {first_line(error)}"
             raise InputError("data.source", record, rule) from error
+
+    def stamps(self) -> list[tuple[str, int, int]]:
+        which = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
+        files = [(name, size, time) for name, size, time, _ in files_of(Path(self.path))]
+        return [(f"{self.split} {which}", len(self), 0), *files]
 
     def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
         """The labels of some rows; `UNREADABLE` for a record that is corrupt, -1 for none."""
@@ -260,8 +273,8 @@ def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]
             parts.append(labels)
         return {"labels": np.concatenate(parts)}
 
-    key = f"labels {builder.info.full_name} {records.split} {files_of(builder.data_path)}"
-    labels = kept_arrays(key, scan)["labels"]
+    key = f"labels {builder.info.full_name} {records.split} {builder.data_path}"
+    labels = kept_arrays(key, scan, made_from=made_from(builder))["labels"]
     corrupt = np.flatnonzero(labels == UNREADABLE)
     labels[corrupt] = records.labels(corrupt.tolist())  # it may have been the disk, and pass
     corrupt = np.flatnonzero(labels == UNREADABLE).tolist()

@@ -30,6 +30,8 @@ from hjepa_jax.data.sources import (
 from hjepa_jax.data.test_split import hold_out_test, num_held_out
 from hjepa_jax.data.usage import Unused, report_usage
 from hjepa_jax.errors import InputError
+from hjepa_jax.platform import version
+from hjepa_jax.provenance import source_digest
 from hjepa_jax.user_cache import kept_arrays
 
 SMALL_DOWNLOAD_BYTES = 2**28  # decoded, images of such a download fit the memory in any case
@@ -101,8 +103,8 @@ def open_tfds(
                 for kind, array in (("images", split.images), ("labels", split.labels))
             }
 
-        key = f"{builder.info.full_name} {shape} {files_of(builder.data_path)}"
-        arrays = kept_arrays(key, decode)
+        key = f"{builder.info.full_name} {shape} {builder.data_path}"
+        arrays = kept_arrays(key, decode, made_from=made_from(builder))
         train = Split(arrays["train_images"], arrays["train_labels"])
         if test_name is None:
             return hold_out_test(source, train)
@@ -151,10 +153,19 @@ def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
     )
 
 
-def files_of(folder: Any) -> list[tuple[str, int, int]]:
-    """Name, size and time of each file of a prepared set: what changes when it is made anew."""
+def made_from(builder: Any) -> str:
+    """All that decoded data depends on: the files of a set, our code, and the decoders."""
+    decoders = [version(package) for package in ("pillow", "tensorflow", "tensorflow-datasets")]
+    return f"{files_of(builder.data_path)} {source_digest('data')} {decoders}"
+
+
+def files_of(folder: Any) -> list[tuple[str, int, int, int]]:
+    """Name, bytes, time of last change (ns) and of last status change (ns) of each file of a set.
+
+    The last changes with every write, even if the time of last change is set back afterwards.
+    """
     stats = ((path.name, os.stat(path)) for path in folder.iterdir())
-    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
 
 
 def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:

@@ -13,8 +13,11 @@ from jaxtyping import Float, Shaped, UInt8
 from tqdm import tqdm
 
 from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.data.fingerprint import digest_arrays
+from hjepa_jax.data.records import Decoded
 from hjepa_jax.errors import InputError
 from hjepa_jax.placement import make_placement
+from hjepa_jax.platform import version
 from hjepa_jax.whole_files import replacing
 
 # Larger images are brought to this size for the raw-pixel rows: 3,072 numbers, as CIFAR's.
@@ -29,7 +32,7 @@ Representation = tuple[str, int | str, Float[np.ndarray, "n _"]]
 def extract_features(
     embed: EmbedFn,
     encoder_params: Any,
-    images: UInt8[np.ndarray, "n H W C"],
+    images: UInt8[np.ndarray, "n H W C"] | Decoded,
     *extra: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     what: str = "",
@@ -41,7 +44,7 @@ def extract_features(
     Args:
       embed: jitted `embed(encoder_params, images, *extra)`, a dict of [B, ...] arrays.
       encoder_params: parameters of the encoder to judge.
-      images: the images, as stored.
+      images: the images, as stored; `Decoded` ones are decoded batch by batch.
       *extra: further arguments of `embed` with a row per image (keys of an augmentation).
       batch_size: images per call; rounded up to a multiple of the number of devices.
       what: name of the work; if given, it is told how far it is and what time is left.
@@ -62,7 +65,7 @@ def extract_features(
 
 def map_batches(
     fn: Callable[..., dict[str, Any]],
-    *arrays: Shaped[np.ndarray, "n ..."],
+    *arrays: Shaped[np.ndarray, "n ..."] | Decoded,
     batch_size: int,
     what: str = "",
 ) -> dict[str, np.ndarray]:
@@ -114,27 +117,37 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: An
 class FeatureCache:
     """Extracted features in a directory: one file per encoder, split and data set.
 
-    A file knows what it was made from. When that changes (other weights, another version), it is
-    made anew and replaces the old one.
+    A file knows what it was made from: program, parameters and images. If one of them changes, the
+    features are extracted again and replace the old ones.
 
     Args:
       directory: made when something is kept.
-      version: what else the features depend on: package version, preprocessing, augmentation.
     """
 
-    def __init__(self, directory: pathlib.Path, *, version: str):
-        self._directory, self._version = directory, version
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
 
-    def get(self, name: str, encoder_params: Any, make: Callable[[], Features]) -> Features:
+    def get(
+        self,
+        name: str,
+        make: Callable[[], Features],
+        embed: EmbedFn,
+        encoder_params: Any,
+        *arrays: Shaped[np.ndarray, "n ..."],
+    ) -> Features:
         """Reads the features, or makes and keeps them.
 
         Args:
-          name: name of the file: encoder, split and fingerprint of the images.
-          encoder_params: parameters of the encoder.
+          name: name of the file: encoder and split. A digest of the arrays is added to it.
           make: extracts the features.
+          embed: the jitted function that does it.
+          encoder_params: its first argument.
+          *arrays: its other arguments, a row per image.
         """
-        made_from = f"{self._version} {params_digest(encoder_params)}"
-        path = self._directory / f"{name}.npz"
+        images = digest_arrays(*arrays)
+        program = program_digest(embed, encoder_params, *arrays)
+        made_from = f"{program} {params_digest(encoder_params)} {images}"
+        path = self._directory / f"{name}_{images}.npz"
         if path.exists():
             try:
                 with path.open("rb") as file, np.load(file) as stored:
@@ -157,6 +170,27 @@ def params_digest(params: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def program_digest(
+    embed: EmbedFn, encoder_params: Any, *arrays: Shaped[np.ndarray, "n ..."]
+) -> str:
+    """16 hexadecimal digits over all that `embed` computes, and what with.
+
+    That is its program as it is handed to the compiler: preprocessing, networks, and all constants.
+    So a change of config or code changes the digest if and only if it changes what is computed.
+    Version of the compiler and backend count too, for they round differently.
+
+    Args:
+      embed: a jitted function `embed(encoder_params, *arrays)`.
+      encoder_params: only types and shapes count.
+      *arrays: types and shapes of their rows count, but not the number of rows.
+    """
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), encoder_params)
+    rows = [jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for array in arrays]
+    program = embed.lower(params, *rows).as_text()  # pyright: ignore[reportFunctionMemberAccess]
+    about = f"{jax.default_backend()} {version('jaxlib')} {program}"
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def embed_pixels(_: Any, images: UInt8[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:

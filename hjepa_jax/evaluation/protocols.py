@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from hjepa_jax.data.sources import Split, fingerprint
+from hjepa_jax.data.fingerprint import fingerprint
+from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import quality
 from hjepa_jax.evaluation.features import (
@@ -109,7 +110,7 @@ def evaluate_encoders(
     check_classes(data, train.labels, num_classes)
     _check_shots(protocol, train, test, num_classes)
     extract = _Extractor(embed, protocol, cache)
-    rows = []
+    images, rows = fingerprint(train, test=test), []
     for encoder, params in {**encoders, "pixels": None}.items():
         train_x, test_x = (
             representations(
@@ -134,20 +135,33 @@ def evaluate_encoders(
                         "pool": pool,
                         "dim": x.shape[1],
                         **scored,
-                        **origin(encoder, step, protocol.seed, data, train, test),
+                        **origin(encoder, step, protocol.seed, data, train, test, images),
                     }
                     rows.append(row)
                     report(row)
     return rows
 
 
-def origin(encoder: str, step: int, seed: int, data: str, train: Split, test: Split) -> Row:
-    """What a row says of the encoder and the data it comes from; `step` is the checkpoint's."""
+def origin(
+    encoder: str, step: int, seed: int, data: str, train: Split, test: Split, images: str
+) -> Row:
+    """What a row says of the encoder and the data it comes from.
+
+    Args:
+      encoder: its name.
+      step: of the checkpoint.
+      seed: of the protocol.
+      data: name of the data set.
+      train: its training images.
+      test: its test images.
+      images: fingerprint of both.
+    """
     return {
         "encoder": encoder,
         "step": step if encoder in TRAINED_ENCODERS else 0,
         "seed": seed,
         "data": data,
+        "data_fingerprint": images,
         "train_size": len(train.labels),
         "test_size": len(test.labels),
     }
@@ -162,39 +176,32 @@ class _Extractor:
     cache: FeatureCache | None
 
     def features(self, encoder: str, params: Any, name: str, split: Split) -> Features:
-        embed = embed_pixels if encoder == "pixels" else self.embed
-        what = "" if encoder == "pixels" else f"{encoder} features, {name}"
-
-        def extract() -> Features:
-            size = self.protocol.batch_size
-            return extract_features(
-                jax.jit(embed), params, split.images, batch_size=size, what=what
-            )
-
         if encoder == "pixels":  # quicker made than read
-            return extract()
-        return self._cached(f"{encoder}_{name}", params, split, extract)
+            size = self.protocol.batch_size
+            return extract_features(jax.jit(embed_pixels), params, split.images, batch_size=size)
+        what = f"{encoder} features, {name}"
+        return self._kept(f"{encoder}_{name}", what, self.embed, params, split.images)
 
     def views(self, embed_views: EmbedFn, encoder: str, params: Any, split: Split) -> Features:
         """Features of augmented views: the rows of one image follow each other."""
+        rows = _sample(len(split.images), LIDAR_IMAGES)
+        images = np.repeat(split.images[rows], LIDAR_VIEWS, axis=0)
+        rngs = jax.random.split(jax.random.PRNGKey(self.protocol.seed), len(images))
+        what = f"{encoder} features, augmented views"
+        return self._kept(f"{encoder}_views", what, embed_views, params, images, np.asarray(rngs))
+
+    def _kept(
+        self, name: str, what: str, embed: EmbedFn, params: Any, *arrays: np.ndarray
+    ) -> Features:
+        jitted = jax.jit(embed)
 
         def extract() -> Features:
-            rows = _sample(len(split.images), LIDAR_IMAGES)
-            images = np.repeat(split.images[rows], LIDAR_VIEWS, axis=0)
-            rngs = jax.random.split(jax.random.PRNGKey(self.protocol.seed), len(images))
-            return extract_features(
-                jax.jit(embed_views), params, images, np.asarray(rngs),
-                batch_size=self.protocol.batch_size, what=f"{encoder} features, augmented views",
-            )  # fmt: skip
+            size = self.protocol.batch_size
+            return extract_features(jitted, params, *arrays, batch_size=size, what=what)
 
-        return self._cached(f"{encoder}_views_{self.protocol.seed}", params, split, extract)
-
-    def _cached(
-        self, name: str, params: Any, split: Split, make: Callable[[], Features]
-    ) -> Features:
         if self.cache is None:
-            return make()
-        return self.cache.get(f"{name}_{fingerprint(split)}", params, make)
+            return extract()
+        return self.cache.get(name, extract, jitted, params, *arrays)
 
 
 def _score(

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 # What tells two results apart; rows that agree in all of these replace each other in probe.json.
 IDENTITY = (
     "protocol", "encoder", "level", "pool", "dim", "labels", "step", "seed", "data", "num_layers",
+    "data_fingerprint",
 )  # fmt: skip
 # Those of them that a table has no column for, unless its rows differ in one.
 RARE = ("data", "seed", "num_layers")
@@ -99,11 +100,33 @@ def format_seeds(runs: list[list[Row]]) -> str:
 
 
 def read_probe_json(path: pathlib.Path) -> list[Row]:
-    """The rows of a probe.json; none where there is no such file, or it is none."""
+    """The rows of a probe.json; none where there is no such file, or it is none.
+
+    If a data set has changed, rows about its images as they were before are left out.
+    """
     try:
-        return _read_rows(path)
+        rows = _read_rows(path)
     except (OSError, ValueError):
         return []
+    return [row for row in rows if _is_current(row, _newest_images(rows))]
+
+
+def may_be_of(row: Row, data: str, images: str) -> bool:
+    """Whether a row does not contradict that its data set `data` has the fingerprint `images`.
+
+    Rows of older versions name no fingerprint.
+    """
+    return row["data"] != data or row.get("data_fingerprint") in (None, images)
+
+
+def _is_current(row: Row, newest: dict[str, str]) -> bool:
+    data = row["data"]
+    return data not in newest or may_be_of(row, data, newest[data])
+
+
+def _newest_images(rows: Iterable[Row]) -> dict[str, str]:
+    """For each data set the fingerprint that its last row names."""
+    return {row["data"]: row["data_fingerprint"] for row in rows if row.get("data_fingerprint")}
 
 
 def _read_rows(path: pathlib.Path) -> list[Row]:
@@ -150,7 +173,8 @@ def rows_to_add_to(path: pathlib.Path) -> list[Row]:
 def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
     """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not.
 
-    Processes that add to one file wait for each other.
+    Rows about a data set as it was before it changed stay, and come first. Processes that add to
+    one file wait for each other.
 
     Raises:
       InputError: see `rows_to_add_to`.
@@ -158,10 +182,20 @@ def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
     """
     with one_at_a_time(path.parent):
         every = (*rows_to_add_to(path), *rows)
-        merged = {tuple(str(row.get(name)) for name in IDENTITY): row for row in every}
-        text = json.dumps({"results": list(merged.values())}, indent=1, allow_nan=False)
+        merged: dict[tuple[str, ...], Row] = {}
+        for row in every:
+            if row.get("data_fingerprint"):  # it replaces a row of an older version
+                merged.pop(_identity({**row, "data_fingerprint": None}), None)
+            merged[_identity(row)] = row
+        newest = _newest_images(every)
+        ordered = sorted(merged.values(), key=lambda row: _is_current(row, newest))
+        text = json.dumps({"results": ordered}, indent=1, allow_nan=False)
         with replacing(path) as file:
             file.write(f"{text}\n".encode())
+
+
+def _identity(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in IDENTITY)
 
 
 def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:

@@ -1,0 +1,123 @@
+"""Images as a user has them, brought to the form in which an encoder takes them.
+
+Files and arrays go one way: upright, RGB, the shorter side resized (bicubic), the centre cut out.
+So the features of a photo do not depend on how it was handed over.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from PIL import Image
+
+from hjepa_jax.data.folder_source import decode_image
+from hjepa_jax.data.sources import as_rgb, square
+from hjepa_jax.errors import InputError
+
+PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenImages:
+    """Paths of files and arrays of any size; see `hjepa_jax.data.records.Images`.
+
+    Attributes:
+      items: one image each: a path, or an array that `as_stored` takes.
+      image_size: S, the side of what is returned, pixels.
+    """
+
+    items: Sequence[Any] | np.ndarray
+    image_size: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.image_size, self.image_size, 3)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
+        item = self.items[row]
+        if isinstance(item, str | os.PathLike):
+            try:
+                return decode_image(os.path.expanduser(item), self.image_size)
+            except InputError as error:
+                raise InputError("images", os.fspath(item), error.rule) from error
+        image = as_rgb(as_stored(item)[None])[0]
+        if image.shape == self.image_shape:
+            return image
+        return square(Image.fromarray(image), self.image_size)
+
+
+def images_of(images: Any) -> Sequence[Any] | np.ndarray:
+    """Returns a sequence of single images: of an array its rows, of a path or one image just that.
+
+    Args:
+      images: an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
+
+    Raises:
+      InputError: for anything else ("images").
+    """
+    if isinstance(images, str | os.PathLike):
+        return [images]
+    if isinstance(images, list | tuple):
+        for item in images:
+            if not isinstance(item, str | os.PathLike) and np.ndim(_array(item)) < 2:
+                raise InputError("images", _about(item), f"must be paths or arrays {PER_IMAGE}")
+        return images
+    array = _array(images)
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)):
+        return [array]
+    if array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)):
+        return array
+    rule = f"must be one image {PER_IMAGE}, or a batch of such images"
+    raise InputError("images", _about(array), rule)
+
+
+def as_stored(image: Any) -> UInt8[np.ndarray, "H W *C"]:
+    """Returns an image as uint8: floats in [0, 1] are brought to 0 ... 255 and rounded.
+
+    The type alone decides, not the values: an almost black uint8 image stays one.
+
+    Args:
+      image: uint8 [H, W, 3], [H, W, 1] or [H, W], or floats in [0, 1] of such a shape.
+
+    Raises:
+      InputError: for another type or shape, or floats outside of [0, 1] ("images").
+    """
+    array = _array(image)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise InputError("images", _about(array), f"must be {PER_IMAGE}")
+    if not array.size:
+        raise InputError("images", _about(array), "must not be empty")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f":
+        rule = (
+            "must be uint8, or floats in [0, 1]; convert it yourself, so that black and white fit"
+        )
+        raise InputError("images", _about(array), rule)
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # also if one is not a number
+        rule = f"floats must lie in [0, 1], these lie in [{low:g}, {high:g}]"
+        raise InputError("images", _about(array), rule)
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _array(value: Any) -> Shaped[np.ndarray, "..."]:
+    if isinstance(value, Image.Image):
+        rule = "must be an array, such as np.asarray(image.convert('RGB')), or the path of a file"
+        raise InputError("images", f"PIL image, mode {value.mode}", rule)
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        rule = f"must be paths or arrays {PER_IMAGE}"
+        raise InputError("images", type(value).__name__, rule) from error
+
+
+def _about(value: Any) -> str:
+    array = np.asarray(value)
+    return f"{array.dtype}{list(array.shape)}"

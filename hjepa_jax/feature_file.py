@@ -1,0 +1,161 @@
+"""Features of a folder of images, or of a .npz file, written into a file; see `hjepa_jax.embed`."""
+
+import dataclasses
+import pathlib
+import tempfile
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from hjepa_jax import api, build, host_memory, run_dir
+from hjepa_jax.api import Encoder
+from hjepa_jax.config import Config
+from hjepa_jax.data.given import GivenImages
+from hjepa_jax.data.records import Labelled, report_skipped
+from hjepa_jax.data.sources import Source, open_source
+from hjepa_jax.data.test_split import draw_test_rows
+from hjepa_jax.errors import InputError
+from hjepa_jax.platform import select_platform
+from hjepa_jax.whole_files import replacing
+
+
+def write_features(
+    workdir: str, source: str, output: str, *, step: str = "last", platform: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Embeds all images of `source` and writes the features to `output`.
+
+    Args:
+      workdir: the run's directory.
+      source: a folder of images or a .npz file.
+      output: the .npz file to write; whether that is possible is checked before any work.
+      step: which checkpoint: "last", "best" (by k-NN) or a number.
+      platform: backend to use; None for that of the run.
+
+    Returns:
+      The shapes of the arrays in the file, by name.
+
+    Raises:
+      InputError: for a path that cannot be read or written ("--input", "--output"), a folder that
+        holds no run, or no such checkpoint.
+    """
+    path, kind = _input_path(source)
+    target = _output_path(output, path)
+    if kind == "npz":
+        _check_memory(source, path)
+    folder = pathlib.Path(workdir).expanduser()
+    config = run_dir.load_config(folder)
+    select_platform(platform or config.platform)
+    images = _open(f"{kind}:{path}", config, source)
+    arrays = _embed(api.load(folder, step), images)
+    _write(output, target, arrays)
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _input_path(value: str) -> tuple[pathlib.Path, str]:
+    """The input and its kind, "folder" or "npz"."""
+    path = pathlib.Path(value).expanduser()
+    if path.is_dir():
+        return path, "folder"
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return path, "npz"
+    found = "this is another file" if path.exists() else "there is no such file"
+    raise InputError("--input", value, f"must be a folder of images or a .npz file; {found}")
+
+
+def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
+    """The output, which can be written; checked before hours of work."""
+    path = pathlib.Path(value).expanduser()
+    if path.suffix.lower() != ".npz":
+        raise InputError("--output", value, "must end in .npz, the format that is written")
+    if path.is_dir():
+        raise InputError("--output", value, "must be a file, this is a folder")
+    if path.exists() and path.samefile(source):
+        raise InputError("--output", value, "must be another file than --input")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # access rights alone do not tell
+            pass
+    except OSError as error:
+        raise _not_writable(value, error) from error
+    return path
+
+
+def _not_writable(value: str, error: OSError) -> InputError:
+    rule = f"must be a file that can be written ({error.strerror})"
+    return InputError("--output", value, rule)
+
+
+def _check_memory(value: str, path: pathlib.Path) -> None:
+    """Refuses a .npz file whose arrays do not fit in memory: they are read as a whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            needed = sum(member.file_size for member in archive.infolist())
+    except (OSError, zipfile.BadZipFile):
+        return  # the source says what is wrong with it
+    available = host_memory.available_bytes()
+    if needed > available:
+        rule = (
+            f"its arrays need {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB "
+            "are available; put the images into a folder, which is read file by file"
+        )
+        raise InputError("--input", value, rule)
+
+
+def _open(source: str, config: Config, value: str) -> Source:
+    """Opens the input as a run of this config would, so that it holds out the same test images."""
+    when = (
+        "always" if config.data.streaming == "always" and source.startswith("folder:") else "auto"
+    )
+    streaming = dataclasses.replace(
+        build.build_streaming(config), when=when, train_split=None, class_list=None
+    )
+    try:
+        return open_source(
+            source,
+            data_dir=None,
+            image_size=config.data.image_size,
+            seed=config.seed,
+            streaming=streaming,
+        )
+    except InputError as error:
+        where = "" if error.value == source else f"{error.value} "
+        raise InputError("--input", value, where + error.rule) from error
+
+
+def _embed(encoder: Encoder, source: Source) -> dict[str, np.ndarray]:
+    """The arrays of the output, by name."""
+    parts = source.parts or tuple(
+        Labelled(GivenImages(split.images, encoder.image_size), split.labels, split.names)
+        for split in source.load()
+    )
+    found, skipped = [], []
+    for part in parts:
+        features, rows, errors = encoder.embed_records(part.images, what="features")
+        skipped += errors
+        if not len(rows):
+            raise InputError("--input", source.name, f"no image can be read: {errors[0]}")
+        found.append(features | {"labels": part.labels[rows]})
+        if part.names:
+            found[-1]["files"] = np.array(part.names)[rows]
+    report_skipped(source.name, skipped, f"{sum(len(part.labels) for part in parts)} files")
+    if len(found) == 1:
+        found = _hold_out(source.name, found[0])
+    return {
+        f"{split}_{name}": array
+        for split, arrays in zip(("train", "test"), found, strict=True)
+        for name, array in arrays.items()
+    }
+
+
+def _hold_out(source: str, arrays: dict[str, Any]) -> list[dict[str, Any]]:
+    """Splits rows into train and test, as a run does with the images of these rows."""
+    splits = draw_test_rows(source, arrays["labels"])
+    return [{name: array[rows] for name, array in arrays.items()} for rows in splits]
+
+
+def _write(value: str, path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    try:
+        with replacing(path) as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise _not_writable(value, error) from error

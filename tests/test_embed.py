@@ -1,0 +1,283 @@
+"""Features of images, by the command and in Python: the same, and of the split of the run."""
+
+import pathlib
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import hjepa_jax
+from hjepa_jax import api, build, checkpoint, feature_file, host_memory, metrics, run, run_dir
+from hjepa_jax.config import Config, base_config
+from hjepa_jax.data.shapes import create_shapes
+from hjepa_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+SIZES = [(16, 16), (40, 20), (30, 70), (64, 48), (300, 200), (15, 33), (16, 17), (90, 16)]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> pathlib.Path:
+    """Photos of several sizes in two classes without a test split, and a file that is none."""
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(40):
+        height, width = SIZES[i % len(SIZES)]
+        small = Image.fromarray(RNG.integers(256, size=(4, 4, 3), dtype=np.uint8))
+        path = root / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        small.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    (root / "a" / "99.png").write_text("no")
+    return root
+
+
+def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.dtype.kind != "f":
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jnp.asarray(RNG.normal(scale=0.3, size=leaf.shape), leaf.dtype)
+
+
+def make_run(workdir: pathlib.Path, source: str, seed: int = 0, **fields: object) -> Config:
+    """A run with one checkpoint, of random numbers: nothing is trained, nothing compiled."""
+    c = base_config()
+    c.seed, c.data.source, c.data.image_size = seed, source, 16
+    c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
+    c.model.num_summary_tokens = 2
+    c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
+    c.mask.num_blocks, c.mask.scale = 2, (0.25, 0.25)
+    c.train.batch_size, c.eval.batch_size = 16, 64
+    c.update_from_flattened_dict(fields)
+    c.lock()
+    opened = run.open_config_source(c)
+    run_dir.prepare_workdir(c, workdir, opened.num_images)
+    model = build.build_model(c)
+    tx = build.build_optimizer(c, build.build_schedules(c, opened.num_images))
+    state = jax.tree.map(random_like, jax.eval_shape(build.build_create_state(c, model, tx)))
+    window = metrics.empty_window(metrics.make_averages(["loss"]), batch_size=16, width=16)
+    with checkpoint.Checkpoints(workdir, config=c, owner=True) as checkpoints:
+        checkpoints.save(state, window, scores={})
+    return c
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, photos) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run")
+    make_run(folder, f"folder:{photos}", seed=1)
+    return folder
+
+
+def first_pixel(_, images):
+    """In place of an encoder."""
+    return {"x": images[:, 0, 0, :1].astype(np.float32)}
+
+
+def write(workdir, source, output) -> dict[str, np.ndarray]:
+    shapes = feature_file.write_features(str(workdir), str(source), str(output))
+    with np.load(output) as file:
+        found = dict(file)
+    assert {name: array.shape for name, array in found.items()} == shapes
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(workdir, photos, tmp_path_factory) -> dict[str, np.ndarray]:
+    return write(workdir, photos, tmp_path_factory.mktemp("out") / "features.npz")
+
+
+def test_python_gives_the_features_of_the_command(workdir, photos, written):
+    """Photos of several sizes, as files, as uint8 and as floats, one by one and together."""
+    encoder = hjepa_jax.load(workdir)
+    files = [*written["train_files"], *written["test_files"]]
+    assert len(files) == 40
+    images = [np.asarray(Image.open(photos / name)) for name in files]
+    names = ("level_0", "level_1", "summary")
+    expected = {n: np.concatenate([written[f"train_{n}"], written[f"test_{n}"]]) for n in names}
+    ways = {
+        "paths": [str(photos / name) for name in files],
+        "uint8": images,
+        "floats": [image / 255.0 for image in images],
+        "float32": [image.astype(np.float32) / 255 for image in images],
+    }
+    for way, given in ways.items():
+        found = encoder.embed(given)
+        assert set(found) == {*names}
+        for name in names:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=way)
+    for row in (0, 3):
+        for given in (images[row], images[row][None], images[row] / 255.0, photos / files[row]):
+            found = encoder.embed(given)["level_0"]
+            np.testing.assert_allclose(found, expected["level_0"][row : row + 1], atol=1e-5)
+    assert np.abs(expected["level_0"][0] - expected["level_0"][1]).max() > 0.01
+
+
+def test_an_npz_of_photos_has_the_features_of_the_files(workdir, photos, tmp_path):
+    """Images of one size that is not the encoder's go the same way."""
+    files = [photos / "ab"[i % 2] / f"{i:02}.png" for i in range(40) if SIZES[i % 8] == (30, 70)]
+    images, labels = np.stack([np.asarray(Image.open(f)) for f in files]), np.zeros(5, np.int32)
+    arrays = {"train_images": images, "train_labels": labels}
+    np.savez(tmp_path / "in.npz", **arrays, test_images=images[:2], test_labels=labels[:2])
+    found = write(workdir, tmp_path / "in.npz", tmp_path / "out.npz")
+    expected = hjepa_jax.load(workdir).embed([str(f) for f in files])
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[f"train_{name}"], array, atol=1e-5)
+        np.testing.assert_allclose(found[f"test_{name}"], array[:2], atol=1e-5)
+    assert "train_files" not in found
+
+
+@pytest.mark.parametrize("streaming", ["auto", "always"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_test_files_are_those_that_the_run_never_saw(
+    photos, workdir, tmp_path, seed, streaming, monkeypatch
+):
+    """Whatever the seed, with a file that is no image, and if the run streams."""
+    config = run_dir.load_config(workdir)
+    with config.unlocked():
+        config.seed, config.data.streaming = seed, streaming
+    monkeypatch.setattr(run_dir, "load_config", lambda _: config)  # the encoder does not matter
+    encoder = api.Encoder(None, 16, 64, first_pixel)
+    monkeypatch.setattr(api, "load", lambda *_: encoder)
+    found = write(workdir, photos, tmp_path / "features.npz")
+    source = run.open_config_source(config)
+    train, test = source.load()
+    seen = [str(pathlib.Path(f).relative_to(photos)) for f in source.records.files] if (
+        source.records) else list(train.names)  # fmt: skip
+    assert found["test_files"].tolist() == list(test.names)
+    assert not set(found["test_files"]) & set(seen)
+    np.testing.assert_array_equal(found["test_labels"], test.labels)
+    np.testing.assert_array_equal(found["train_labels"], train.labels)
+    for split, images in (("train", train.images), ("test", test.images)):
+        np.testing.assert_array_equal(found[f"{split}_x"], images[:, 0, 0, :1])
+
+
+def test_a_split_of_the_folders_own_stands(shapes_folder, workdir, tmp_path):
+    found = write(workdir, shapes_folder, tmp_path / "features.npz")
+    assert (len(found["train_files"]), len(found["test_files"])) == (160, 40)
+    assert all(name.startswith("test/") for name in found["test_files"])
+
+
+class Counted:
+    """Images that count how many were decoded."""
+
+    image_shape = (16, 16, 3)
+
+    def __init__(self):
+        self.decoded = 0
+
+    def __len__(self):
+        return 1000
+
+    def read(self, row):
+        self.decoded += 1
+        return np.full(self.image_shape, row % 256, np.uint8)
+
+
+def test_no_more_than_a_batch_is_decoded_at_a_time():
+    images, calls = Counted(), []
+
+    def embed(_, batch):
+        calls.append(images.decoded)
+        return first_pixel(_, batch)
+
+    features, rows, errors = api.Encoder(None, 16, 64, embed).embed_records(images)
+    assert calls == [min(64 * (i + 1), 1000) for i in range(16)]
+    assert features["x"][:, 0].tolist() == [row % 256 for row in range(1000)]
+    assert (len(rows), errors) == (1000, [])
+
+
+def test_few_images_are_a_small_batch(workdir):
+    sizes = []
+
+    def embed(_, batch):
+        sizes.append(len(batch))
+        return first_pixel(_, batch)
+
+    encoder = api.Encoder(None, 4, 64, embed)
+    for num in (1, 3, 64, 65):
+        assert len(encoder.embed(np.zeros((num, 4, 4, 3), np.uint8))["x"]) == num
+    devices = len(jax.local_devices())
+    assert sizes == [-(-size // devices) * devices for size in (1, 4, 64, 64, 64)]
+
+
+# What cannot be done is said before any work: the workdir of these does not even exist
+
+
+@pytest.mark.parametrize(
+    ("output", "rule"),
+    [
+        ("x.csv", "must end in .npz"),
+        ("x", "must end in .npz"),
+        ("x.npy", "must end in .npz"),
+        ("folder.npz", "this is a folder"),
+        ("nowhere/x.npz", "No such file or directory"),
+        ("file/x.npz", "Not a directory"),
+        ("in.npz", "must be another file than --input"),
+        ("./folder.npz/../in.npz", "must be another file than --input"),
+        ("link.npz", "must be another file than --input"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, output, rule):
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "in.npz").write_text("")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "in.npz")
+    with pytest.raises(InputError, match=f"^--output=.*{rule}"):
+        feature_file.write_features("nowhere", f"{tmp_path}/in.npz", f"{tmp_path}/{output}")
+    assert (tmp_path / "in.npz").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [("nowhere", "there is no such file"), ("x.csv", "this is another file"),
+     ("nowhere.npz", "there is no such file")],
+)  # fmt: skip
+def test_an_input_that_is_none_is_refused_at_once(tmp_path, source, rule):
+    (tmp_path / "x.csv").write_text("")
+    with pytest.raises(InputError, match=rf"^--input=.*must be a folder of images or .*{rule}"):
+        feature_file.write_features("nowhere", f"{tmp_path}/{source}", f"{tmp_path}/out.npz")
+
+
+def test_more_arrays_than_memory_are_refused_with_numbers(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "in.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", bytes(3 * 2**20))
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
+    with pytest.raises(InputError, match=r"^--input=.*need 0.0 GiB of memory and 0.0 GiB are"):
+        feature_file.write_features("nowhere", f"{tmp_path}/in.npz", f"{tmp_path}/out.npz")
+
+
+def test_what_is_wrong_with_the_input_is_told_as_the_input(workdir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"^--input='.*empty': .*one sub-folder per class"):
+        feature_file.write_features(str(workdir), f"{tmp_path}/empty", f"{tmp_path}/out.npz")
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_home_folders_are_understood_in_every_path(workdir, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, target in (("run", workdir), ("photos", photos)):
+        (tmp_path / name).symlink_to(target)
+    feature_file.write_features("~/run", "~/photos", "~/out.npz")
+    assert (tmp_path / "out.npz").exists()
+    assert hjepa_jax.load("~/run").image_size == 16
+
+
+# The function for images of a data set
+
+
+def test_images_that_are_not_uint8_are_refused_where_nobody_can_check_them(workdir):
+    config = run_dir.load_config(workdir)
+    model, params = checkpoint.load_encoder(workdir)
+    embed = jax.jit(build.build_embed_fn(config, model))
+    for dtype in (np.float32, np.int8, np.int32, bool):
+        with pytest.raises(InputError, match=r"^images='.*must be uint8 here; hjepa_jax.load"):
+            embed(params, np.zeros((2, 16, 16, 3), dtype))
+
+
+def test_images_of_the_encoders_size_have_the_same_features_there(workdir):
+    images = create_shapes(8, 1, seed=0)[0].images[:, ::2, ::2]
+    config = run_dir.load_config(workdir)
+    model, params = checkpoint.load_encoder(workdir)
+    found = jax.jit(build.build_embed_fn(config, model))(params, images)
+    expected = hjepa_jax.load(workdir).embed(images)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(found), expected)

@@ -1,0 +1,156 @@
+"""Fingerprints: no byte of the data may change without them, and nothing else may change them."""
+
+import dataclasses
+import os
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hjepa_jax.data import fingerprint as module
+from hjepa_jax.data.fingerprint import content, differ, digest_arrays, fingerprint
+from hjepa_jax.data.records import Streaming
+from hjepa_jax.data.sources import Split, open_source
+
+RNG = np.random.default_rng(0)
+
+
+def random_split(num: int = 700) -> Split:
+    """More images than the 512 from which on a sample of 256 missed some."""
+    images = RNG.integers(256, size=(num, 4, 5, 3), dtype=np.uint8)
+    return Split(images, RNG.integers(4, size=num, dtype=np.int32))
+
+
+@pytest.mark.parametrize("chunk_bytes", [2000, 2**24])
+def test_every_byte_of_images_and_labels_counts(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    split = random_split()
+    before = fingerprint(split)
+    assert fingerprint(Split(split.images.copy(), split.labels.copy())) == before
+    found = {before}
+    positions = [*RNG.integers(split.images.size, size=20), 0, split.images.size - 1]
+    for position in positions:
+        images = split.images.copy()
+        images.reshape(-1)[position] ^= 1
+        found.add(fingerprint(Split(images, split.labels)))
+    for row in (0, 1, 699):
+        labels = split.labels.copy()
+        labels[row] += 1
+        found.add(fingerprint(Split(split.images, labels)))
+    assert len(found) == 1 + len(set(positions)) + 3
+
+
+def test_swapped_colours_in_every_odd_image_are_noticed():
+    """The fault as it was reported: two classes of 300 images."""
+    split = random_split(600)
+    images = split.images.copy()
+    images[1::2] = images[1::2, ..., ::-1]
+    assert fingerprint(split) != fingerprint(Split(images, split.labels))
+
+
+def test_order_shape_type_and_the_test_images_count():
+    split, other = random_split(), random_split()
+    variants = [
+        fingerprint(split),
+        fingerprint(Split(split.images[::-1], split.labels)),
+        fingerprint(Split(split.images.reshape(700, 5, 4, 3), split.labels)),
+        fingerprint(Split(split.images[:-1], split.labels[:-1])),
+        fingerprint(split, test=other),
+        fingerprint(split, test=split),
+        fingerprint(other, test=split),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert digest_arrays(split.images) != digest_arrays(split.images.view(np.int8))
+    assert digest_arrays(np.zeros(2), np.zeros(1)) != digest_arrays(np.zeros(1), np.zeros(2))
+
+
+def test_names_of_files_do_not_count():
+    """A folder that was moved or renamed is the same data."""
+    split = random_split()
+    named = dataclasses.replace(split, names=tuple(map(str, range(700))))
+    assert fingerprint(named) == fingerprint(split)
+
+
+def test_an_array_that_is_not_contiguous_is_not_copied_as_a_whole(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2**16)
+    images = RNG.integers(256, size=(2000, 32, 32, 6), dtype=np.uint8)
+    part = images[..., ::2]
+    tracemalloc.start()
+    found = digest_arrays(part)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < part.nbytes / 4
+    assert found == digest_arrays(np.ascontiguousarray(part))
+
+
+def test_fingerprints_of_older_versions_are_compared_with_nothing():
+    assert differ("all-0123456789abcdef", "all-0123456789abcdee")
+    assert not differ("all-0123456789abcdef", "all-0123456789abcdef")
+    for old in ("0123456789abcdef", None, 3):
+        assert not differ(old, "all-0123456789abcdef")
+    assert not differ("all-0123456789abcdef", None)
+
+
+# Streamed sets
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A streamed folder of 300 images in two classes."""
+    for i in range(300):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i:03}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RNG.integers(256, size=(4, 4, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+def streamed_fingerprint(folder) -> str:
+    streaming = Streaming("always", max_labelled=20)  # so few are in memory
+    source = open_source(f"folder:{folder}", data_dir=None, image_size=4, streaming=streaming)
+    return fingerprint(source.load()[0], source.records)
+
+
+def unseen_file(folder):
+    """A file of the training set that is neither in memory nor among the records that are read."""
+    streaming = Streaming("always", max_labelled=20)
+    source = open_source(f"folder:{folder}", data_dir=None, image_size=4, streaming=streaming)
+    files = source.records.files
+    labelled = {str(folder / name) for name in source.load()[0].names}
+    step = max(1, len(files) // module.NUM_SAMPLED)
+    return next(f for i, f in enumerate(files) if i % step and f not in labelled)
+
+
+def test_a_streamed_file_that_is_not_looked_at_is_noticed_by_its_time(folder):
+    before, path = streamed_fingerprint(folder), unseen_file(folder)
+    assert streamed_fingerprint(folder) == before
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)  # as many bytes as before
+    after = streamed_fingerprint(folder)
+    assert differ(before, after)
+    assert content(before) == content(after)
+
+
+def test_a_streamed_file_of_another_size_is_other_content(folder):
+    before = streamed_fingerprint(folder)
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(unseen_file(folder))
+    assert content(before) != content(streamed_fingerprint(folder))
+
+
+def test_two_streamed_files_that_change_places_are_noticed(folder):
+    before, path = streamed_fingerprint(folder), unseen_file(folder)
+    other = folder / "a" / "000.bmp"
+    shutil.move(path, folder / "x")
+    shutil.move(other, path)
+    shutil.move(folder / "x", other)
+    assert differ(before, streamed_fingerprint(folder))
+
+
+def test_a_moved_or_copied_streamed_folder_has_the_same_content(folder, tmp_path):
+    before = streamed_fingerprint(folder)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)  # without times
+    for file in (tmp_path / "copy").rglob("*.bmp"):
+        os.utime(file, (0, 0))
+    assert content(streamed_fingerprint(tmp_path / "copy")) == content(before)
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert streamed_fingerprint(tmp_path / "elsewhere") == before

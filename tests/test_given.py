@@ -1,0 +1,123 @@
+"""Images as users have them: one way to the encoder, or a refusal that names what is wrong."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hjepa_jax.data.given import GivenImages, as_stored, images_of
+from hjepa_jax.data.records import Decoded
+from hjepa_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+SIZES = [(8, 8), (20, 8), (8, 30), (31, 17), (200, 300), (5, 7)]
+
+
+def photo(height: int, width: int) -> np.ndarray:
+    small = Image.fromarray(RNG.integers(256, size=(3, 3, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def read(item, size=8):
+    return GivenImages([item], size).read(0)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_files_and_arrays_of_either_type_become_the_same_pixels(tmp_path, height, width):
+    image = photo(height, width)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    expected = read(tmp_path / "photo.png")
+    assert expected.shape == (8, 8, 3)
+    for item in (str(tmp_path / "photo.png"), image, image / 255.0, image.astype("f4") / 255):
+        np.testing.assert_array_equal(read(item), expected)
+
+
+def test_a_photo_is_cropped_and_not_squashed():
+    """A disk stays round: a square in the middle, with two bars beside it that are cut off."""
+    image = np.zeros((40, 120, 3), np.uint8)
+    image[:, 40:80] = 200
+    assert read(image).min() > 150  # squashed, 5 of 8 columns would be black
+
+
+def test_grey_images_fill_three_channels():
+    grey = photo(8, 8)[..., 0]
+    for item in (grey, grey[..., None], grey / 255.0):
+        np.testing.assert_array_equal(read(item), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_the_type_decides_and_not_the_values():
+    dark = np.ones((8, 8, 3), np.uint8)
+    assert as_stored(dark).max() == 1
+    assert as_stored(dark.astype(np.float32)).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((8, 8, 3), np.int8), ["int8[8, 8, 3]", "must be uint8, or floats in [0, 1]"]),
+        (np.zeros((8, 8, 3), np.uint16), ["uint16[8, 8, 3]", "must be uint8"]),
+        (np.zeros((8, 8, 3), np.int64), ["int64[8, 8, 3]", "must be uint8"]),
+        (np.zeros((8, 8, 3), bool), ["bool[8, 8, 3]", "must be uint8"]),
+        (np.zeros((8, 8, 3), complex), ["complex128", "must be uint8"]),
+        (np.full((8, 8, 3), 255.0), ["float64", "[0, 1], these lie in [255, 255]"]),
+        (np.full((8, 8, 3), -0.1), ["these lie in [-0.1, -0.1]"]),
+        (np.full((8, 8, 3), 1.001, np.float16), ["float16", "these lie in"]),
+        (np.full((8, 8, 3), np.nan), ["these lie in [nan, nan]"]),
+        (np.zeros((8, 8, 4), np.uint8), ["uint8[8, 8, 4]", "[H, W, 3], [H, W, 1] or [H, W]"]),
+        (np.zeros((0, 8, 3), np.uint8), ["uint8[0, 8, 3]", "must not be empty"]),
+    ],
+)
+def test_other_arrays_are_refused_by_name(array, words):
+    with pytest.raises(InputError, match=r"^images=") as caught:
+        read(array)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_batch_an_image_and_a_path_are_told_apart():
+    batch = RNG.integers(256, size=(5, 8, 9, 3), dtype=np.uint8)
+    shapes = lambda images: [np.shape(item) for item in images_of(images)]
+    assert shapes(batch) == [(8, 9, 3)] * 5
+    assert shapes(batch[0]) == [(8, 9, 3)]
+    assert shapes(batch[0, ..., 0]) == [(8, 9)]
+    assert shapes(batch[..., :1]) == [(8, 9, 1)] * 5
+    assert shapes(batch[..., 0]) == [(8, 9)] * 5
+    assert shapes([batch[0], batch[1, :4]]) == [(8, 9, 3), (4, 9, 3)]
+    assert images_of("a.png") == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [3, [1, 2], np.zeros(3, np.uint8), np.zeros((2, 8, 8, 4), np.uint8), np.zeros((1,) * 5), None,
+     [[[1, 2], [3]]], Image.new("RGB", (4, 4)), [Image.new("P", (4, 4))], b"a.png", {"a": 1}],
+)  # fmt: skip
+def test_what_is_no_image_is_refused(images):
+    with pytest.raises(InputError, match=r"^images="):
+        images_of(images)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    for path in (tmp_path / "a.png", tmp_path / "nowhere.png"):
+        with pytest.raises(InputError, match=rf"^images='{path}': cannot be decoded"):
+            read(path)
+
+
+def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.fromarray(photo(8, 8)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read("~/a.png"), read(tmp_path / "a.png"))
+
+
+def test_images_are_decoded_when_they_are_taken(tmp_path):
+    (tmp_path / "broken.png").write_text("no")
+    items = [photo(8, 8), str(tmp_path / "broken.png"), photo(9, 9)]
+    decoded = Decoded(GivenImages(items, 8))
+    assert len(decoded) == 3
+    np.testing.assert_array_equal(decoded[0:1], items[0][None])
+    assert not decoded.errors
+    black = decoded[1:5]
+    assert black.shape == (2, 8, 8, 3)
+    assert not black[0].any()
+    assert list(decoded.errors) == [1]
+    with pytest.raises(InputError, match="broken"):
+        Decoded(GivenImages(items, 8), stop_at_error=True)[0:3]
