@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hjepa_jax.data import sources
-from hjepa_jax.data.folder_files import IMAGE_SUFFIXES, list_folder
+from hjepa_jax.data.folder_files import EMPTY, IMAGE_SUFFIXES, list_folder
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 
@@ -264,6 +264,16 @@ def make(root, outside, files):
                 path.write_bytes(b"" if kind == "empty" else b"some text")
 
 
+def is_visible_image(path):
+    if path.name.startswith(".") or path.is_symlink() or not path.is_file():
+        return False
+    try:
+        Image.open(path).close()
+    except OSError:
+        return False
+    return True
+
+
 def check_every_file_is_used_or_named(files):
     with tempfile.TemporaryDirectory() as temporary:
         root, outside = pathlib.Path(temporary, "data"), pathlib.Path(temporary, "outside.png")
@@ -275,8 +285,12 @@ def check_every_file_is_used_or_named(files):
             message = str(error)
             return message.startswith("data.source=") and "\n" not in message
         used = [os.path.relpath(path, root) for split in listing.splits for path in split.files]
-        unused = [each.name for each in listing.unused]
+        unused = [each.name for each in listing.unused if each.reason != EMPTY]
         assert len(used) == len(set(used))
+        assert not any(part[0] == "." for path in used for part in pathlib.PurePath(path).parts)
+        for name, reason in listing.unused:
+            if is_visible_image(root / name):
+                assert reason.startswith("beside "), f"{name} is an image, and {reason}"
         assert len(unused) == len(set(unused))
         assert not {*used} & {*unused}
         for directory, _, names in os.walk(root):
