@@ -27,10 +27,14 @@ LAYERS = [
     ["evaluation.protocols"],
     ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
      "projector", "objective"],
-    ["alarms", "image_figures", "validation"],
+    ["collapse", "image_figures", "validation"],
+    ["alarms"],
     ["health"],
     ["steps"],
-    ["build", "run_dir"],
+    ["build"],
+    ["run_record"],
+    ["same_run"],
+    ["run_dir"],
     ["run"],
     ["checkpoint", "showcase"],
     ["judge", "run_facts", "warm_start"],
@@ -88,4 +92,5 @@ def test_only_these_know_of_configs():
     assert reads_config <= {
         "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
         "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
+        "run_record", "same_run",
     }  # fmt: skip
