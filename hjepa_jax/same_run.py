@@ -61,11 +61,7 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
     if _same_path(past.config.train.init_from, config.train.init_from):
         differing.discard("train.init_from")
     moved = {field for field in differing & {*DATA_PATHS} if _may_be_moved(past, config, field)}
-    if data is not None and moved and past.fingerprint != data.fingerprint:
-        why = f" and other training images (fingerprint {past.fingerprint} -> {data.fingerprint})"
-        return _of_another_config(past, config, why)
-    differing -= moved
-    if differing - {*SCHEDULE_FIELDS}:
+    if differing - moved - {*SCHEDULE_FIELDS}:
         return _of_another_config(past, config, "")
     if data is None:
         return ""
@@ -75,7 +71,10 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
             f"{data.num_images} now: schedules and order of the images would be others; restore "
             f"the images, or choose another --workdir{_begin_from(workdir)}"
         )
-    if differing and (why := _another_past(past, config, data.num_images)):
+    if moved and past.fingerprint != data.fingerprint:
+        why = f" and other training images (fingerprint {past.fingerprint} -> {data.fingerprint})"
+        return _of_another_config(past, config, why)
+    if differing - moved and (why := _another_past(past, config, data.num_images)):
         advice = (
             f"{_begin_from(workdir)} (a run can be made longer while its rate is constant: "
             "optim.decay_epochs=0 and a decay that begins later)"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, metrics, run, train
+from hjepa_jax import checkpoint, metrics, run
 from hjepa_jax.array_table import describe_arrays, differences
 from hjepa_jax.errors import InputError
 from hjepa_jax.train_state import TrainState
@@ -111,9 +111,9 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(workdir, tiny_confi
     assert (workdir / "checkpoints/2").is_dir()
 
 
-def test_the_previous_format_is_read(tiny_config, tmp_path):
+def test_the_previous_format_is_read(tiny_config, tiny_run, tmp_path):
     """Format 1 had no table, and a window without the count of non-finite steps."""
-    train.train_and_evaluate(tiny_config, tmp_path)
+    shutil.copytree(tiny_run, tmp_path, dirs_exist_ok=True)
     built = run.build_run(tiny_config, run.open_config_source(tiny_config))
     state, _ = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
     shutil.rmtree(tmp_path / "checkpoints/6/window")

@@ -260,7 +260,7 @@ def test_constant_features_are_called_collapsed_whatever_their_rank(tmp_path):
     lines[-1]["train/relative_std"] = verdict.relative_std
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     facts = read_facts(tmp_path, images=False)
-    assert verdict.effective_rank > 9 * facts.min_rank
+    assert verdict.effective_rank > 9 * facts.limits.effective_rank
     parts = {heading: text for heading, text, _ in run_sections(facts)}
     sign = f"relative std {verdict.relative_std:.2g} is below 0.01"
     assert f"| ✗ | Features have not collapsed | {sign}" in parts["What was reached"]
