@@ -177,7 +177,8 @@ def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
     start = event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started)
     # No name of a host begins with "-", which sorts before letters and digits.
     with (workdir / f"{EVENTS}{now}.-resumed").open("wb") as file:
-        for event in (version, start):
+        # The first start that TensorBoard reads counts as the beginning: only the second purges.
+        for event in (version, start, start):
             RecordWriter(file).write(event.SerializeToString())
 
 

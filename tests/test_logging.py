@@ -63,7 +63,7 @@ def test_tensorflow_is_not_loaded_before_there_is_something_to_write(tmp_path):
 @pytest.mark.slow  # it loads TensorFlow
 def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
     """Steps 3 and 4 were written by a run that was killed after its checkpoint at step 2."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     def write(steps, value, **options):
         logger = RunLogger(tmp_path, tensorboard=True, **options)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import json
 import multiprocessing
 import os
 import pathlib
