@@ -1,10 +1,12 @@
 """What a run says when it goes wrong without failing: steps left out, features that collapse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from hjepa_jax.collapse import PATIENCE, Spread, Untrained, find_limits
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import Verdict
-from hjepa_jax.metrics import LogWindow, nonfinite_terms
+from hjepa_jax.metrics import FEATURE_ROWS, LogWindow, nonfinite_terms
 
 MIN_TARGETS = 0.5  # of a level, per image
 
@@ -17,6 +19,7 @@ class Alarms:
       on_collapse: "warn", "stop" or "ignore".
       say: prints a line.
       newest_checkpoint: step of the newest checkpoint, None before the first.
+      batch_size: images per step.
     """
 
     def __init__(
@@ -26,11 +29,17 @@ class Alarms:
         on_collapse: str,
         say: Callable[[str], None],
         newest_checkpoint: Callable[[], int | None],
+        batch_size: int = FEATURE_ROWS,
     ):
         self._limit, self._on_collapse = max_nonfinite_steps, on_collapse
         self._say, self._newest_checkpoint = say, newest_checkpoint
         self._num_nonfinite, self._label = 0, "healthy"
+        self._num_in_a_row, self._untrained = 0, Untrained(batch_size)
         self._scarce: set[str] = set()
+
+    def remember(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Takes from the log of a run that goes on what its untrained network was like."""
+        self._untrained.read(lines)
 
     def check_finite(self, window: LogWindow, step: int) -> None:
         """Reports the steps left out since the last look.
@@ -55,21 +64,37 @@ class Alarms:
     def check_spread(self, verdict: Verdict, step: int) -> None:
         """Reports that the target features have collapsed, or are healthy again.
 
+        They have collapsed if they were so in `PATIENCE` calls in a row, beside the untrained
+        network of the run (see `collapse`).
+
         Raises:
-          InputError: when they have and that is to end the run ("train.on_collapse").
+          InputError: if they have, and the run is to end then ("train.on_collapse").
         """
-        if self._on_collapse == "ignore" or verdict.label == self._label:
+        if self._on_collapse == "ignore":
             return
-        self._label = verdict.label
+        spread = Spread(verdict.effective_rank, verdict.relative_std)
+        self._untrained.add(step, spread)
+        untrained = self._untrained.spread
+        limits = find_limits(max_rank=verdict.max_rank, untrained=untrained)
+        label = limits.label(spread)
+        self._num_in_a_row = 0 if label == "healthy" else self._num_in_a_row + 1
+        if label == self._label or 0 < self._num_in_a_row < PATIENCE:
+            return
+        self._label = label
+        assert untrained is not None
         what = (
-            f"target features at step {step}: {verdict.label}; effective rank "
+            f"target features at step {step}: {label}; effective rank "
             f"{verdict.effective_rank:.1f} of {verdict.max_rank} (healthy: at least "
-            f"{verdict.min_rank_fraction * verdict.max_rank:.1f}), relative std "
-            f"{verdict.relative_std:.3f} (healthy: at least {verdict.min_relative_std})"
+            f"{limits.effective_rank:.1f}; untrained: {untrained.effective_rank:.1f}), relative "
+            f"std {verdict.relative_std:.3f} (healthy: at least {limits.relative_std:.2g})"
         )
-        if verdict.label != "healthy" and self._on_collapse == "stop":
+        if label == "healthy":
+            self._say(what)
+            return
+        what += f", for {self._num_in_a_row} lines of the log"
+        if self._on_collapse == "stop":
             raise InputError("train.on_collapse", "stop", f"{what}. {self._checkpoint()}")
-        self._say(what if verdict.label == "healthy" else f"WARNING: {what}")
+        self._say(f"WARNING: {what}")
 
     def check_targets(self, values: dict[str, float]) -> None:
         """Reports levels that are hardly ever predicted, from the means of a line of the log."""

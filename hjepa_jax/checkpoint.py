@@ -34,7 +34,8 @@ from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.platform import initialise
 from hjepa_jax.provenance import source_commit, versions
-from hjepa_jax.run_dir import load_config
+from hjepa_jax.run_dir import UNUSABLE, checkpoint_sizes, load_config, parse_config
+from hjepa_jax.same_run import Saved, changes, other_networks_or_data
 from hjepa_jax.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -52,6 +53,8 @@ class Checkpoints:
     Beside the arrays, each holds a table of their shapes, types and checksums: Orbax would restore
     a part of a tree, or bits that have flipped, without a word.
 
+    Only a config that fits a checkpoint reads it: the rate may have changed, the networks not.
+
     Args:
       workdir: the run's directory.
       config: the run's config, stored in each checkpoint; its `train.keep_checkpoints` says how
@@ -66,7 +69,8 @@ class Checkpoints:
     def __init__(
         self, workdir: pathlib.Path, *, config: Config, data: str | None = None, owner: bool = False
     ):
-        self._workdir, self._config, self._data = workdir, config.to_dict(), data
+        self._workdir, self._run_config, self._config = workdir, config, config.to_dict()
+        self._data = data
         self._owner, self._open = owner, contextlib.ExitStack()
         self._best = _Best({})
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
@@ -110,6 +114,9 @@ class Checkpoints:
             if best is None:
                 rule = "needs a checkpoint with a k-NN score (eval.every_epochs)"
                 raise InputError("--step", which, rule)
+            score = self._best.scores[best]
+            assert score is not None
+            print(f"step {best} is the best: {score.metric} {100 * score.value:.2f} %", flush=True)
             return best
         if not which.isdecimal() or len(which) > MAX_DIGITS:
             raise InputError("--step", which, "must be last, best or the step of a checkpoint")
@@ -121,7 +128,7 @@ class Checkpoints:
         Args:
           state: the state to save.
           window: metrics since the last log line.
-          scores: evaluation results at this step; with "eval/knn_top1" it may become the best.
+          scores: evaluation results at this step; with "eval/knn_top1..." it may become the best.
 
         Raises:
           InputError: when this save, or the one before, cannot be written ("--workdir").
@@ -139,7 +146,7 @@ class Checkpoints:
             "arrays": {"state": describe_arrays(state), "window": describe_arrays(window)},
         }
         self._read_scores()  # here: within Orbax's save it would wait for that to end
-        self._best.scores[step] = scores.get(BEST_METRIC)
+        self._best.scores[step] = _score(meta)
         with self._writing():
             self._manager.save(
                 step,
@@ -153,19 +160,24 @@ class Checkpoints:
     def restore(self, state: TrainState, window: LogWindow) -> tuple[TrainState, LogWindow]:
         """Reads the newest checkpoint that is whole into trees like the ones given.
 
-        Damaged ones are named and moved to the folder `damaged` of the workdir.
+        Damaged ones after it are named and moved to the folder `damaged` of the workdir.
 
         Raises:
-          InputError: when there is none, or it is of another model or version.
+          InputError: when there is none, or it is of another model or version. Nothing is moved
+            then.
         """
-        while True:
-            step = self._find(None)
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._read(step, state=state, window=window)
-                return restored["state"], restored["window"]
             except DamagedCheckpoint as error:
                 print(f"checkpoint {step} is damaged: {error}", file=sys.stderr, flush=True)
-                self._set_aside(step)
+                damaged.append(step)
+                continue
+            for other in damaged:
+                self._set_aside(other)
+            return restored["state"], restored["window"]
+        raise self._nothing_to_read()
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Reads the state alone, of the newest checkpoint or of the one at `step`.
@@ -199,20 +211,28 @@ class Checkpoints:
     def _find(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise InputError(
-                "--workdir", str(self._workdir), "holds no checkpoint that can be read"
-            )
+            raise self._nothing_to_read()
         if step is not None and step not in steps:
             raise InputError("--step", step, f"must be one of the checkpoints, {steps}")
         return steps[-1] if step is None else step
 
+    def _nothing_to_read(self) -> InputError:
+        return InputError("--workdir", str(self._workdir), "holds no checkpoint that can be read")
+
+    def newest_saved(self) -> Saved | None:
+        """What the newest checkpoint whose meta can be read says of its run; None without one."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with contextlib.suppress(DamagedCheckpoint, LookupError):
+                meta = self._meta(step)
+                return Saved(step, meta["config"], meta.get("data"))
+        return None
+
     def _read_scores(self) -> None:
         """Gets to know the scores of checkpoints that another process has saved."""
         for step in sorted(set(self._manager.all_steps()) - self._best.scores.keys()):
-            score = None
-            with contextlib.suppress(DamagedCheckpoint, LookupError, TypeError):  # it has none
-                score = self._meta(step)["scores"][BEST_METRIC]
-            self._best.scores[step] = score if is_a(float, score) else None
+            self._best.scores[step] = None
+            with contextlib.suppress(DamagedCheckpoint):
+                self._best.scores[step] = _score(self._meta(step))
 
     def _meta(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -237,6 +257,7 @@ class Checkpoints:
         if version > FORMAT_VERSION:
             rule = f"is in format {version}; this version reads up to {FORMAT_VERSION}"
             raise InputError("--step", step, rule)
+        self._check_config(step, meta.get("config"))
         if version == 1:  # the window was another then, and there was no table
             tables, kept = {}, {"window"} & set(templates)
         else:
@@ -265,6 +286,19 @@ class Checkpoints:
             if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
         return {name: templates[name] if name in kept else found[name] for name in templates}
+
+    def _check_config(self, step: int, saved: Any) -> None:
+        """Refuses arrays whose config differs, although their shapes may be the same."""
+        try:
+            trained = parse_config(saved)
+        except UNUSABLE:  # of another version: the table of arrays decides
+            return
+        if other_networks_or_data(trained, self._run_config):
+            rule = (
+                f"its config differs from that of the checkpoint at step {step} "
+                f"({changes(trained, self._run_config)})"
+            )
+            raise InputError("--workdir", str(self._workdir), rule)
 
     def _set_aside(self, step: int) -> None:
         if not self._owner:
@@ -344,27 +378,72 @@ def _restore_fields(tree: Any) -> Any:
     return ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
 
 
-@dataclasses.dataclass
-class _Best:
-    """Tells Orbax to keep the best checkpoint (a `PreservationPolicy`).
-
-    Orbax's own goes by metrics that it forgets with the process.
+@dataclasses.dataclass(frozen=True)
+class _Score:
+    """The k-NN score of a checkpoint.
 
     Attributes:
-      scores: k-NN score of each step that has been looked at; None where it has none.
+      value: top-1 accuracy on held-out training images, of the features that do best.
+      metric: its name in the log, which says of which features.
+      protocol: how many images were held out, and how many they were compared with. Scores of
+        different protocols do not compare.
     """
 
-    scores: dict[int, float | None]
+    value: float
+    metric: str
+    protocol: tuple[Any, Any]
+
+
+def _score(meta: dict[str, Any]) -> _Score | None:
+    """The score in the meta of a checkpoint; None if it was not evaluated."""
+    try:
+        found = [
+            (value, name)
+            for name, value in meta["scores"].items()
+            if name.startswith(BEST_METRIC) and is_a(float, value)
+        ]
+        evaluation = meta["config"]["eval"]
+        protocol = (evaluation["num_val"], evaluation["knn_bank_size"])
+        return _Score(*max(found), protocol) if found else None
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
+@dataclasses.dataclass
+class _Best:
+    """Tells Orbax to keep the best checkpoint of each protocol (a `PreservationPolicy`).
+
+    Orbax's own policy goes by metrics that it forgets with the process.
+
+    Attributes:
+      scores: of each step that has been looked at; None if it has none.
+    """
+
+    scores: dict[int, _Score | None]
 
     def step(self, steps: Iterable[int]) -> int | None:
-        """The one of these steps with the best score, the newest of equals; None where none has."""
-        scored = [(score, s) for s in steps if (score := self.scores.get(s)) is not None]
-        return max(scored)[1] if scored else None
+        """The best of these steps by the protocol of the newest score; None if none has a score.
+
+        Of equal ones the newest.
+        """
+        best = list(self._best_by_protocol(steps).values())
+        return best[-1] if best else None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether each of the checkpoints is the best."""
-        best = self.step(info.step for info in checkpoints)
-        return [info.step == best for info in checkpoints]
+        """Whether each of the checkpoints is the best of its protocol."""
+        best = self._best_by_protocol(info.step for info in checkpoints)
+        return [info.step in best.values() for info in checkpoints]
+
+    def _best_by_protocol(self, steps: Iterable[int]) -> dict[tuple[Any, Any], int]:
+        """The best step of each protocol, protocols in the order of their newest scores."""
+        scored = {step: score for step in sorted(steps) if (score := self.scores.get(step))}
+        newest = {score.protocol: step for step, score in scored.items()}
+        return {
+            protocol: max((s.value, step) for step, s in scored.items() if s.protocol == protocol)[
+                1
+            ]
+            for protocol in sorted(newest, key=lambda protocol: newest[protocol])
+        }
 
 
 def _alone() -> dict[str, Any]:
@@ -441,6 +520,22 @@ class NewestCheckpoint:
         """Waits for the save under way and releases the directory."""
         with self._open:
             self._manager.close()
+
+
+def read_saved(workdir: pathlib.Path, config: Config) -> Saved | None:
+    """What the newest checkpoint whose meta can be read says of its run; None without one.
+
+    Args:
+      workdir: the run's directory, which need not exist.
+      config: any config.
+    """
+    if not checkpoint_sizes(workdir):
+        return None
+    checkpoints = Checkpoints(workdir, config=config)
+    try:
+        return checkpoints.newest_saved()
+    finally:
+        checkpoints.close()
 
 
 def read_meta(workdir: pathlib.Path) -> dict[str, Any]:

@@ -126,9 +126,9 @@ def collapse_section(facts: Facts) -> Section | None:
         text += (
             f"\n\nOf the checkpoint at step {facts.look.step}, on {len(facts.look.labels)} "
             f"held-out training images: **{v.label}**, effective rank {v.effective_rank:.1f} of "
-            f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std})."
+            f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std:.2g})."
         )
-    limits = {"collapse below": facts.min_rank}
+    limits = {"collapse below": facts.limits.effective_rank}
     spread = _present(history, target_std="target_std", context_std="context_std")
     parts = _present(
         history,

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,13 @@ def read_history(path: pathlib.Path) -> History:
         del parsed[number]
     lines = tuple(line for line in parsed.values() if line is not None)
     return History(lines, number + 1 - torn, len(parsed) - len(lines))
+
+
+def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl from the first on, one at a time; damaged ones are left out."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from filter(None, map(_parse, file))
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

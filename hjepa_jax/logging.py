@@ -27,14 +27,14 @@ class RunLogger:
       workdir: the run's directory.
       tensorboard: whether to write TensorBoard events, pictures and texts (imports TensorFlow).
       resume_step: step at which the run goes on; later lines of metrics.jsonl, written by a run
-        that was cut off before its next checkpoint, are dropped.
+        that was cut off before its next checkpoint, are dropped, and their points in TensorBoard.
 
     Raises:
       InputError: where TensorBoard is asked for and its packages are missing.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
-        self._workdir, self.tensorboard = workdir, tensorboard
+        self._workdir, self.tensorboard, self._resume_step = workdir, tensorboard, resume_step
         if tensorboard and not all(
             map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))
         ):
@@ -49,7 +49,9 @@ class RunLogger:
     @functools.cached_property
     def _writer(self) -> Any:
         """CLU's writer, or None. Not made before it is used: TensorFlow takes seconds to load."""
-        return _tensorboard_writer(self._workdir) if self.tensorboard else None
+        if not self.tensorboard:
+            return None
+        return _tensorboard_writer(self._workdir, resume_step=self._resume_step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds values to the line of `step`, which `end_line` writes."""
@@ -136,11 +138,48 @@ def quiet_tensorflow() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN it talks whatever the level
 
 
-def _tensorboard_writer(workdir: pathlib.Path) -> Any:
+EVENTS = "events.out.tfevents."  # followed by seconds since 1970, host and process
+
+
+def _tensorboard_writer(workdir: pathlib.Path, *, resume_step: int | None = None) -> Any:
+    """CLU's writer of TensorBoard events.
+
+    Args:
+      workdir: where the event file goes.
+      resume_step: last step that is kept of what a former process of the run wrote; None if all is
+        kept.
+    """
     quiet_tensorflow()
     from clu import metric_writers  # imports TensorFlow
 
+    if resume_step is not None:
+        _purge_events_after(workdir, resume_step)
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+
+
+def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
+    """Tells TensorBoard to forget the events of later steps in the files that are there.
+
+    TensorBoard does so at an event "session started". CLU and tf.summary cannot write one. So a
+    small file of its own has it. TensorBoard reads files in the order of their names: this one
+    must come after the others and before the one that the run writes next.
+    """
+    seconds = [file.name.removeprefix(EVENTS)[:10] for file in workdir.glob(f"{EVENTS}*")]
+    if not seconds:
+        return
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    while max(seconds) == (now := f"{int(time.time()):010}"):
+        time.sleep(0.05)  # until the second is over in which the newest was made
+    version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    start = event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started)
+    # No name of a host begins with "-", which sorts before letters and digits.
+    with (workdir / f"{EVENTS}{now}.-resumed").open("wb") as file:
+        # The first start that TensorBoard reads counts as the beginning: only the second purges.
+        for event in (version, start, start):
+            RecordWriter(file).write(event.SerializeToString())
 
 
 def write_tensorboard_scalars(workdir: pathlib.Path, step: int, values: dict[str, float]) -> None:

@@ -4,12 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -26,6 +27,7 @@ from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation.features import Features, extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out, spread_rows
+from hjepa_jax.history import read_lines
 from hjepa_jax.host_memory import return_unused_memory
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules
@@ -73,6 +75,7 @@ class Loop:
             on_collapse=c.train.on_collapse,
             say=self._progress.note,
             newest_checkpoint=checkpoints.latest_step,
+            batch_size=c.train.batch_size,
         )
         self._embed = jax.jit(build.build_embed_fn(c, run.model))
         self._save_every = c.train.checkpoint_every_steps or max(
@@ -84,8 +87,15 @@ class Loop:
         self._show_every = math.ceil(shows_every * steps_per_epoch)
         self._showcase = Showcase(run, train.images, logger)
 
-    def run(self, state: TrainState, window: metrics.LogWindow) -> TrainState:
+    def run(
+        self, state: TrainState, window: metrics.LogWindow, begin: Callable[[], None]
+    ) -> TrainState:
         """Runs from the state's step to the last one.
+
+        Args:
+          state: to begin with.
+          window: metrics since the last line of the log.
+          begin: called in all processes when everything is compiled, before the first step.
 
         Raises:
           Interrupted: when a signal asked for it.
@@ -94,8 +104,11 @@ class Loop:
         """
         num_steps, step = self._schedules.num_steps, int(state.step)
         if step >= num_steps:
+            begin()
             print(f"already trained: step {step} of {num_steps}")
             return state
+        with writing(self._workdir):
+            self._remember(step)
         rules = current_rules()
         size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
         started = time.perf_counter()
@@ -108,6 +121,7 @@ class Loop:
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
+        begin()
         cluster.meet()  # compiling takes each process its own time
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
@@ -139,6 +153,11 @@ class Loop:
                 raise Interrupted(signum, step)
         self._progress.end()
         return state
+
+    def _remember(self, step: int) -> None:
+        """The log up to the step at which the run goes on: the same in all processes."""
+        lines = read_lines(self._workdir / "metrics.jsonl")
+        self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState) -> None:
         """Behind the first call, not before it: TensorBoard's packages take seconds to load."""

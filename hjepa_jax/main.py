@@ -70,9 +70,11 @@ def summary(workdir: pathlib.Path) -> str:
     rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
     for protocol in ("linear", "knn"):
         scores = {e: best_score(rows, protocol, e) for e in ("target", "random_init", "pixels")}
-        known = [f"{e.replace('_', '-')} {100 * s:.1f} %" for e, s in scores.items() if s]
+        known = [
+            f"{e.replace('_', '-')} {100 * s:.1f} %" for e, s in scores.items() if s is not None
+        ]
         if known:
-            lines[f"best {protocol}"] = ", ".join(known)
+            lines[f"best {protocol}"] = ", ".join(known) + _judged(rows, protocol, workdir)
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
     if config.log.tensorboard:
@@ -80,6 +82,16 @@ def summary(workdir: pathlib.Path) -> str:
     lines["judge"] = f"python -m hjepa_jax.probe --workdir={workdir}"
     lines["features"] = f"python -m hjepa_jax.embed --workdir={workdir} --input=... --output=..."
     return summary_box(f"done: {workdir}", lines)
+
+
+def _judged(rows: list[dict], protocol: str, workdir: pathlib.Path) -> str:
+    """Says at which step the scores of a protocol were made, if the run went on since."""
+    from hjepa_jax.run_dir import checkpoint_sizes
+
+    wanted = ("target", protocol)
+    scored = [row["step"] for row in rows if (row["encoder"], row["protocol"]) == wanted]
+    last = max(checkpoint_sizes(workdir), default=0)
+    return f" (at step {max(scored)} of {last})" if scored and max(scored) < last else ""
 
 
 if __name__ == "__main__":

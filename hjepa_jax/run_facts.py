@@ -1,7 +1,7 @@
 """What is known of a run, read from its workdir and nowhere else."""
 
-import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -12,23 +12,21 @@ import optax
 from jaxtyping import Float, Int
 
 from hjepa_jax import build, checkpoint
+from hjepa_jax.collapse import PATIENCE, Limits, Spread, find_limits, spread_of, untrained_spread
 from hjepa_jax.config import Config
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.fingerprint import differ, fingerprint, same_content
+from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.evaluation.quality import (
-    MIN_RANK_FRACTION,
-    MIN_RELATIVE_STD,
-    Verdict,
-    collapse_verdict,
-)
+from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.evaluation.results import Row, read_probe_json, rows_on
 from hjepa_jax.history import History, read_history
 from hjepa_jax.metrics import FEATURE_ROWS
 from hjepa_jax.run import num_params, open_config_source
 from hjepa_jax.run_dir import checkpoint_sizes, load_config, lock_owner
+from hjepa_jax.run_record import RunRecord, read_record
 from hjepa_jax.snapshot import Snapshot, fixed_images
 
 # Training images whose features a report looks at: those compared with, and held-out ones.
@@ -45,7 +43,7 @@ class Look:
       step: of the checkpoint.
       snapshot: of a few images.
       features: by name, of the held-out images, [Q, D].
-      verdict: whether those of level 0 have collapsed.
+      verdict: whether those of level 0 have collapsed, beside those of the untrained network.
       labels, predictions: of the held-out images, [Q]; by k-NN on level 0.
       class_names: by label.
       images: the held-out images, uint8 [Q, H, W, 3].
@@ -77,10 +75,10 @@ class Facts:
       config: with which the run went on last.
       history: its metrics.jsonl.
       probes: the rows of its probe.json, on whatever data.
-      status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it) or
-        "not started".
+      status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it), "not
+        started", or "unknown" if its number of steps is not known.
       stopped_by: the rule that ended it, and the numbers it looked at; empty for none.
-      num_steps, steps_per_epoch: None where the number of training images is not known.
+      num_steps, steps_per_epoch: None if an older version wrote the workdir and the data is absent.
       params: number of parameters by part.
       checkpoints: bytes by step.
       meta: what the newest checkpoint says of its origin; empty without one.
@@ -120,38 +118,53 @@ class Facts:
         batch = min(self.config.train.batch_size, FEATURE_ROWS)
         return min(batch * (FEATURE_ROWS // batch) - 1, self.width)
 
-    @property
-    def min_rank(self) -> float:
-        """Effective rank below which features count as collapsed."""
-        return MIN_RANK_FRACTION * self.max_rank
+    @functools.cached_property
+    def limits(self) -> Limits:
+        """Effective rank and relative std below which features count as collapsed."""
+        batch_size = self.config.train.batch_size
+        untrained = untrained_spread(self.history.lines, batch_size=batch_size)
+        return find_limits(max_rank=self.max_rank, untrained=untrained)
 
-    def signs_of_collapse(self, line: dict[str, Any] | None = None) -> list[str]:
-        """What says that the target features have collapsed, with the thresholds; else empty.
+    def signs_in(self, line: dict[str, Any]) -> list[str]:
+        """What in one line of the history says that the features have collapsed; else empty.
 
         Constant features and rounding noise have full rank, so that their spread counts as well.
-
-        Args:
-          line: of the history, maybe without the numbers; None for the newest that has them, and
-            the newest checkpoint.
         """
-        found, look = [], self.look if line is None else None
-        if line is None:
-            with_rank = (x for x in reversed(self.history.lines) if "train/effective_rank" in x)
-            line = next(with_rank, {})
-        rank, std = line.get("train/effective_rank"), line.get("train/relative_std")
-        if rank is not None and rank < self.min_rank:
-            found.append(f"effective rank {rank:.1f} is below {self.min_rank:.1f}")
-        if std is not None and std < MIN_RELATIVE_STD:
-            found.append(f"relative std {std:.2g} is below {MIN_RELATIVE_STD}")
+        found, spread, limits = [], spread_of(line), self.limits
+        if spread is None:
+            return found
+        if (rank := spread.effective_rank) < limits.effective_rank:
+            found.append(f"effective rank {rank:.1f} is below {limits.effective_rank:.1f}")
+        if (std := spread.relative_std) is not None and std < limits.relative_std:
+            found.append(f"relative std {std:.2g} is below {limits.relative_std:.2g}")
+        return found
+
+    def signs_in_log(self) -> list[str]:
+        """The signs of the newest line, if all of the newest `PATIENCE` lines show some."""
+        newest = [x for x in self.history.lines if spread_of(x)][-PATIENCE:]
+        return self.signs_in(newest[-1]) if newest and all(map(self.signs_in, newest)) else []
+
+    def signs_of_collapse(self) -> list[str]:
+        """What in the log and the newest checkpoint says that the features have collapsed."""
+        found, look = self.signs_in_log(), self.look
         if look and look.verdict.label != "healthy":
             found.append(f"{look.verdict.label} at the checkpoint of step {look.step}")
         return found
+
+    def judged(self, protocol: str) -> str:
+        """Says at which step the scores of a protocol were made, if the run went on since."""
+        scored = [r["step"] for r in self.own_probes
+                  if (r["encoder"], r["protocol"]) == ("target", protocol)]  # fmt: skip
+        newest, last = max(scored, default=0), self.history.last_step()
+        return f", scored at step {newest} of {last}" if scored and newest < last else ""
 
 
 def read_facts(
     workdir: pathlib.Path, *, images: bool, splits: tuple[Split, Split] | None = None
 ) -> Facts:
     """Reads a workdir: finished, interrupted, or of a run that goes on.
+
+    Nothing is downloaded: a run whose data is not here is described without pictures.
 
     Args:
       workdir: the run's directory.
@@ -168,7 +181,7 @@ def read_facts(
     state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
     sizes = checkpoint_sizes(workdir)
-    look, meta, num_images, reason = None, {}, None, ""
+    look, meta, record, reason = None, {}, read_record(workdir), ""
     if not sizes:
         reason = "there is no checkpoint yet"
     elif not images:
@@ -176,22 +189,19 @@ def read_facts(
     try:
         if sizes:
             meta = checkpoint.read_meta(workdir)
-        if images:
-            source = open_config_source(config)
-            num_images = source.num_images
-            if sizes:
-                train, _ = splits or source.load()
-                if source.records is None:  # without a folder's files that are no images
-                    num_images = len(train.images)
-                look = _look(workdir, config, model, train, source.info.class_names)
     except InputError as error:
         reason = str(error)
-    if num_images is None:
-        num_images = _probed_size(config, rows_on(config.data.source, probes))
-    schedules = None
-    with contextlib.suppress(InputError):  # the data is no longer what was trained on
-        schedules = build.build_schedules(config, num_images) if num_images else None
-    num_steps = schedules.num_steps if schedules else config.train.num_steps
+    if record and differ(meta.get("data"), record.fingerprint):
+        record = None  # of another run, or of other images than the newest checkpoint
+    num_images = record.num_images if record else None
+    if images:
+        try:
+            source = open_config_source(config, may_download=False)
+            found, look = _see(workdir, config, model, source, record, splits, look=bool(sizes))
+            num_images = num_images or found
+        except InputError as error:
+            reason = str(error)
+    num_steps, steps_per_epoch = _length(config, record, num_images, history, probes)
     facts = Facts(
         name=workdir.resolve().name,
         config=config,
@@ -200,7 +210,7 @@ def read_facts(
         status=_status(workdir, history, num_steps),
         stopped_by="",
         num_steps=num_steps,
-        steps_per_epoch=schedules.steps_per_epoch if schedules else None,
+        steps_per_epoch=steps_per_epoch,
         params={**params, "target_encoder": num_params(state.target_params)},
         checkpoints=sizes,
         meta=meta,
@@ -210,6 +220,69 @@ def read_facts(
     )
     rule = _stopped_by(facts) if facts.status == "interrupted" else ""
     return dataclasses.replace(facts, status="stopped", stopped_by=rule) if rule else facts
+
+
+def _see(
+    workdir: pathlib.Path,
+    config: Config,
+    model: Any,
+    source: Source,
+    record: RunRecord | None,
+    splits: tuple[Split, Split] | None,
+    *,
+    look: bool,
+) -> tuple[int, Look | None]:
+    """The number of training images, and what the newest checkpoint makes of some of them.
+
+    Args:
+      workdir: the run's directory.
+      config: its config.
+      model: its networks.
+      source: of its data.
+      record: its run.json, if there is one.
+      splits: the run's images, where they are in memory.
+      look: whether there is a checkpoint to look at.
+
+    Raises:
+      InputError: if images or checkpoint cannot be read, or the images are not those of the run.
+    """
+    if not look:
+        return source.num_images, None
+    train, _ = splits or source.load()
+    if record and splits is None:
+        images = fingerprint(train, source.records)
+        if not same_content(images, record.fingerprint):
+            rule = "holds other images than the run was trained on"
+            raise InputError("data.source", config.data.source, rule)
+    # Without a folder's files that are no images.
+    num_images = len(train.images) if source.records is None else source.num_images
+    return num_images, _look(workdir, config, model, train, source.info.class_names)
+
+
+def _length(
+    config: Config,
+    record: RunRecord | None,
+    num_images: int | None,
+    history: History,
+    probes: list[Row],
+) -> tuple[int | None, int | None]:
+    """Steps of the run and of an epoch; None for what is not known.
+
+    run.json has both. Without one, the data or the probes may tell the number of images. If they
+    do not, the scores that a run logs after its last step still tell where it ended.
+    """
+    if record:
+        return record.num_steps, record.steps_per_epoch
+    if num_images is None:
+        num_images = _probed_size(config, rows_on(config.data.source, probes))
+    if num_images:
+        try:
+            schedules = build.build_schedules(config, num_images)
+            return schedules.num_steps, schedules.steps_per_epoch
+        except InputError:  # the data is no longer what was trained on
+            pass
+    ended = bool(history.lines) and "eval/linear_top1" in history.lines[-1]
+    return config.train.num_steps or (history.last_step() if ended else None), None
 
 
 def _probed_size(config: Config, probes: list[Row]) -> int | None:
@@ -227,9 +300,11 @@ def _probed_size(config: Config, probes: list[Row]) -> int | None:
 def _status(workdir: pathlib.Path, history: History, num_steps: int | None) -> str:
     if lock_owner(workdir):
         return "running"
-    if num_steps and history.last_step() >= num_steps:
-        return "finished"
-    return "interrupted" if history.lines else "not started"
+    if not history.lines:
+        return "not started"
+    if num_steps is None:
+        return "unknown"
+    return "finished" if history.last_step() >= num_steps else "interrupted"
 
 
 def _stopped_by(facts: Facts) -> str:
@@ -237,7 +312,7 @@ def _stopped_by(facts: Facts) -> str:
     c, count = facts.config.train, facts.history.last("train/nonfinite_steps") or 0
     if count > c.max_nonfinite_steps:
         return f"more than train.max_nonfinite_steps={c.max_nonfinite_steps} were left out"
-    signs = facts.signs_of_collapse(facts.history.lines[-1])
+    signs = facts.signs_in_log()
     return (
         f"train.on_collapse=stop: {'; '.join(signs)}" if c.on_collapse == "stop" and signs else ""
     )
@@ -246,7 +321,7 @@ def _stopped_by(facts: Facts) -> str:
 def _look(
     workdir: pathlib.Path, config: Config, model: Any, train: Split, class_names: tuple[str, ...]
 ) -> Look:
-    _, state, _ = checkpoint.load_state(workdir)
+    _, state, initial = checkpoint.load_state(workdir)
     snapshot = jax.jit(build.build_snapshot_fn(config, model))
     embed = jax.jit(build.build_embed_fn(config, model))
     bank, queries = hold_out(len(train.images), num_val=config.eval.num_val)
@@ -254,12 +329,13 @@ def _look(
         rows[:: max(1, math.ceil(len(rows) / count))]
         for rows, count in ((bank, BANK_SIZE), (queries, NUM_QUERIES))
     )
-    bank_x, query_x = (
-        extract_features(
-            embed, state.target_params, train.images[rows], batch_size=config.eval.batch_size
-        )
-        for rows in (bank, queries)
-    )
+
+    def features(params: Any, rows: Any) -> dict[str, Any]:
+        batch_size = config.eval.batch_size
+        return extract_features(embed, params, train.images[rows], batch_size=batch_size)
+
+    bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
+    untrained = features(initial.target_params, queries)["level_0"]
     k = min(KNN_K, len(bank))
     (predictions,) = knn_predict(
         bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
@@ -276,7 +352,7 @@ def _look(
             snapshot(state.params, state.target_params, fixed_images(train.images))
         ),
         features=query_x,
-        verdict=collapse_verdict(query_x["level_0"]),
+        verdict=_verdict(query_x["level_0"], untrained),
         labels=train.labels[queries],
         predictions=predictions,
         class_names=class_names,
@@ -284,4 +360,19 @@ def _look(
         neighbours=train.images[found],
         same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
         bank_size=len(bank),
+    )
+
+
+def _verdict(x: Float[np.ndarray, "Q _"], untrained: Float[np.ndarray, "Q _"]) -> Verdict:
+    """Whether features have collapsed, beside those of the untrained network."""
+    found, before = collapse_verdict(x), collapse_verdict(untrained)
+    spread, start = (Spread(v.effective_rank, v.relative_std) for v in (found, before))
+    limits = find_limits(max_rank=found.max_rank, untrained=start)
+    return Verdict(
+        label=limits.label(spread),
+        relative_std=found.relative_std,
+        effective_rank=found.effective_rank,
+        max_rank=found.max_rank,
+        min_relative_std=limits.relative_std,
+        min_rank_fraction=limits.effective_rank / found.max_rank,
     )

@@ -1,5 +1,6 @@
 """The report of a run: sections of Markdown and figures, made of `Facts` and nothing else."""
 
+from hjepa_jax.collapse import PATIENCE
 from hjepa_jax.config import base_config
 from hjepa_jax.curve_sections import (
     collapse_section,
@@ -26,8 +27,9 @@ def sections(facts: Facts) -> list[Section]:
 
 def _summary(facts: Facts) -> Section:
     step, total = facts.history.last_step(), facts.num_steps
+    of = f" of {total}" if total else " (how many it was to make is not known)"
     lines = [
-        f"**Status: {facts.status}**, step {step}" + (f" of {total}." if total else "."),
+        f"**Status: {facts.status}**, step {step}{of}.",
         "The aim of a run is a representation that is better than the same network untrained and "
         "than raw pixels, without collapse. Whether this one is, by its own numbers:",
         table(
@@ -73,10 +75,9 @@ def _parameters(facts: Facts) -> Section:
 
 
 def _warnings(facts: Facts) -> Section:
-    found, before, unreadable, sick = [], 0.0, 0, False
+    found, before, unreadable, sick, num_in_a_row = [], 0.0, 0, False, 0
     for line in facts.history.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
-        signs = facts.signs_of_collapse(line)
         if bad > before:
             text = f"step {line['step']}: {bad:.0f} steps in all were not finite and left out"
             found.append(text)
@@ -86,10 +87,16 @@ def _warnings(facts: Facts) -> Section:
             text = f"{skipped} unreadable in all, and the next ones trained on instead"
             found.append(f"step {line['step']}: training images: {text}")
         unreadable = skipped
-        if rank is not None and bool(signs) != sick:
-            sick = not sick
-            how = "; ".join(signs) if sick else f"no collapse any more, effective rank {rank:.1f}"
-            found.append(f"step {line['step']}: {how}")
+        if rank is None:
+            continue
+        signs = facts.signs_in(line)
+        num_in_a_row = num_in_a_row + 1 if signs else 0
+        if sick and not signs:
+            text = f"no collapse any more, effective rank {rank:.1f}"
+            found.append(f"step {line['step']}: {text}")
+        elif not sick and num_in_a_row >= PATIENCE:  # as `Alarms` say it while the run goes on
+            found.append(f"step {line['step']}: {'; '.join(signs)}")
+        sick = num_in_a_row >= PATIENCE
     if facts.stopped_by:
         found.append(f"the run ended: {facts.stopped_by}")
     shown = found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])

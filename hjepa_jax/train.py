@@ -6,10 +6,11 @@ import json
 import pathlib
 import sys
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from hjepa_jax import cluster, warm_start
-from hjepa_jax.checkpoint import Checkpoints
+from hjepa_jax.checkpoint import Checkpoints, read_saved
 from hjepa_jax.config import Config
 from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.data.sources import Source, Split, first_line
@@ -20,15 +21,20 @@ from hjepa_jax.evaluation.results import headline_scores, rows_to_add_to
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
+from hjepa_jax.metrics import LogWindow
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import Run, build_run, open_config_source
 from hjepa_jax.run_dir import (
     check_workdir,
     checkpoint_sizes,
-    locked,
+    claimed,
+    is_claimed,
     prepare_workdir,
+    with_recorded_start,
     writing,
 )
+from hjepa_jax.run_record import RunRecord, make_record
+from hjepa_jax.train_state import TrainState
 from hjepa_jax.validation import validate
 
 
@@ -52,7 +58,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     """
     validate(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    cluster.by_first(lambda: check_workdir(config, workdir))  # before minutes of downloading
+    with writing(workdir):
+        config = with_recorded_start(config, workdir, read_saved(workdir, config))
+
+    def check(data: RunRecord | None = None) -> None:
+        with writing(workdir):
+            saved = read_saved(workdir, config)
+        check_workdir(config, workdir, saved=saved, data=data)
+
+    cluster.by_first(check)  # before minutes of downloading
     with cluster.first_process_first():  # it downloads, and looks through
         source = open_config_source(config)
         run = build_run(config, source)  # before much is read: it refuses what cannot work
@@ -61,37 +75,63 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
-    cluster.by_first(lambda: check_workdir(config, workdir, num_images=source.num_images))
     _check_judgeable(config, source, train)
     data = fingerprint(train, source.records)
+    record = make_record(config, source, run.schedules, fingerprint=data)
+    cluster.by_first(lambda: check(record))
     _check_same_everywhere(config, data)
     if not checkpoint_sizes(workdir):  # a run that goes on needs it no more
         warm_start.check_source(config)
     with contextlib.ExitStack() as held:
+        claims: list[Callable[[], None]] = []  # of the first process
+        begun = []
 
         def claim() -> None:
-            held.enter_context(locked(workdir))
-            prepare_workdir(config, workdir, source.num_images)
+            claims.append(held.enter_context(claimed(workdir)))
+            check(record)  # again: another run may have been here since
             if config.eval.probe_at_end:  # refused before hours of training, too
                 with writing(workdir):
                     rows_to_add_to(workdir / "probe.json")
 
+        def begin() -> None:
+            """Writes down how the run goes on, when nothing can refuse it any more."""
+
+            def write() -> None:
+                prepare_workdir(config, workdir, record, saved=read_saved(workdir, config))
+                claims[0]()
+
+            cluster.by_first(write)
+            begun.append(True)
+
         cluster.by_first(claim)
-        with writing(workdir):
-            claimed = (workdir / "config.json").exists()
-        if cluster.largest(not claimed):
+        if cluster.largest(not is_claimed(workdir)):
             raise InputError("--workdir", str(workdir), "must be shared by all processes")
+        parts = _Parts(run, source, train, test, workdir, backend, record)
         try:
-            rows = _train_and_judge(run, source, train, test, workdir, backend, data)
+            rows = _train_and_judge(parts, begin)
         except InputError as error:  # too many steps that are not finite, a collapse, a full disk
             cluster.leave(str(error))
-            _report(config, workdir, (train, test))
+            if begun:
+                _report(config, workdir, (train, test))
             raise
         except Interrupted:  # an end that all agree on, though some may take long to close
             cluster.leave()
             raise
         _report(config, workdir, (train, test))
         return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """All that a run is made of."""
+
+    run: Run
+    source: Source
+    train: Split
+    test: Split
+    workdir: pathlib.Path
+    backend: str
+    record: RunRecord
 
 
 def _check_judgeable(config: Config, source: Source, train: Split) -> None:
@@ -125,54 +165,72 @@ def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) 
         print(f"{message} hjepa_jax.report --workdir={workdir}", file=sys.stderr, flush=True)
 
 
-def _train_and_judge(
-    run: Run,
-    source: Source,
-    train: Split,
-    test: Split,
-    workdir: pathlib.Path,
-    backend: str,
-    data: str,
-) -> list[dict[str, Any]]:
-    """What `train_and_evaluate` does once everything is built and the workdir is ours."""
+def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:
+    """What `train_and_evaluate` does once everything is built and the workdir is ours.
+
+    Args:
+      parts: of the run.
+      begin: called when nothing can refuse the run any more, before its first step.
+    """
+    run, workdir, train = parts.run, parts.workdir, parts.train
     config = run.config
-    with writing(workdir):
-        checkpoints = Checkpoints(workdir, config=config, data=data, owner=True)
-        latest = checkpoints.latest_step()
-        cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
-        state, window = run.create()
-        if latest is not None:
-            state, window = checkpoints.restore(state, window)
-        elif config.train.init_from:
-            state = warm_start.start_from(config.train.init_from, run, state)
-        logger = SilentLogger()
-        if cluster.is_first():
-            tensorboard, step = config.log.tensorboard, int(state.step)
-            logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
-    try:
-        with checkpoints:
-            loop = Loop(run, workdir, train, source.records, checkpoints, logger, backend)
-            state = loop.run(state, window)
+    with contextlib.ExitStack() as opened:
+        with writing(workdir):
+            checkpoints = opened.enter_context(
+                Checkpoints(workdir, config=config, data=parts.record.fingerprint, owner=True)
+            )
+            state, window = _start(parts, checkpoints)
+            logger = SilentLogger()
+            if cluster.is_first():
+                tensorboard, step = config.log.tensorboard, int(state.step)
+                logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
+        closing = contextlib.ExitStack()
+        closing.enter_context(writing(workdir))
+        closing.callback(logger.close)
+        with closing:
+            loop = Loop(
+                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend
+            )
+            state = loop.run(state, window, begin)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
             encoders = run.placement.local(encoders)
-        cluster.leave()
-        if not config.eval.probe_at_end or not cluster.is_first():
-            return []
-        print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-        with writing(workdir):
-            rows = judge_run(
-                workdir,
-                config,
-                run.model,
-                encoders,
-                train,
-                test,
-                source=source,
-                step=int(state.step),
-                protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
-            )
-            logger.scalars(int(state.step), headline_scores(rows))
-        return rows
-    finally:
-        with writing(workdir):
-            logger.close()
+            opened.close()  # the last checkpoint is on disk
+            cluster.leave()
+            if not config.eval.probe_at_end or not cluster.is_first():
+                return []
+            return _judge(parts, encoders, int(state.step), logger)
+
+
+def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow]:
+    """State and metrics window at which the run begins or goes on."""
+    run, workdir = parts.run, parts.workdir
+    latest = checkpoints.latest_step()
+    cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
+    state, window = run.create()
+    if latest is not None:
+        return checkpoints.restore(state, window)
+    if run.config.train.init_from:
+        state = warm_start.start_from(run.config.train.init_from, run, state)
+    return state, window
+
+
+def _judge(
+    parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
+) -> list[dict[str, Any]]:
+    """Probes the trained encoder and its baselines."""
+    print("probes, chosen on held-out training images, scored on the test images:", flush=True)
+    config = parts.run.config
+    with writing(parts.workdir):
+        rows = judge_run(
+            parts.workdir,
+            config,
+            parts.run.model,
+            encoders,
+            parts.train,
+            parts.test,
+            source=parts.source,
+            step=step,
+            protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
+        )
+        logger.scalars(step, headline_scores(rows))
+    return rows

@@ -3,7 +3,6 @@
 Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them.
 """
 
-from hjepa_jax.evaluation.quality import MIN_RELATIVE_STD
 from hjepa_jax.evaluation.results import best_score
 from hjepa_jax.run_facts import Facts
 
@@ -58,9 +57,8 @@ def checklist(facts: Facts) -> list[Check]:
             if ours is None or theirs is None:
                 checks.append((None, what, "not probed"))
             else:
-                checks.append(
-                    (ours > theirs + MARGIN, what, f"{pct(ours)} against {pct(theirs)} %")
-                )
+                evidence = f"{pct(ours)} against {pct(theirs)} %{facts.judged(protocol)}"
+                checks.append((ours > theirs + MARGIN, what, evidence))
 
     newest = max(facts.checkpoints, default=None)
     checks.append(
@@ -76,12 +74,13 @@ def collapse_check(facts: Facts) -> Check:
     what, last = "Features have not collapsed", facts.history.last
     if signs := facts.signs_of_collapse():
         return False, what, "; ".join(signs)
-    rank, std = last("train/effective_rank"), last("train/relative_std")
+    rank, std, limits = last("train/effective_rank"), last("train/relative_std"), facts.limits
     if rank is None:
         return None, what, "no effective rank recorded"
-    evidence = f"effective rank {rank:.1f}, threshold {facts.min_rank:.1f} of {facts.max_rank}"
+    evidence = f"effective rank {rank:.1f}, threshold {limits.effective_rank:.1f} of "
+    evidence += f"{facts.max_rank}"
     if std is not None:
-        evidence += f"; relative std {std:.2g}, threshold {MIN_RELATIVE_STD}"
+        evidence += f"; relative std {std:.2g}, threshold {limits.relative_std:.2g}"
     return True, what, evidence
 
 

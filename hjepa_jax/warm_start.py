@@ -2,30 +2,39 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import optax
 from jaxtyping import Array
 
-from hjepa_jax import checkpoint
+from hjepa_jax import build, checkpoint
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.positions import interpolate_positions
+from hjepa_jax.placement import Placement
 from hjepa_jax.run import Run
 from hjepa_jax.run_dir import load_config
 from hjepa_jax.train_state import TrainState
 
 FIELD = "train.init_from"
-# Of the networks, what may differ: how they are computed or trained, not what they are.
+# Fields of `model` that may differ: how the networks are computed or trained, not what they are.
 FREE = {
-    "dtype", "drop_path", "global_target", "level_depths", "remat", "target", "target_layers",
+    "dtype", "drop_path", "global_target", "level_depths", "projection", "remat", "target",
+    "target_layers",
 }  # fmt: skip
+# A head that training needs and features do not. One run may have it and the other not.
+HEAD = "projection"
 
 
 def check_source(config: Config) -> None:
     """Checks the run that `train.init_from` names, if it names one, before anything is written.
+
+    The networks must be the same, parameter by parameter. Only tables of positions may be of
+    another grid, and the projection head may differ: it then begins anew.
 
     Raises:
       InputError: when there is no such run or checkpoint, or its networks differ.
@@ -34,14 +43,51 @@ def check_source(config: Config) -> None:
     if not workdir:
         return
     with _told_as_field(workdir):
-        theirs = load_config(pathlib.Path(workdir))
-        checkpoint.read_meta(pathlib.Path(workdir))
+        theirs = load_config(_path(workdir))
+        checkpoint.read_meta(_path(workdir))
+        there, here = _parameters(theirs), _parameters(config)
     ours = _networks(config)
-    for name, there in _networks(theirs).items():
-        here = ours[name]
-        if there != here:
-            rule = f"has other networks: model.{name} is {there!r} there and {here!r} here"
+    for name, value in _networks(theirs).items():
+        if value != ours[name]:
+            rule = f"has other networks: model.{name} is {value!r} there and {ours[name]!r} here"
             raise InputError(FIELD, workdir, rule)
+    for path in sorted(there.keys() | here.keys()):
+        shapes = there.get(path), here.get(path)
+        if not (path.startswith(HEAD) or shapes[0] == shapes[1] or _is_grid(path, *shapes)):
+            what = ", ".join(
+                f"{shape if shape else 'absent'} {where}"
+                for shape, where in zip(shapes, ("there", "here"), strict=True)
+            )
+            raise InputError(FIELD, workdir, f"has other networks: {path} is {what}")
+
+
+def _path(workdir: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(workdir).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise InputError(FIELD, workdir, str(error)) from error
+
+
+def _parameters(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the online parameters by path, such as "predictor/mask_token"."""
+    create = build.build_create_state(config, build.build_model(config), optax.identity())
+    return _shapes(jax.eval_shape(create).params)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        "/".join(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _is_grid(path: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> bool:
+    """Whether the shapes are those of tables of positions, [N, D], of two square grids."""
+    if not there or not here or len(there) != 2 or len(here) != 2 or there[1] != here[1]:
+        return False
+    if not path.endswith("/embedding"):
+        return False
+    return all(math.isqrt(n) ** 2 == n for n in (there[0], here[0]))
 
 
 @contextlib.contextmanager
@@ -77,20 +123,27 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
       InputError: when that checkpoint is damaged.
     """
     with _told_as_field(workdir):
-        _, found, _ = checkpoint.load_state(pathlib.Path(workdir))
-    params, target_params = (
-        jax.tree.map(_fit, theirs, ours)
-        for theirs, ours in (
-            (found.params, state.params),
-            (found.target_params, state.target_params),
-        )
-    )
-    place = run.placement
+        _, found, _ = checkpoint.load_state(_path(workdir))
+    place, ours = run.placement, state.params
+    theirs = _with_our_head(workdir, found.params, ours, place)
+    params = jax.tree.map(_fit, theirs, ours)
+    target_params = jax.tree.map(_fit, found.target_params, state.target_params)
     return dataclasses.replace(
         state,
         params=place.put(params, place.state(state.params)),
         target_params=place.put(target_params, place.state(state.target_params)),
     )
+
+
+def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> Any:
+    """The parameters of the other run, with the projection head of this one where it differs."""
+    here = _shapes(ours.get(HEAD))
+    if _shapes(theirs.get(HEAD)) == here:
+        return theirs
+    how = f"begins anew: {workdir} has none of this size" if here else f"of {workdir} is left out"
+    print(f"{FIELD}: the {HEAD} head {how}", flush=True)
+    kept = {name: tree for name, tree in theirs.items() if name != HEAD}
+    return {**kept, HEAD: place.local(ours[HEAD])} if here else kept
 
 
 def _fit(there: Array, here: Array) -> Array:

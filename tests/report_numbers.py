@@ -45,6 +45,8 @@ class Sources:
       num_images: of the training set.
       saved: step of the newest checkpoint when the report was written; None for no checkpoint.
       checkpoint: what the report must say of it; None where it is not there any more.
+      beside_untrained: whether a rank counts as collapsed beside that of the first lines, and after
+        three lines; older reports knew a tenth of the largest rank alone.
     """
 
     lines: list[dict]
@@ -56,6 +58,27 @@ class Sources:
     num_images: int
     saved: int | None
     checkpoint: Checkpoint | None = None
+    beside_untrained: bool = True
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Rank and relative std below which features have collapsed."""
+        rank, std = self.max_rank / 10, 0.01
+        if not self.beside_untrained:
+            return rank, std
+        first: list[dict] = []
+        for line in self.lines:
+            if "train/effective_rank" in line:
+                first.append(line)
+                if line["step"] * self.config["train"]["batch_size"] >= 512:
+                    break
+        half = max(line["train/effective_rank"] for line in first) / 2
+        stds = [line["train/relative_std"] for line in first if "train/relative_std" in line]
+        least = min(rank, max(self.max_rank / 50, 1.5))
+        return (
+            max(min(rank, half), least),
+            max(min(std, max(stds) / 2), 0.001) if stds else std,
+        )
 
     @property
     def max_rank(self) -> int:
@@ -134,24 +157,28 @@ def row(*cells: object) -> str:
 
 def signs(s: Sources, line: dict) -> list[str]:
     """What says in a line that features have collapsed."""
-    rank, std, limit = line["train/effective_rank"], line.get("train/relative_std"), s.max_rank / 10
-    found = [f"effective rank {rank:.1f} is below {limit:.1f}"] if rank < limit else []
-    return found + ([f"relative std {std:.2g} is below 0.01"] if (std or 1) < 0.01 else [])
+    rank, std = line["train/effective_rank"], line.get("train/relative_std")
+    least, least_std = s.limits
+    found = [f"effective rank {rank:.1f} is below {least:.1f}"] if rank < least else []
+    if std is not None and std < least_std:
+        found.append(f"relative std {std:.2g} is below {least_std:.2g}")
+    return found
 
 
 def newest_signs(s: Sources) -> tuple[bool, str]:
     """Whether features are healthy at the end, and why."""
-    line = [line for line in s.lines if "train/effective_rank" in line][-1]
-    found = signs(s, line)
+    with_rank = [line for line in s.lines if "train/effective_rank" in line]
+    line, newest = with_rank[-1], with_rank[-3:] if s.beside_untrained else with_rank[-1:]
+    found = signs(s, line) if all(signs(s, x) for x in newest) else []
     if (
         s.checkpoint
         and (label := re.findall(r"\*\*(.+)\*\*", s.checkpoint.verdict)[0]) != "healthy"
     ):
         found.append(f"{label} at the checkpoint of step {s.saved}")
-    rank, limit = line["train/effective_rank"], s.max_rank
-    says = f"effective rank {rank:.1f}, threshold {limit / 10:.1f} of {limit}"
+    rank, (least, least_std) = line["train/effective_rank"], s.limits
+    says = f"effective rank {rank:.1f}, threshold {least:.1f} of {s.max_rank}"
     if "train/relative_std" in line:
-        says += f"; relative std {line['train/relative_std']:.2g}, threshold 0.01"
+        says += f"; relative std {line['train/relative_std']:.2g}, threshold {least_std:.2g}"
     return not found, "; ".join(found) or says
 
 
@@ -280,13 +307,16 @@ def collapse(s: Sources) -> list:
 
 
 def warnings(s: Sources) -> list:
-    found, before, unreadable, sick = [], 0, 0, False
+    found, before, unreadable, sick, in_a_row = [], 0, 0, False, 0
     for line in s.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
         if bad > before:
             found.append(f"step {line['step']}: {bad} steps in all were not finite and left out")
-        if rank is not None and bool(signs(s, line)) != sick:
-            sick = not sick
+        if rank is not None:
+            in_a_row = in_a_row + 1 if signs(s, line) else 0
+        now = in_a_row >= (3 if s.beside_untrained else 1)
+        if now != sick:
+            sick = now
             healthy = f"no collapse any more, effective rank {rank:.1f}"
             how = "; ".join(signs(s, line)) if sick else healthy
             found.append(f"step {line['step']}: {how}")

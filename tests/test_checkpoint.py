@@ -5,13 +5,14 @@ import pathlib
 import shutil
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, metrics, run, train
+from hjepa_jax import checkpoint, metrics, run
 from hjepa_jax.array_table import describe_arrays, differences
 from hjepa_jax.errors import InputError
 from hjepa_jax.train_state import TrainState
@@ -183,9 +184,9 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(workdir, tiny_confi
     assert (workdir / "checkpoints/2").is_dir()
 
 
-def test_the_previous_format_is_read(tiny_config, tmp_path):
+def test_the_previous_format_is_read(tiny_config, tiny_run, tmp_path):
     """Format 1 had no table, and a window without the count of non-finite steps."""
-    train.train_and_evaluate(tiny_config, tmp_path)
+    shutil.copytree(tiny_run, tmp_path, dirs_exist_ok=True)
     built = run.build_run(tiny_config, run.open_config_source(tiny_config))
     state, _ = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
     shutil.rmtree(tmp_path / "checkpoints/6/window")
@@ -248,15 +249,50 @@ def test_meta_that_is_none_is_damage(workdir, tiny_config, content):
 def test_nothing_left_to_read_is_one_error(workdir, tiny_config):
     for step in (1, 2):
         rewrite_meta(workdir, step, data="all-abd")
-    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
-        restore(workdir, tiny_config)
+    for _ in range(2):  # the second time, too: nothing is moved away
+        with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+            restore(workdir, tiny_config)
+    assert not (workdir / "damaged").exists()
 
 
-def save(workdir, config, scores: dict[int, float | None]) -> list[int]:
-    """Saves a checkpoint for each step, in a process of its own as it were; the steps then kept."""
+def test_another_config_reads_no_checkpoint_although_its_arrays_fit(workdir, tiny_config):
+    """As after an edit of config.json: features would be made in another way, without a word."""
+    for field, value in {"data.mean": (0.5, 0.5, 0.5), "mask.num_blocks": 3, "seed": 1}.items():
+        other = tiny_config.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        with pytest.raises(InputError, match=rf"checkpoint at step 2 \({field} "):
+            restore(workdir, other)
+    assert not (workdir / "damaged").exists()
+    tiny_config.optim.learning_rate, tiny_config.data.source = 0.5, "npz:moved.npz"
+    tiny_config.eval.num_val = 7
+    assert_same_tree(restore(workdir, tiny_config), make_state(2))
+
+
+def test_the_newest_meta_that_can_be_read_says_whose_run_it_is(workdir, tiny_config):
+    saved = checkpoint.read_saved(workdir, tiny_config)
+    assert saved is not None
+    assert (saved.step, saved.fingerprint) == (2, "all-abc")
+    assert saved.config["train"]["batch_size"] == tiny_config.train.batch_size
+    rewrite_meta(workdir, 2, data="all-abd")
+    saved = checkpoint.read_saved(workdir, tiny_config)
+    assert saved is not None
+    assert saved.step == 1
+    shutil.rmtree(workdir / "checkpoints/1/meta")
+    assert checkpoint.read_saved(workdir, tiny_config) is None
+    assert checkpoint.read_saved(workdir / "nowhere", tiny_config) is None
+    assert not (workdir / "nowhere").exists()
+
+
+def save(workdir, config, scores: dict[int, Any]) -> list[int]:
+    """Saves a checkpoint for each step, in a process of its own as it were; the steps then kept.
+
+    A score is that of level 0, a pair also has that of the summary tokens.
+    """
     checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
+    names = (checkpoint.BEST_METRIC, f"{checkpoint.BEST_METRIC}_summary")
     for step, score in scores.items():
-        scored = {} if score is None else {checkpoint.BEST_METRIC: score}
+        values = score if isinstance(score, tuple) else (score,)
+        scored = {} if score is None else dict(zip(names, values, strict=False))
         checkpoints.save(make_state(step), make_window(), scores=scored)
     checkpoints.close()
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
@@ -277,6 +313,30 @@ def test_the_best_checkpoint_outlives_every_resume(tiny_config, tmp_path):
     assert best_step(tmp_path, tiny_config) == 2
     assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # of equals the newest
     assert best_step(tmp_path, tiny_config) == 7
+
+
+def test_the_best_checkpoint_is_that_of_the_better_features(tiny_config, tmp_path, capsys):
+    """Level 0 falls while the summary tokens stand, as in experiments/cifar10_tiny_20."""
+    tiny_config.train.keep_checkpoints = 1
+    falling = {1: (0.48, 0.40), 2: (0.47, 0.53), 3: (0.46, 0.52), 4: None}
+    assert save(tmp_path, tiny_config, falling) == [2, 4]
+    assert best_step(tmp_path, tiny_config) == 2
+    assert capsys.readouterr().out == "step 2 is the best: eval/knn_top1_summary 53.00 %\n"
+    assert save(tmp_path, tiny_config, {5: (0.54, 0.5), 6: 0.1}) == [5, 6]
+    assert best_step(tmp_path, tiny_config) == 5
+    assert capsys.readouterr().out == "step 5 is the best: eval/knn_top1 54.00 %\n"
+
+
+@pytest.mark.parametrize("field", ["num_val", "knn_bank_size"])
+def test_scores_of_another_protocol_are_not_compared(tiny_config, tmp_path, field):
+    """The best of each is kept; "best" is that by the protocol of the newest score."""
+    tiny_config.train.keep_checkpoints = 1
+    assert save(tmp_path, tiny_config, {1: 0.9, 2: 0.8}) == [1, 2]
+    tiny_config.eval[field] = 30
+    assert save(tmp_path, tiny_config, {3: None}) == [1, 3]
+    assert best_step(tmp_path, tiny_config) == 1
+    assert save(tmp_path, tiny_config, {4: 0.5, 5: 0.6, 6: 0.55}) == [1, 5, 6]
+    assert best_step(tmp_path, tiny_config) == 5
 
 
 def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):

@@ -5,10 +5,17 @@ import pty
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.logging import RunLogger, format_duration, read_metrics, summary_box
+from hjepa_jax.logging import (
+    RunLogger,
+    format_duration,
+    read_metrics,
+    summary_box,
+    write_tensorboard_scalars,
+)
 
 
 def test_values_of_one_step_share_a_line(tmp_path):
@@ -51,6 +58,39 @@ def test_tensorflow_is_not_loaded_before_there_is_something_to_write(tmp_path):
         assert logger.tensorboard and "tensorflow" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+@pytest.mark.slow  # it loads TensorFlow
+def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
+    """Steps 3 and 4 were written by a run that was killed after its checkpoint at step 2."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    def write(steps, value, **options):
+        logger = RunLogger(tmp_path, tensorboard=True, **options)
+        for step in steps:
+            logger.scalars(step, {"loss": value})
+            logger.histograms(step, {"weights": np.full(4, value)})
+            logger.end_line()
+        logger.close()
+
+    write(range(1, 5), 1.0)
+    write(range(3, 6), 2.0, resume_step=2)
+    write(range(5, 7), 3.0, resume_step=4)
+    write_tensorboard_scalars(tmp_path, 6, {"probe": 1.0})
+    write([], 4.0, resume_step=1)  # a start that comes to nothing forgets nothing
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    events.Reload()
+    for name in ("loss", "weights"):
+        assert [e.step for e in events.Tensors(name)] == [1, 2, 3, 4, 5, 6]
+    values = [float(tf_make_ndarray(e.tensor_proto)) for e in events.Tensors("loss")]
+    assert values == [1, 1, 2, 2, 3, 3]
+    assert [e.step for e in events.Tensors("probe")] == [6]
+
+
+def tf_make_ndarray(proto):
+    from tensorboard.util import tensor_util
+
+    return tensor_util.make_ndarray(proto)
 
 
 def test_tensorboard_without_its_packages_is_one_line_before_anything_is_trained(

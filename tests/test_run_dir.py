@@ -1,5 +1,9 @@
-"""Which configs may go on in the directory of a run."""
+"""Which configs may go on in the directory of a run, and what a start leaves there."""
 
+import contextlib
+import dataclasses
+import json
+import os
 import re
 
 import pytest
@@ -7,17 +11,47 @@ import pytest
 from hjepa_jax import run_dir
 from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
+from hjepa_jax.run_record import RunRecord, read_record
+from hjepa_jax.same_run import Saved
 
 NUM_IMAGES = 2_560  # ten batches
+RECORD = RunRecord(
+    num_images=NUM_IMAGES,
+    num_steps=200,
+    steps_per_epoch=10,
+    class_names=("cat", "dog"),
+    data={"source": "tfds:cifar10", "fingerprint": "all-abc", "num_train": NUM_IMAGES},
+    preprocessing={"image_size": 32, "mean": [0.5] * 3, "std": [0.2] * 3},
+)
+
+
+def with_changes(overrides):
+    config = base_config()
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def start(config, workdir, saved=None, record=RECORD):
+    """What training does in the directory before the first step."""
+    run_dir.check_workdir(config, workdir, saved=saved, data=record)
+    run_dir.prepare_workdir(config, workdir, record, saved=saved)
 
 
 def workdir_of(tmp_path, overrides, num_updates):
     """A directory as a run leaves it that has made so many updates, and its config."""
-    config = base_config()
-    config.update_from_flattened_dict(overrides)
-    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    config = with_changes(overrides)
+    start(config, tmp_path)
     (tmp_path / "checkpoints" / str(num_updates)).mkdir(parents=True)
     return config
+
+
+def saved_by(config, step=4, fingerprint="all-abc"):
+    """What a checkpoint of the run says: plain JSON."""
+    return Saved(step, json.loads(json.dumps(config.to_dict())), fingerprint)
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.parametrize(
@@ -65,10 +99,10 @@ def test_what_was_done_must_stay_as_it_was(tmp_path, config, num_updates, change
     config.update_from_flattened_dict(change)
     if words:
         with pytest.raises(InputError, match=re.escape(words)):
-            run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+            start(config, tmp_path)
         assert (tmp_path / "config.json").read_bytes() == saved
     else:
-        run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+        start(config, tmp_path)
         assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
 
 
@@ -82,12 +116,7 @@ def test_the_schedule_of_an_average_that_is_not_taken_may_change(tmp_path):
         50,
     )  # fmt: skip
     config.train.num_epochs = 40.0
-    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
-
-
-def test_a_run_goes_on_when_images_have_gone(tmp_path):
-    config = workdir_of(tmp_path, {}, 200)
-    run_dir.check_workdir(config, tmp_path, num_images=NUM_IMAGES - 256)
+    start(config, tmp_path)
 
 
 def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsys):
@@ -95,12 +124,241 @@ def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsy
     assert capsys.readouterr().out == ""
     config.train.num_epochs, config.log.every_steps = 30.0, 7
     config.train.on_collapse, config.platform = "stop", "cpu"
-    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    start(config, tmp_path)
     assert capsys.readouterr().out == "goes on with train.num_epochs 20.0 -> 30.0\n"
     assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
     config.log.every_steps = 9
-    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    start(config, tmp_path)
     assert run_dir.load_config(tmp_path).log.every_steps == 9
     saved = (tmp_path / "config.json").stat().st_mtime_ns
-    run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
+    start(config, tmp_path)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
+
+
+CASES = {  # what has happened to config.json -> how to do it, and what is said of it
+    "missing": (lambda path, other: path.unlink(), "config.json is missing"),
+    "empty": (lambda path, other: path.write_text(""), "no config of this version"),
+    "damaged": (lambda path, other: path.write_text('{"seed": '), "no config of this version"),
+    "of another run": (
+        lambda path, other: path.write_text(json.dumps(other.to_dict())),
+        "config.json is of another config (loss.kind)",
+    ),
+    "edited": (
+        lambda path, other: path.write_text(path.read_text().replace("smooth_l1", "mse")),
+        "config.json is of another config (loss.kind)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_checkpoint_says_which_config_goes_on(tmp_path, capsys, case):
+    config, other = with_changes({}), with_changes({"loss.kind": "mse"})
+    start(config, tmp_path)
+    harm, said = CASES[case]
+    harm(tmp_path / "config.json", other)
+    before = contents(tmp_path)
+    for wrong, fields in (
+        (other, "loss.kind 'smooth_l1' -> 'mse'"),
+        (with_changes({"mask.num_blocks": 3}), "mask.num_blocks 4 -> 3"),
+        (with_changes({"optim.b2": 0.9}), "optim.b2 0.95 -> 0.9"),
+        (with_changes({"seed": 1}), "seed 0 -> 1"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"of another config ({fields})")):
+            run_dir.check_workdir(wrong, tmp_path, saved=saved_by(config), data=RECORD)
+    assert contents(tmp_path) == before
+    capsys.readouterr()
+    start(config, tmp_path, saved_by(config))
+    assert said in capsys.readouterr().out
+    assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_rate_edited_in_config_json_does_not_change_the_past(tmp_path):
+    config, faster = with_changes({}), with_changes({"optim.learning_rate": 2e-3})
+    start(faster, tmp_path)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"made update 4 at learning_rate 0.0004, not 0.0008"):
+        start(faster, tmp_path, saved_by(config))
+
+
+def test_a_checkpoint_of_an_unknown_version_is_refused_in_one_line(tmp_path):
+    saved = dataclasses.replace(saved_by(with_changes({})), config={"tower": 3})
+    with pytest.raises(InputError, match="of step 4 is none of this version: unknown tower"):
+        run_dir.check_workdir(with_changes({}), tmp_path, saved=saved, data=RECORD)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "probe.json", "checkpoints/7"])
+def test_results_of_an_unknown_run_are_not_added_to(tmp_path, left):
+    row = {"protocol": "knn", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
+           "data": "x", "top1": 0.5, "chosen": {"val_top1": 0.5}}  # fmt: skip
+    if left == "checkpoints/7":
+        (tmp_path / left).mkdir(parents=True)
+    else:
+        text = {"metrics.jsonl": '{"step": 1}\n', "probe.json": json.dumps({"results": [row]})}
+        (tmp_path / left).write_text(text[left])
+    with pytest.raises(InputError, match=f"holds {left.split('/')[0]} of a run, but neither"):
+        run_dir.check_workdir(with_changes({}), tmp_path)
+
+
+def test_other_files_are_no_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl").touch()
+    start(with_changes({}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("folder:d/x", "folder:d/x/", True),
+        ("folder:d/x", "folder:/data/x", True),
+        ("folder:~/x", "folder:/home/me/x", True),
+        ("npz:a.npz", "npz:../b/a.npz", True),
+        ("tfds:cifar10", "tfds:cifar10:3.0.2", True),
+        ("tfds:cifar10", "tfds:cifar100", False),
+        ("folder:d/x", "npz:d/x", False),
+        ("folder:d/x", "shapes", False),
+    ],
+)
+def test_a_moved_data_path_is_the_same_data_if_its_fingerprint_is(tmp_path, capsys, old, new, same):
+    start(with_changes({"data.source": old}), tmp_path)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    config, saved = with_changes({"data.source": new}), saved_by(with_changes({"data.source": old}))
+    other_images = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": "all-xyz"})
+    for known in (None, saved):
+        if not same:
+            with pytest.raises(InputError, match=r"another config .data.source"):
+                run_dir.check_workdir(config, tmp_path, saved=known)
+            continue
+        run_dir.check_workdir(config, tmp_path, saved=known)  # the images are not known yet
+        with pytest.raises(
+            InputError, match=r"not known to be the same \(fingerprint all-abc -> all-xyz\)"
+        ):
+            run_dir.check_workdir(config, tmp_path, saved=known, data=other_images)
+        run_dir.check_workdir(config, tmp_path, saved=known, data=RECORD)
+    if same:
+        start(config, tmp_path, saved)
+        assert f"goes on with data.source '{old}' -> '{new}'" in capsys.readouterr().out
+
+
+def test_a_moved_class_list_is_the_same_if_its_images_are(tmp_path):
+    streamed = {"data.streaming": "always", "data.class_list": "a.txt"}
+    start(with_changes(streamed), tmp_path)
+    config = with_changes({**streamed, "data.class_list": "lists/a.txt"})
+    run_dir.check_workdir(config, tmp_path, data=RECORD)
+    with pytest.raises(InputError, match=r"data.class_list 'a.txt' -> None"):
+        run_dir.check_workdir(with_changes({"data.streaming": "always"}), tmp_path, data=RECORD)
+
+
+@pytest.mark.parametrize("num_images", [NUM_IMAGES - 1, NUM_IMAGES + 256])
+def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
+    config = workdir_of(tmp_path, {}, 4)
+    data = dataclasses.replace(RECORD, num_images=num_images)
+    rule = f"was trained on 2560 images, and data.source has {num_images} now"
+    for saved in (None, saved_by(config)):
+        with pytest.raises(InputError, match=rule):
+            run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+    run_dir.check_workdir(
+        config, tmp_path, saved=saved_by(config, fingerprint="all-old"), data=data
+    )
+    os.rmdir(tmp_path / "checkpoints" / "4")  # nothing was made yet
+    run_dir.check_workdir(config, tmp_path, data=data)
+
+
+def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
+    config = workdir_of(tmp_path, {}, 200)
+    config.train.num_epochs = 40.0
+    rule = r"choose another --workdir, with train.init_from=\S+ to begin .*optim.decay_epochs=0"
+    with pytest.raises(InputError, match=rule):
+        run_dir.check_workdir(config, tmp_path, data=RECORD)
+
+
+def test_init_from_need_not_be_repeated_and_may_be_spelt_differently(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir, config = tmp_path / "run", with_changes({"train.init_from": "runs/a"})
+    start(config, workdir)
+    for saved in (None, saved_by(config)):
+        again = run_dir.with_recorded_start(with_changes({}), workdir, saved)
+        assert again.train.init_from == "runs/a"
+        run_dir.check_workdir(again, workdir, saved=saved, data=RECORD)
+        for same in (str(tmp_path / "runs/a"), "./runs/a/"):
+            other = with_changes({"train.init_from": same})
+            assert run_dir.with_recorded_start(other, workdir, saved) is other
+            run_dir.check_workdir(other, workdir, saved=saved, data=RECORD)
+        other = with_changes({"train.init_from": "runs/b"})
+        with pytest.raises(InputError, match=r"train.init_from 'runs/a' -> 'runs/b'"):
+            run_dir.check_workdir(other, workdir, saved=saved, data=RECORD)
+    plain = tmp_path / "plain"
+    start(with_changes({}), plain)
+    with pytest.raises(InputError, match=r"train.init_from None -> 'runs/a'"):
+        run_dir.check_workdir(config, plain, data=RECORD)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+
+    def fail(error):
+        with run_dir.claimed(workdir):
+            start(with_changes({}), workdir)
+            (workdir / "checkpoints").mkdir()
+            (workdir / "metrics.jsonl").touch()
+            assert run_dir.is_claimed(workdir)
+            raise error
+
+    for error in (InputError("a", 1, "b"), KeyboardInterrupt(), ZeroDivisionError()):
+        with pytest.raises(type(error)):
+            fail(error)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_leaves_what_was_there(tmp_path):
+    start(with_changes({}), tmp_path)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "probe.json").write_text("{}")
+    before = contents(tmp_path)
+    with contextlib.suppress(ZeroDivisionError), run_dir.claimed(tmp_path):
+        (tmp_path / "metrics.jsonl").touch()
+        raise ZeroDivisionError
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_fails_after_its_start_stays(tmp_path):
+    with contextlib.suppress(ZeroDivisionError), run_dir.claimed(tmp_path / "run") as begin:
+        start(with_changes({}), tmp_path / "run")
+        begin()
+        raise ZeroDivisionError
+    assert run_dir.load_config(tmp_path / "run")
+    assert not run_dir.lock_owner(tmp_path / "run")
+
+
+def test_a_lock_file_that_another_start_has_removed_is_made_again(tmp_path, monkeypatch):
+    flock = run_dir.fcntl.flock
+
+    def remove_and_lock(file, how):
+        monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+        (tmp_path / "lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(run_dir.fcntl, "flock", remove_and_lock)
+    with run_dir.locked(tmp_path):
+        assert "process" in (tmp_path / "lock").read_text()
+        with pytest.raises(InputError, match="in use"), run_dir.locked(tmp_path):
+            pass
+
+
+def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "write", full)
+    in_use = pytest.raises(InputError, match="in use by another process")
+    with run_dir.locked(tmp_path), in_use, run_dir.locked(tmp_path):
+        pass
+
+
+def test_run_json_comes_back_and_what_is_none_is_not_used(tmp_path):
+    start(with_changes({}), tmp_path)
+    assert read_record(tmp_path) == RECORD
+    text = (tmp_path / "run.json").read_text()
+    for harmed in ("", "[]", "{}", "3", text.replace('"format_version": 1', '"format_version": 9'),
+                   text.replace("2560", '"many"'), text[:-20], "[" * 99_999):  # fmt: skip
+        (tmp_path / "run.json").write_text(harmed)
+        assert read_record(tmp_path) is None

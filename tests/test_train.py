@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import build, checkpoint, cli, loop, run, run_dir, run_facts, showcase, steps, train
+from hjepa_jax import build, checkpoint, cli, collapse, loop, run, run_dir, showcase, steps, train
 from hjepa_jax.data.pipeline import BatchOrder
 from hjepa_jax.data.sources import Split, save_npz
 from hjepa_jax.errors import InputError, Interrupted
@@ -26,6 +27,7 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.logging import Progress, read_metrics
 from hjepa_jax.loop import MAX_CALLS_UNDER_WAY, Loop
 from hjepa_jax.publish import write_report
+from hjepa_jax.run_record import read_record
 from tests import processes
 
 TRAIN_METRICS = {
@@ -256,6 +258,93 @@ def test_another_config_in_the_same_workdir_is_refused(tiny_config, tmp_path):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("harm", ["no config.json", "damaged newest", "edited config.json"])
+def test_checkpoints_go_on_under_their_own_config_alone(
+    tiny_config, tiny_run, tmp_path, capsys, harm
+):
+    """Nothing that a refused command did is left: the right one goes on."""
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    if harm == "edited config.json":
+        path = workdir / "config.json"
+        path.write_text(path.read_text().replace('"smooth_l1"', '"mse"'))
+    else:
+        (workdir / "config.json").unlink()
+    if harm == "damaged newest":
+        (workdir / "checkpoints/6/meta/metadata").write_text("{")
+    before = contents(workdir)
+    other = tiny_config.copy_and_resolve_references()
+    other.loss.kind, other.optim.b2 = "mse", 0.9
+    rule = r"another config \(loss.kind 'smooth_l1' -> 'mse', optim.b2 0.95 -> 0.9\)"
+    with pytest.raises(InputError, match=rule):
+        train.train_and_evaluate(other, workdir)
+    assert contents(workdir) == before
+    if harm == "damaged newest":
+        return
+    train.train_and_evaluate(tiny_config, workdir)
+    assert "already trained: step 6 of 6" in capsys.readouterr().out
+    assert run_dir.load_config(workdir).to_dict() == tiny_config.to_dict()
+    assert_same_tree(final_state(tiny_config, workdir), final_state(tiny_config, tiny_run))
+
+
+def contents(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+    found = (path for path in folder.rglob("*") if path.name != "lock")
+    return {path: path.stat().st_mtime_ns for path in found if path != folder}
+
+
+def test_a_start_that_fails_late_leaves_nothing(tiny_config, tiny_run, tmp_path, monkeypatch):
+    """Here when all checkpoints are damaged, and when the step does not compile."""
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    (workdir / "config.json").unlink()
+    for folder in (workdir / "checkpoints").iterdir():
+        shutil.rmtree(folder / "state")
+    before = contents(workdir)
+    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+        train.train_and_evaluate(tiny_config, workdir)
+    assert contents(workdir) == before
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "num_params", fail)  # the loop's last call before the start
+    for target in (tmp_path / "new" / "run", workdir):
+        with pytest.raises((RuntimeError, InputError)):
+            train.train_and_evaluate(tiny_config, target)
+    assert not (tmp_path / "new").exists()
+    assert contents(workdir) == before
+
+
+def test_a_run_goes_on_where_its_data_was_moved_to_and_not_with_more(
+    tiny_config, tiny_run, tmp_path, shapes_npz, capsys
+):
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(shapes_npz.removeprefix("npz:"), tmp_path / "moved.npz")
+    tiny_config.data.source = f"npz:{tmp_path}/moved.npz"
+    train.train_and_evaluate(tiny_config, workdir)
+    out = capsys.readouterr()
+    assert "goes on with data.source " in out.out
+    assert "warning" not in out.err
+    assert run_dir.load_config(workdir).data.source == tiny_config.data.source
+    record = read_record(workdir)
+    assert record is not None
+    assert (record.num_images, record.num_steps, record.steps_per_epoch) == (240, 6, 15)
+    assert record.data["source"] == tiny_config.data.source
+    assert (record.data["num_train"], record.data["num_test"]) == (240, 60)
+    assert record.class_names == tuple(map(str, range(10)))
+    assert record.preprocessing["mean"] == list(tiny_config.data.mean)
+
+    with np.load(tmp_path / "moved.npz") as arrays:
+        train_split = Split(*(np.concatenate([a, a[:9]]) for a in
+                              (arrays["train_images"], arrays["train_labels"])))  # fmt: skip
+        save_npz(tmp_path / "moved.npz", train_split,
+                 Split(arrays["test_images"], arrays["test_labels"]))  # fmt: skip
+    with pytest.raises(InputError, match=r"was trained on 240 images, and data.source has 249 now"):
+        train.train_and_evaluate(tiny_config, workdir)
+    other = Split(255 - train_split.images[:240], train_split.labels[:240])
+    save_npz(tmp_path / "moved.npz", other, other)
+    with pytest.raises(InputError, match=r"not known to be the same \(fingerprint"):
+        train.train_and_evaluate(tiny_config, workdir)
+
+
 def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tmp_path):
     """It is then what a run of that length is, bit for bit; what it did may not change."""
     c = tiny_config
@@ -376,14 +465,15 @@ def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
 ):
     """Thresholds that no features meet: every run has collapsed."""
     monkeypatch.setattr(quality, "MIN_RANK_FRACTION", 2.0)
+    monkeypatch.setattr(collapse, "UNTRAINED_SHARE", 100.0)
+    tiny_config.log.every_steps = 1
     train.train_and_evaluate(tiny_config, tmp_path / "warns")
-    assert capsys.readouterr().out.count("WARNING: target features at step 2: partial coll") == 1
-    monkeypatch.setattr(run_facts, "MIN_RANK_FRACTION", 2.0)
+    assert capsys.readouterr().out.count("WARNING: target features at step 3: partial coll") == 1
     tiny_config.train.on_collapse, tiny_config.log.report = "stop", True
     with pytest.raises(InputError, match=r"on_collapse='stop': .*partial collapse"):
         train.train_and_evaluate(tiny_config, tmp_path / "stops")
     report = (tmp_path / "stops" / "report.md").read_text()
-    assert "**Status: stopped**, step 2 of 6." in report
+    assert "**Status: stopped**, step 3 of 6." in report
     assert "the run ended: train.on_collapse=stop: effective rank" in report
     assert "Run the same command again" not in report
 
@@ -561,8 +651,9 @@ def test_a_file_that_no_score_can_be_added_to_is_refused_before_training(tiny_co
 def test_a_workdir_of_another_config_is_refused_before_the_data_is_looked_for(
     tiny_config, tmp_path
 ):
-    run_dir.prepare_workdir(tiny_config, tmp_path / "run", 48)
-    tiny_config.data.source = f"npz:{tmp_path}/absent.npz"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(tiny_config.to_dict()))
+    tiny_config.data.source = "folder:absent"
     with pytest.raises(InputError, match=r"holds a run of another config \(data.source"):
         train.train_and_evaluate(tiny_config, tmp_path / "run")
     (tmp_path / "file").touch()

@@ -1,22 +1,23 @@
 """A run that begins where another one ended, at its resolution or another."""
 
+import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, train, warm_start
+from hjepa_jax import checkpoint, run, train, warm_start
 from hjepa_jax.errors import InputError
 from hjepa_jax.logging import read_metrics
 from hjepa_jax.models.positions import interpolate_positions
 
 
 @pytest.fixture
-def trained(tiny_config, tmp_path):
-    train.train_and_evaluate(tiny_config, tmp_path / "small")
-    return tmp_path / "small"
+def trained(tiny_run, tmp_path):
+    return shutil.copytree(tiny_run, tmp_path / "small")
 
 
 def test_positions_of_another_grid_lie_between_those_of_the_old_one():
@@ -60,9 +61,12 @@ def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
     assert np.any(kernel(initial) != kernel(after)), "the baseline stays random"
 
 
-def test_it_begins_there_once_and_then_goes_on_by_itself(tiny_config, trained, tmp_path):
+def test_it_begins_there_once_and_then_goes_on_by_itself(
+    tiny_config, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     with tiny_config.unlocked():
-        tiny_config.train.init_from = str(trained)
+        tiny_config.train.init_from = "~/small"
     train.train_and_evaluate(tiny_config, tmp_path / "next")
     lines = read_metrics(tmp_path / "next" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -84,6 +88,7 @@ def test_a_damaged_source_is_told_as_such(tiny_config, trained, tmp_path, damage
         InputError, match=r"^train.init_from='.*small': its checkpoint 6 is damaged"
     ):
         train.train_and_evaluate(tiny_config, tmp_path / "next")
+    assert not (tmp_path / "next").exists()
 
 
 def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, trained):
@@ -112,3 +117,91 @@ def test_another_run_must_have_the_same_networks_and_nothing_is_written_before(
     with pytest.raises(InputError, match=rf"train.init_from=.*{rule}"):
         train.train_and_evaluate(tiny_config, tmp_path / "next")
     assert not (tmp_path / "next").exists()
+
+
+PARTS = {  # fields that decide which parameters there are
+    "model.num_registers": 2,
+    "model.pyramid": "add",
+    "model.global_level": True,
+    "model.predictor_width": 12,
+    "model.num_levels": 1,
+    "model.num_summary_tokens": 3,
+    "model.layer_scale": 0.1,
+    "model.depth": 2,
+}
+
+
+@pytest.mark.parametrize("field", PARTS)
+def test_other_parameters_are_refused_by_the_field_or_by_themselves(
+    tiny_config, tiny_run, monkeypatch, field
+):
+    tiny_config.update_from_flattened_dict({"train.init_from": str(tiny_run), field: PARTS[field]})
+    with pytest.raises(InputError, match=f"has other networks: {field} is "):
+        warm_start.check_source(tiny_config)
+    monkeypatch.setattr(warm_start, "_networks", lambda config: {})
+    with pytest.raises(InputError, match=r"has other networks: (context_encoder|predictor)/\S+ is"):
+        warm_start.check_source(tiny_config)
+
+
+def with_head(config, sizes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(
+        {
+            "loss.agreement_weight": 0.1,
+            "data.local_views": 1,
+            "data.local_size": 8,
+            "model.projection": sizes,
+        }
+    )
+    return config
+
+
+def begin(config, workdir):
+    """The state with which a run of `config` begins from the one in `workdir`."""
+    config.train.init_from = str(workdir)
+    warm_start.check_source(config)
+    built = run.build_run(config, run.open_config_source(config))
+    state, window = built.create()
+    return warm_start.start_from(str(workdir), built, state), state, window
+
+
+def test_a_projection_head_that_one_of_the_runs_lacks_begins_anew_or_is_left_out(
+    tiny_config, tiny_run, tmp_path, capsys
+):
+    _, theirs, _ = checkpoint.load_state(tiny_run)
+    config = with_head(tiny_config, (8, 4))
+    state, fresh, window = begin(config, tiny_run)
+    assert "train.init_from: the projection head begins anew" in capsys.readouterr().out
+    assert state.params.keys() == {"context_encoder", "predictor", "projection"}
+    jax.tree.map(np.testing.assert_array_equal, state.params["projection"],
+                 fresh.params["projection"])  # fmt: skip
+    trained = {name: state.params[name] for name in ("context_encoder", "predictor")}
+    jax.tree.map(np.testing.assert_array_equal, trained, theirs.params)
+
+    workdir = tmp_path / "with_head"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    with checkpoint.Checkpoints(workdir, config=config, owner=True) as checkpoints:
+        checkpoints.save(state, window, scores={})
+    state, _, _ = begin(tiny_config, workdir)
+    assert f"the projection head of {workdir} is left out" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, state.params, theirs.params)
+
+
+def test_a_head_of_another_size_begins_anew(capsys):
+    there = {"encoder": {"a": np.zeros(3)}, "projection": {"b": np.zeros((2, 3))}}
+    here = {"encoder": {"a": np.ones(3)}, "projection": {"b": np.ones((2, 4))}}
+    place = types.SimpleNamespace(local=lambda tree: tree)
+    kept = warm_start._with_our_head("w", there, here, place)
+    assert kept == {"encoder": there["encoder"], "projection": here["projection"]}
+    assert "begins anew: w has none of this size" in capsys.readouterr().out
+    same = {"encoder": here["encoder"], "projection": {"b": np.ones((2, 3))}}
+    assert warm_start._with_our_head("w", there, same, place) is there
+    assert capsys.readouterr().out == ""
+
+
+def test_a_head_that_neither_run_has_may_be_described_differently(tiny_config, tiny_run):
+    tiny_config.update_from_flattened_dict(
+        {"train.init_from": str(tiny_run), "model.projection": (6, 2)}
+    )
+    warm_start.check_source(tiny_config)
