@@ -165,10 +165,11 @@ class Loop:
     def _batches(self, step: int, size: int) -> Iterator[Any]:
         """Where batches come from, from `step` on, `size` at most in one call of the program."""
         place, records, c = self._run.placement, self._records, self._config
+        shape = self._run.batch_shape
         if records is None:
             images = place.put(self._train.images, place.whole)
-            put = functools.partial(place.put, shardings=place.batches)
-            yield ResidentBatches(images, self._order, size=size, put=put)
+            put = functools.partial(place.put, shardings=place.batches_of(shape))
+            yield ResidentBatches(images, self._order, size=size, batch_shape=shape, put=put)
             return
         from hjepa_jax.data import streaming  # grain takes its time to load
 
@@ -178,10 +179,12 @@ class Loop:
             step,
             self._schedules.num_steps,
             num_workers=c.data.num_workers,
+            num_parts=c.optim.accumulation_steps,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        batches = streaming.StreamedBatches(decoded, size=size, put=place.put_own_batches)
+        put = functools.partial(place.put_own_batches, batch_shape=shape)
+        batches = streaming.StreamedBatches(decoded, size=size, put=put)
         self._unreadable = batches.unreadable
         try:
             yield batches

@@ -52,6 +52,15 @@ class Placement:
         """[S, B, ...], cut along B over all devices."""
         return self._sharding(None, AXES)
 
+    @property
+    def parts(self) -> Any:
+        """[S, parts, B / parts, ...], so cut that every device has images of every part."""
+        return self._sharding(None, None, AXES)
+
+    def batches_of(self, batch_shape: tuple[int, ...]) -> Any:
+        """The layout of batches of this shape: (B,), or (parts, B / parts) for accumulation."""
+        return self.batches if len(batch_shape) == 1 else self.parts
+
     def state(self, tree: Any) -> Any:
         """How each array of a state, or of its parameters, is cut along `fsdp`; a like tree."""
         if self.mesh is None:
@@ -82,11 +91,19 @@ class Placement:
 
         return jax.tree.map(lay_out, tree, shardings)
 
-    def put_own_batches(self, x: Shaped[np.ndarray, "S b ..."]) -> Shaped[jax.Array, "S B ..."]:
-        """Batches of which each process has its own rows, side by side in the whole."""
+    def put_own_batches(
+        self, x: Shaped[np.ndarray, "S b ..."], batch_shape: tuple[int, ...]
+    ) -> Shaped[jax.Array, "S ..."]:
+        """Lays out batches of which each process has its own rows.
+
+        Args:
+          x: of each part of the batch, the rows of this process, one part after the other.
+          batch_shape: see `batches_of`.
+        """
+        x = x.reshape(len(x), *batch_shape[:-1], -1, *x.shape[2:])
         if self.mesh is None:
             return jax.device_put(x)
-        return jax.make_array_from_process_local_data(self.batches, x)
+        return jax.make_array_from_process_local_data(self.batches_of(batch_shape), x)
 
     def gathered(self, tree: Any) -> Any:
         """Within a program: the arrays of `tree`, of which every device is to have all."""
