@@ -12,12 +12,16 @@ by itself: means and statistics over a batch (VICReg) remain those of the whole 
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.host_memory import machine_bytes
 
 AXES = ("data", "fsdp")
 # Elements. To bring a smaller array together costs more in latency than it saves in memory.
@@ -117,6 +121,36 @@ class Placement:
             tree = jax.jit(_same, out_shardings=self.whole)(tree)
             tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
         return jax.device_put(tree, jax.local_devices()[0])
+
+
+def check_resident(source: str, num_bytes: int) -> None:
+    """Refuses training images that do not fit on each device, before they are decoded.
+
+    Every device holds all of them: the images of a batch are drawn from the whole set, so devices
+    that held a part each would have to exchange every batch.
+
+    Raises:
+      InputError: when a device has less memory ("data.source").
+    """
+    device = jax.local_devices()[0]
+    memory, what = _device_bytes(device), f"each {device.platform} device"
+    if memory is not None and num_bytes > memory:
+        rule = (
+            f"needs {num_bytes / 2**30:.2f} GiB for the training images on {what}, which has "
+            f"{memory / 2**30:.2f} GiB; data.streaming=always reads tfds: and folder: sources "
+            "image by image"
+        )
+        raise InputError("data.source", source, rule)
+
+
+def _device_bytes(device: Any) -> int | None:
+    """Memory for arrays on one device of this process; None if the backend does not say."""
+    if device.platform == "cpu":
+        if not hasattr(os, "sysconf"):  # Windows
+            return None
+        return machine_bytes() // jax.local_device_count()
+    stats = device.memory_stats()
+    return stats.get("bytes_limit") if stats else None
 
 
 def sharded_axis(shape: tuple[int, ...], fsdp: int) -> int | None:

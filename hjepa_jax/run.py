@@ -14,7 +14,7 @@ from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.placement import Placement, make_placement
+from hjepa_jax.placement import Placement, check_resident, make_placement
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
@@ -59,6 +59,8 @@ def build_run(config: Config, source: Source) -> Run:
     placement = make_placement(devices, fsdp=fsdp)
     streamed = source.records is not None
     check_size(config.data.source, (info.num_train, *info.image_shape))
+    if not streamed:
+        check_resident(config.data.source, info.num_train * math.prod(info.image_shape))
     schedules = build.build_schedules(config, source.num_images)
     num_parts = config.optim.accumulation_steps
     if batch_size % (len(devices) * num_parts):

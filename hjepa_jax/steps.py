@@ -95,9 +95,9 @@ def make_train_step(
         before the update: consecutive images. The step also takes a batch that is cut already,
         [parts, B / parts, H, W, C]. On several devices only such a batch lets every device keep
         its images: of a batch that is not cut, each device would have images of one part alone,
-        and all of them would be sent around. Means over the batch (of valid queries; VICReg, SIGReg, the projection,
-        the spread of views) are then those of a part; SIGReg grows with its rows, and so is
-        smaller by as much.
+        and all of them would be sent around. Means over the batch (of valid queries; VICReg,
+        SIGReg, the projection, the spread of views) are then those of a part; SIGReg grows with
+        its rows, and so is smaller by as much.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
@@ -248,7 +248,7 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
         state: TrainState,
         window: LogWindow,
         images: UInt8[Array, "... H W C"],
-        index: Int[Array, "S *B"] | None,
+        index: Int[Array, "S ..."] | None,
         count: Int[Array, ""],
     ) -> tuple[TrainState, LogWindow]:
         def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:

@@ -1,8 +1,10 @@
 """What lies where: cuts of parameters by hand, and their bytes on eight devices."""
 
 import json
+import math
 import pathlib
 import re
+import types
 
 import jax
 import numpy as np
@@ -43,6 +45,23 @@ def test_fsdp_that_does_not_divide_the_devices_is_refused(tiny_config):
     rule = r"parallel\.fsdp=3: must divide the number of devices, 1"
     with pytest.raises(InputError, match=rule):
         run.build_run(tiny_config, run.open_config_source(tiny_config))
+
+
+def test_images_that_no_device_has_room_for_are_refused_with_numbers(tiny_config, monkeypatch):
+    source = run.open_config_source(tiny_config)
+    num_bytes = source.info.num_train * math.prod(source.info.image_shape)
+    monkeypatch.setattr(placement, "machine_bytes", lambda: num_bytes - 1)
+    rule = r"data\.source=.*needs 0\.00 GiB for the training images on each cpu device"
+    with pytest.raises(InputError, match=rule):
+        run.build_run(tiny_config, source)
+    placement.check_resident("npz:x", num_bytes - 1)
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    placement.check_resident("tfds:x", 2**30)
+    with pytest.raises(InputError, match=r"needs 1\.50 GiB .* each gpu device, which has 1\.00"):
+        placement.check_resident("tfds:x", 3 * 2**29)
+    gpu.memory_stats = lambda: None  # Apple's plugins
+    placement.check_resident("tfds:x", 2**40)
 
 
 def in_a_process(fn, path: pathlib.Path, *args) -> dict:

@@ -145,7 +145,7 @@ class StreamedBatches:
         self._thread.start()
 
     def take(self, step: int, count: int) -> tuple[Any, None]:
-        """The batches of the next `count` steps, uint8 [S, *B, H, W, C] on the device, and no index.
+        """The batches of the next `count` steps, uint8 [S, B, H, W, C] on the device, and no index.
 
         Args:
           step: the first of these steps, one after the last that was taken.
