@@ -21,9 +21,11 @@ from hjepa_jax import build
 from hjepa_jax.array_table import (
     ArrayTable,
     changed,
+    crc_checksums,
     describe_arrays,
     differences,
     json_checksum,
+    word_checksums,
 )
 from hjepa_jax.config import Config
 from hjepa_jax.data.fingerprint import differ
@@ -38,7 +40,7 @@ from hjepa_jax.run_dir import UNUSABLE, checkpoint_sizes, load_config, parse_con
 from hjepa_jax.same_run import Saved, changes, other_networks_or_data
 from hjepa_jax.train_state import TrainState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BEST_METRIC = "eval/knn_top1"
 MAX_DIGITS = 10  # of a step, which is counted in int32
 
@@ -73,6 +75,11 @@ class Checkpoints:
         self._data = data
         self._owner, self._open = owner, contextlib.ExitStack()
         self._best = _Best({})
+        if jax.process_count() == 1:
+            # Otherwise Orbax cuts each full copy into a slice per device, for several hosts to
+            # share the writing; compiling the cuts made the first save wait for 20 s.
+            one_writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+            ocp.type_handlers.register_type_handler(jax.Array, one_writer, override=True)
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
         self._manager = ocp.CheckpointManager(
             self._directory(),
@@ -282,8 +289,9 @@ class Checkpoints:
         for name in args:
             if isinstance(found[name], dict):  # some fields of a TrainState
                 found[name] = dataclasses.replace(templates[name], **found[name])
-        for name, table in tables.items():
-            if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
+        checksums = crc_checksums if version == 2 else word_checksums
+        for name in tables.keys() & args.keys():
+            if bad := sorted(changed(tables[name], describe_arrays(found[name], checksums))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
         return {name: templates[name] if name in kept else found[name] for name in templates}
 

@@ -79,8 +79,9 @@ def member(
         yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Mostly another process that is gone, as the network puts it; `_watch` says it better.
-            time.sleep(SILENT_SEC + 5)
+            _wait_while_others_are_silent()
+            first_line = str(error).partition("\n")[0]
+            print(f"error: {first_line}; ending all processes", file=sys.stderr, flush=True)
         if not leave(" ".join(str(error).split()) or type(error).__name__):
             # At its exit JAX would wait for the others once more, and die of it.
             atexit.register(_exit, _status(error))
@@ -152,6 +153,34 @@ def leave(reason: str = "") -> bool:
     return False
 
 
+def _wait_while_others_are_silent() -> None:
+    """Finds out whether JAX's error is this process's own; returns as soon as it is.
+
+    If another process is gone, JAX reports the broken connection, which says little. Then this
+    waits until `_watch` ends this process with a better line. If every other process shows a new
+    sign of life, which takes a second, the error did not come from one of them.
+    """
+    client, state = _state().client, _state()
+    before: dict[str, str] = {}
+    until = time.monotonic() + SILENT_SEC + 5
+    while time.monotonic() < until:
+        try:
+            alive, left = _records(client, "alive/"), _records(client, "left/")
+        except RuntimeError:  # process 0 is gone: `_watch` finds the same
+            alive, left = {}, {}
+        before = before or alive
+        new = {process for process, sign in alive.items() if sign != before.get(process)}
+        new |= {process for process, reason in left.items() if not reason} | {str(state.process_id)}
+        if not any(left.values()) and len(new) == state.num_processes:
+            return
+        time.sleep(0.1)
+
+
+def _records(client: Any, folder: str) -> dict[str, str]:
+    """Process -> what it has written into `folder`."""
+    return {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get(folder)}
+
+
 def _status(error: BaseException) -> int:
     """The command's exit status after `error`."""
     if isinstance(error, (InputError, Interrupted)):
@@ -173,8 +202,7 @@ def _watch(client: Any) -> None:
     for beat in range(sys.maxsize):
         try:
             client.key_value_set(f"alive/{state.process_id}", str(beat), allow_overwrite=True)
-            alive = {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get("alive/")}
-            left = {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get("left/")}
+            alive, left = _records(client, "alive/"), _records(client, "left/")
         except RuntimeError:
             if not _stopped.is_set():
                 _end(PROCESS_0_LOST)

@@ -6,8 +6,10 @@ import mmap
 import os
 import pathlib
 import sys
+import threading
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
+_keeping = threading.Event()  # set while this process keeps freed memory
 
 
 def keep_freed_memory() -> None:
@@ -24,15 +26,33 @@ def keep_freed_memory() -> None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
         libc.mallopt(option, value)
+    _keeping.set()
     _ask_for_huge_pages(libc, machine_bytes() // 2)
 
 
+def stop_keeping_memory() -> None:
+    """Undoes `keep_freed_memory`: for a backend whose arrays are not in the machine's memory."""
+    libc = _glibc()
+    if libc is None or not _keeping.is_set():
+        return
+    _keeping.clear()
+    for option, value in (
+        (_M_ARENA_MAX, 0),  # glibc's own limit
+        (_M_MMAP_MAX, 65536),
+        (_M_TRIM_THRESHOLD, 128 * 1024),
+    ):
+        libc.mallopt(option, value)
+    libc.malloc_trim(0)
+
+
 def return_unused_memory(*, above: float = 0.0) -> None:
-    """Gives back what is free, where the process holds more than a share `above` of all memory.
+    """Gives back free memory if it is kept, and the process holds over a share `above` of all.
 
     What was allocated beside the temporaries of a step can keep the next ones from their place:
     without this a process would come to hold them two or three times over.
     """
+    if not _keeping.is_set():  # also where there is no /proc to read
+        return
     libc = _glibc()
     if libc is not None and resident_bytes() > above * machine_bytes():
         libc.malloc_trim(0)

@@ -28,7 +28,7 @@ from hjepa_jax.evaluation.features import Features, extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out, spread_rows
 from hjepa_jax.history import read_lines
-from hjepa_jax.host_memory import return_unused_memory
+from hjepa_jax.host_memory import return_unused_memory, stop_keeping_memory
 from hjepa_jax.logging import Progress, RunLogger, StepTimer, peak_memory_bytes
 from hjepa_jax.platform import current_rules
 from hjepa_jax.run import Run, num_params
@@ -113,6 +113,8 @@ class Loop:
         size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
         started = time.perf_counter()
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
+        if self._backend != "cpu":
+            stop_keeping_memory()
         return_unused_memory()
         print(
             f"{num_params(state.params):,} trainable parameters on {self._backend}"
@@ -184,10 +186,15 @@ class Loop:
     def _batches(self, step: int, size: int) -> Iterator[Any]:
         """Where batches come from, from `step` on, `size` at most in one call of the program."""
         place, records, c = self._run.placement, self._records, self._config
+        shape = self._run.batch_shape
         if records is None:
+            num_bytes = self._train.images.nbytes
+            if jax.device_count() > 1 and num_bytes >= 2**30:
+                each = f"{num_bytes / 2**30:.1f} GiB on each of {jax.device_count()} devices"
+                print(f"training images: {each}", flush=True)
             images = place.put(self._train.images, place.whole)
-            put = functools.partial(place.put, shardings=place.batches)
-            yield ResidentBatches(images, self._order, size=size, put=put)
+            put = functools.partial(place.put, shardings=place.batches_of(shape))
+            yield ResidentBatches(images, self._order, size=size, batch_shape=shape, put=put)
             return
         from hjepa_jax.data import streaming  # grain takes its time to load
 
@@ -197,10 +204,12 @@ class Loop:
             step,
             self._schedules.num_steps,
             num_workers=c.data.num_workers,
+            num_parts=c.optim.accumulation_steps,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        batches = streaming.StreamedBatches(decoded, size=size, put=place.put_own_batches)
+        put = functools.partial(place.put_own_batches, batch_shape=shape)
+        batches = streaming.StreamedBatches(decoded, size=size, put=put)
         self._unreadable = batches.unreadable
         try:
             yield batches
@@ -246,7 +255,7 @@ class Loop:
             if last or signum:
                 self._checkpoints.wait()
         if shows and not signum:
-            self._show(state, window)
+            self._show(state, window, step)
         self._timer.add_pause(time.perf_counter() - paused)
         return window
 
@@ -263,7 +272,10 @@ class Loop:
             self._logger.scalars(step, {"train/nonfinite_steps": int(window.nonfinite.count)})
             raise
 
-    def _show(self, state: TrainState, window: metrics.LogWindow) -> None:
+    def _show(self, state: TrainState, window: metrics.LogWindow, step: int) -> None:
+        # All decide alike, and before the parameters are gathered.
+        if not cluster.largest(cluster.is_first() and self._showcase.can_show(step)):
+            return
         state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
         if cluster.is_first():
             self._showcase.show(state, window)

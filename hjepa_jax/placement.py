@@ -12,12 +12,16 @@ by itself: means and statistics over a batch (VICReg) remain those of the whole 
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.host_memory import machine_bytes
 
 AXES = ("data", "fsdp")
 # Elements. To bring a smaller array together costs more in latency than it saves in memory.
@@ -52,6 +56,15 @@ class Placement:
         """[S, B, ...], cut along B over all devices."""
         return self._sharding(None, AXES)
 
+    @property
+    def parts(self) -> Any:
+        """[S, parts, B / parts, ...], so cut that every device has images of every part."""
+        return self._sharding(None, None, AXES)
+
+    def batches_of(self, batch_shape: tuple[int, ...]) -> Any:
+        """The layout of batches of this shape: (B,), or (parts, B / parts) for accumulation."""
+        return self.batches if len(batch_shape) == 1 else self.parts
+
     def state(self, tree: Any) -> Any:
         """How each array of a state, or of its parameters, is cut along `fsdp`; a like tree."""
         if self.mesh is None:
@@ -82,11 +95,19 @@ class Placement:
 
         return jax.tree.map(lay_out, tree, shardings)
 
-    def put_own_batches(self, x: Shaped[np.ndarray, "S b ..."]) -> Shaped[jax.Array, "S B ..."]:
-        """Batches of which each process has its own rows, side by side in the whole."""
+    def put_own_batches(
+        self, x: Shaped[np.ndarray, "S b ..."], batch_shape: tuple[int, ...]
+    ) -> Shaped[jax.Array, "S ..."]:
+        """Lays out batches of which each process has its own rows.
+
+        Args:
+          x: of each part of the batch, the rows of this process, one part after the other.
+          batch_shape: see `batches_of`.
+        """
+        x = x.reshape(len(x), *batch_shape[:-1], -1, *x.shape[2:])
         if self.mesh is None:
             return jax.device_put(x)
-        return jax.make_array_from_process_local_data(self.batches, x)
+        return jax.make_array_from_process_local_data(self.batches_of(batch_shape), x)
 
     def gathered(self, tree: Any) -> Any:
         """Within a program: the arrays of `tree`, of which every device is to have all."""
@@ -100,6 +121,36 @@ class Placement:
             tree = jax.jit(_same, out_shardings=self.whole)(tree)
             tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
         return jax.device_put(tree, jax.local_devices()[0])
+
+
+def check_resident(source: str, num_bytes: int) -> None:
+    """Refuses training images that do not fit on each device, before they are decoded.
+
+    Every device holds all of them: the images of a batch are drawn from the whole set, so devices
+    that held a part each would have to exchange every batch.
+
+    Raises:
+      InputError: when a device has less memory ("data.source").
+    """
+    device = jax.local_devices()[0]
+    memory, what = _device_bytes(device), f"each {device.platform} device"
+    if memory is not None and num_bytes > memory:
+        rule = (
+            f"needs {num_bytes / 2**30:.2f} GiB for the training images on {what}, which has "
+            f"{memory / 2**30:.2f} GiB; data.streaming=always reads tfds: and folder: sources "
+            "image by image"
+        )
+        raise InputError("data.source", source, rule)
+
+
+def _device_bytes(device: Any) -> int | None:
+    """Memory for arrays on one device of this process; None if the backend does not say."""
+    if device.platform == "cpu":
+        if not hasattr(os, "sysconf"):  # Windows
+            return None
+        return machine_bytes() // jax.local_device_count()
+    stats = device.memory_stats()
+    return stats.get("bytes_limit") if stats else None
 
 
 def sharded_axis(shape: tuple[int, ...], fsdp: int) -> int | None:

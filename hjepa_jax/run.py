@@ -14,7 +14,7 @@ from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.placement import Placement, make_placement
+from hjepa_jax.placement import Placement, check_resident, make_placement
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
 from hjepa_jax.train_state import TrainState
@@ -33,6 +33,7 @@ class Run:
         `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
         other backends than this process has, by their names in `platforms`.
       placement: where the arguments of that program live.
+      batch_shape: (batch_size,), or with gradient accumulation (parts, images of a part).
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Run:
     create: Callable[[], tuple[TrainState, metrics.LogWindow]]
     lower: Callable[..., Any]
     placement: Placement
+    batch_shape: tuple[int, ...]
 
 
 def build_run(config: Config, source: Source) -> Run:
@@ -57,21 +59,28 @@ def build_run(config: Config, source: Source) -> Run:
     placement = make_placement(devices, fsdp=fsdp)
     streamed = source.records is not None
     check_size(config.data.source, (info.num_train, *info.image_shape))
+    if not streamed:
+        check_resident(config.data.source, info.num_train * math.prod(info.image_shape))
     schedules = build.build_schedules(config, source.num_images)
-    if batch_size % len(devices):
+    num_parts = config.optim.accumulation_steps
+    if batch_size % (len(devices) * num_parts):
         rule = f"must be a multiple of the number of devices, {len(devices)}"
+        if num_parts > 1:
+            rule += f", times optim.accumulation_steps, {num_parts}"
         raise InputError("train.batch_size", batch_size, rule)
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
     train_step = build.build_train_step(config, model, tx, schedules)
     create_state = build.build_create_state(config, model, tx)
 
-    def batch(*shape: int) -> jax.ShapeDtypeStruct:
+    batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
+
+    def images_like(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)
 
     state = jax.eval_shape(create_state)
     layout = placement.state(state)
-    _, outputs = jax.eval_shape(train_step, state, batch(batch_size))
+    _, outputs = jax.eval_shape(train_step, state, images_like(*batch_shape))
     averages = metrics.make_averages(sorted(outputs.scalars))
 
     def sharded_step(state: TrainState, images: Any) -> Any:
@@ -91,7 +100,7 @@ def build_run(config: Config, source: Source) -> Run:
     def lower(
         *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
     ) -> Any:
-        whole, batches = placement.whole, placement.batches
+        whole, batches = placement.whole, placement.batches_of(batch_shape)
         placed = {} if whole is None else {
             "in_shardings": (layout, whole, batches if streamed else whole, batches, whole),
             "out_shardings": (layout, whole),
@@ -99,8 +108,9 @@ def build_run(config: Config, source: Source) -> Run:
         run_steps = jax.jit(
             make_run_steps(sharded_step), donate_argnums=(0, 1) if donate else (), **placed
         )
-        images = batch(steps_per_call, batch_size) if streamed else batch(info.num_train)
-        index = jax.ShapeDtypeStruct((steps_per_call, batch_size), jnp.int32)
+        shape = (steps_per_call, *batch_shape)
+        images = images_like(*shape) if streamed else images_like(info.num_train)
+        index = jax.ShapeDtypeStruct(shape, jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         window = jax.eval_shape(create_window)
         traced = run_steps.trace(state, window, images, None if streamed else index, count)
@@ -113,6 +123,7 @@ def build_run(config: Config, source: Source) -> Run:
         create=create,
         lower=lower,
         placement=placement,
+        batch_shape=batch_shape,
     )
 
 

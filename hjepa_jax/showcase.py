@@ -93,18 +93,21 @@ class Showcase:
             },
         )
 
+    def can_show(self, step: int) -> bool:
+        """Whether the run can afford pictures at this step; the last step always can."""
+        last = step == self._run.schedules.num_steps
+        return last or self._budget.allows(time.perf_counter() - self._started)
+
     def show(self, state: TrainState, window: LogWindow) -> None:
-        """Pictures, spectrum and histogram, if the run can afford them at this step.
+        """Pictures, spectrum and histogram; `can_show` says when.
 
         Args:
           state: its parameters are on this process's first device.
           window: the newest target features.
         """
-        step, began = int(state.step), time.perf_counter()
-        last = step == self._run.schedules.num_steps
-        if last or self._budget.allows(began - self._started):
-            self._show(state, window, step)
-            self._budget.spend(time.perf_counter() - began)
+        began = time.perf_counter()
+        self._show(state, window, int(state.step))
+        self._budget.spend(time.perf_counter() - began)
 
     def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
         """Pictures of masks, features, predictions and attention; spectrum and histogram."""

@@ -6,6 +6,7 @@ function to jit; `make_run_steps` puts several such steps and their metrics into
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ class StepOutputs:
     finite: Any = None
 
 
-TrainStep = Callable[[TrainState, UInt8[Array, "B H W C"]], tuple[TrainState, StepOutputs]]
+TrainStep = Callable[[TrainState, UInt8[Array, "*B H W C"]], tuple[TrainState, StepOutputs]]
 
 
 def image_rngs(
@@ -91,9 +92,12 @@ def make_train_step(
         them too (the regularizer alone keeps them from collapsing).
       target_spec: what the targets are made of; None for the output of the target encoder.
       num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
-        before the update. Means over the batch (of valid queries; VICReg, SIGReg, the projection,
-        the spread of views) are then those of a part; SIGReg grows with its rows, and so is
-        smaller by as much.
+        before the update: consecutive images. The step also takes a batch that is cut already,
+        [parts, B / parts, H, W, C]. On several devices only such a batch lets every device keep
+        its images: of a batch that is not cut, each device would have images of one part alone,
+        and all of them would be sent around. Means over the batch (of valid queries; VICReg,
+        SIGReg, the projection, the spread of views) are then those of a part; SIGReg grows with
+        its rows, and so is smaller by as much.
       augment_local: as `augment`, for local views: small crops, at a size of their own; None for
         no such views.
       num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
@@ -171,10 +175,12 @@ def make_train_step(
     def accumulated(
         state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
     ) -> tuple[Any, StepOutputs]:
-        parts = jax.tree.map(
-            lambda x: x.reshape(num_accumulation_steps, -1, *x.shape[1:]),
-            (images, augment_rngs, mask_rngs),
-        )
+        def cut(x: Array) -> Array:
+            return x.reshape(num_accumulation_steps, -1, *x.shape[1:])
+
+        # Images that are cut already stay as they are laid out on the devices.
+        images = images if images.ndim == 5 else cut(images)
+        parts = (images, cut(augment_rngs), cut(mask_rngs))
 
         def add(total: Any, part: Any) -> tuple[Any, StepOutputs]:
             grads, outputs = loss_and_grads(state, *part)
@@ -184,12 +190,13 @@ def make_train_step(
         total, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), parts)
         grads = jax.tree.map(lambda g: g / num_accumulation_steps, total)
         scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
-        return grads, StepOutputs(scalars, outputs.features.reshape(len(images), -1))
+        features = outputs.features
+        return grads, StepOutputs(scalars, features.reshape(-1, features.shape[-1]))
 
     def train_step(
-        state: TrainState, images: UInt8[Array, "B H W C"]
+        state: TrainState, images: UInt8[Array, "*B H W C"]
     ) -> tuple[TrainState, StepOutputs]:
-        rngs = image_rngs(state.rng, state.step, len(images))
+        rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
         gradient = loss_and_grads if num_accumulation_steps == 1 else accumulated
         grads, outputs = gradient(state, images, *rngs)
 
@@ -232,15 +239,16 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
 
     The result, `run_steps(state, window, images, index, count)`, takes the whole training set
     (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
-    run, which may change from call to call without compiling again. Of a training set that is not
-    on the device it takes the batches themselves, uint8 [S, B, H, W, C], and None for the index.
+    run, which may change from call to call without compiling again. If the training set is not on
+    the device, it takes the batches themselves, uint8 [S, B, H, W, C], and None for the index.
+    With gradient accumulation, B stands for two dimensions: parts, and images of a part.
     """
 
     def run_steps(
         state: TrainState,
         window: LogWindow,
         images: UInt8[Array, "... H W C"],
-        index: Int[Array, "S B"] | None,
+        index: Int[Array, "S ..."] | None,
         count: Int[Array, ""],
     ) -> tuple[TrainState, LogWindow]:
         def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:

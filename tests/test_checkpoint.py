@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 import types
+import zlib
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, metrics, run
-from hjepa_jax.array_table import describe_arrays, differences
+from hjepa_jax import array_table, checkpoint, metrics, run
+from hjepa_jax.array_table import crc_checksums, describe_arrays, differences, json_checksum
 from hjepa_jax.errors import InputError
 from hjepa_jax.train_state import TrainState
 
@@ -70,6 +71,62 @@ def test_a_table_tells_every_leaf_by_type_shape_and_bits():
     nudged.target_params["kernel"] = jnp.nextafter(nudged.target_params["kernel"], 9.0)
     assert describe_arrays(nudged)[".target_params['kernel']"] != table[".target_params['kernel']"]
     assert differences(table, nudged) == []
+
+
+def checksum_by_hand(x: np.ndarray) -> int:
+    raw, size, total = x.tobytes(), min(x.dtype.itemsize, 4), 0
+    for i in range(len(raw) // size):
+        word = int.from_bytes(raw[i * size : (i + 1) * size], "little") + i * 0x9E3779B9
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            word = (word ^ ((word % 2**32) >> shift)) * factor % 2**32
+        total += word
+    return total % 2**32
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        RNG.normal(size=(3, 5, 7)).astype(np.float32),
+        RNG.normal(size=(2, 5)).astype(jnp.bfloat16),
+        RNG.normal(size=(4, 3)),
+        RNG.integers(-128, 128, (3, 3), np.int8),
+        RNG.integers(0, 2, 9).astype(bool),
+        np.int32([7])[0],
+        np.zeros((0, 3), np.float32),
+        RNG.normal(size=(6, 4)).astype(np.float32).T,
+    ],
+    ids=lambda x: f"{x.dtype}{list(x.shape)}",
+)
+def test_checksums_are_those_by_hand_on_host_and_device(x, monkeypatch):
+    expected = checksum_by_hand(x)
+    assert array_table.word_checksums([x]) == [expected]
+    if x.size and x.dtype != np.float64:
+        monkeypatch.setattr(array_table, "MIN_ON_DEVICE", 1)
+        assert array_table.word_checksums([jnp.asarray(x)]) == [expected]
+
+
+def test_every_flipped_bit_and_every_exchange_changes_the_checksum():
+    x = RNG.integers(0, 2**32, 40, np.uint32)
+    (before,) = array_table.word_checksums([x])
+    flipped = [x ^ (np.arange(40) == i).astype("u4") * (1 << np.uint32(b))
+               for i in range(40) for b in range(32)]  # fmt: skip
+    exchanged = [x[np.r_[i, 1:i, 0, i + 1 : 40]] for i in range(1, 40)]
+    assert before not in array_table.word_checksums(flipped + exchanged)
+    zeros = np.zeros(40, np.uint32)
+    assert array_table.word_checksums([zeros]) != array_table.word_checksums([zeros[:39]])
+
+
+def test_large_arrays_stay_on_the_device(monkeypatch):
+    """Only sums come to the host: 4 bytes of an array in one piece."""
+    x, fetched, copy = jnp.ones((256, 257)), [], np.asarray
+    monkeypatch.setattr(np, "asarray", lambda a, **k: fetched.append(np.size(a)) or copy(a, **k))
+    small = x[0]
+    fetched.clear()
+    describe_arrays({"x": x, "small": small})
+    assert max(fetched) == 257
 
 
 def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_config):
@@ -161,7 +218,7 @@ def test_fields_of_another_model_are_refused_leaf_by_leaf(workdir, tiny_config):
 
 def test_a_checkpoint_names_its_code_and_data(workdir, tiny_config):
     meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
-    assert meta["format_version"] == 2
+    assert meta["format_version"] == 3
     assert meta["data"] == "all-abc"
     assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
     assert meta["config"]["train"]["batch_size"] == tiny_config.train.batch_size
@@ -174,17 +231,34 @@ def rewrite_meta(workdir, step, **changes):
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(workdir, tiny_config):
-    from hjepa_jax.array_table import json_checksum
-
     meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
-    meta = {k: v for k, v in meta.items() if k != "checksum"} | {"format_version": 3}
-    rewrite_meta(workdir, 2, format_version=3, checksum=json_checksum(meta))
-    with pytest.raises(InputError, match="is in format 3; this version reads up to 2"):
+    meta = {k: v for k, v in meta.items() if k != "checksum"} | {"format_version": 4}
+    rewrite_meta(workdir, 2, format_version=4, checksum=json_checksum(meta))
+    with pytest.raises(InputError, match="is in format 4; this version reads up to 3"):
         restore(workdir, tiny_config)
     assert (workdir / "checkpoints/2").is_dir()
 
 
-def test_the_previous_format_is_read(tiny_config, tiny_run, tmp_path):
+def as_format_2(workdir, step, **changes):
+    """Makes of a checkpoint of `make_state` one of format 2, whose table has CRC-32 checksums."""
+    trees = {"state": make_state(step), "window": make_window()}
+    tables = {name: describe_arrays(tree, crc_checksums) for name, tree in trees.items()}
+    assert tables["state"][".rng"][2] == zlib.crc32(np.array([1, step], "<u4").tobytes())
+    tables["state"][".rng"][2] ^= changes.pop("flip", 0)
+    meta = json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
+    meta |= {"format_version": 2, "arrays": tables}
+    del meta["checksum"]
+    rewrite_meta(workdir, step, **meta, checksum=json_checksum(meta))
+
+
+def test_format_2_is_read_and_its_checksums_hold(workdir, tiny_config, capsys):
+    as_format_2(workdir, 1)
+    as_format_2(workdir, 2, flip=1)
+    assert_same_tree(restore(workdir, tiny_config), make_state(1))
+    assert "checkpoint 2 is damaged: the checksum of state .rng differs" in capsys.readouterr().err
+
+
+def test_format_1_is_read(tiny_config, tiny_run, tmp_path):
     """Format 1 had no table, and a window without the count of non-finite steps."""
     shutil.copytree(tiny_run, tmp_path, dirs_exist_ok=True)
     built = run.build_run(tiny_config, run.open_config_source(tiny_config))

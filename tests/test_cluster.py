@@ -191,6 +191,40 @@ def test_the_reason_of_process_0_ends_the_other_in_one_line(tmp_path):
     assert line.startswith("error: process 0 of 2 has ended (data.source='x': is a full disk)")
 
 
+def run_out_of_memory(path: pathlib.Path, coordinator: str, index: int) -> None:
+    """Process 1 asks for more memory than there is; the other works on."""
+    os.dup2(os.open(path / f"{index}.err", os.O_WRONLY | os.O_CREAT), 2)
+    with cluster.member(coordinator, num_processes=2, process_id=index):
+        cluster.meet()
+        if index == 0:
+            time.sleep(600)
+        (path / "began").touch()
+        jax.device_put(np.int8(1)).reshape(1, 1) + jax.numpy.zeros((2**24, 2**24), np.int8)
+
+
+@several
+@pytest.mark.slow
+def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
+    """It used to be held back for 35 seconds, in which another process could have been lost."""
+    address = processes.free_address()
+    both = [
+        processes.CONTEXT.Process(target=run_out_of_memory, args=(tmp_path, address, index))
+        for index in range(2)
+    ]
+    for process in both:
+        process.start()
+    told = tmp_path / "1.err"
+    while not (told.exists() and "error: RESOURCE_EXHAUSTED" in told.read_text()):
+        assert both[1].is_alive()
+        time.sleep(0.05)
+    seconds = time.time() - (tmp_path / "began").stat().st_mtime
+    for process in both:
+        process.join(60)
+    assert seconds < 10
+    assert both[0].exitcode == cluster.LOST
+    assert "process 1 of 2 has ended (RESOURCE_EXHAUSTED" in (tmp_path / "0.err").read_text()
+
+
 @several
 @pytest.mark.slow
 def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_path):

@@ -1,13 +1,16 @@
 """What lies where: cuts of parameters by hand, and their bytes on eight devices."""
 
 import json
+import math
 import pathlib
+import re
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import build, placement, platform, run
+from hjepa_jax import array_table, build, placement, platform, run
 from hjepa_jax.config import base_config
 from hjepa_jax.data.sources import Source, SourceInfo
 from hjepa_jax.errors import InputError
@@ -44,9 +47,47 @@ def test_fsdp_that_does_not_divide_the_devices_is_refused(tiny_config):
         run.build_run(tiny_config, run.open_config_source(tiny_config))
 
 
-def measure_bytes(path: pathlib.Path) -> None:
-    """ViT-Small at 224 pixels on 8 devices: bytes of each, and of everything, to a file."""
+def test_images_that_no_device_has_room_for_are_refused_with_numbers(tiny_config, monkeypatch):
+    source = run.open_config_source(tiny_config)
+    num_bytes = source.info.num_train * math.prod(source.info.image_shape)
+    monkeypatch.setattr(placement, "machine_bytes", lambda: num_bytes - 1)
+    rule = r"data\.source=.*needs 0\.00 GiB for the training images on each cpu device"
+    with pytest.raises(InputError, match=rule):
+        run.build_run(tiny_config, source)
+    placement.check_resident("npz:x", num_bytes - 1)
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    placement.check_resident("tfds:x", 2**30)
+    with pytest.raises(InputError, match=r"needs 1\.50 GiB .* each gpu device, which has 1\.00"):
+        placement.check_resident("tfds:x", 3 * 2**29)
+    gpu.memory_stats = lambda: None  # Apple's plugins
+    placement.check_resident("tfds:x", 2**40)
+
+
+def in_a_process(fn, path: pathlib.Path, *args) -> dict:
+    """What `fn(*args)` returns in a process with 8 devices."""
+    process = processes.CONTEXT.Process(target=write_json, args=(fn, path, *args))
+    process.start()
+    process.join()
+    return json.loads(path.read_text())
+
+
+def write_json(fn, path: pathlib.Path, *args) -> None:
     platform.select_platform("cpu", cpu_devices=8)
+    path.write_text(json.dumps(fn(*args)))
+
+
+def measure() -> dict:
+    return {**measure_bytes(), "checksums": measure_checksums()}
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(tmp_path_factory) -> dict:
+    return in_a_process(measure, tmp_path_factory.mktemp("eight") / "measured.json")
+
+
+def measure_bytes() -> dict:
+    """ViT-Small at 224 pixels: bytes of each device, and of everything."""
     c = base_config()
     c.model.name, c.data.image_size, c.model.patch_size = "vit_small", 224, 16
     c.parallel.fsdp = 8
@@ -60,15 +101,55 @@ def measure_bytes(path: pathlib.Path) -> None:
     leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
     shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
     held = {d.id: sum(s.data.nbytes for s in shards if s.device == d) for d in jax.devices()}
-    path.write_text(json.dumps({"held": held, "whole": sum(leaf.nbytes for leaf in leaves)}))
+    return {"held": held, "whole": sum(leaf.nbytes for leaf in leaves)}
 
 
-def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(tmp_path, record_property):
-    process = processes.CONTEXT.Process(target=measure_bytes, args=(tmp_path / "bytes.json",))
-    process.start()
-    process.join()
-    measured = json.loads((tmp_path / "bytes.json").read_text())
+def measure_checksums() -> dict:
+    """Checksums of one array in several layouts, and the collectives that they take."""
+    x = np.random.default_rng(0).normal(size=(512, 4, 64)).astype(np.float32)
+    places = {n: placement.make_placement(jax.devices(), fsdp=n) for n in (1, 2, 8)}
+    arrays = [x, jax.device_put(x), *(p.put(x, p.state(x)) for p in places.values())]
+    arrays.append(places[2].put(x, places[2].rows))  # as no state is: cut over both axes
+    cut = arrays[-2]
+    program = array_table.block_sums_fn(cut.sharding, cut.sharding.shard_shape(x.shape))
+    text = program.lower(cut).compile().as_text()
+    return {"values": array_table.word_checksums(arrays), "sent": COLLECTIVE.findall(text)}
+
+
+COLLECTIVE = re.compile(r"= (.*) (?:all-|collective-|reduce-scatter)[a-z-]*\(")
+
+
+def collectives(streamed: bool) -> list[str]:
+    """Types that devices exchange in a program with accumulation: "u8[4,8,32,32,3]{...}"."""
+    c = base_config()
+    c.data.image_size, c.model.patch_size = 32, 8
+    c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
+    c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
+    c.train.batch_size, c.optim.accumulation_steps = 32, 4
+    info = SourceInfo(64, 64, (32, 32, 3), ("a",))
+    source = Source("none", info, load=tuple, records=[0] * 64 if streamed else None)
+    program = run.build_run(c, source).lower(steps_per_call=2, donate=False).compile()
+    return COLLECTIVE.findall(program.as_text())
+
+
+def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(on_eight_devices, record_property):
+    measured = on_eight_devices
     assert len(measured["held"]) == 8
     assert measured["whole"] > 300e6  # parameters, EMA and two moments of 22 million
     assert max(measured["held"].values()) <= 0.2 * measured["whole"]
     record_property("fraction", max(measured["held"].values()) / measured["whole"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [False, True])
+def test_accumulation_sends_no_image_between_devices(tmp_path, streamed):
+    sent = in_a_process(collectives, tmp_path / "sent.json", streamed)
+    assert any("f32[" in types for types in sent)  # gradients are summed
+    assert not [types for types in sent if "u8[" in types or ",32,32,3]" in types]
+
+
+def test_a_checksum_is_the_same_for_every_cut_and_sends_nothing(on_eight_devices):
+    values, sent = on_eight_devices["checksums"].values()
+    assert len(values) == 6
+    assert len(set(values)) == 1
+    assert sent == []

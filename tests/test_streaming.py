@@ -87,6 +87,19 @@ def test_parts_of_a_batch_for_several_processes_make_up_the_whole():
     assert np.concatenate(parts, axis=1).tolist() == whole
 
 
+def test_processes_share_every_part_of_an_accumulated_batch():
+    order = BatchOrder(24, 12, seed=1)
+    (whole,), _ = read(Numbers(24), order, 1, 2, num_parts=2)
+    assert whole == order.batches(1, 1, size=1)[0].tolist()
+    shards = [
+        read(Numbers(24), order, 1, 2, num_parts=2, shard_index=i, shard_count=3)[0][0]
+        for i in range(3)
+    ]
+    assert shards[1] == [*whole[2:4], *whole[8:10]]
+    parts = np.array(shards).reshape(3, 2, 2).swapaxes(0, 1)
+    assert parts.reshape(-1).tolist() == whole
+
+
 def test_a_set_of_which_nothing_can_be_read_ends_in_one_line():
     with pytest.raises(InputError, match=r"number 1': nor can any of the 4 before it be read"):
         read(Numbers(5, tuple(range(5))), BatchOrder(5, 2, seed=0), 0, 2)

@@ -50,12 +50,23 @@ class ResidentBatches:
       images: uint8 [n, H, W, C], on the device.
       order: which rows make up each batch.
       size: S, batches that a call of the training program takes; fewer are padded.
-      put: brings int32 [S, B] to where the program expects it.
+      batch_shape: of the rows of a batch, as the program expects them.
+      put: brings int32 [S, *batch_shape] to where the program expects it.
     """
 
-    def __init__(self, images: Any, order: BatchOrder, *, size: int, put: Callable[..., Any]):
-        self._images, self._order, self._size, self._put = images, order, size, put
+    def __init__(
+        self,
+        images: Any,
+        order: BatchOrder,
+        *,
+        size: int,
+        batch_shape: tuple[int, ...],
+        put: Callable[..., Any],
+    ):
+        self._images, self._order, self._put = images, order, put
+        self._size, self._batch_shape = size, batch_shape
 
     def take(self, step: int, count: int) -> tuple[Any, Any]:
         """What the program wants for steps `step` ... `step + count - 1`: images and index."""
-        return self._images, self._put(self._order.batches(step, count, size=self._size))
+        rows = self._order.batches(step, count, size=self._size)
+        return self._images, self._put(rows.reshape(self._size, *self._batch_shape))

@@ -35,9 +35,16 @@ class _Batches:
     """The batches of steps `first_step` ... `num_steps - 1`, as grain takes them."""
 
     def __init__(
-        self, records: Records, order: BatchOrder, first_step: int, num_steps: int, part: slice
+        self,
+        records: Records,
+        order: BatchOrder,
+        first_step: int,
+        num_steps: int,
+        num_parts: int,
+        shard: slice,
     ):
-        self._records, self._order, self._part = records, order, part
+        self._records, self._order = records, order
+        self._num_parts, self._shard = num_parts, shard
         self._first_step, self._num_steps = first_step, num_steps
 
     def __len__(self) -> int:
@@ -46,7 +53,7 @@ class _Batches:
     def __getitem__(self, i: int) -> tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]:
         """Decodes a batch; with it, the rows that could not be read."""
         (rows,) = self._order.batches(self._first_step + i, 1, size=1)
-        rows = rows[self._part]
+        rows = rows.reshape(self._num_parts, -1)[:, self._shard].reshape(-1)
         images = np.empty((len(rows), *self._records.image_shape), np.uint8)
         unreadable = []
         for image, row in zip(images, rows.tolist(), strict=True):
@@ -78,6 +85,7 @@ def read_batches(
     num_steps: int,
     *,
     num_workers: int,
+    num_parts: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]]:
@@ -89,17 +97,19 @@ def read_batches(
       first_step: the first step.
       num_steps: the step after the last.
       num_workers: processes that decode; 0: one thread of this process.
-      shard_index: which part of each batch is wanted, of `shard_count` contiguous ones.
-      shard_count: how many processes share a batch; it divides the batch size.
+      num_parts: parts of each batch (gradient accumulation), all of which are shared.
+      shard_index: which contiguous shard of each part is wanted, of `shard_count`; the batch that
+        is returned has the shards of all parts, one after the other.
+      shard_count: how many processes share a batch; it divides the size of a part.
 
     Raises:
       InputError: too many records in a row cannot be read, or a worker is gone.
     """
     if not flags.FLAGS.is_parsed():  # grain has flags, whose defaults it wants to read
         flags.FLAGS.mark_as_parsed()
-    size = order.batch_size // shard_count
-    part = slice(shard_index * size, (shard_index + 1) * size)
-    batches: Any = _Batches(records, order, first_step, num_steps, part)
+    size = order.batch_size // (num_parts * shard_count)
+    shard = slice(shard_index * size, (shard_index + 1) * size)
+    batches: Any = _Batches(records, order, first_step, num_steps, num_parts, shard)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=WORKER_BUFFER)
     )
