@@ -189,7 +189,8 @@ class Checkpoints:
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Reads the state alone, of the newest checkpoint or of the one at `step`.
 
-        Fields of `state` that are None are not read, and stay None; an owner reads all of them.
+        Fields of `state` that are None are not read, and stay None. Orbax lets one manager read an
+        item in one way only: an object of this class handles either whole states or parts.
 
         Raises:
           InputError: when there is no such checkpoint, or it is damaged, or it is of another model
@@ -281,13 +282,11 @@ class Checkpoints:
             message = f"warning: the training images differ from those of step {step} (fingerprint "
             print(f"{message}{meta['data']} -> {self._data})", file=sys.stderr, flush=True)
 
-        # A manager takes one kind of arguments for an item, and its owner saves as "standard".
-        kind = ocp.args.StandardRestore if self._owner else _restore_fields
-        args = {name: kind(_like(tree)) for name, tree in templates.items() if name not in kept}
+        args = {name: _restore_args(tree) for name, tree in templates.items() if name not in kept}
         with _reading():
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**args)).items())
         for name in args:
-            if isinstance(found[name], dict):  # some fields of a TrainState
+            if _missing_fields(templates[name]):  # Orbax returns the others as a dictionary
                 found[name] = dataclasses.replace(templates[name], **found[name])
         checksums = crc_checksums if version == 2 else word_checksums
         for name in tables.keys() & args.keys():
@@ -373,15 +372,13 @@ def _field(path: str) -> str:
     return path.removeprefix(".").partition("[")[0].partition(".")[0]
 
 
-def _like(tree: Any) -> Any:
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-
-
-def _restore_fields(tree: Any) -> Any:
-    """Asks Orbax for a tree; of a TrainState for the fields that are not None, as a dictionary."""
-    missing, wanted = _missing_fields(tree), tree
-    if isinstance(tree, TrainState):
-        wanted = {name: value for name, value in vars(tree).items() if name not in missing}
+def _restore_args(tree: Any) -> Any:
+    """Asks Orbax for a whole tree, or for the fields of a TrainState that are not None."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    missing = _missing_fields(tree)
+    if not missing:
+        return ocp.args.StandardRestore(like)
+    wanted = {name: value for name, value in vars(like).items() if name not in missing}
     args = ocp.checkpoint_utils.construct_restore_args(wanted)
     return ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True)
 

@@ -196,8 +196,11 @@ def test_a_damaged_array_is_refused_if_it_is_asked_for(workdir, tiny_config):
         assert_same_tree(
             checkpoints.restore_state(asked).target_params, make_state(2).target_params
         )
-        with pytest.raises(InputError, match=r"checksum of state \.opt_state"):
-            checkpoints.restore_state(make_state(0))
+    with (
+        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
+        pytest.raises(InputError, match=r"checksum of state \.opt_state"),
+    ):
+        checkpoints.restore_state(make_state(0))
     change_checksum(workdir, ".target_params['kernel']")
     with (
         checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
