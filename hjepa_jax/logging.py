@@ -172,9 +172,10 @@ def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
 
     while max(seconds) == (now := f"{int(time.time()):010}"):
         time.sleep(0.05)  # until the second is over in which the newest was made
-    version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
-    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    start = event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=started)
+    protos: Any = event_pb2  # made at run time
+    version = protos.Event(wall_time=time.time(), file_version="brain.Event:2")
+    started = protos.SessionLog(status=protos.SessionLog.START)
+    start = protos.Event(wall_time=time.time(), step=step + 1, session_log=started)
     # No name of a host begins with "-", which sorts before letters and digits.
     with (workdir / f"{EVENTS}{now}.-resumed").open("wb") as file:
         # The first start that TensorBoard reads counts as the beginning: only the second purges.
