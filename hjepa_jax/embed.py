@@ -8,12 +8,11 @@ of a folder, `<split>_files`: which file, by its name within the folder, each ro
 is no image is told on stderr and has no row.
 """
 
-import pathlib
-
 from absl import flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
+from hjepa_jax.paths import local_path
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
 _INPUT = flags.DEFINE_string("input", None, "Image folder or .npz file.", required=True)
@@ -33,11 +32,14 @@ def main() -> None:
     from hjepa_jax.platform import select_platform
     from hjepa_jax.whole_files import replacing
 
-    config = run_dir.load_config(_WORKDIR.value)
+    workdir = local_path("--workdir", _WORKDIR.value)
+    output = local_path("--output", _OUTPUT.value)
+    images = local_path("--input", _INPUT.value)
+    config = run_dir.load_config(workdir)
     select_platform(_PLATFORM.value or config.platform)
-    model, params = checkpoint.load_encoder(_WORKDIR.value, step=_STEP.value)
-    kind = "npz" if _INPUT.value.endswith(".npz") else "folder"
-    source = open_source(f"{kind}:{_INPUT.value}", data_dir=None, image_size=config.data.image_size)
+    model, params = checkpoint.load_encoder(workdir, step=_STEP.value)
+    kind = "npz" if images.suffix == ".npz" else "folder"
+    source = open_source(f"{kind}:{images}", data_dir=None, image_size=config.data.image_size)
     embed = jax.jit(build.build_embed_fn(config, model))
     arrays = {}
     for name, split in zip(("train", "test"), source.load(), strict=True):
@@ -47,7 +49,7 @@ def main() -> None:
         if split.names:
             arrays[f"{name}_files"] = np.array(split.names)
     try:
-        with replacing(pathlib.Path(_OUTPUT.value)) as file:
+        with replacing(output) as file:
             np.savez(file, **arrays)
     except OSError as error:
         rule = f"must be a file that can be written ({error.strerror})"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 import zlib
 from typing import Any
@@ -19,6 +20,7 @@ from hjepa_jax.evaluation.results import headline_scores, rows_to_add_to
 from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
+from hjepa_jax.paths import expand_paths
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import Run, build_run, open_config_source
 from hjepa_jax.run_dir import (
@@ -50,6 +52,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
       KeyboardInterrupt: on a second SIGINT, without waiting for that.
     """
     validate(config)
+    config = expand_paths(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     cluster.by_first(lambda: check_workdir(config, workdir))  # before minutes of downloading
     with cluster.first_process_first():  # it downloads, and looks through
@@ -120,8 +123,9 @@ def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) 
 
         write_report([workdir], workdir, splits=splits)
     except Exception as error:
-        message = f"warning: no report could be written: {first_line(error)}; try python -m"
-        print(f"{message} hjepa_jax.report --workdir={workdir}", file=sys.stderr, flush=True)
+        command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
+        message = f"warning: no report could be written: {first_line(error)}; try {command}"
+        print(message, file=sys.stderr, flush=True)
 
 
 def _train_and_judge(

@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "whole_files", "user_cache", "host_memory"],
+    ["errors", "paths", "whole_files", "user_cache", "host_memory"],
     ["blocks", "models.products"],
     ["muon"],
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
@@ -40,7 +40,7 @@ LAYERS = [
     ["publish"],
     ["loop"],
     ["train"],
-    ["cli", "main", "probe", "report", "embed", "selftest"],
+    ["command_line", "cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(
@@ -86,6 +86,7 @@ def test_only_checkpoint_imports_orbax():
 def test_only_these_know_of_configs():
     reads_config = {m for m in MODULES if "config" in imports(m)}
     assert reads_config <= {
-        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
+        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "main", "probe",
         "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
+        "command_line",
     }  # fmt: skip
