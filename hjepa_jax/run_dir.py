@@ -28,6 +28,9 @@ from hjepa_jax.fields import flatten
 from hjepa_jax.validation import validate
 from hjepa_jax.whole_files import fcntl, replacing
 
+# Size of a file that is written and deleted to see whether the workdir can be written.
+PROBE_BYTES = 2**16
+
 
 def check_workdir(config: Config, workdir: pathlib.Path, *, num_images: int | None = None) -> None:
     """Refuses a directory in which this run cannot be; changes nothing.
@@ -46,8 +49,9 @@ def check_workdir(config: Config, workdir: pathlib.Path, *, num_images: int | No
         if (workdir / "config.json").exists():
             _check_same_run(load_config(workdir), config, workdir, num_images)
         there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there):  # what access rights promise, disks may refuse
-            pass
+        # What access rights promise, disks and quotas may refuse, some only at the first byte.
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE_BYTES))
 
 
 def prepare_workdir(config: Config, workdir: pathlib.Path, num_images: int) -> None:
@@ -98,25 +102,27 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / "lock").open("a+", encoding="utf-8")
+        file = (workdir / "lock").open("a+b", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.read().decode(errors="replace").strip() or "another process"
             rule = f"is in use by {owner}; stop that run or choose another --workdir"
             raise InputError("--workdir", str(workdir), rule) from error
         except OSError:
             pass  # a file system without such locks
         started = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {started}"
+        with writing(workdir):  # the disk may be full
+            file.truncate(0)
+            file.write(owner.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):  # the lock ends with the file, whatever is in it
+                file.truncate(0)
 
 
 def lock_owner(workdir: pathlib.Path) -> str:
@@ -124,7 +130,7 @@ def lock_owner(workdir: pathlib.Path) -> str:
     path = workdir / "lock"
     if fcntl is None or not path.exists():
         return ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -74,6 +74,7 @@ class Facts:
 
     Attributes:
       name: of the workdir.
+      workdir: as the user spells it.
       config: with which the run went on last.
       history: its metrics.jsonl.
       probes: the rows of its probe.json, on whatever data.
@@ -89,6 +90,7 @@ class Facts:
     """
 
     name: str
+    workdir: pathlib.Path
     config: Config
     history: History
     probes: list[Row]
@@ -194,6 +196,7 @@ def read_facts(
     num_steps = schedules.num_steps if schedules else config.train.num_steps
     facts = Facts(
         name=workdir.resolve().name,
+        workdir=workdir,
         config=config,
         history=history,
         probes=probes,
