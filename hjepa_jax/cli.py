@@ -122,7 +122,7 @@ def _descriptor(stream: TextIO) -> int | None:
 def _wrapped(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
     stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_Output(descriptor)),
+        io.BufferedWriter(_Output(descriptor, required=descriptor == 1)),
         encoding=stream.encoding,
         errors="backslashreplace",  # a class name need not be of the terminal's character set
         line_buffering=stream.line_buffering,
@@ -131,28 +131,33 @@ def _wrapped(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
 
 
 class _Output(io.FileIO):
-    """Writes to stdout or stderr. From the first failure on, what is written is dropped."""
+    """Writes to stdout or stderr. From the first failure on, what is written is dropped.
 
-    def __init__(self, descriptor: int):
+    Args:
+      descriptor: the number of the open file.
+      required: whether a failure is an error (stdout); else it is no reason to stop (stderr).
+    """
+
+    def __init__(self, descriptor: int, *, required: bool):
         super().__init__(descriptor, "wb", closefd=False)
+        self._required = required
 
     def write(self, data: Any) -> int | None:
         """See `io.RawIOBase.write`.
 
         Raises:
-          BrokenPipeError: when nobody reads stdout any more.
-          InputError: when stdout cannot be written. A terminal that has gone away, and stderr, are
-            no reason to stop.
+          BrokenPipeError: when nobody reads a required output any more.
+          InputError: when a required output cannot be written. A terminal that has gone away is
+            no reason to stop: the system sends SIGHUP then, on which a run saves first.
         """
         try:
             return super().write(data)
         except OSError as error:
-            is_stdout = self.fileno() == 1
-            if is_stdout and isinstance(error, BrokenPipeError):
+            if self._required and isinstance(error, BrokenPipeError):
                 raise
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            if is_stdout and error.errno != errno.EIO:
+            if self._required and error.errno != errno.EIO:
                 raise InputError("stdout", 1, f"cannot be written ({error.strerror})") from error
             return len(data)

@@ -30,7 +30,7 @@ INK, PAPER = "#1f2328", "#ffffff"
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
 GREY = "#8c959f"
 DPI = 110
-MAX_NAME = 40  # characters of a class name or a run's name
+MAX_NAME = 24  # characters of a class name or a run's name
 
 Line = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 

@@ -53,7 +53,8 @@ def _cell(value: object) -> str:
 
 def escape(name: str) -> str:
     """A name that a user has given as Markdown that shows it as it is; `table` sees to its bars."""
-    return re.sub(r"[\\`*{}\[\]<>#~&!$]|\b_|_\b", r"\\\g<0>", printable(name))
+    marks = r"[\\`*{}\[\]<>#~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(marks, r"\\\g<0>", printable(name))
 
 
 def code(value: object) -> str:

@@ -25,9 +25,9 @@ CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 PLUGINS = {"metal": ("jax-metal", (0, 4, 34), (0, 5, 1)), "mps": ("jax-mps", (0, 10), (0, 12))}
 
 
-# Settings of JAX that programs take from the environment (JAX_ENABLE_X64=1), with the values under
-# which a run computes the same wherever it goes on. Under others it draws other random numbers, or
-# what it does cannot be compiled: it uses NaN on purpose, and counts steps that are not finite.
+# Settings that JAX takes from the environment (JAX_ENABLE_X64=1), and the values that a run needs.
+# Other values would change its random numbers, so that a resumed run would differ; or they would
+# stop it: its metrics hold NaN on purpose, and steps that are not finite are counted, not raised.
 SETTINGS = {
     "jax_debug_infs": False,
     "jax_debug_nans": False,
@@ -35,9 +35,11 @@ SETTINGS = {
     "jax_disable_jit": False,
     "jax_enable_custom_prng": False,
     "jax_enable_x64": False,
+    "jax_legacy_prng_key": "allow",
     "jax_numpy_dtype_promotion": "standard",
     "jax_random_seed_offset": 0,
     "jax_threefry_partitionable": True,
+    "jax_transfer_guard": "allow",
 }
 
 
@@ -147,8 +149,9 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
 def fix_settings() -> None:
     """Gives `SETTINGS` their values; says on stderr which of them the user had set otherwise."""
     for name, value in SETTINGS.items():
-        was = getattr(jax.config, name, value)
-        if was != value:
+        was = getattr(jax.config, name, None)  # None: not set, or not in this version of JAX
+        was = getattr(was, "value", was)  # of an enumeration
+        if was not in (None, value):
             jax.config.update(name, value)
             note = f"note: {name.upper()}={was} is ignored; every run uses {value}"
             print(note, file=sys.stderr, flush=True)

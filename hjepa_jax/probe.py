@@ -44,7 +44,7 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import judge, run_dir
+    from hjepa_jax import judge, run_dir, seeds
     from hjepa_jax.evaluation import features, protocols, results
 
     _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
@@ -68,37 +68,10 @@ def main() -> None:
         for workdir, config in zip(workdirs, configs, strict=True)
     ]
     if len(runs) > 1:
-        differing = _differences(configs, [rows[0]["step"] for rows in runs])
+        # The best step is each run's own; any other must be the same in all.
+        steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
+        differing = seeds.differences(configs, steps)
         print("\n" + (f"no mean: {differing}" if differing else results.format_seeds(runs)))
-
-
-def _differences(configs: list[Config], steps: list[int]) -> str:
-    """Why the results of runs are not repetitions under other seeds; empty where they are.
-
-    Args:
-      configs: of the runs.
-      steps: of their checkpoints that were judged.
-    """
-    from hjepa_jax.config import differing_fields
-    from hjepa_jax.fields import get_field
-
-    dicts = [config.to_dict() for config in configs]
-    differing = {field for other in dicts[1:] for field in differing_fields(dicts[0], other)}
-    differing.discard("seed")
-    if len({config.eval.num_val for config in configs}) > 1:  # it decides what probes choose
-        differing.add("eval.num_val")
-    shown = {field: [get_field(config, field) for config in configs] for field in sorted(differing)}
-    if len(set(steps)) > 1 and _STEP.value != "best":  # the best step is each run's own
-        shown["step"] = steps
-    if shown:
-        told = "; ".join(f"{field} ({_listed(values)})" for field, values in shown.items())
-        return f"the runs differ in {told}"
-    seeds = [config.seed for config in configs]
-    return f"runs have the same seed ({_listed(seeds)})" if len({*seeds}) < len(seeds) else ""
-
-
-def _listed(values: list[Any]) -> str:
-    return ", ".join(map(repr, values))
 
 
 def _judge(

@@ -27,7 +27,7 @@ LAYERS = [
     ["evaluation.protocols"],
     ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
      "projector", "objective"],
-    ["alarms", "image_figures", "validation"],
+    ["alarms", "image_figures", "seeds", "validation"],
     ["health"],
     ["steps"],
     ["build", "run_dir"],
@@ -88,5 +88,5 @@ def test_only_these_know_of_configs():
     assert reads_config <= {
         "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "main", "probe",
         "embed", "selftest", "run_facts", "run_report", "publish", "warm_start", "validation",
-        "command_line",
+        "command_line", "seeds",
     }  # fmt: skip

@@ -1,5 +1,7 @@
 """Which configs may go on in the directory of a run."""
 
+import errno
+import os
 import re
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from hjepa_jax import run_dir
 from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
+from hjepa_jax.whole_files import fcntl
 
 NUM_IMAGES = 2_560  # ten batches
 
@@ -104,3 +107,53 @@ def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsy
     saved = (tmp_path / "config.json").stat().st_mtime_ns
     run_dir.prepare_workdir(config, tmp_path, NUM_IMAGES)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
+
+
+@pytest.fixture
+def no_room():
+    """Until its end this process can make files, and write no byte into them, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def enter(workdir):
+    with run_dir.locked(workdir):
+        pass
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        enter,
+        lambda workdir: run_dir.check_workdir(base_config(), workdir),
+        lambda workdir: run_dir.prepare_workdir(base_config(), workdir, NUM_IMAGES),
+        lambda workdir: run_dir.check_workdir(base_config(), workdir / "new"),
+    ],
+    ids=["lock", "check", "prepare", "check of a new one"],
+)
+def test_a_disk_without_room_is_one_line(tmp_path, no_room, use):
+    with pytest.raises(InputError, match=r"^--workdir=.*can be written \(File too large\)"):
+        use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["lock"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
+def test_whatever_the_system_refuses_is_told_in_its_words(tmp_path, number):
+    with (
+        pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)"),
+        run_dir.writing(tmp_path),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_the_lock_file_of_another_character_set_is_read(tmp_path):
+    (tmp_path / "lock").write_bytes(b"process 1 on caf\xe9")
+    other = (tmp_path / "lock").open()
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="is in use by process 1 on caf\ufffd"):
+        enter(tmp_path)
+    assert run_dir.lock_owner(tmp_path) == "process 1 on caf\ufffd"
+    other.close()
