@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags import tuple_parser
+from ml_collections.config_flags import config_path, tuple_parser
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from hjepa_jax.errors import InputError
@@ -253,8 +253,7 @@ def _reset_none(values: flags.FlagValues) -> None:
             continue
         for field, value in config_flags.get_override_values(values[name]).items():
             if isinstance(value, str) and value.lower() == "none" and _optional(field):
-                section, _, key = field.rpartition(".")
-                values[name].value[section][key] = None
+                config_path.set_value(field, values[name].value, None)
 
 
 def _optional(field: str) -> bool:
