@@ -191,7 +191,8 @@ def scatter_maps(
             rows = labels == label
             axes.scatter(
                 *points[rows].T, s=12, alpha=0.75, linewidths=0, color=COLOURS[j % len(COLOURS)],
-                marker=markers[j // len(COLOURS) % len(markers)], label=plain(class_names[int(label)]),
+                marker=markers[j // len(COLOURS) % len(markers)],
+                label=plain(class_names[int(label)]),
             )  # fmt: skip
         axes.set_xticks([])
         axes.set_yticks([])
