@@ -16,6 +16,7 @@ from hjepa_jax.data.records import Labelled, report_skipped
 from hjepa_jax.data.sources import Source, open_source
 from hjepa_jax.data.test_split import draw_test_rows
 from hjepa_jax.errors import InputError
+from hjepa_jax.paths import local_path
 from hjepa_jax.platform import select_platform
 from hjepa_jax.whole_files import replacing
 
@@ -43,7 +44,7 @@ def write_features(
     target = _output_path(output, path)
     if kind == "npz":
         _check_memory(source, path)
-    folder = pathlib.Path(workdir).expanduser()
+    folder = local_path("--workdir", workdir)
     config = run_dir.load_config(folder)
     select_platform(platform or config.platform)
     images = _open(f"{kind}:{path}", config, source)
@@ -54,7 +55,7 @@ def write_features(
 
 def _input_path(value: str) -> tuple[pathlib.Path, str]:
     """The input and its kind, "folder" or "npz"."""
-    path = pathlib.Path(value).expanduser()
+    path = local_path("--input", value)
     if path.is_dir():
         return path, "folder"
     if path.is_file() and path.suffix.lower() == ".npz":
@@ -65,7 +66,7 @@ def _input_path(value: str) -> tuple[pathlib.Path, str]:
 
 def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
     """The output, which can be written; checked before hours of work."""
-    path = pathlib.Path(value).expanduser()
+    path = local_path("--output", value)
     if path.suffix.lower() != ".npz":
         raise InputError("--output", value, "must end in .npz, the format that is written")
     if path.is_dir():

@@ -9,6 +9,7 @@ differ in dash as well. `png(figure, dark=True)` draws the same figure for a dar
 
 import dataclasses
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -21,12 +22,15 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from hjepa_jax.names import printable
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 INK, PAPER = "#1f2328", "#ffffff"
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
 GREY = "#8c959f"
 DPI = 110
+MAX_NAME = 24  # characters of a class name or a run's name
 
 Line = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
@@ -61,7 +65,8 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
         axes = figure.add_subplot(rows, columns, i + 1)
         for j, (label, (x, y)) in enumerate(panel.lines.items()):
             axes.plot(
-                x, y, label=label, marker="o" if len(x) <= 12 else "", markersize=3, linewidth=1.6,
+                x, y, label=plain(label), linewidth=1.6,
+                marker="o" if len(x) <= 12 else "", markersize=3,
                 color=COLOURS[j % len(COLOURS)], linestyle=DASHES[j % len(DASHES)],
             )  # fmt: skip
         for label, value in panel.limits.items():
@@ -162,8 +167,9 @@ def confusion_matrix(
             text = axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7)
             text.set_color(colour)
     ticks = range(0, k, max(1, k // 25))
-    axes.set_xticks(ticks, [class_names[i] for i in ticks], rotation=60, ha="right")
-    axes.set_yticks(ticks, [class_names[i] for i in ticks])
+    names = [plain(class_names[i]) for i in ticks]
+    axes.set_xticks(ticks, names, rotation=60, ha="right")
+    axes.set_yticks(ticks, names)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("percent of the true class", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -185,7 +191,8 @@ def scatter_maps(
             rows = labels == label
             axes.scatter(
                 *points[rows].T, s=12, alpha=0.75, linewidths=0, color=COLOURS[j % len(COLOURS)],
-                marker=markers[j // len(COLOURS) % len(markers)], label=class_names[label],
+                marker=markers[j // len(COLOURS) % len(markers)],
+                label=plain(class_names[int(label)]),
             )  # fmt: skip
         axes.set_xticks([])
         axes.set_yticks([])
@@ -193,6 +200,17 @@ def scatter_maps(
     if len(class_names) <= 30:
         figure.axes[-1].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def plain(name: str) -> str:
+    """A name that a user has given, so that matplotlib draws it as it is.
+
+    Dollar signs would begin a formula, a legend leaves out what begins with an underscore, and a
+    long name would leave no room for the axes.
+    """
+    text = printable(name)
+    text = text if len(text) <= MAX_NAME else f"{text[: MAX_NAME - 1]}…"
+    return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -228,8 +246,8 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
         if text.get_color() in ("black", INK, DARK_INK):  # not those upon pictures
             text.set_color(ink)  # pyright: ignore[reportAttributeAccessIssue]
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
-    canvas.draw()
-    canvas.draw()  # the layout settles with the sizes that the first drawing found
+    _draw(canvas)
+    _draw(canvas)  # the layout settles with the sizes that the first drawing found
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
     # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs:
     # k-means, or the colours of maps would be far off.
@@ -249,5 +267,12 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
 def pixels(figure: Figure) -> Float[np.ndarray, "1 H W 3"]:
     """The figure as pixels in [0, 1], as TensorBoard takes pictures."""
     canvas = cast(FigureCanvasAgg, figure.canvas)
-    canvas.draw()
+    _draw(canvas)
     return np.asarray(canvas.buffer_rgba(), np.float32)[None, :, :, :3] / 255.0
+
+
+def _draw(canvas: FigureCanvasAgg) -> None:
+    """Draws the figure. A character that the font lacks becomes a box, without a warning each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
+        canvas.draw()

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from hjepa_jax.figures import COLOURS, GREY, new_figure
+from hjepa_jax.figures import COLOURS, GREY, new_figure, plain
 from hjepa_jax.snapshot import DROPPED, TARGET, Snapshot
 
 Pictures = Float[np.ndarray, "B H W 3"]
@@ -53,7 +53,7 @@ def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
             bar.set_label(row.unit, fontsize=7)
             bar.ax.tick_params(labelsize=6)
     for cell, head in zip(axes[0], heads, strict=False):
-        cell.set_title(head, fontsize=8)
+        cell.set_title(plain(head), fontsize=8)
     return figure
 
 

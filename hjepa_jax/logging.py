@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import is_a
+from hjepa_jax.names import encodable
 from hjepa_jax.whole_files import replacing
 
 
@@ -98,12 +99,14 @@ class RunLogger:
     def texts(self, step: int, texts: dict[str, str]) -> None:
         """Sends texts, in Markdown, to TensorBoard."""
         if self._writer:
-            self._writer.write_texts(step, texts)
+            self._writer.write_texts(step, {key: encodable(text) for key, text in texts.items()})
 
     def hparams(self, values: dict[str, Any]) -> None:
         """Sends the configuration to TensorBoard's HPARAMS tab."""
         if self._writer:
-            self._writer.write_hparams(values)
+            self._writer.write_hparams(
+                {k: encodable(v) if isinstance(v, str) else v for k, v in values.items()}
+            )
 
     def close(self) -> None:
         """Writes what is pending and flushes everything."""

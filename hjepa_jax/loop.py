@@ -356,15 +356,25 @@ class Loop:
         return scores
 
 
+# Signals on which a run saves and stops, by name, as Windows lacks SIGHUP: that of a terminal which
+# is closed, or of a connection that is lost.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
 class _StopSignals:
-    """Within the context SIGINT and SIGTERM ask to stop, by `signum`; a second SIGINT kills."""
+    """Within the context `STOP_SIGNALS` ask to stop, by `signum`; a second SIGINT kills.
+
+    SIGHUP keeps being ignored where the caller ignores it, as nohup does.
+    """
 
     def __init__(self):
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+            if signum != signal.SIGINT and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             try:
                 self._previous[signum] = signal.signal(signum, self._handle)
             except ValueError:  # not the main thread: signals are not ours to handle

@@ -7,13 +7,15 @@ python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR] [--dry_
 
 import json
 import pathlib
+import shlex
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli
-from hjepa_jax.errors import InputError, Interrupted
+from hjepa_jax.errors import Interrupted
+from hjepa_jax.paths import local_path
 
 try:
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -34,11 +36,8 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Runs the command."""
     path, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
-    try:
-        config.to_dict()
-    except OSError as error:  # config_flags reports a file that it could not load on first use
-        reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
-        raise InputError("--config", path, f"must be a config file ({reason})") from error
+    default = f"runs/{cli.config_name(path)}"
+    workdir = local_path("--workdir", default if _WORKDIR.value is None else _WORKDIR.value)
 
     from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
     from hjepa_jax.data.class_list import resolve_class_list
@@ -47,14 +46,14 @@ def main() -> None:
     if _DRY_RUN.value:
         print(json.dumps(run.describe(config)))
         return
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{cli.config_name(path)}")
     try:
         with cluster.member(
             _COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
         ):
             train.train_and_evaluate(config, workdir)
     except Interrupted as stop:
-        print(f"{stop}: saved in {workdir}; run the same command to go on", file=sys.stderr)
+        where = shlex.quote(str(workdir))
+        print(f"{stop}: saved in {where}; run the same command to go on", file=sys.stderr)
         sys.exit(stop.status)
     if cluster.is_first():
         print(summary(workdir))
@@ -77,10 +76,11 @@ def summary(workdir: pathlib.Path) -> str:
             lines[f"best {protocol}"] = ", ".join(known) + _judged(rows, protocol, workdir)
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
+    where = shlex.quote(str(workdir))
     if config.log.tensorboard:
-        lines["curves"] = f"tensorboard --logdir {workdir}"
-    lines["judge"] = f"python -m hjepa_jax.probe --workdir={workdir}"
-    lines["features"] = f"python -m hjepa_jax.embed --workdir={workdir} --input=... --output=..."
+        lines["curves"] = f"tensorboard --logdir {where}"
+    lines["judge"] = f"python -m hjepa_jax.probe --workdir={where}"
+    lines["features"] = f"python -m hjepa_jax.embed --workdir={where} --input=... --output=..."
     return summary_box(f"done: {workdir}", lines)
 
 

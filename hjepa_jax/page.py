@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
+from hjepa_jax.names import printable
+
 # A section: its heading, its Markdown, and its figures with their captions, by file name.
 Section = tuple[str, str, dict[str, tuple[Figure, str]]]
 
@@ -40,11 +42,27 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         all(re.match(r"^[-+]?[\d.]|^-?$", row[i]) for row in cells) for i in range(len(heads))
     ]
     rule = ["---:" if is_numeric and i else "---" for i, is_numeric in enumerate(numeric)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(heads), rule, *cells])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [[_cell(h) for h in heads], rule, *cells]
+    )
 
 
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return printable(str(value)).replace("|", "\\|")
+
+
+def escape(name: str) -> str:
+    """A name that a user has given as Markdown that shows it as it is; `table` sees to its bars."""
+    marks = r"[\\`*{}\[\]<>#~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(marks, r"\\\g<0>", printable(name))
+
+
+def code(value: object) -> str:
+    """A value as a code span, whatever it holds."""
+    text = printable(str(value))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text or not text.strip() else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
@@ -69,7 +87,7 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{html.escape(title)}</title>\n'
+        f'<link rel="icon" href="data:,">\n<title>{html.escape(printable(title))}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,30 @@ from hjepa_jax.user_cache import keep_compiled_programs
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
 PLATFORMS = ("auto", *BACKENDS)
 
+# Environment variables by which a user of JAX chooses a backend.
+CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
+
 # Apple's GPUs have two plugins, each for versions of jax that the other cannot run with:
 # backend -> its package, the first jax that it runs with, and the first that it does not.
 PLUGINS = {"metal": ("jax-metal", (0, 4, 34), (0, 5, 1)), "mps": ("jax-mps", (0, 10), (0, 12))}
+
+
+# Settings that JAX takes from the environment (JAX_ENABLE_X64=1), and the values that a run needs.
+# Other values would change its random numbers, so that a resumed run would differ; or they would
+# stop it: its metrics hold NaN on purpose, and steps that are not finite are counted, not raised.
+SETTINGS = {
+    "jax_debug_infs": False,
+    "jax_debug_nans": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_disable_jit": False,
+    "jax_enable_custom_prng": False,
+    "jax_enable_x64": False,
+    "jax_legacy_prng_key": "allow",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_random_seed_offset": 0,
+    "jax_threefry_partitionable": True,
+    "jax_transfer_guard": "allow",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +121,7 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     if platform not in PLATFORMS:
         raise InputError("platform", platform, f"must be one of {', '.join(PLATFORMS)}")
     _check_plugins(platform)
+    fix_settings()
     if platform != "auto":
         # Both Apple plugins keep the CPU backend beside them only when it is asked for.
         jax.config.update("jax_platforms", ",".join(dict.fromkeys((BACKENDS[platform], "cpu"))))
@@ -107,15 +131,30 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
         backend = jax.default_backend()
         if not current_rules().initialises:
             jax.devices("cpu")  # JAX_PLATFORMS=METAL, without ",cpu", would leave us none
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError("platform", platform, f"this backend does not start: {reason}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that CUDA has found a device
+        reason = next(iter(str(error).splitlines()), "JAX finds no such device here")
+        chosen = {name: os.environ[name] for name in CHOICES if os.environ.get(name)}
+        name, value = next(iter(chosen.items()), ("platform", platform))
+        if platform != "auto":  # which goes before the environment
+            name, value = "platform", platform
+        raise InputError(name, value, f"this backend does not start: {reason}") from error
     if platform not in ("auto", "cpu") and backend == "cpu":  # which JAX does not say
         rule = "JAX finds no such device here, or lacks its plugin; cpu and auto would do"
         raise InputError("platform", platform, rule)
     if current_rules().keeps_programs:
         keep_compiled_programs()
     return backend.lower()
+
+
+def fix_settings() -> None:
+    """Gives `SETTINGS` their values; says on stderr which of them the user had set otherwise."""
+    for name, value in SETTINGS.items():
+        was = getattr(jax.config, name, None)  # None: not set, or not in this version of JAX
+        was = getattr(was, "value", was)  # of an enumeration
+        if was not in (None, value):
+            jax.config.update(name, value)
+            note = f"note: {name.upper()}={was} is ignored; every run uses {value}"
+            print(note, file=sys.stderr, flush=True)
 
 
 def _check_plugins(platform: str) -> None:

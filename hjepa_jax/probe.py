@@ -1,23 +1,29 @@
 """Judges the encoder of a finished or running workdir; of several, over their seeds.
 
-  python -m hjepa_jax.probe --workdir=DIR[,DIR2,...]
+  python -m hjepa_jax.probe --workdir=DIR [--workdir=DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
     [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
     [--step=last|best|N] [--num_layers=1] [--data=SOURCE] [--seed=0]
 
+Of several runs that differ in nothing but their seed it prints means and standard deviations, too.
 Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. Raw pixels are always among
 the rows. Extracted features are kept in DIR/features, so that asking again is quick.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
 from hjepa_jax.fields import MAX_NUMBER
+from hjepa_jax.paths import expand_source, expanded
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "The run's directory, or several.", required=True)
+# An ml_collections.ConfigDict; to import the type would load JAX before the flags are checked.
+Config = Any
+
+_WORKDIR = cli.define_workdirs()
 _PROTOCOLS = flags.DEFINE_list("protocols", ["linear", "knn"], "Probes to run.")
 _ENCODERS = flags.DEFINE_list("encoders", ["target", "random_init"], "Also: online.")
 _LEVELS = flags.DEFINE_list("levels", ["all"], "Levels to judge, 0 the finest; or all.")
@@ -38,7 +44,7 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import judge
+    from hjepa_jax import judge, run_dir, seeds
     from hjepa_jax.evaluation import features, protocols, results
 
     _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
@@ -46,8 +52,7 @@ def main() -> None:
     _check_names("--pools", _POOLS.value, features.POOLS)
     if not 0 < _FINETUNE.value < float("inf"):
         raise InputError("--finetune_epochs", _FINETUNE.value, "must be a number above 0")
-    if not any(_WORKDIR.value):
-        raise InputError("--workdir", "", "must be the directory of a run, or of several")
+    workdirs = cli.workdirs(_WORKDIR.value)
     options = {
         "protocols": tuple(_PROTOCOLS.value),
         "levels": None if _LEVELS.value == ["all"] else _numbers("--levels", _LEVELS.value),
@@ -56,12 +61,30 @@ def main() -> None:
         "fewshot_shots": _numbers("--fewshot_shots", _FEWSHOT.value),
         "seed": _SEED.value,
     }
-    runs = [_judge(pathlib.Path(workdir), options) for workdir in _WORKDIR.value]
+    configs = [run_dir.load_config(workdir) for workdir in workdirs]  # all, before any work
+    source = None if _DATA.value is None else expand_source("--data", _DATA.value)
+    runs = [
+        _judge(workdir, config, source, options)
+        for workdir, config in zip(workdirs, configs, strict=True)
+    ]
     if len(runs) > 1:
-        print("\n" + results.format_seeds(runs))
+        # The best step is each run's own; any other must be the same in all.
+        steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
+        differing = seeds.differences(configs, steps)
+        print("\n" + (f"no mean: {differing}" if differing else results.format_seeds(runs)))
 
 
-def _judge(workdir: pathlib.Path, options: dict) -> list:
+def _judge(
+    workdir: pathlib.Path, config: Config, data: str | None, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Judges one run: prints its tables and adds its rows to its probe.json.
+
+    Args:
+      workdir: the run's directory.
+      config: the run's config.
+      data: data source to judge on; None for that of the run.
+      options: fields of `Protocol`.
+    """
     from hjepa_jax import checkpoint, run, run_dir
     from hjepa_jax.evaluation import results
     from hjepa_jax.evaluation.protocols import Protocol
@@ -69,7 +92,6 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
     from hjepa_jax.logging import write_tensorboard_scalars
     from hjepa_jax.platform import select_platform
 
-    config = run_dir.load_config(workdir)
     select_platform(_PLATFORM.value or config.platform)
     model, state, initial = checkpoint.load_state(workdir, _STEP.value)
     params = {
@@ -77,7 +99,8 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
         "online": state.params["context_encoder"],
         "random_init": initial.target_params,
     }
-    source = run.open_config_source(config, source=_DATA.value, data_dir=_DATA_DIR.value)
+    data_dir = None if _DATA_DIR.value is None else expanded("--data_dir", _DATA_DIR.value)
+    source = run.open_config_source(config, source=data, data_dir=data_dir)
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
     train, test = source.load()
@@ -99,7 +122,7 @@ def _judge(workdir: pathlib.Path, options: dict) -> list:
             finetune_epochs=_FINETUNE.value,
         )
         if config.log.tensorboard:
-            group = f"probe_{source.name}" if _DATA.value else "probe"
+            group = f"probe_{source.name}" if data else "probe"
             write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
     return rows
 

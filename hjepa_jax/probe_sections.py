@@ -18,7 +18,7 @@ from hjepa_jax.figures import (
 )  # fmt: skip
 from hjepa_jax.image_figures import neighbours, principal_components, snapshot_figures
 from hjepa_jax.logging import quiet_tensorflow
-from hjepa_jax.page import Section, table
+from hjepa_jax.page import Section, escape, table
 from hjepa_jax.run_facts import KNN_K, Facts
 from hjepa_jax.snapshot import as_unit
 from hjepa_jax.verdicts import num, pct
@@ -90,7 +90,7 @@ def _bars(rows: list[Row], protocol: str) -> Figure:
 
 def look_section(facts: Facts) -> Section:
     if facts.look is None:
-        return "What it sees", f"No pictures: {facts.no_look}.", {}
+        return "What it sees", f"No pictures: {escape(facts.no_look)}.", {}
     captions = {
         "masks": "Masks of training, at every level",
         "pca": "First three principal components of the features",

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from hjepa_jax.names import printable
 from hjepa_jax.whole_files import replacing
 
 THUMBNAIL = 32  # pixels per side
@@ -24,12 +25,12 @@ def write_projector(
     Args:
       logdir: the run's directory, that of its events.
       features: by name.
-      class_names: of each image; without tabs or line breaks.
+      class_names: of each image.
       images: those that the features are of.
     """
     folder = logdir / "projector"
     folder.mkdir(exist_ok=True)
-    labels = "".join(f"{' '.join(name.split())}\n" for name in class_names)
+    labels = "".join(f"{' '.join(printable(name).split())}\n" for name in class_names)
     (folder / "labels.tsv").write_text(labels, encoding="utf-8")
     Image.fromarray(sprite(images)).save(folder / "images.png")
     config = []

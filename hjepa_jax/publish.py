@@ -10,7 +10,8 @@ from hjepa_jax.data.sources import Split
 from hjepa_jax.evaluation.results import best_score, column, differing
 from hjepa_jax.fields import flatten
 from hjepa_jax.figures import Panel, curves, png
-from hjepa_jax.page import Section, table, to_html
+from hjepa_jax.names import encodable
+from hjepa_jax.page import Section, code, escape, table, to_html
 from hjepa_jax.projector import write_projector
 from hjepa_jax.run_facts import Facts, read_facts
 from hjepa_jax.run_report import sections
@@ -56,7 +57,7 @@ def write_report(
 def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[pathlib.Path]:
     """Writes sections as report.md, report.html and figures/."""
     (output / "figures").mkdir(parents=True, exist_ok=True)
-    text, pictures = [f"# {title}"], {}
+    text, pictures = [f"# {escape(title)}"], {}
     for heading, body, figures in parts:
         text += [f"## {heading}", body]
         for name, (figure, caption) in figures.items():
@@ -64,7 +65,7 @@ def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[path
             pictures[address] = (png(figure), png(figure, dark=True))
             (output / address).write_bytes(pictures[address][0])
             text.append(f"![{caption}]({address})")
-    markdown = "\n\n".join(text) + "\n"
+    markdown = encodable("\n\n".join(text) + "\n")
     files = {
         "report.md": markdown,
         "report.html": to_html(markdown, title=title, pictures=pictures),
@@ -78,7 +79,7 @@ def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[path
 def comparison(runs: list[Facts]) -> list[Section]:
     """Several runs side by side: where they differ, how far they came, how good they are."""
     names = _unique_names(runs)
-    heads = ["", *names]
+    heads = ["", *map(escape, names)]
     last = [run.history.last for run in runs]
     rows = [
         ["status", *(run.status for run in runs)],
@@ -126,7 +127,7 @@ def _differences(configs: list[Config], heads: list[str]) -> str:
     ]
     if not fields:
         return "The configurations are the same."
-    return table(heads, [[f"`{field}`", *(f"`{c[field]}`" for c in flat)] for field in fields])
+    return table(heads, [[code(field), *(code(c[field]) for c in flat)] for field in fields])
 
 
 def _probe_table(runs: list[Facts], heads: list[str]) -> str:

@@ -12,10 +12,9 @@ import pathlib
 from absl import flags
 
 from hjepa_jax import cli
+from hjepa_jax.paths import local_path
 
-_WORKDIR = flags.DEFINE_multi_string(
-    "workdir", None, "The run's directory; given several times, runs to compare.", required=True
-)
+_WORKDIR = cli.define_workdirs()
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; of several, report).")
 _IMAGES = flags.DEFINE_bool("images", True, "Read checkpoint and images too, not only numbers.")
 _PLATFORM = cli.define_platform()
@@ -26,8 +25,10 @@ def main() -> None:
     from hjepa_jax import publish, run_dir
     from hjepa_jax.platform import select_platform
 
-    workdirs = [pathlib.Path(value) for value in _WORKDIR.value]
-    output = pathlib.Path(_OUTPUT.value or (workdirs[0] if len(workdirs) == 1 else "report"))
+    workdirs = cli.workdirs(_WORKDIR.value)
+    output = workdirs[0] if len(workdirs) == 1 else pathlib.Path("report")
+    if _OUTPUT.value is not None:
+        output = local_path("--output", _OUTPUT.value)
     config = run_dir.load_config(workdirs[0])
     select_platform(_PLATFORM.value or config.platform)
     with run_dir.writing(output, "--output" if _OUTPUT.value else "--workdir"):

@@ -14,6 +14,7 @@ from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import Source, check_size, open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.paths import expand_paths
 from hjepa_jax.placement import Placement, check_resident, make_placement
 from hjepa_jax.platform import initialise, select_platform
 from hjepa_jax.steps import make_run_steps
@@ -151,6 +152,7 @@ def open_config_source(
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry_run` prints: sizes and length of the run, without running it."""
     validate(config)
+    config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     whole = config.copy_and_resolve_references()
     whole.optim.accumulation_steps = 1  # XLA counts a loop over parts of the batch as one of them

@@ -25,6 +25,8 @@ from hjepa_jax.whole_files import fcntl, replacing
 
 # Files and folders that a start makes before its first step, all at the top of the directory.
 _MADE_BY_A_START = ("checkpoints", "config.json", RECORD, "metrics.jsonl", "lock")
+# Size of a file that is written and deleted to see whether the workdir can be written.
+PROBE_BYTES = 2**16
 
 
 def check_workdir(
@@ -56,8 +58,9 @@ def check_workdir(
         elif rule := why_not(past, config, str(workdir), data):
             raise InputError("--workdir", str(workdir), rule)
         there = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-        with tempfile.TemporaryFile(dir=there):  # what access rights promise, disks may refuse
-            pass
+        # What access rights promise, disks and quotas may refuse, some only at the first byte.
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(bytes(PROBE_BYTES))
 
 
 def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | None) -> Config:
@@ -252,7 +255,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                 file.truncate(0)
 
 
-def _lock_file(workdir: pathlib.Path) -> IO[str]:
+def _lock_file(workdir: pathlib.Path) -> IO[bytes]:
     """The file `lock`, open and locked.
 
     Raises:
@@ -261,12 +264,12 @@ def _lock_file(workdir: pathlib.Path) -> IO[str]:
     path = workdir / "lock"
     while True:
         with writing(workdir):
-            file = path.open("a+", encoding="utf-8")
+            file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.read().decode(errors="replace").strip() or "another process"
             file.close()
             rule = f"is in use by {owner}; stop that run or choose another --workdir"
             raise InputError("--workdir", str(workdir), rule) from error
@@ -283,7 +286,7 @@ def lock_owner(workdir: pathlib.Path) -> str:
     path = workdir / "lock"
     if fcntl is None or not path.exists():
         return ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

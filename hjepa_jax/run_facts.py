@@ -72,6 +72,7 @@ class Facts:
 
     Attributes:
       name: of the workdir.
+      workdir: as the user spells it.
       config: with which the run went on last.
       history: its metrics.jsonl.
       probes: the rows of its probe.json, on whatever data.
@@ -87,6 +88,7 @@ class Facts:
     """
 
     name: str
+    workdir: pathlib.Path
     config: Config
     history: History
     probes: list[Row]
@@ -204,6 +206,7 @@ def read_facts(
     num_steps, steps_per_epoch = _length(config, record, num_images, history, probes)
     facts = Facts(
         name=workdir.resolve().name,
+        workdir=workdir,
         config=config,
         history=history,
         probes=probes,

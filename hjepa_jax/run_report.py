@@ -9,7 +9,7 @@ from hjepa_jax.curve_sections import (
     speed_section,
 )
 from hjepa_jax.fields import flatten
-from hjepa_jax.page import Section, table
+from hjepa_jax.page import Section, code, table
 from hjepa_jax.probe_sections import features_section, look_section, probes_section
 from hjepa_jax.run_facts import Facts
 from hjepa_jax.verdicts import checklist, next_steps, pct
@@ -57,12 +57,12 @@ def _setting(facts: Facts) -> Section:
         "train.batch_size", "train.num_epochs", "optim.learning_rate", "seed",
     )  # fmt: skip
     changed = [field for field in config if config[field] != defaults[field] and field not in main]
-    rows = [(f"`{field}`", f"`{config[field]}`") for field in (*main, *changed)]
+    rows = [(code(field), code(config[field])) for field in (*main, *changed)]
     origin = {**facts.meta.get("versions", {}), "commit": facts.meta.get("commit")}
     text = "The fields that matter most, then those that differ from their defaults; all are in "
     text += "`config.json`.\n\n" + table(["field", "value"], rows)
     if facts.meta:
-        rows = [(name, f"`{value}`") for name, value in origin.items() if value]
+        rows = [(name, code(value)) for name, value in origin.items() if value]
         text += "\n\nMade by (as the newest checkpoint says):\n\n" + table(["", "value"], rows)
     return "Configuration", text, {}
 

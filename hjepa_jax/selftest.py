@@ -21,6 +21,7 @@ from absl import flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
+from hjepa_jax.paths import local_path
 
 _STEPS = flags.DEFINE_integer("steps", 50, "Steps to measure speed and memory by.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write.")
@@ -182,9 +183,9 @@ def main() -> None:
     """Runs the command."""
     from hjepa_jax.platform import select_platform
 
+    output = local_path("--output", _OUTPUT.value)
     backend = select_platform("auto")
     report = self_test(runpy.run_path(str(CONFIG))["get_config"](), num_steps=_STEPS.value)
-    output = pathlib.Path(_OUTPUT.value)
     try:
         output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from hjepa_jax.judge import judge_run
 from hjepa_jax.logging import RunLogger, SilentLogger
 from hjepa_jax.loop import Loop
 from hjepa_jax.metrics import LogWindow
+from hjepa_jax.paths import expand_paths
 from hjepa_jax.platform import select_platform
 from hjepa_jax.run import Run, build_run, open_config_source
 from hjepa_jax.run_dir import (
@@ -57,6 +59,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
       KeyboardInterrupt: on a second SIGINT, without waiting for that.
     """
     validate(config)
+    config = expand_paths(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     with writing(workdir):
         config = with_recorded_start(config, workdir, read_saved(workdir, config))
@@ -161,8 +164,9 @@ def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) 
 
         write_report([workdir], workdir, splits=splits)
     except Exception as error:
-        message = f"warning: no report could be written: {first_line(error)}; try python -m"
-        print(f"{message} hjepa_jax.report --workdir={workdir}", file=sys.stderr, flush=True)
+        command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
+        message = f"warning: no report could be written: {first_line(error)}; try {command}"
+        print(message, file=sys.stderr, flush=True)
 
 
 def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:

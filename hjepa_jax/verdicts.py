@@ -3,7 +3,11 @@
 Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them.
 """
 
+import shlex
+
 from hjepa_jax.evaluation.results import best_score
+from hjepa_jax.names import encodable
+from hjepa_jax.page import code
 from hjepa_jax.run_facts import Facts
 
 # One entry: whether it holds (None: not known), what, and the numbers that say so.
@@ -92,7 +96,7 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if facts.status == "not started":
         found.append(("Start it.", "metrics.jsonl has no line"))
     if facts.checkpoints and not facts.probes:
-        what = "Judge it: `python -m hjepa_jax.probe --workdir=...`."
+        what = f"Judge it: {_probe_command(facts)}."
         found.append((what, "a checkpoint, and no rows in probe.json"))
     if bad := history.last("train/nonfinite_steps"):
         rule = f"train/nonfinite_steps is {bad:.0f}, above 0"
@@ -145,7 +149,7 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
             f"eval/knn_top1 ended at {pct(knn[-1])} %, below the {pct(knn.max())} % of step "
             f"{steps[knn.argmax()]:.0f}"
         )
-        what = "Judge the best checkpoint too: `python -m hjepa_jax.probe --step=best ...`."
+        what = f"Judge the best checkpoint too: {_probe_command(facts, '--step=best')}."
         found.append((what, rule))
     ours, random = (best_score(facts.own_probes, "linear", e) for e in ("target", "random_init"))
     if ours is not None and random is not None and ours <= random + MARGIN:
@@ -154,6 +158,12 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     if facts.status == "finished" and not found:
         found.append(("Repeat with other values of `seed` before comparing.", "no rule applies"))
     return found
+
+
+def _probe_command(facts: Facts, *flags: str) -> str:
+    """The command that probes the run, as Markdown; it can be pasted into a shell."""
+    workdir = f"--workdir={shlex.quote(encodable(str(facts.workdir)))}"
+    return code(" ".join(["python -m hjepa_jax.probe", workdir, *flags]))
 
 
 def num(value: float | None) -> str:

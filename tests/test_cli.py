@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,11 +76,12 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
 
     arguments = ["--protocols=lowshot,fewshot,quality,attentive,finetune", "--encoders=target"]
     arguments += ["--levels=1", "--finetune_epochs=0.5"]
-    result = run_module(
-        "hjepa_jax.probe", f"--workdir={workdir},{workdir}", *arguments, "--lowshot_labels=1,0.1"
-    )
+    again = tmp_path / "a copy, by hand"
+    shutil.copytree(workdir, again)
+    workdirs = [f"--workdir={workdir}", f"--workdir={again}"]
+    result = run_module("hjepa_jax.probe", *workdirs, *arguments, "--lowshot_labels=1,0.1")
     assert result.returncode == 0, result.stderr
-    assert "over 2 runs" in result.stdout
+    assert result.stdout.splitlines()[-1] == "no mean: runs have the same seed (0, 0)"
     rows = json.loads((workdir / "probe.json").read_text())["results"]
     found = {(r["protocol"], r["level"], r.get("labels")) for r in rows if r["encoder"] == "target"}
     assert found >= {("lowshot", 1, "10 %"), ("fewshot", 1, "5-shot"), ("quality", 1, None)}
@@ -206,7 +208,7 @@ def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
     assert_refused(
         run_module("hjepa_jax.probe", f"--workdir={tmp_path}"), "--workdir", str(tmp_path)
     )
-    assert_refused(run_module("hjepa_jax.probe", "--workdir="), "--workdir", "directory of a run")
+    assert_refused(run_module("hjepa_jax.probe", "--workdir="), "--workdir=''", "not empty")
 
 
 @pytest.fixture(scope="module")

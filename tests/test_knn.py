@@ -107,7 +107,7 @@ def test_equal_scores_choose_the_smallest_k():
 @pytest.mark.parametrize("ks", [(), (0, 1), (1, 81)])
 def test_impossible_k_is_refused_by_name(ks):
     x, y = blobs(100)  # 80 remain after the hold-out
-    with pytest.raises(InputError, match=r"^eval\.knn_ks=.*\[1, 80\]"):
+    with pytest.raises(InputError, match=r"^ks=.*\[1, 80\]"):
         knn_probe(x, y, x, y, num_classes=4, ks=ks)
 
 

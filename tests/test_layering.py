@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "whole_files", "user_cache", "host_memory"],
+    ["errors", "names", "paths", "whole_files", "user_cache", "host_memory"],
     ["blocks", "models.products"],
     ["muon"],
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
@@ -30,7 +30,7 @@ LAYERS = [
     ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
      "projector", "objective"],
     ["collapse", "image_figures", "validation"],
-    ["alarms"],
+    ["alarms", "seeds"],
     ["health"],
     ["steps"],
     ["build"],
@@ -48,7 +48,7 @@ LAYERS = [
     ["train"],
     ["api"],
     ["feature_file"],
-    ["cli", "main", "probe", "report", "embed", "selftest"],
+    ["command_line", "cli", "main", "probe", "report", "embed", "selftest"],
 ]  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 MODULES = sorted(
@@ -97,5 +97,5 @@ def test_only_these_know_of_configs():
         "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
         "api", "feature_file", "selftest", "run_facts", "run_report", "publish", "warm_start",
         "validation",
-        "run_record", "same_run",
+        "run_record", "same_run", "command_line", "seeds",
     }  # fmt: skip

@@ -123,7 +123,7 @@ def test_more_rows_than_one_chunk_change_nothing(monkeypatch):
 @pytest.mark.parametrize("l2_grid", [(), (0.0, 1.0)])
 def test_bad_grid_is_refused_by_name(l2_grid):
     x, y = correlated(50)
-    with pytest.raises(InputError, match=r"^eval\.linear_l2_grid="):
+    with pytest.raises(InputError, match=r"^l2_grid="):
         linear.linear_probe(x, y, x, y, num_classes=NUM_CLASSES, l2_grid=l2_grid)
 
 

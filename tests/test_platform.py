@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hjepa_jax import build, platform, run, train
@@ -180,3 +181,58 @@ def test_a_run_on_metal_obeys_the_rules_and_logs_them(tiny_config, tmp_path, mon
         "on metal (no donated buffers, one step per call, parameters made on the CPU, float32 only)"
         in capsys.readouterr().out
     )
+
+
+OTHERS = {
+    "jax_debug_infs": True,
+    "jax_debug_nans": True,
+    "jax_default_prng_impl": "rbg",
+    "jax_disable_jit": True,
+    "jax_enable_custom_prng": True,
+    "jax_enable_x64": True,
+    "jax_legacy_prng_key": "error",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_random_seed_offset": 7,
+    "jax_threefry_partitionable": False,
+    "jax_transfer_guard": "disallow",
+}
+
+
+@pytest.mark.parametrize("name", platform.SETTINGS)
+def test_a_setting_under_which_runs_would_differ_is_ignored_with_a_line(name, capsys):
+    def draw():
+        return np.asarray(jax.random.normal(jax.random.PRNGKey(3), (5,)))
+
+    expected = draw()
+    jax.config.update(name, OTHERS[name])
+    try:
+        assert platform.select_platform("auto") == jax.default_backend()
+        found = draw()
+    finally:
+        jax.config.update(name, platform.SETTINGS[name])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
+    value = platform.SETTINGS[name]
+    line = f"note: {name.upper()}={OTHERS[name]} is ignored; every run uses {value}\n"
+    assert capsys.readouterr().err == line
+
+
+def test_the_usual_settings_are_left_without_a_word(capsys):
+    platform.fix_settings()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", platform.CHOICES)
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend\nat length")])
+def test_a_backend_that_the_environment_asks_for_is_named_so(monkeypatch, name, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    for other in platform.CHOICES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "cuda")
+    with pytest.raises(InputError, match=rf"^{name}='cuda': this backend does not start: \w+"):
+        platform.select_platform("auto")
+    with pytest.raises(InputError, match=r"^platform='cpu': this backend does not start"):
+        platform.select_platform("cpu")

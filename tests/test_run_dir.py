@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
 from hjepa_jax.run_record import RunRecord, read_record
 from hjepa_jax.same_run import Saved
+from hjepa_jax.whole_files import fcntl
 
 NUM_IMAGES = 2_560  # ten batches
 RECORD = RunRecord(
@@ -362,3 +364,52 @@ def test_run_json_comes_back_and_what_is_none_is_not_used(tmp_path):
                    text.replace("2560", '"many"'), text[:-20], "[" * 99_999):  # fmt: skip
         (tmp_path / "run.json").write_text(harmed)
         assert read_record(tmp_path) is None
+
+
+@pytest.fixture
+def no_room():
+    """Until its end this process can make files, and write no byte into them, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def enter(workdir):
+    with run_dir.locked(workdir):
+        pass
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda workdir: run_dir.check_workdir(base_config(), workdir),
+        lambda workdir: run_dir.prepare_workdir(base_config(), workdir, RECORD),
+        lambda workdir: run_dir.check_workdir(base_config(), workdir / "new"),
+    ],
+    ids=["check", "prepare", "check of a new one"],
+)
+def test_a_disk_without_room_is_one_line(tmp_path, no_room, use):
+    with pytest.raises(InputError, match=r"^--workdir=.*can be written \(File too large\)"):
+        use(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["lock"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
+def test_whatever_the_system_refuses_is_told_in_its_words(tmp_path, number):
+    with (
+        pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)"),
+        run_dir.writing(tmp_path),
+    ):
+        raise OSError(number, os.strerror(number))
+
+
+def test_the_lock_file_of_another_character_set_is_read(tmp_path):
+    (tmp_path / "lock").write_bytes(b"process 1 on caf\xe9")
+    other = (tmp_path / "lock").open()
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="is in use by process 1 on caf\ufffd"):
+        enter(tmp_path)
+    assert run_dir.lock_owner(tmp_path) == "process 1 on caf\ufffd"
+    other.close()

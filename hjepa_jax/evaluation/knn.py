@@ -74,7 +74,7 @@ def knn_probe(
 
     Raises:
       InputError: for features that are empty or not finite, arrays that do not match, labels out
-        of range, or a k that is too large ("eval.knn_ks").
+        of range, or a k that is too large ("ks").
     """
     check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
     options = {"num_classes": num_classes, "temperature": temperature, "block_size": block_size}
@@ -121,11 +121,11 @@ def knn_predict(
       Predicted classes, one row per k in the order given.
 
     Raises:
-      InputError: if a k is out of range, or `ks` is empty ("eval.knn_ks").
+      InputError: if a k is out of range, or `ks` is empty ("ks").
     """
     n = len(bank_x)
     if not ks or min(ks) < 1 or max(ks) > n:
-        raise InputError("eval.knn_ks", tuple(ks), f"must lie in [1, {n}], the rows in the bank")
+        raise InputError("ks", tuple(ks), f"must lie in [1, {n}], the rows in the bank")
     bank = unit_rows(bank_x.astype(np.float32))
     predictions = np.empty((len(ks), len(query_x)), np.int32)
     starts = range(0, len(query_x), block_size)

@@ -94,7 +94,7 @@ def linear_probe(
 
     Raises:
       InputError: for features that are empty or not finite, arrays that do not match, labels out
-        of range, or a bad grid ("eval.linear_l2_grid").
+        of range, or a bad grid ("l2_grid").
     """
     check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
 
@@ -189,10 +189,10 @@ def fit(
       what: name of the work, for a progress bar; empty for none.
 
     Raises:
-      InputError: if there is no penalty, or one is not positive ("eval.linear_l2_grid").
+      InputError: if there is no penalty, or one is not positive ("l2_grid").
     """
     if not l2s or min(l2s) <= 0:
-        raise InputError("eval.linear_l2_grid", tuple(l2s), "needs penalties, all > 0")
+        raise InputError("l2_grid", tuple(l2s), "needs penalties, all > 0")
     n, d = x.shape
     mean, basis, variance = _pca(x)
     # The last feature is the constant 1 of the bias. The others are centred, hence orthogonal to

@@ -1,0 +1,299 @@
+"""Flags of a command line: their help page, repeated flags, overrides of a config, its file."""
+
+import difflib
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path, tuple_parser
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.paths import expanded
+
+# What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
+CONFIG_FLAGS_ERRORS = (
+    AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
+)  # fmt: skip
+# Characters of a message, which may quote thousands of what it was given, and of a flag's value.
+MAX_LINE, MAX_VALUE = 2000, 200
+HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
+WIDTH = 88  # of the help page, in characters
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line on stderr and exits with status 2."""
+    line = " ".join(message.split())
+    print("error: " + line[:MAX_LINE] + "..." * (len(line) > MAX_LINE), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Sets the flags in `values` from a command line; one that cannot be set ends the program.
+
+    Args:
+      argv: the command line, the program's name first.
+      values: the flags that are defined.
+
+    Raises:
+      InputError: when a flag is given twice, or the config file cannot be used.
+    """
+    for name in values:
+        if isinstance(values[name].parser, ConfigFileFlagParser):
+            values[name].parser = _ConfigFile(name)
+    try:
+        notes = _check_repeated(values.read_flags_from_files(argv[1:], force_gnu=True), values)
+        rest = values(argv)
+    except flags.Error as error:
+        fail(_told(str(error)))
+    except CONFIG_FLAGS_ERRORS as error:
+        fail(_of_override(argv, error) or f"{type(error).__name__}: {error}")
+    if len(rest) > 1:
+        fail(f"{rest[1]!r}: not a flag; every option begins with --")
+    _reset_none(values)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return rest
+
+
+def import_jax() -> None:
+    """Imports JAX, which reads its settings from the environment.
+
+    Raises:
+      InputError: when one of them has a value that JAX does not take.
+    """
+    try:
+        import jax  # noqa: F401
+    except ImportError:
+        raise
+    except Exception as error:
+        named = [n for n in os.environ if n.startswith("JAX_") and n.lower() in str(error).lower()]
+        name = next(iter(named), "JAX_*")
+        rule = f"JAX does not start with this environment: {error}"
+        raise InputError(name, os.environ.get(name), rule) from error
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether one of the flags asks for the help page."""
+    return any(a.startswith("-") and a.lstrip("-") in HELP_FLAGS for a in argv[1:])
+
+
+def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> str:
+    """The docstring of a command's module, and one paragraph for each of its flags.
+
+    Args:
+      main: the function of the command.
+      values: the flags that are defined.
+    """
+    module = sys.modules[main.__module__]
+    owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
+    parts = [(module.__doc__ or "").strip(), "Flags:"]
+    for flag in sorted(values.get_key_flags_for_module(owner), key=lambda flag: flag.name):
+        name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        default = "" if flag.default is None else f" Default: {_plain(flag.default)}."
+        text = textwrap.fill(f"{flag.help}{default}", WIDTH - 6)
+        parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
+        if isinstance(flag.parser, ConfigFileFlagParser):
+            fields = pathlib.Path(__file__).with_name("config.py")
+            text = f"Sets a field of the config. All fields and their meaning: {fields}"
+            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}")
+    return "\n\n".join(parts)
+
+
+def _plain(default: Any) -> str:
+    return ",".join(default) if isinstance(default, list) else str(default)
+
+
+def _check_repeated(given: list[str], values: flags.FlagValues) -> list[str]:
+    """Refuses a flag that is given twice with different values.
+
+    Overrides of a config may be: a script appends its own, and the last one counts.
+
+    Returns:
+      A note for each override that a later one replaces.
+
+    Raises:
+      InputError: naming the flag and its last value.
+    """
+    last: dict[str, str] = {}
+    notes = []
+    for i, argument in enumerate(given):
+        match = re.match(r"--?([^=\s]+)", argument)
+        if match is None:
+            continue
+        name = match[1]
+        if name not in values:
+            name = name.removeprefix("no")
+        is_override = name.startswith("config.")
+        if not is_override and (name not in values or isinstance(values[name], flags.MultiFlag)):
+            continue
+        has_value = "=" in argument or (not is_override and values[name].boolean)
+        following = given[i + 1 : i + 2]
+        if not has_value and following and not following[0].startswith("-"):
+            argument = f"{argument}={following[0]}"
+        before, last[name] = last.get(name, argument), argument
+        if before == argument:
+            continue
+        if is_override:
+            notes.append(f"note: {before} is replaced by {argument}, which comes later")
+            continue
+        rule = f"is given twice ({before} comes before it); give it once"
+        if isinstance(values[name].parser, flags.ListParser):
+            rule += ", its values separated by commas"
+        raise InputError(f"--{name}", argument.partition("=")[2], rule)
+    return notes
+
+
+class _ConfigFile(ConfigFileFlagParser):
+    """Loads a config file. Whatever goes wrong in it becomes an InputError with file and line."""
+
+    def __init__(self, name: str):
+        super().__init__(name, lock_config=True)
+
+    def parse(self, path: str) -> ConfigDict:
+        """The locked config that `get_config` returns; what follows a colon is its argument."""
+        file, _, argument = expanded(f"--{self.name}", path).partition(":")
+        try:
+            config = _load(file, argument)
+        except (Exception, SystemExit) as error:
+            import_jax()  # which may be what failed, and not the file
+            rule = f"must be a config file ({_told_with_place(error)})"
+            raise InputError(f"--{self.name}", path, rule) from error
+        if not isinstance(config, ConfigDict):
+            rule = "must be a config file (get_config must return an ml_collections.ConfigDict, "
+            raise InputError(f"--{self.name}", path, f"{rule}not {type(config).__name__})")
+        return config.lock()
+
+
+def _load(file: str, argument: str) -> Any:
+    """What `get_config` in the file returns."""
+    loader = importlib.machinery.SourceFileLoader("config_config", file)
+    spec = importlib.util.spec_from_file_location("config_config", file, loader=loader)
+    assert spec is not None  # as the loader is given
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError("it has no function get_config")
+    return module.get_config(*([argument] if argument else []))
+
+
+def _told_with_place(error: BaseException) -> str:
+    """An error in a config file, or in a module that it imports, with the line at fault."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    libraries = {
+        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
+    libraries |= {f"{pathlib.Path(__file__).parent}{os.sep}", "<frozen"}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(tuple(libraries))]
+    place = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{place}{type(error).__name__}: {message}"
+
+
+class _OrNone(flags.ArgumentParser):
+    """Reads None, in any case, beside what another parser reads."""
+
+    def __init__(self, parser: flags.ArgumentParser, *, any_case: bool = True):
+        self._parser, self._any_case = parser, any_case
+        self.syntactic_help = parser.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        """None, or the value; which fields may be None is checked with the whole config."""
+        is_none = argument == "None"
+        if self._any_case and isinstance(argument, str):
+            is_none = argument.lower() == "none"
+        return None if is_none else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        """Returns the name of the type, for help."""
+        return self._parser.flag_type()
+
+
+class _Tuple(flags.ArgumentParser):
+    """Reads a tuple. Unlike config_flags', of a flag that is given twice only the last counts."""
+
+    def parse(self, argument: Any) -> Any:
+        """The tuple; a default comes as one."""
+        return (
+            argument if isinstance(argument, tuple) else tuple_parser.TupleParser().parse(argument)
+        )
+
+    def flag_type(self) -> str:
+        """Returns the name of the type, for help."""
+        return "tuple"
+
+
+# A string may be "none", a value of loss.regularizer and others: see `_reset_none`.
+for _kind, _parser in (
+    (int, _OrNone(flags.IntegerParser())),
+    (float, _OrNone(flags.FloatParser())),
+    (tuple, _OrNone(_Tuple())),
+    (str, _OrNone(flags.ArgumentParser(), any_case=False)),
+):
+    config_flags.register_flag_parser_for_type(_kind, _parser)
+
+
+def _reset_none(values: flags.FlagValues) -> None:
+    """Makes None of "none" in the string fields that may be None."""
+    for name in values:
+        if not isinstance(values[name].parser, _ConfigFile) or values[name].value is None:
+            continue
+        for field, value in config_flags.get_override_values(values[name]).items():
+            if isinstance(value, str) and value.lower() == "none" and _optional(field):
+                config_path.set_value(field, values[name].value, None)
+
+
+def _optional(field: str) -> bool:
+    from hjepa_jax.config import base_config
+    from hjepa_jax.fields import get_field
+
+    return get_field(base_config(), field) is None
+
+
+def _told(message: str) -> str:
+    """What absl says of a flag, with the rule for its value."""
+    if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
+        return f"--{missing[1]}: must be given"
+    if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
+        from hjepa_jax.fields import RULES
+
+        field, value = not_so[1], not_so[2]
+        value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
+        kind = float if "[" in field else _config_types().get(field)
+        rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
+        return str(InputError(field, value, rule))
+    return message
+
+
+def _of_override(argv: list[str], error: BaseException) -> str:
+    """Of the first override that names no field of a config, or no element of one; else empty."""
+    known = _config_types()
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
+    overrides = [match[1] for match in matches if match]
+    for field in overrides:
+        if (name := field.partition("[")[0]) not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean --config.{near[0]}?" if near else ""
+            return f"--config.{field}: is not a field of a config{hint}"
+    return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
+
+
+def _config_types() -> dict[str, type]:
+    """The type of each field of a config; JAX is loaded for it."""
+    from hjepa_jax.config import base_config
+    from hjepa_jax.fields import field_types
+
+    return field_types(base_config())

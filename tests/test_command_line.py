@@ -1,0 +1,283 @@
+"""Flags as a user writes them: None, repeated, several workdirs, config files with errors, help."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from hjepa_jax import cli, command_line, main
+from hjepa_jax.config import base_config
+from hjepa_jax.errors import InputError
+from hjepa_jax.fields import flatten, get_field
+from hjepa_jax.validation import validate
+
+SHAPES = "--config=configs/shapes_tiny.py"
+OPTIONAL = [f for f, value in flatten(base_config().to_dict()).items() if value is None]
+
+
+def parse(*arguments, define=lambda values: None):
+    """The values of flags after `--config` and others are parsed."""
+    values, argv = flags.FlagValues(), ["main", *arguments]
+    config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
+    define(values)
+    cli.parse_flags(argv, values)
+    return values
+
+
+# None
+
+
+@pytest.fixture
+def all_fields_set(tmp_path):
+    """A config file that sets every optional field."""
+    path = tmp_path / "own.py"
+    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,)}
+    kinds = command_line._config_types()
+    lines = [f"    c.{field} = {examples[kinds[field]]!r}" for field in OPTIONAL]
+    text = "from hjepa_jax.config import base_config\ndef get_config():\n    c = base_config()\n"
+    path.write_text("\n".join([text, *lines, "    return c.lock()\n"]))
+    return path
+
+
+@pytest.mark.parametrize("word", ["None", "none"])
+def test_every_optional_field_can_be_set_back_to_none(all_fields_set, word):
+    assert len(OPTIONAL) >= 15
+    config = parse(f"--config={all_fields_set}").config
+    assert all(get_field(config, field) is not None for field in OPTIONAL)
+    overrides = [f"--config.{field}={word}" for field in OPTIONAL]
+    config = parse(f"--config={all_fields_set}", *overrides).config
+    assert {field: get_field(config, field) for field in OPTIONAL} == dict.fromkeys(OPTIONAL)
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "rule"),
+    [
+        ("seed", "a whole number"),
+        ("optim.learning_rate", "a number"),
+        ("mask.scale", "a tuple"),
+        ("loss.kind", "a string"),
+    ],
+)
+def test_none_is_refused_where_a_value_is_needed(field, rule):
+    config = parse(SHAPES, f"--config.{field}=None").config
+    with pytest.raises(InputError, match=rf"^{field}=None: must be {rule}"):
+        validate(config)
+
+
+def test_none_stays_a_word_where_it_is_one_of_the_choices():
+    config = parse(SHAPES, "--config.model.pyramid=none", "--config.data.dir", "none").config
+    assert (config.model.pyramid, config.data.dir) == ("none", None)
+
+
+# Repeated flags
+
+
+def define_some(values):
+    flags.DEFINE_string("output", None, "", values)
+    flags.DEFINE_list("levels", None, "", values)
+    flags.DEFINE_bool("images", True, "", values)
+    flags.DEFINE_multi_string("workdir", None, "", values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output=a", "--output=b"], r"--output='b': is given twice \(--output=a comes before"),
+        (["--output", "a", "-output", "b"], r"--output='b': is given twice"),
+        (["--levels=0", "--levels=1"], r"--levels='1': .* its values separated by commas"),
+        (["--images", "--noimages"], r"--images=.*is given twice \(--images"),
+        ([SHAPES, "--config=configs/cifar10_tiny.py"], r"--config='configs/cifar10_tiny.py': is g"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        parse(*arguments, define=define_some)
+
+
+def test_of_an_override_given_twice_the_last_counts_and_is_named(capsys):
+    overrides = ["--config.seed=1", "--config.mask.scale=(0.1,0.1)", "--config.seed=2"]
+    config = parse(SHAPES, *overrides, "--config.mask.scale=(0.2,0.2)").config
+    assert (config.seed, config.mask.scale) == (2, (0.2, 0.2))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --config.seed=1 is replaced by --config.seed=2, which comes later",
+        "note: --config.mask.scale=(0.1,0.1) is replaced by --config.mask.scale=(0.2,0.2), "
+        "which comes later",
+    ]
+
+
+def test_the_same_value_given_twice_and_repeatable_flags_are_accepted(capsys):
+    given = ["--output=a", "--output=a", "--workdir=a", "--workdir=b", SHAPES, "--config.seed=1"]
+    values = parse(*given, "--config.seed=1", define=define_some)
+    assert (values.output, values.workdir, values.config.seed) == ("a", ["a", "b"], 1)
+    assert capsys.readouterr().err == ""
+
+
+# Several workdirs
+
+
+def test_workdirs_may_be_repeated_listed_and_hold_commas_spaces_and_quotes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b", "c,d", "it's here"):
+        (tmp_path / name).mkdir()
+    given = [f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/c,d", "~/it's here"]
+    assert cli.workdirs(given) == [tmp_path / name for name in ("a", "b", "c,d", "it's here")]
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (["runs/a", "./runs/a"], "given twice"),
+        (["runs/a,runs/a"], "given twice"),
+        ([""], "not empty"),
+        (["runs/a,"], "not empty"),
+        (["gs://bucket/run"], "not an address"),
+        (["file:///runs/a"], "not an address"),
+        (["~nobody-of-this-name/x"], "no user here"),
+    ],
+)
+def test_a_workdir_that_is_none_is_refused(given, rule):
+    with pytest.raises(InputError, match=rf"^--workdir=.*{rule}"):
+        cli.workdirs(given)
+
+
+# Config files
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\ndef get_config(:\n", "own.py:2: SyntaxError: "),
+        ("def get_config():\n  return\n    2\n", "own.py:3: IndentationError: "),
+        ("def get_config():\n\n  return undefined\n", "own.py:3: NameError: name 'undefined'"),
+        ("import nowhere_at_all\n", "own.py:1: ModuleNotFoundError: "),
+        ("def get_config():\n  raise OSError(2, 'gone')\n", "own.py:2: FileNotFoundError: "),
+        ("def get_config():\n  raise ValueError('no\\nlines')\n", "own.py:2: ValueError: no)"),
+        ("def get_config():\n  return 1 / 0\n", "own.py:2: ZeroDivisionError: "),
+        ("def get_config():\n  assert False, 'never'\n", "own.py:2: AssertionError: never"),
+        ("import sys\nsys.exit('bye')\n", "own.py:2: SystemExit: bye"),
+        ("def get_config(size):\n  return size\n", "TypeError: get_config() missing 1 required"),
+        ("def config():\n  pass\n", "has no function get_config"),
+        ("def get_config():\n  return {'seed': 0}\n", "must return an ml_collections.ConfigDict"),
+        (
+            "from hjepa_jax.config import base_config\ndef get_config():\n  c = base_config()\n"
+            "  c.lock()\n  c.optim.rate = 1\n  return c\n",
+            "own.py:5: AttributeError: ",
+        ),
+        ("import helper_of_own\n", "helper_of_own.py:3: KeyError: 'x'"),
+    ],
+)
+def test_an_error_in_a_config_file_keeps_its_file_and_line(tmp_path, monkeypatch, text, words):
+    (tmp_path / "helper_of_own.py").write_text("d = {}\n\nd['x']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    with pytest.raises(InputError) as refused:
+        parse(f"--config={path}")
+    assert str(refused.value).startswith(f"--config='{path}': must be a config file (")
+    assert words in str(refused.value)
+
+
+def test_a_config_file_may_be_below_home_and_hold_dataclasses(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n"
+        "from hjepa_jax.config import base_config\n\n"
+        "@dataclasses.dataclass\nclass Size:\n  width: int = 48\n\n"
+        "def get_config(seed='0'):\n  c = base_config()\n  c.seed = int(seed)\n"
+        "  c.model.width = Size().width\n  return c\n"
+    )
+    config = parse("--config=~/own.py:3").config
+    assert (config.seed, config.model.width, config.is_locked) == (3, 48, True)
+
+
+# Output, help and the environment
+
+
+def run_python(code, **kwargs):
+    command = [sys.executable, "-c", f"from hjepa_jax import cli\n{code}"]
+    return subprocess.run(command, text=True, capture_output=True, check=False, **kwargs)
+
+
+def test_names_that_the_terminal_lacks_are_printed_and_closed_output_is_not_reused(tmp_path):
+    code = """
+def main():
+    import sys, os
+    print("caf\\udce9", "\\u65e5", flush=True)
+    os.close(1)
+    cli._prepare_output()
+    assert open("beside", "w").fileno() > 2
+    print("to nobody")
+cli.run(main)
+"""
+    done = run_python(code, env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9 \\u65e5\n", "")
+    assert (tmp_path / "beside").read_text() == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has this device")
+def test_a_full_disk_under_stdout_ends_in_one_line_and_under_stderr_does_not_matter():
+    with open("/dev/full", "w") as full:
+        output = cli._Output(os.dup(full.fileno()), required=True)
+        with pytest.raises(InputError, match=r"^stdout=1: cannot be written \(No space left"):
+            output.write(b"x")
+        assert output.write(b"dropped from now on") == 19
+        assert cli._Output(os.dup(full.fileno()), required=False).write(b"x") == 1
+
+
+def test_a_terminal_that_has_gone_away_stops_nothing():
+    terminal, ours = pty.openpty()
+    os.close(terminal)
+    assert cli._Output(ours, required=True).write(b"x") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        ("OSError(28, 'No space left on device', 'runs/a')", 2, "error: runs/a: No space left"),
+        ("OSError(24, 'Too many open files')", 2, "error: Too many open files"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_line(error, status, line, capsys, monkeypatch):
+    def main():
+        raise eval(error)
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(sys, "argv", ["main"])
+    monkeypatch.setattr(cli, "_prepare_output", lambda: None)
+    monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: main([]))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == status
+    told = capsys.readouterr().err
+    assert told.startswith(line)
+    assert told.count("\n") == 1
+
+
+def test_a_setting_that_jax_does_not_take_is_one_line():
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "high-ish"}
+    done = run_python("cli.run(lambda: None)", env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: JAX_DEFAULT_MATMUL_PRECISION='high-ish': JAX does not st")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull", "-?"])
+def test_help_is_a_page_with_status_0(flag, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main", flag])
+    monkeypatch.setattr(cli, "_prepare_output", lambda: None)
+    cli.run(main.main)  # an uncaught SystemExit would end the test: Python's own status is 0
+    page = capsys.readouterr().out
+    assert page.startswith("Trains the run that a config describes.")
+    assert "--workdir\n" in page
+    assert "Default: False." in page
+    assert max(map(len, page.splitlines())) <= 100
+    assert page.count("\n") < 60

@@ -1,0 +1,32 @@
+"""Signals on which a run saves and stops."""
+
+import os
+import signal
+
+import pytest
+
+from hjepa_jax.errors import Interrupted
+from hjepa_jax.loop import STOP_SIGNALS, _StopSignals
+
+
+@pytest.mark.parametrize("name", STOP_SIGNALS)
+def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
+    signum = getattr(signal, name)
+    before = signal.getsignal(signum)
+    with _StopSignals() as stop:
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+    assert signal.getsignal(signum) == before
+    assert "stopping after this step" in capfd.readouterr().out
+    assert Interrupted(signum, 3).status == 128 + signum
+    assert str(Interrupted(signum, 3)) == f"{name} at step 3"
+
+
+def test_a_hangup_that_nohup_has_switched_off_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signum is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
