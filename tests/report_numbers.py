@@ -375,7 +375,11 @@ def probes(s: Sources) -> list:
     found += [row("encoder", "step", "pool", "level", "dim", *names)]
     found += [
         f"- {column(r)}, {r['encoder']} {r['pool']} level {r['level']}: {note}"
-        for r in scored for note in r.get("at_edge", [])
+        for r in scored
+        for note in [
+            *r.get("at_edge", []),
+            *["the fit did not converge"] * (r.get("converged") is False),
+        ]
     ]  # fmt: skip
     found += [row(*key, *(scores.get(n, "-") for n in names)) for key, scores in cells.items()]
     for r in s.probes:

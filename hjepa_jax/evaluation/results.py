@@ -104,10 +104,14 @@ def _format_scores(rows: list[Row]) -> str:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """One line for each row whose best setting lies at an end of those that were tried."""
-    return [
-        f"{column(row)}, {_where(row)}: {note}" for row in rows for note in row.get("at_edge", ())
-    ]
+    """A line for each row whose best setting is an end of those tried, or that did not converge."""
+    found = []
+    for row in rows:
+        notes = list(row.get("at_edge", ()))
+        if row.get("converged") is False:
+            notes.append("the fit did not converge")
+        found += [f"{column(row)}, {_where(row)}: {note}" for note in notes]
+    return found
 
 
 def _format_quality(rows: list[Row]) -> str:
