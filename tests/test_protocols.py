@@ -239,8 +239,9 @@ def test_tables_show_every_score_where_it_belongs():
     }
     _, header, *lines = table.split("\n\n")[0].splitlines()
     knn_ends = header.index("knn") + 3
-    assert len(lines) == len(by_place)
-    for line in lines:
+    warned = results.warnings([row for row in rows if "top1" in row])
+    assert lines[len(by_place) :] == warned
+    for line in lines[: len(by_place)]:
         row = by_place[tuple(line.split()[:3])]
         assert line[:knn_ends].endswith(results.format_score(row))
     assert "verdict" in table
@@ -331,6 +332,14 @@ def test_scores_stand_beside_their_interval_and_the_number_of_test_images():
         "target 50.0 % (40.4-59.6), pixels 0.0 % (0.0-3.7); 95 % intervals, 100 test images"
     )
     assert results.format_best(rows, "knn") is None
+
+
+def test_a_setting_at_the_end_of_those_tried_is_told_with_the_row_and_below_the_table():
+    note = "l2 1e-10 is the smallest tried, a better one may lie beyond"
+    row = feature_row(0.5, 0.5, test_size=100, at_edge=[note], converged=False)
+    expected = [f"linear, target mean level 0: {n}" for n in (note, "the fit did not converge")]
+    assert results.format_row(row).splitlines()[1:] == expected
+    assert results.format_tables([row, feature_row(0.4, 0.4)]).splitlines()[-2:] == expected
 
 
 def test_seeds_are_summed_up_by_mean_and_standard_deviation():
