@@ -90,17 +90,17 @@ def _knn_check(facts: Facts) -> Check:
     if len(knn) < 2:
         return None, what, "fewer than two evaluations"
     holds = True if _surely_above(facts, knn[-1], knn[0]) else False if knn[-1] <= knn[0] else None
-    evidence = (
-        f"{pct(knn[0])} to {pct(knn[-1])} % on {num_held_out(facts) or 'an unknown number of'}"
-    )
-    return holds, what, f"{evidence} held-out images"
+    n = num_held_out(facts)
+    many = "an unknown number of" if n is None else f"at least {n:,}"
+    return holds, what, f"{pct(knn[0])} to {pct(knn[-1])} % on {many} held-out images"
 
 
 def num_held_out(facts: Facts) -> int | None:
     """Training images that k-NN is scored on during training, at least; None if not known."""
     if facts.steps_per_epoch is None:
         return None
-    num_images = facts.steps_per_epoch * facts.config.train.batch_size  # all but a part of a batch
+    # The training images that fill whole batches: fewer than one batch is missing.
+    num_images = facts.steps_per_epoch * facts.config.train.batch_size
     return min(facts.config.eval.num_val, num_images // MIN_ROWS)
 
 

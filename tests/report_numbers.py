@@ -220,8 +220,8 @@ def reached(s: Sources) -> list:
          f"{four(loss[0])} to {four(loss[-1])}"),
         (healthy, "Features have not collapsed", spread),
         (True if gap(knn[-1], knn[0], *2 * [s.num_held_out])[0] > 0 else None if knn[-1] > knn[0]
-         else False, "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} % on "
-         f"{s.num_held_out} held-out images")
+         else False, "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} % on at least "
+         f"{s.num_held_out:,} held-out images")
         if len(knn) > 1 else (None, "k-NN accuracy rose", "fewer than two evaluations"),
     ]  # fmt: skip
     for protocol in ("linear", "knn"):
