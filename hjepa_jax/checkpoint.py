@@ -22,6 +22,7 @@ from hjepa_jax.array_table import changed, describe_arrays, differences, json_ch
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
+from hjepa_jax.old_biases import with_old_biases, without_old_biases
 from hjepa_jax.fields import is_a
 from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
@@ -232,6 +233,13 @@ class Checkpoints:
             tables, kept = {}, {"window"} & set(templates)
         else:
             tables, kept = meta["arrays"], set()
+        older = {
+            name: with_old_biases(tree)
+            for name, tree in templates.items()
+            if name in tables and not differences(tables[name], with_old_biases(tree))
+            and differences(tables[name], tree)
+        }  # fmt: skip
+        templates |= older
         for name, tree in templates.items():
             if name in tables and (differing := differences(tables[name], tree)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -251,6 +259,7 @@ class Checkpoints:
         for name, table in tables.items():
             if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
+        found |= {name: without_old_biases(found[name]) for name in older}
         return {name: templates[name] if name in kept else found[name] for name in templates}
 
     def _set_aside(self, step: int) -> None:
