@@ -22,10 +22,10 @@ from hjepa_jax.array_table import changed, describe_arrays, differences, json_ch
 from hjepa_jax.config import Config
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
-from hjepa_jax.old_biases import with_old_biases, without_old_biases
 from hjepa_jax.fields import is_a
 from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.old_biases import with_old_biases, without_old_biases
 from hjepa_jax.platform import initialise
 from hjepa_jax.provenance import source_commit, versions
 from hjepa_jax.run_dir import load_config

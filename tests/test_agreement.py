@@ -77,7 +77,7 @@ def test_hidden_features_are_standardized_over_images_and_views_together():
 def test_kernels_of_the_projection_alone_are_decayed():
     params = init_params(make_model(projection=Projection(*SIZES)))["projection"]
     decayed = jax.tree_util.tree_leaves_with_path(decay_mask(params))
-    assert len(decayed) == 10
+    assert len(decayed) == 8
     assert all(decays == (path[-1].key == "kernel") for path, decays in decayed)
 
 
