@@ -259,8 +259,12 @@ class Checkpoints:
         for name, table in tables.items():
             if name in args and (bad := sorted(changed(table, describe_arrays(found[name])))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
-        found |= {name: without_old_biases(found[name]) for name in older}
-        return {name: templates[name] if name in kept else found[name] for name in templates}
+        return {
+            name: templates[name] if name in kept
+            else without_old_biases(found[name]) if name in older
+            else found[name]
+            for name in templates
+        }  # fmt: skip
 
     def _set_aside(self, step: int) -> None:
         if not self._owner:

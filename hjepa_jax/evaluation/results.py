@@ -308,10 +308,10 @@ def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
     """
     gap = ours["top1"] - theirs["top1"]
     evidence = f"{100 * ours['top1']:.2f} against {100 * theirs['top1']:.2f} %"
-    sizes = (ours.get("test_size"), theirs.get("test_size"))
-    if not all(sizes):
+    num_ours, num_theirs = ours.get("test_size"), theirs.get("test_size")
+    if not num_ours or not num_theirs:
         return (False if gap <= margin else None), f"{evidence}, number of test images unknown"
-    low, high = difference(ours["top1"], theirs["top1"], *sizes)
+    low, high = difference(ours["top1"], theirs["top1"], num_ours, num_theirs)
     evidence += (
         f" on {tested_on([ours, theirs])}: {100 * gap:+.2f} points, "
         f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
