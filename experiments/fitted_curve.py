@@ -17,7 +17,9 @@ import numpy as np
 from scipy.optimize import nnls
 
 from hjepa_jax.build import build_schedules
+from hjepa_jax.config import Config
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.results import read_probe_json
 from hjepa_jax.history import read_history
 from hjepa_jax.run import open_config_source
 from hjepa_jax.run_dir import load_config
@@ -33,9 +35,26 @@ def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
       InputError: for a workdir without a run, or one whose training images are not to be had.
     """
     config = load_config(workdir)
-    schedules = build_schedules(config, open_config_source(config).num_images)
+    schedules = build_schedules(config, _num_images(workdir, config))
     steps, top1 = read_history(workdir / "metrics.jsonl").series(field)
     return steps / schedules.steps_per_epoch, 100 * top1
+
+
+def _num_images(workdir: pathlib.Path, config: Config) -> int:
+    """The number of training images: of the data, or if it is gone, of the run's probe table.
+
+    A kept run may name a file that was not kept, and have been probed on a copy of its images.
+    """
+    try:
+        return open_config_source(config).num_images
+    except InputError:
+        rows = read_probe_json(workdir / "probe.json")
+        sizes = {(row["data"], row["train_size"]) for row in rows if "train_size" in row}
+        if len(sizes) != 1:
+            raise
+        ((data, size),) = sizes
+        print(f"{config.data.source} is not there; probe.json: {size:,} images of {data}")
+        return size
 
 
 def fit(epochs: np.ndarray, top1: np.ndarray) -> tuple[float, float, float]:

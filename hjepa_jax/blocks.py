@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hjepa_jax.errors import InputError
 
+MAX_COMPARED = 4096  # entries of which each is compared with each: 64 x 64 patches
+
 
 def block_shapes(
     grid_size: int,
@@ -130,7 +132,7 @@ class BlockSampler:
         log_areas = np.log(patches.prod(axis=1) / grid_size**2).astype(np.float32)
         log_aspects = np.log(patches[:, 0] / patches[:, 1]).astype(np.float32)
         distance = (log_areas - jnp.log(area)) ** 2 + (log_aspects - log_aspect) ** 2
-        nearest = rank(distance) == 0
+        nearest = is_first_smallest(distance)
         height = jnp.sum(nearest * shapes[:, 0], dtype=jnp.int32)
         width = jnp.sum(nearest * shapes[:, 1], dtype=jnp.int32)
         top = uniform_int(u[2], cells_per_side - height + 1) * cell_size
@@ -143,8 +145,22 @@ class BlockSampler:
         )
 
 
+def is_first_smallest(x: Float[Array, " N"]) -> Bool[Array, " N"]:
+    """Marks the smallest entry; of equal ones the first."""
+    index = jnp.arange(x.shape[0])
+    first = jnp.min(jnp.where(x == jnp.min(x), index, x.shape[0]))
+    return index == first
+
+
 def rank(x: Float[Array, " N"]) -> Int[Array, " N"]:
-    """Position of each entry in ascending order, ties broken by index: a permutation of 0..N-1."""
+    """Position of each entry in ascending order, ties broken by index: a permutation of 0..N-1.
+
+    Up to `MAX_COMPARED` entries each is compared with each, which every backend can. Above, N^2
+    comparisons for each image cost too much, and entries are sorted, with the same result.
+    `build_model` refuses such grids where the backend does not sort reliably.
+    """
+    if x.shape[0] > MAX_COMPARED:
+        return jnp.argsort(jnp.argsort(x, stable=True), stable=True).astype(jnp.int32)
     index = jnp.arange(x.shape[0])
     smaller = x[None, :] < x[:, None]
     tied_before = (x[None, :] == x[:, None]) & (index[None, :] < index[:, None])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hjepa_jax.blocks import MAX_COMPARED
 from hjepa_jax.config import Config, encoder_size
 from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.data.records import Streaming
@@ -51,7 +52,8 @@ def build_model(config: Config) -> HJEPA:
     """Context encoder and predictor.
 
     Raises:
-      InputError: for a `model.dtype` that the backend is not trusted with.
+      InputError: for a `model.dtype` that the backend is not trusted with, or a grid that it cannot
+        mask.
     """
     c = config.model
     if c.dtype == "bfloat16" and not current_rules().bfloat16:
@@ -59,6 +61,10 @@ def build_model(config: Config) -> HJEPA:
         raise InputError("model.dtype", c.dtype, rule)
     width, depth, num_heads = encoder_size(config)
     grid_size = config.data.image_size // c.patch_size
+    if grid_size**2 > MAX_COMPARED and not current_rules().sorts:
+        most = f"at most {MAX_COMPARED} on {jax.default_backend().lower()}"
+        rule = f"must leave {most}, not {grid_size**2} patches"
+        raise InputError("model.patch_size", c.patch_size, rule)
     shared = {
         "grid_size": grid_size,
         "mlp_ratio": c.mlp_ratio,

@@ -34,6 +34,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.fields import is_a
 from hjepa_jax.metrics import LogWindow
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.old_biases import with_old_biases, without_old_biases
 from hjepa_jax.platform import initialise
 from hjepa_jax.provenance import source_commit, versions
 from hjepa_jax.run_dir import UNUSABLE, checkpoint_sizes, load_config, parse_config
@@ -273,6 +274,13 @@ class Checkpoints:
         tables = {
             name: _of_wanted_fields(table, templates.get(name)) for name, table in tables.items()
         }
+        older = {
+            name: with_old_biases(tree)
+            for name, tree in templates.items()
+            if name in tables and not differences(tables[name], with_old_biases(tree))
+            and differences(tables[name], tree)
+        }  # fmt: skip
+        templates |= older
         for name, tree in templates.items():
             if name in tables and (differing := differences(tables[name], tree)):
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -292,7 +300,12 @@ class Checkpoints:
         for name in tables.keys() & args.keys():
             if bad := sorted(changed(tables[name], describe_arrays(found[name], checksums))):
                 raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")
-        return {name: templates[name] if name in kept else found[name] for name in templates}
+        return {
+            name: templates[name] if name in kept
+            else without_old_biases(found[name]) if name in older
+            else found[name]
+            for name in templates
+        }  # fmt: skip
 
     def _check_config(self, step: int, saved: Any) -> None:
         """Refuses arrays whose config differs, although their shapes may be the same."""

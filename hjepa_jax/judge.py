@@ -124,7 +124,8 @@ def judge_run(
             }
             where = {"level": 0, "pool": "tokens", "dim": tokens.shape[2]}
             del tokens, test_tokens  # gigabytes, before the next encoder's
-            add({"protocol": "attentive", **where, "top1": result.top1, "chosen": chosen, **common})
+            scored = {"top1": result.top1, "chosen": chosen, "at_edge": list(result.at_edge)}
+            add({"protocol": "attentive", **where, **scored, **common})
         if "finetune" in wanted and encoder != "pixels":  # random-init: training from scratch
             settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
             made_from = " ".join(

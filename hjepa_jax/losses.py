@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 VARIANCE_EPSILON = 1e-4
 # Where characteristic functions are compared: they agree at t = 0, and beyond 5 the weight
-# exp(-t^2 / 2) is below 4e-6.
-SIGREG_STEP = 0.625
-SIGREG_POINTS = tuple(SIGREG_STEP * k for k in range(1, 9))
+# exp(-t^2 / 2) is below 4e-6. From point to point a projection of size 6 turns by 0.3 of a circle.
+SIGREG_STEP = 0.3125
+SIGREG_POINTS = tuple(SIGREG_STEP * k for k in range(1, 17))
 PREDICTION_LOSSES = ("smooth_l1", "mse", "cosine")
 
 
@@ -152,7 +152,9 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
     compares the empirical characteristic function with that of N(0, 1). The integrand is even and 0
     at both ends: the trapezoidal rule is twice a sum over t > 0. Of normal features the statistic
     is about 1 whatever B is (in the mean sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06); of collapsed ones it
-    grows with B: 0.41 B where they lie at the origin, more elsewhere.
+    grows with B: 0.41 B where they lie at the origin, more elsewhere. For 128 normal
+    projections with a standard deviation of up to 3 the sum's value and gradient are within 1 % of
+    the integral's; at 4 the gradient is off by about 3 %, at 5 by 12 %.
 
     Args:
       x: representations; each of the R tokens is a representation of its own.

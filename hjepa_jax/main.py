@@ -61,19 +61,15 @@ def main() -> None:
 
 def summary(workdir: pathlib.Path) -> str:
     """Where everything of a run is, and the commands to look at it."""
-    from hjepa_jax.evaluation.results import best_score, read_probe_json, rows_on
+    from hjepa_jax.evaluation.results import format_best, read_probe_json, rows_on
     from hjepa_jax.logging import summary_box
     from hjepa_jax.run_dir import load_config
 
     config, lines = load_config(workdir), {}
     rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
     for protocol in ("linear", "knn"):
-        scores = {e: best_score(rows, protocol, e) for e in ("target", "random_init", "pixels")}
-        known = [
-            f"{e.replace('_', '-')} {100 * s:.1f} %" for e, s in scores.items() if s is not None
-        ]
-        if known:
-            lines[f"best {protocol}"] = ", ".join(known) + _judged(rows, protocol, workdir)
+        if best := format_best(rows, protocol):
+            lines[f"best {protocol}"] = best + _judged(rows, protocol, workdir)
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
     where = shlex.quote(str(workdir))

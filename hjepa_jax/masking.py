@@ -23,7 +23,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from hjepa_jax.blocks import BlockSampler, block_tokens, covers, rank
+from hjepa_jax.blocks import MAX_COMPARED, BlockSampler, block_tokens, covers, rank
 from hjepa_jax.errors import InputError
 
 # A raw uint32 key (what checkpoints and every plugin can hold) or a typed key.
@@ -62,6 +62,11 @@ def gather_tokens(
 
 def target_union(masks: Masks, num_patches: int) -> Bool[Array, "B N"]:
     """Which patches at least one target block covers."""
+    if num_patches > MAX_COMPARED:  # M T N comparisons would cost too much; see `rank`
+        b = len(masks.target_index)
+        image = jnp.arange(b)[:, None]
+        places = masks.target_index.reshape(b, -1), masks.target_valid.reshape(b, -1)
+        return jnp.zeros((b, num_patches), bool).at[image, places[0]].max(places[1])
     patches = jnp.arange(num_patches)[None, None, None]
     hit = (masks.target_index[..., None] == patches) & masks.target_valid[..., None]
     return jnp.any(hit, axis=(1, 2))
@@ -290,7 +295,10 @@ def lowest_first(
     order: Float[Array, " N"], count: Int[Array, ""], capacity: int
 ) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
     """The patches that come first in ascending `order`, `count` of them, padded to `capacity`."""
+    valid = jnp.arange(capacity) < count
+    if len(order) > MAX_COMPARED:  # K x N comparisons would cost too much; see `rank`
+        index = jnp.argsort(order, stable=True)[:capacity].astype(jnp.int32)
+        return jnp.where(valid, index, 0), valid
     is_slot = rank(order)[None, :] == jnp.arange(capacity)[:, None]
     index = jnp.sum(is_slot * jnp.arange(len(order))[None], axis=1, dtype=jnp.int32)
-    valid = jnp.arange(capacity) < count
     return jnp.where(valid, index, 0), valid

@@ -26,7 +26,7 @@ from hjepa_jax.models.products import FLOAT32, Precision, product
 # values; what is around 1 stays between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_UPDATE_RMS = 0.2  # what is usual of AdamW (Liu et al. 2025), times the learning rate
+_UPDATE_RMS = 0.2  # of exactly orthogonal matrices; usual of AdamW (Liu et al. 2025)
 
 
 class MuonState(NamedTuple):
@@ -38,7 +38,10 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     momentum: float = 0.95, precision: Precision = FLOAT32
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalized, of matrices [m, n]; root mean square about 0.2.
+    """Nesterov momentum, orthogonalized, of matrices [m, n].
+
+    The root mean square of an update is `_UPDATE_RMS` times that of the singular values that the
+    iteration leaves, most of them between 0.7 and 1.2. It was 0.16 to 0.2 in all cases tried.
 
     To be followed by weight decay and a learning rate, which may be those of AdamW.
 

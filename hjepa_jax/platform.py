@@ -55,6 +55,7 @@ class Rules:
       bfloat16: it computes in bfloat16; else `model.dtype` must be float32.
       wide_results: products of bfloat16 numbers are fastest where their results are float32.
       keeps_programs: what it compiled can be kept for the next process.
+      sorts: it sorts correctly, whatever the length.
     """
 
     donates: bool = True
@@ -63,6 +64,7 @@ class Rules:
     bfloat16: bool = True
     wide_results: bool = False
     keeps_programs: bool = True
+    sorts: bool = True
 
     def __str__(self) -> str:
         missing = (
@@ -78,9 +80,14 @@ class Rules:
 _RULES = {
     "cpu": Rules(wide_results=True),
     "metal": Rules(
-        donates=False, loops=False, initialises=False, bfloat16=False, keeps_programs=False
+        donates=False,
+        loops=False,
+        initialises=False,
+        bfloat16=False,
+        keeps_programs=False,
+        sorts=False,
     ),
-    "mps": Rules(donates=False, loops=False, initialises=False, keeps_programs=False),
+    "mps": Rules(donates=False, loops=False, initialises=False, keeps_programs=False, sorts=False),
 }
 
 

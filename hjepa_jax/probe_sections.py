@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hjepa_jax.evaluation.results import QUALITY_COLUMNS, Row, column, differing
+from hjepa_jax.evaluation.results import (
+    QUALITY_COLUMNS,
+    Row,
+    column,
+    differing,
+    format_score,
+    tested_on,
+    warnings,
+)
 from hjepa_jax.figures import (
     Panel,
     bars,
@@ -41,15 +49,18 @@ def probes_section(facts: Facts) -> Section | None:
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
         where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
-        cells: dict[tuple[Any, ...], dict[str, float]] = {}
+        cells: dict[tuple[Any, ...], dict[str, str]] = {}
         for row in scored:
             key = tuple(row.get(name) for name in where)
-            cells.setdefault(key, {})[column(row)] = row["top1"]
-        rows = [[*key, *(pct(scores.get(n)) for n in names)] for key, scores in cells.items()]
+            cells.setdefault(key, {})[column(row)] = format_score(row)
+        rows = [[*key, *(scores.get(n, "-") for n in names)] for key, scores in cells.items()]
         parts += [
-            "Top-1 in percent on the test images, each protocol on every representation:",
+            f"Top-1 in percent on {tested_on(scored)}, with its 95 % interval; each protocol on "
+            "every representation:",
             table([*where, *names], rows),
         ]
+        if edges := warnings(scored):
+            parts.append("\n".join(f"- {text}" for text in edges))
     own = [row for row in facts.own_probes if "top1" in row and not row.get("labels")]
     for name in dict.fromkeys(row["protocol"] for row in own if row["encoder"] != "pixels"):
         figures[f"probe_{name}"] = (

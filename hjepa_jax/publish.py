@@ -7,7 +7,7 @@ import numpy as np
 from hjepa_jax.config import Config
 from hjepa_jax.curve_sections import thin
 from hjepa_jax.data.sources import Split
-from hjepa_jax.evaluation.results import best_score, column, differing
+from hjepa_jax.evaluation.results import best_row, column, differing, format_score
 from hjepa_jax.fields import flatten
 from hjepa_jax.figures import Panel, curves, png
 from hjepa_jax.names import encodable
@@ -94,7 +94,8 @@ def comparison(runs: list[Facts]) -> list[Section]:
     ]
     for protocol in ("linear", "knn"):
         for encoder in ("target", "random_init", "pixels"):
-            scores = [pct(best_score(run.own_probes, protocol, encoder)) for run in runs]
+            best = [best_row(run.own_probes, protocol, encoder) for run in runs]
+            scores = ["-" if row is None else format_score(row) for row in best]
             rows.append([f"best {protocol} of {encoder.replace('_', '-')}, %", *scores])
     panels = []
     for metric, title, unit in (

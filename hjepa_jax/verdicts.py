@@ -5,7 +5,9 @@ Nothing here is opinion: a rule looks at numbers of the workdir, and quotes them
 
 import shlex
 
-from hjepa_jax.evaluation.results import best_score
+from hjepa_jax.evaluation.intervals import difference
+from hjepa_jax.evaluation.labelled import MIN_ROWS
+from hjepa_jax.evaluation.results import beats, best_row
 from hjepa_jax.names import encodable
 from hjepa_jax.page import code
 from hjepa_jax.run_facts import Facts
@@ -13,7 +15,7 @@ from hjepa_jax.run_facts import Facts
 # One entry: whether it holds (None: not known), what, and the numbers that say so.
 Check = tuple[bool | None, str, str]
 
-MARGIN = 0.01  # of top-1: what is less is taken for noise
+MARGIN = 0.01  # of top-1: a smaller difference is taken for noise on any number of images
 EASY_COSINE = 0.95
 MOSTLY_PLACES = 0.5  # of the targets' variance; runs of rotary positions stay near 0.01
 BEYOND_PLACES = 0.1  # of the targets' variance: what is explained of it beside the place
@@ -46,23 +48,14 @@ def checklist(facts: Facts) -> list[Check]:
 
     checks.append(collapse_check(facts))
 
-    _, knn = history.series("eval/knn_top1")
-    checks.append(
-        (bool(knn[-1] > knn[0]), "k-NN accuracy rose", f"{pct(knn[0])} to {pct(knn[-1])} %")
-        if len(knn) > 1
-        else (None, "k-NN accuracy rose", "fewer than two evaluations")
-    )
+    checks.append(_knn_check(facts))
 
     for protocol in ("linear", "knn"):
-        ours = best_score(facts.own_probes, protocol, "target")
         for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
-            theirs = best_score(facts.own_probes, protocol, encoder)
             what = f"Trained features beat {name} by more than {pct(MARGIN)} points ({protocol})"
-            if ours is None or theirs is None:
-                checks.append((None, what, "not probed"))
-            else:
-                evidence = f"{pct(ours)} against {pct(theirs)} %{facts.judged(protocol)}"
-                checks.append((ours > theirs + MARGIN, what, evidence))
+            holds, evidence = trained_beats(facts, protocol, encoder)
+            judged = "" if holds is None else facts.judged(protocol)
+            checks.append((holds, what, evidence + judged))
 
     newest = max(facts.checkpoints, default=None)
     checks.append(
@@ -86,6 +79,40 @@ def collapse_check(facts: Facts) -> Check:
     if std is not None:
         evidence += f"; relative std {std:.2g}, threshold {limits.relative_std:.2g}"
     return True, what, evidence
+
+
+def trained_beats(facts: Facts, protocol: str, encoder: str) -> tuple[bool | None, str]:
+    """Whether the best trained features beat those of `encoder`; see `beats`."""
+    ours = best_row(facts.own_probes, protocol, "target")
+    theirs = best_row(facts.own_probes, protocol, encoder)
+    if ours is None or theirs is None:
+        return None, "not probed"
+    return beats(ours, theirs, MARGIN)
+
+
+def _knn_check(facts: Facts) -> Check:
+    what, (_, knn) = "k-NN accuracy rose", facts.history.series("eval/knn_top1")
+    if len(knn) < 2:
+        return None, what, "fewer than two evaluations"
+    holds = True if _surely_above(facts, knn[-1], knn[0]) else False if knn[-1] <= knn[0] else None
+    n = num_held_out(facts)
+    many = "an unknown number of" if n is None else f"at least {n:,}"
+    return holds, what, f"{pct(knn[0])} to {pct(knn[-1])} % on {many} held-out images"
+
+
+def num_held_out(facts: Facts) -> int | None:
+    """Training images that k-NN is scored on during training, at least; None if not known."""
+    if facts.steps_per_epoch is None:
+        return None
+    # The training images that fill whole batches: fewer than one batch is missing.
+    num_images = facts.steps_per_epoch * facts.config.train.batch_size
+    return min(facts.config.eval.num_val, num_images // MIN_ROWS)
+
+
+def _surely_above(facts: Facts, score: float, other: float) -> bool:
+    """Whether a k-NN score during training lies above another by more than chance (95 %)."""
+    n = num_held_out(facts)
+    return bool(n) and difference(float(score), float(other), n, n)[0] > 0
 
 
 def next_steps(facts: Facts) -> list[tuple[str, str]]:
@@ -139,21 +166,23 @@ def next_steps(facts: Facts) -> list[tuple[str, str]]:
     steps, knn = history.series("eval/knn_top1")
     if len(knn) > 2:
         before = knn[steps <= 2 / 3 * steps[-1]]
-        if len(before) and knn[-1] > before[-1] + MARGIN:
+        rose = len(before) and knn[-1] > before[-1] + MARGIN
+        if rose and _surely_above(facts, knn[-1], before[-1]):
             rule = (
                 f"eval/knn_top1 rose from {pct(before[-1])} to {pct(knn[-1])} % in the last third"
             )
             found.append(("Train longer: `train.num_epochs`.", rule))
-    if len(knn) and knn[-1] < knn.max() - MARGIN:
+    fell = len(knn) and knn[-1] < knn.max() - MARGIN
+    if fell and _surely_above(facts, knn.max(), knn[-1]):
         rule = (
             f"eval/knn_top1 ended at {pct(knn[-1])} %, below the {pct(knn.max())} % of step "
             f"{steps[knn.argmax()]:.0f}"
         )
         what = f"Judge the best checkpoint too: {_probe_command(facts, '--step=best')}."
         found.append((what, rule))
-    ours, random = (best_score(facts.own_probes, "linear", e) for e in ("target", "random_init"))
-    if ours is not None and random is not None and ours <= random + MARGIN:
-        rule = f"linear: {pct(ours)} %, random-init {pct(random)} %"
+    better, evidence = trained_beats(facts, "linear", "random_init")
+    if not better and evidence != "not probed":
+        rule = f"linear, trained against random-init: {evidence}"
         found.append(("Do not trust this representation yet: see the checklist.", rule))
     if facts.status == "finished" and not found:
         found.append(("Repeat with other values of `seed` before comparing.", "no rule applies"))

@@ -5,10 +5,14 @@ checkpoint can tell is given as `Checkpoint`, or is checked in form alone.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
 import re
 import statistics
+
+import numpy as np
 
 # Digits that belong to words.
 WORDS = ("top-1", "Top-1")
@@ -97,12 +101,60 @@ class Sources:
     def values(self, name: str) -> list[float]:
         return [line[name] for line in self.lines if name in line]
 
-    def best(self, protocol: str, encoder: str) -> float | None:
+    @property
+    def num_held_out(self) -> int:
+        at_least = self.steps_per_epoch * self.config["train"]["batch_size"]
+        return min(self.config["eval"]["num_val"], at_least // 5)
+
+    def best(self, protocol: str, encoder: str) -> dict | None:
         """Of the features that held-out training images choose, on the run's own data."""
         keys = (protocol, encoder, self.config["data"]["source"])
         rows = [r for r in self.probes if (r["protocol"], r["encoder"], r["data"]) == keys]
-        rows.sort(key=lambda r: (r["step"], r["chosen"]["val_top1"], r["top1"]))
-        return rows[-1]["top1"] if rows else None
+        return functools.reduce(better, rows) if rows else None
+
+
+def better(a: dict, b: dict) -> dict:
+    """The one of two rows that held-out images favour; if equal, by what the features are."""
+    for judged in (
+        lambda r: r["step"],
+        lambda r: r["chosen"]["val_top1"],
+        lambda r: -r["dim"],
+        lambda r: ["concat", "summary", "mean"].index(r["pool"]),
+        lambda r: -1e9 if r["level"] == "all" else -int(r["level"]),
+        lambda r: -r.get("num_layers", 1),
+    ):
+        if judged(a) != judged(b):
+            return a if judged(a) > judged(b) else b
+    return a
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n, by the quadratic equation that Wilson solved.
+
+    (p - share)^2 = z^2 p (1 - p) / n
+    """
+    z2 = 1.959964**2
+    roots = np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real
+    return max(0.0, min(roots)), min(1.0, max(roots))
+
+
+def gap(a: float, b: float, n: int, m: int) -> tuple[float, float]:
+    """The 95 % interval of a - b: the ends of the two intervals, at right angles."""
+    (a_low, a_high), (b_low, b_high) = interval(a, n), interval(b, m)
+    return (
+        a - b - math.sqrt((a - a_low) ** 2 + (b_high - b) ** 2),
+        a - b + math.sqrt((a_high - a) ** 2 + (b - b_low) ** 2),
+    )
+
+
+def comparison(ours: dict, theirs: dict) -> tuple[bool | None, str]:
+    a, b = ours["top1"], theirs["top1"]
+    n, m = ours["test_size"], theirs["test_size"]
+    low, high = gap(a, b, n, m)
+    assert n == m
+    says = f"{percent(a)} against {percent(b)} % on {n:,} test images: {100 * (a - b):+.2f} points"
+    holds = True if low > 0.01 else None if a - b > 0.01 else False
+    return holds, f"{says}, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
 
 
 def read_sources(folder: pathlib.Path, **known) -> Sources:
@@ -194,7 +246,9 @@ def reached(s: Sources) -> list:
         (loss[-1] < loss[0], "The loss ended below its first value",
          f"{four(loss[0])} to {four(loss[-1])}"),
         (healthy, "Features have not collapsed", spread),
-        (knn[-1] > knn[0], "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} %")
+        (True if gap(knn[-1], knn[0], *2 * [s.num_held_out])[0] > 0 else None if knn[-1] > knn[0]
+         else False, "k-NN accuracy rose", f"{percent(knn[0])} to {percent(knn[-1])} % on at least "
+         f"{s.num_held_out:,} held-out images")
         if len(knn) > 1 else (None, "k-NN accuracy rose", "fewer than two evaluations"),
     ]  # fmt: skip
     for protocol in ("linear", "knn"):
@@ -204,8 +258,8 @@ def reached(s: Sources) -> list:
             if ours is None or theirs is None:
                 checks.append((None, what, "not probed"))
                 continue
-            says = f"{percent(ours)} against {percent(theirs)} %"
-            checks.append((ours > theirs + 0.01, what, says))
+            holds, says = comparison(ours, theirs)
+            checks.append((holds, what, says))
     saved = (None, "no checkpoint")
     if s.saved is not None:
         saved = (s.saved >= step, f"newest is step {s.saved}")
@@ -332,14 +386,31 @@ def column(r: dict) -> str:
     return f"{r['protocol']} {r['labels']}" if r.get("labels") else r["protocol"]
 
 
+def score(r: dict) -> str:
+    low, high = interval(r["top1"], r["test_size"])
+    if "interval" in r:
+        low, high = max(0, r["top1"] - r["interval"]), min(1, r["top1"] + r["interval"])
+    return f"{percent(r['top1'])} ({100 * low:.1f}-{100 * high:.1f})"
+
+
 def probes(s: Sources) -> list:
     scored = [r for r in s.probes if "top1" in r]
     names = list(dict.fromkeys(map(column, scored)))
     cells: dict[tuple, dict] = {}
     for r in scored:
         key = (r["encoder"], r["step"], r["pool"], r["level"], r["dim"])
-        cells.setdefault(key, {})[column(r)] = percent(r["top1"])
-    found = [row("encoder", "step", "pool", "level", "dim", *names)]
+        cells.setdefault(key, {})[column(r)] = score(r)
+    sizes = " or ".join(f"{n:,}" for n in sorted({r["test_size"] for r in scored}))
+    found = [f"Top-1 in percent on {sizes} test images, with its 95 % interval"] * bool(scored)
+    found += [row("encoder", "step", "pool", "level", "dim", *names)]
+    found += [
+        f"- {column(r)}, {r['encoder']} {r['pool']} level {r['level']}: {note}"
+        for r in scored
+        for note in [
+            *r.get("at_edge", []),
+            *["the fit did not converge"] * (r.get("converged") is False),
+        ]
+    ]  # fmt: skip
     found += [row(*key, *(scores.get(n, "-") for n in names)) for key, scores in cells.items()]
     for r in s.probes:
         if r["protocol"] == "quality":
@@ -404,16 +475,17 @@ def next_steps(s: Sources) -> list:
         found.append(f"perf/data_wait_fraction {wait:.3f} is above 0.1")
     knn = [(line["step"], line["eval/knn_top1"]) for line in s.lines if "eval/knn_top1" in line]
     before = [score for step, score in knn if step <= 2 / 3 * knn[-1][0]]
-    if len(knn) > 2 and before and knn[-1][1] > before[-1] + 0.01:
+    sure = lambda a, b: a > b + 0.01 and gap(a, b, *2 * [s.num_held_out])[0] > 0
+    if len(knn) > 2 and before and sure(knn[-1][1], before[-1]):
         rise = f"{percent(before[-1])} to {percent(knn[-1][1])} %"
         found.append(f"eval/knn_top1 rose from {rise} in the last third")
-    if knn and knn[-1][1] < (most := max(score for _, score in knn)) - 0.01:
+    if knn and sure(most := max(score for _, score in knn), knn[-1][1]):
         step = next(step for step, score in knn if score == most)
         ended = f"{percent(knn[-1][1])} %, below the {percent(most)} % of step {step}"
         found.append(f"eval/knn_top1 ended at {ended}")
     ours, random = s.best("linear", "target"), s.best("linear", "random_init")
-    if ours is not None and random is not None and ours <= random + 0.01:
-        found.append(f"linear: {percent(ours)} %, random-init {percent(random)} %")
+    if ours and random and not (compared := comparison(ours, random))[0]:
+        found.append(f"linear, trained against random-init: {compared[1]}")
     return [f"*Because: {rule}.*" for rule in found]
 
 

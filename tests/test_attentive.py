@@ -42,6 +42,7 @@ def test_the_setting_is_chosen_on_held_out_rows_and_no_test_label_changes_it():
     assert true.chosen_learning_rate == 1e-2
     assert true.val_top1 == false.val_top1
     assert len(true.val_top1) == 2
+    assert true.at_edge == ("learning rate 0.01 is the largest tried, a better one may lie beyond",)
     np.testing.assert_array_equal(true.test_predictions, false.test_predictions)
 
 

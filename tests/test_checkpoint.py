@@ -11,11 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hjepa_jax import array_table, checkpoint, metrics, run
 from hjepa_jax.array_table import crc_checksums, describe_arrays, differences, json_checksum
 from hjepa_jax.errors import InputError
+from hjepa_jax.old_biases import with_old_biases
 from hjepa_jax.train_state import TrainState
 
 
@@ -426,3 +428,34 @@ def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):
     assert best_step(tmp_path, tiny_config) == 3
     tiny_config.train.keep_checkpoints = 1
     assert save(tmp_path, tiny_config, {5: 0.1}) == [3, 5]
+
+
+def with_projection(state: TrainState) -> TrainState:
+    """The state of a run whose views agree, with an optimizer that leaves kernels to another."""
+    sizes = {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
+    projection = {"out": sizes}
+    for i in range(2):
+        projection |= {f"hidden_{i}": {"kernel": sizes["kernel"] + i}}
+        projection |= {f"norm_{i}": {"scale": jnp.ones(5), "bias": jnp.full(5, 0.5 + i)}}
+    left = jax.tree.map(lambda x: optax.MaskedNode() if x.ndim > 1 else x, projection)
+    params = {**state.params, "projection": projection}
+    return state.replace(params=params, opt_state={"mu": {"projection": left}})
+
+
+def test_a_checkpoint_with_the_biases_of_old_projections_goes_on_without_them(
+    tmp_path, tiny_config
+):
+    """Those of up to commit b92d0cf: the biases were taken away again by the norm behind them."""
+    state = with_projection(make_state(1))
+    old = with_old_biases(state)
+    assert old.params["projection"]["hidden_1"]["bias"].tolist() == [1.5] * 5
+    assert set(old.opt_state["mu"]["projection"]["hidden_1"]) == {"kernel", "bias"}
+    for step, saved in ((1, old), (2, state)):
+        options = {"config": tiny_config, "data": "abc", "owner": True}
+        checkpoints = checkpoint.Checkpoints(tmp_path / str(step), **options)
+        try:
+            checkpoints.save(saved, make_window(), scores={})
+            checkpoints.wait()
+            assert_same_tree(checkpoints.restore(state, make_window())[0], state)
+        finally:
+            checkpoints.close()

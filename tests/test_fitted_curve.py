@@ -7,6 +7,8 @@ import pytest
 
 from experiments import fitted_curve
 from hjepa_jax.config import base_config
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.results import write_probe_json
 
 
 def write_run(workdir, lines):
@@ -68,6 +70,26 @@ def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, run, epoch, 
     with pytest.raises(SystemExit, match="2"):
         fitted_curve.main([str(tmp_path), epoch])
     assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_images_that_were_not_kept_are_counted_by_the_probe_table(tmp_path, capsys):
+    write_run(tmp_path, [{"step": 10, "eval/knn_top1": 0.3}])
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"]["source"] = "npz:gone.npz"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    row = {
+        "protocol": "knn", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
+        "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5}, "train_size": 4000,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="there is no such file"):
+        fitted_curve.scores(tmp_path, "eval/knn_top1")
+    write_probe_json(tmp_path / "probe.json", [row])
+    epochs, _ = fitted_curve.scores(tmp_path, "eval/knn_top1")
+    np.testing.assert_allclose(epochs, [5.0], err_msg="two steps are an epoch of 4,000 images")
+    assert "4,000 images of shapes" in capsys.readouterr().out
+    write_probe_json(tmp_path / "probe.json", [row | {"data": "other", "train_size": 5}])
+    with pytest.raises(InputError, match="there is no such file"):
+        fitted_curve.scores(tmp_path, "eval/knn_top1")
 
 
 def test_epochs_and_scores_are_those_of_the_log(tmp_path):

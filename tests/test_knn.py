@@ -99,9 +99,23 @@ def test_test_labels_do_not_influence_a_choice():
 
 def test_equal_scores_choose_the_smallest_k():
     train_x, train_y = blobs(200, noise=0.01)
-    result = knn_probe(train_x, train_y, train_x, train_y, num_classes=4, ks=(10, 2, 5))
+    result = knn_probe(train_x, train_y, train_x, train_y, num_classes=4, ks=(10, 1, 5))
     assert result.val_top1 == (1.0, 1.0, 1.0)
-    assert result.chosen_k == 2
+    assert result.chosen_k == 1
+    assert result.at_edge == ()
+
+
+def test_the_largest_k_is_named_if_it_is_best_alone_and_more_rows_are_there():
+    """Classes of 20 rows each, told only by many neighbours."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 150)
+    x = np.stack([np.ones(300), 0.1 * (2 * y - 1) + rng.normal(size=300)], axis=1)
+    options = {"num_classes": 2, "temperature": 1e3}
+    few = knn_probe(x, y, x, y, ks=(1, 3, 31), **options)
+    assert few.chosen_k == 31
+    assert few.at_edge == ("k 31 is the largest tried, a better one may lie beyond",)
+    assert knn_probe(x, y, x, y, ks=(1, 3, 31, 33), **options).at_edge != few.at_edge
+    assert knn_probe(x, y, x, y, ks=(1, 240), **options).at_edge == ()
 
 
 @pytest.mark.parametrize("ks", [(), (0, 1), (1, 81)])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.labelled import hold_out, spread_rows
+from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out, spread_rows
 
 
 def test_hold_out_is_a_sorted_partition_fixed_by_its_seed():
@@ -34,3 +34,27 @@ def test_rows_are_spread_from_the_first_to_the_last_so_that_no_class_is_left_out
         counts = np.bincount(labels[rows], minlength=10)
         assert counts.max() - counts.min() <= 1
     np.testing.assert_array_equal(spread_rows(np.array([3, 5]), 9), [3, 5])
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "expected"),
+    [
+        ([1, 3, 2], {}, (1, False)),
+        ([3, 1, 2], {}, (0, True)),
+        ([1, 2, 3], {}, (2, True)),
+        ([3, 1, 2], {"open_start": False}, (0, False)),
+        ([1, 2, 3], {"open_end": False}, (2, False)),
+        ([3, 3, 1], {}, (1, False)),  # the plateau has an inner setting
+        ([3, 1, 3], {}, (0, True)),
+        ([3, 1, 3], {"open_end": False}, (2, False)),
+        ([2, 2, 2, 2], {}, (1, False)),
+        ([5], {}, (0, False)),  # given, not chosen
+    ],
+)
+def test_the_best_setting_is_the_first_of_equals_that_is_no_open_end(scores, options, expected):
+    assert choose(scores, **options) == expected
+
+
+def test_the_end_of_a_grid_is_named():
+    assert edge_note("k", 200, [1, 200]).startswith("k 200 is the largest tried")
+    assert edge_note("l2", 1e-10, [1, 1e-10]).startswith("l2 1e-10 is the smallest tried")

@@ -9,8 +9,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up: a module may import from lines above its own, and from its own line.
 LAYERS = [
-    ["errors", "names", "paths", "whole_files", "user_cache", "host_memory"],
-    ["blocks", "models.products"],
+    ["errors", "names", "paths", "whole_files", "user_cache", "host_memory", "old_biases"],
+    ["evaluation.intervals", "blocks", "models.products"],
     ["muon"],
     ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
      "data.sources", "data.shapes",

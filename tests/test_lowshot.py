@@ -66,3 +66,19 @@ def test_a_class_with_too_few_images_is_refused_by_name():
     x, y = blobs(50)
     with pytest.raises(InputError, match=r"^--lowshot_labels=50: class 0 has only"):
         lowshot_probe(x, y, x, y, num_classes=4, shots=(50,))
+
+
+def test_a_penalty_at_an_end_of_those_tried_is_named():
+    train, test = blobs(500, noise=2.0), blobs(100, noise=2.0, seed=1)
+    inside, ends = (
+        lowshot_probe(*train, *test, num_classes=4, shots=(50,), alphas=alphas)[0]
+        for alphas in ((1e-2, 1.0, 10.0, 100.0, 1e5), (1e5, 1e6, 1e7))
+    )
+    assert inside.at_edge == ()
+    assert ends.chosen_alpha == 1e6, "as good as the others, and no end"
+    assert ends.at_edge == ()
+    wide = blobs(500, noise=2.0, d=120), blobs(100, noise=2.0, d=120, seed=1)
+    (weak,) = lowshot_probe(
+        *wide[0], *wide[1], num_classes=4, shots=(30,), alphas=(1e-3, 1e-2, 1e3)
+    )
+    assert weak.at_edge == ("alpha 1000 is the largest tried, a better one may lie beyond",)

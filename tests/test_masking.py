@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-from hjepa_jax.blocks import block_shapes, covers, rank
+from hjepa_jax import blocks, masking
+from hjepa_jax.blocks import block_shapes, covers, is_first_smallest, rank
 from hjepa_jax.errors import InputError
 from hjepa_jax.masking import (
     HierarchicalMask,
@@ -41,6 +42,41 @@ def test_rank_is_the_inverse_of_a_stable_sort():
     x = np.array([3.0, 1.0, 2.0, 1.0, 3.0], np.float32)
     assert rank(jnp.asarray(x)).tolist() == np.argsort(np.argsort(x, kind="stable")).tolist()
     assert rank(jnp.asarray(x)).tolist() == [3, 0, 2, 1, 4]
+
+
+@pytest.mark.parametrize("values", [3, 10_000])
+def test_sorting_ranks_and_picks_as_comparing_does(monkeypatch, values):
+    x = jnp.asarray(np.random.default_rng(0).integers(values, size=400) / values, jnp.float32)
+    index = jnp.asarray(np.random.default_rng(1).integers(400, size=(2, 3, 9)))
+    masks = masking.Masks(index, index > 0, index, index % 3 > 0)
+    make = lambda: (
+        rank(x), masking.lowest_first(x, jnp.int32(30), 50), masking.target_union(masks, 400)
+    )  # fmt: skip
+    compared = make()
+    assert is_first_smallest(x).tolist() == (rank(x) == 0).tolist()
+    monkeypatch.setattr(blocks, "MAX_COMPARED", 399)
+    monkeypatch.setattr(masking, "MAX_COMPARED", 399)
+    found = make()
+    jax.tree.map(np.testing.assert_array_equal, found, compared)
+    assert found[0].dtype == found[1][0].dtype == jnp.int32
+
+
+def test_masks_of_the_largest_grid_compare_no_patch_with_every_other():
+    """128 x 128 patches: 268 million comparisons for each image, before they were sorted."""
+    sampler = MultiBlockMask(128, scale=(0.1, 0.2), aspect_ratio=(0.5, 2.0), num_blocks=2)
+    rngs = jax.random.split(jax.random.PRNGKey(0), 1)
+    program = jax.make_jaxpr(lambda rngs: target_union(sampler(rngs), 128**2))(rngs)
+    sizes = [var.aval.size for eqn in every_equation(program.jaxpr) for var in eqn.outvars]
+    assert max(sizes) <= 4 * 128**2
+
+
+def every_equation(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from every_equation(inner)
 
 
 def test_gather_tokens_copies_rows_exactly():

@@ -200,6 +200,16 @@ def test_muon_against_its_definition():
             np.testing.assert_allclose(inner, np.eye(min(shape)), atol=0.35)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 384)])
+def test_updates_of_muon_are_a_little_smaller_than_those_of_orthogonal_matrices(shape):
+    tx, gradient = (
+        scale_by_muon(),
+        jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32),
+    )
+    update, _ = tx.update(gradient, tx.init(gradient))
+    assert 0.16 < jnp.sqrt(jnp.mean(update**2)) < 0.2
+
+
 def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
     """And where Adam moves, it does so as without Muon; the decay is the same for both."""
     tiny_config.loss.agreement_weight = 1.0

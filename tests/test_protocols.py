@@ -1,5 +1,6 @@
 """The protocol as a whole, with an encoder that is a matrix."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.features import FeatureCache, extract_features, representations
 from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
+from tests import report_numbers
 
 NUM_CLASSES = 4
 ALL = Protocol(protocols=PROTOCOLS, batch_size=64, lowshot_labels=(1, 5))
@@ -330,12 +332,13 @@ def test_tables_show_every_score_where_it_belongs():
     by_place = {
         (r["encoder"], r["pool"], str(r["level"])): r for r in rows if r["protocol"] == "knn"
     }
-    header, *lines = table.split("\n\n")[0].splitlines()
+    _, header, *lines = table.split("\n\n")[0].splitlines()
     knn_ends = header.index("knn") + 3
-    assert len(lines) == len(by_place)
-    for line in lines:
+    warned = results.warnings([row for row in rows if "top1" in row])
+    assert lines[len(by_place) :] == warned
+    for line in lines[: len(by_place)]:
         row = by_place[tuple(line.split()[:3])]
-        assert line[:knn_ends].split()[-1] == f"{100 * row['top1']:.2f}"
+        assert line[:knn_ends].endswith(results.format_score(row))
     assert "verdict" in table
 
 
@@ -353,10 +356,105 @@ def test_the_best_score_is_of_the_newest_checkpoint_and_chosen_without_the_test_
     assert results.best_score(rows, "knn", "target") is None
 
 
+def test_equally_good_features_are_told_apart_without_the_test_images():
+    """Three features tie on held-out images: the one with fewest dimensions counts."""
+    tied = [
+        feature_row(0.6, 0.9, dim=300, pool="concat", level="all"),
+        feature_row(0.6, 0.5, dim=100, pool="summary", level=0),
+        feature_row(0.6, 0.4, dim=100, pool="mean", level=0),
+    ]
+    assert results.best_score(tied, "linear", "target") == 0.4
+    assert results.best_score(tied[:2], "linear", "target") == 0.5
+    assert results.best_score([*tied, feature_row(0.61, 0.1)], "linear", "target") == 0.1
+    levels = [
+        feature_row(0.6, top1, level=level) for level, top1 in (("all", 0.9), (10, 0.8), (2, 0.7))
+    ]
+    assert results.best_score(levels, "linear", "target") == 0.7
+    blocks = [feature_row(0.6, 0.9, num_layers=4), feature_row(0.6, 0.5, num_layers=1)]
+    assert results.best_score(blocks, "linear", "target") == 0.5
+
+
+def test_no_test_score_and_no_order_of_rows_changes_which_row_is_best():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = [
+            feature_row(
+                rng.choice([0.5, 0.6]), 0.0, dim=int(rng.choice([8, 16])), level=level, pool=pool
+            )
+            for level in (0, 1, "all") for pool in ("mean", "summary", "concat")
+        ]  # fmt: skip
+        expected = results.best_row(rows, "linear", "target")
+        again = [row | {"top1": rng.random()} for row in rng.permutation(np.array(rows))]
+        found = results.best_row(again, "linear", "target")
+        assert found | {"top1": 0.0} == expected
+        by_hand = functools.reduce(report_numbers.better, again)
+        assert by_hand == found, "the report's own test must see the same"
+
+
+def feature_row(val_top1, top1, **fields):
+    return ROW | {"top1": top1, "chosen": {"val_top1": val_top1}} | fields
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "n", "holds"),
+    [
+        (1.0, 0.625, 8, None),  # noise, as it was ticked
+        (0.613, 0.430, 2000, True),
+        (0.613, 0.430, 40, None),
+        (0.55, 0.545, 10_000_000, False),  # surely better, and by less than a point
+        (0.55, 0.535, 1000, None),
+        (0.55, 0.535, 100_000, True),
+        (0.3, 0.5, 8, False),
+    ],
+)
+def test_better_is_what_lies_beyond_the_interval_of_the_difference(ours, theirs, n, holds):
+    rows = [ROW | {"top1": top1, "test_size": n} for top1 in (ours, theirs)]
+    found, evidence = results.beats(*rows, 0.01)
+    assert found is holds
+    assert f"{n:,} test images" in evidence
+    assert results.beats(ROW, ROW | {"top1": 0.0}, 0.01)[0] is None, "no number of images"
+
+
+def test_scores_stand_beside_their_interval_and_the_number_of_test_images():
+    rows = [
+        feature_row(0.5, 0.5, test_size=100),
+        feature_row(0.5, 0.0, encoder="pixels", test_size=100),
+    ]
+    table = results.format_tables(rows)
+    assert table.startswith("top-1 in percent on 100 test images")
+    assert "50.00 (40.4-59.6)" in table
+    assert results.format_best(rows, "linear") == (
+        "target 50.0 % (40.4-59.6), pixels 0.0 % (0.0-3.7); 95 % intervals, 100 test images"
+    )
+    assert results.format_best(rows, "knn") is None
+
+
+def test_a_setting_at_the_end_of_those_tried_is_told_with_the_row_and_below_the_table():
+    note = "l2 1e-10 is the smallest tried, a better one may lie beyond"
+    row = feature_row(0.5, 0.5, test_size=100, at_edge=[note], converged=False)
+    expected = [f"linear, target mean level 0: {n}" for n in (note, "the fit did not converge")]
+    assert results.format_row(row).splitlines()[1:] == expected
+    assert results.format_tables([row, feature_row(0.4, 0.4)]).splitlines()[-2:] == expected
+
+
 def test_seeds_are_summed_up_by_mean_and_standard_deviation():
     row = {"protocol": "linear", "encoder": "target", "level": 0, "pool": "mean"}
     text = results.format_seeds([[row | {"top1": 0.2}], [row | {"top1": 0.4}]])
     assert "30.00 +- 14.14  (2 runs)" in text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"dim": 9}, {"step": 9}, {"data": "z"}, {"num_layers": 4}, {"test_size": 9}, {"train_size": 9},
+     {"seed": 9}],
+)  # fmt: skip
+def test_rows_that_do_not_compare_are_not_averaged(other):
+    first = ROW | {"top1": 0.2, "test_size": 5, "train_size": 5}
+    text = results.format_seeds([[first], [first | {"top1": 0.4} | other]])
+    (name,) = other
+    assert text.count("(1 run, ") == 2
+    assert f"40.00  (1 run, {name} {other[name]})" in text
+    assert "+- n" not in text
 
 
 def test_a_row_says_how_many_images_were_held_out_not_how_many_were_asked_for():

@@ -58,19 +58,57 @@ def test_constant_features_have_effective_rank_zero(value):
     assert quality.rankme(x) == pytest.approx(float(value > 0), abs=1e-4)
 
 
-def test_alpha_req_recovers_the_exponent_of_a_power_law():
-    n, d = 512, 32
-    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(n, d + 1)))[0]
-    basis -= basis.mean(axis=0)  # centred, then orthonormal again
-    basis = np.linalg.svd(basis, full_matrices=False)[0][:, :d]
-    for alpha in (0.0, 0.8, 2.0):
-        x = basis * np.arange(1, d + 1) ** (-alpha / 2)
-        assert quality.alpha_req(x) == pytest.approx(alpha, abs=1e-3)
+def centred_basis(n, d, seed=0):
+    """Returns d orthonormal columns of mean 0."""
+    basis = np.random.default_rng(seed).normal(size=(n, d))
+    return np.linalg.svd(basis - basis.mean(axis=0), full_matrices=False)[0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8, 2.0])
+def test_alpha_req_recovers_the_exponent_of_a_power_law(alpha):
+    x = centred_basis(512, 32) * np.arange(1, 33) ** (-alpha / 2)
+    assert quality.alpha_req(x) == pytest.approx(alpha, abs=1e-3)
+
+
+def test_alpha_req_by_hand():
+    """Eigenvalues 1, 1/2, 1/4 at ranks 4, 5, 6 of weights 1/4, 1/5, 1/6.
+
+    In sixtieths the weights are 15, 12, 10. The weighted mean of log 4, log 5, log 6 is 1.568251,
+    that of 0, -log 2, -2 log 2 is -0.599479. The products about these means sum to -3.441082 and
+    the squares to 1.016540: the slope is -3.385092.
+    """
+    x = centred_basis(64, 6) * np.sqrt([90, 40, 7, 1, 0.5, 0.25])  # the first three do not count
+    assert quality.alpha_req(x) == pytest.approx(3.385092, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_features_given_twice_with_noise_change_no_metric(width):
+    """The second copy adds a floor of noise 1e-4, which counts as no direction."""
+    rng = np.random.default_rng(0)
+    x = np.sqrt(3000) * centred_basis(3000, width) * np.arange(1, width + 1) ** -0.5
+    twice = (np.hstack([x, x]) + 1e-4 * rng.normal(size=(3000, 2 * width))).astype(np.float32)
+    assert quality.alpha_req(twice) == pytest.approx(1.0, abs=1e-2)
+    for metric in (quality.effective_rank, quality.rankme):
+        assert metric(twice) == pytest.approx(metric(x), rel=0.01)
+    image, noise = twice[:200, None], 0.1 * rng.normal(size=(200, 3, width))
+    views = image[..., :width] + noise
+    again = np.concatenate([views, views], axis=-1)
+    again += 1e-4 * rng.normal(size=again.shape)
+    assert quality.lidar(again) == pytest.approx(quality.lidar(views), rel=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_metrics_of_the_spectrum_do_not_depend_on_the_unit_of_the_features(scale):
+    x = features() * np.arange(1, 17) ** -0.5
+    for metric in (quality.alpha_req, quality.effective_rank, quality.rankme, quality.uniformity):
+        assert metric(scale * x) == pytest.approx(metric(x), rel=1e-5)
 
 
 def test_alpha_req_of_features_without_a_spectrum_is_nan():
     assert np.isnan(quality.alpha_req(np.ones((20, 4), np.float32)))
     assert np.isnan(quality.alpha_req(features(d=8, rank=1)))
+    assert np.isnan(quality.alpha_req(features(d=4)))  # rank 4 alone is no slope
+    assert np.isfinite(quality.alpha_req(features(d=5)))
 
 
 def test_uniformity_matches_a_loop_over_pairs():

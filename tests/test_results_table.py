@@ -1,10 +1,15 @@
 """The README's numbers are those of the runs in experiments/."""
 
 import json
+import pathlib
+import re
+import shlex
+import subprocess
 
 import pytest
 
-from experiments import results_table, sweep_table
+from experiments import fitted_curve, results_table, sweep_table
+from tests.conftest import REPOSITORY
 
 
 def test_the_table_of_the_readme_is_made_of_the_kept_runs():
@@ -22,6 +27,66 @@ def test_the_table_of_the_readme_is_made_of_the_kept_runs():
         name = path.relative_to(results_table.EXPERIMENTS).parts[0]
         line = next(line for line in table.splitlines() if f"`{name}`" in line)
         assert f"{100 * scores[-1]:.1f}" in line
+
+
+def test_every_row_names_its_commit_and_older_crops_are_marked():
+    table = results_table.results_table()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| [")]
+    commits = {row[0].split("`")[1]: row[1] for row in rows}
+    assert commits["cifar10_tiny_muon"] == "bac1bbf", "the last of three"
+    assert commits["cifar10_tiny_agreement"] == commits["shapes_cifar10_recipe"] == "29b1aaf"
+    assert all(re.fullmatch(r"[0-9a-f]{7}( \\\*)?", commit) for commit in commits.values())
+    marked = {name for name, commit in commits.items() if commit.endswith("*")}
+    assert marked == {"cifar10_tiny", "shapes_tiny"}
+    assert "bc926dd" in table.splitlines()[-1]
+    is_older = ["git", "-C", str(REPOSITORY), "merge-base", "--is-ancestor", "bc926dd"]
+    known = ["git", "-C", str(REPOSITORY), "cat-file", "-e", "bc926dd^{commit}"]
+    if (
+        subprocess.run(known, capture_output=True, check=False).returncode == 0
+    ):  # not a shallow clone
+        for name, commit in commits.items():
+            newer = subprocess.run([*is_older, commit[:7]], check=False).returncode == 0
+            assert newer == (name not in marked), name
+
+
+def test_a_run_without_a_commit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "EXPERIMENTS", tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "README.md").write_text("# x")
+    with pytest.raises(ValueError, match="needs a line"):
+        results_table.commit_of(tmp_path / "x" / "probe.json")
+
+
+DOCUMENTED = [
+    (page.relative_to(REPOSITORY), shlex.split(command.split("#")[0]))
+    for page in sorted(REPOSITORY.glob("experiments/**/*.md"))
+    for command in re.findall(
+        r"python (experiments/(?:fitted_curve|sweep_table|results_table)\.py[^`\n]*)",
+        page.read_text(),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    DOCUMENTED,
+    ids=[f"{page.parent.name}-{i}" for i, (page, _) in enumerate(DOCUMENTED)],
+)
+def test_commands_of_the_pages_run_on_what_is_kept(page, command, monkeypatch, capsys):
+    """Those that need a run say `runs/`; others must find all in the repository."""
+    script, *arguments = command
+    if any(argument.startswith("runs/") for argument in arguments):
+        pytest.skip("needs a run")
+    monkeypatch.chdir(REPOSITORY)
+    if "fitted_curve" in script:
+        fitted_curve.main(arguments)
+        assert "predicted at epoch" in capsys.readouterr().out
+        return
+    assert all(pathlib.Path(argument).exists() for argument in arguments), page
+
+
+def test_a_documented_command_is_tried():
+    assert any("fitted_curve" in command[0] for _, command in DOCUMENTED)
 
 
 def test_a_run_that_was_stopped_has_the_epochs_that_it_trained():

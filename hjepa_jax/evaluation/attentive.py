@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import map_batches, progress
-from hjepa_jax.evaluation.labelled import check_labelled, hold_out
+from hjepa_jax.evaluation.labelled import check_labelled, choose, edge_note, hold_out
 
 DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 DEFAULT_WEIGHT_DECAYS = (1e-3, 1e-1)
@@ -42,6 +42,8 @@ class AttentiveResult:
       chosen_learning_rate, chosen_weight_decay: the setting that scored best on held-out rows.
       val_top1: held-out scores, in the order of the grid (weight decays within learning rates).
       test_predictions: predicted classes `[num_test]`.
+      at_edge: notes on what was chosen at an end of the values tried. Less than the smallest weight
+        decay is next to none, so that end does not count.
     """
 
     top1: float
@@ -49,6 +51,7 @@ class AttentiveResult:
     chosen_weight_decay: float
     val_top1: tuple[float, ...]
     test_predictions: Int32[np.ndarray, " num_test"]
+    at_edge: tuple[str, ...] = ()
 
 
 def attentive_probe(
@@ -76,8 +79,8 @@ def attentive_probe(
       test_y: classes `[num_test]`; read only to score the final predictions.
       num_classes: number of classes.
       num_queries: learned queries.
-      learning_rates: peaks of Adam's learning rate to choose from; cosine to 0.
-      weight_decays: decoupled weight decays to choose from.
+      learning_rates: peaks of Adam's learning rate to choose from, ascending; cosine to 0.
+      weight_decays: decoupled weight decays to choose from, ascending.
       num_epochs: passes over the rows.
       batch_size: rows per update.
       num_val: training rows held out to choose; at most a fifth of them is taken.
@@ -105,12 +108,18 @@ def attentive_probe(
     model = train(train_tokens[fit], train_y[fit], grid, batch_size=min(batch_size, len(fit)))
     predicted = _predict(model, train_tokens[val], batch_size)
     val_top1 = (predicted == train_y[None, val]).mean(axis=1).tolist()
-    chosen = grid[int(np.argmax(val_top1))]
+    # The best score of each rate decides on the rate; then its decays are compared.
+    by_rate = np.array(val_top1).reshape(len(learning_rates), len(weight_decays))
+    (rate, rate_at_edge), decays = choose(by_rate.max(axis=1).tolist()), weight_decays
+    decay, decay_at_edge = choose(by_rate[rate].tolist(), open_start=False)
+    chosen = learning_rates[rate], decays[decay]
+    notes = [edge_note("learning rate", chosen[0], learning_rates)] if rate_at_edge else []
+    notes += [edge_note("weight decay", chosen[1], decays)] if decay_at_edge else []
 
     model = train(train_tokens, train_y, [chosen], batch_size=min(batch_size, len(train_y)))
     predictions = _predict(model, test_tokens, batch_size)[0]
     top1 = float((predictions == test_y).mean())
-    return AttentiveResult(top1, *chosen, tuple(val_top1), predictions)
+    return AttentiveResult(top1, *chosen, tuple(val_top1), predictions, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def finetune(
 
     Raises:
       InputError: for more steps than can be counted ("--finetune_epochs"), or when the loss is not
-        finite ("settings.learning_rate").
+        finite ("--protocols").
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
@@ -200,8 +200,8 @@ def finetune(
                 checkpoints.save(done, state)
     train_loss = float(state.epoch_loss) / ((num_steps - 1) % order.steps_per_epoch + 1)
     if not math.isfinite(train_loss):
-        rule = "is too large: the loss is not finite"
-        raise InputError("settings.learning_rate", settings.learning_rate, rule)
+        rule = f"the loss is not finite at a learning rate of {settings.learning_rate:g}"
+        raise InputError("--protocols", "finetune", rule)
 
     @jax.jit
     def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:

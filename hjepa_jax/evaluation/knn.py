@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_splits, hold_out
+from hjepa_jax.evaluation.labelled import check_splits, choose, edge_note, hold_out
 from hjepa_jax.evaluation.quality import unit_rows
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
@@ -32,15 +32,18 @@ class KnnResult:
 
     Attributes:
       top1: accuracy on the test set at the chosen k, fraction in [0, 1].
-      chosen_k: the k that scored best on held-out training rows; the smallest, of equals.
+      chosen_k: the k that scored best on held-out training rows; the smallest, of equals, but the
+        largest of all only if it is alone.
       val_top1: those held-out scores, one per k in the order given.
       test_predictions: predicted classes `[num_test]` at the chosen k.
+      at_edge: a note if the chosen k is the largest tried, and there are rows for a larger one.
     """
 
     top1: float
     chosen_k: int
     val_top1: tuple[float, ...]
     test_predictions: Int32[np.ndarray, " num_test"]
+    at_edge: tuple[str, ...] = ()
 
 
 def knn_probe(
@@ -83,11 +86,16 @@ def knn_probe(
     fit, val = hold_out(len(train_x), num_val=num_val, seed=seed)
     predicted = knn_predict(train_x[fit], train_y[fit], train_x[val], ks=ks, **options)
     val_top1 = (predicted == train_y[None, val]).mean(axis=1).tolist()
-    _, smallest = max(zip(val_top1, (-k for k in ks), strict=True))
-    chosen_k = -smallest
+    order = np.argsort(ks)
+    best, at_edge = choose(
+        [val_top1[i] for i in order], open_start=min(ks) > 1, open_end=max(ks) < len(fit)
+    )
+    chosen_k = ks[order[best]]
+    notes = (edge_note("k", chosen_k, ks),) if at_edge else ()
 
     (predictions,) = knn_predict(train_x, train_y, test_x, ks=[chosen_k], **options)
-    return KnnResult(float((predictions == test_y).mean()), chosen_k, tuple(val_top1), predictions)
+    top1 = float((predictions == test_y).mean())
+    return KnnResult(top1, chosen_k, tuple(val_top1), predictions, notes)
 
 
 def knn_predict(

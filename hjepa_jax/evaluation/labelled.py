@@ -1,4 +1,6 @@
-"""Labelled features as every probe takes them: what is refused, and what is held out."""
+"""Labelled features as every probe takes them: what is refused, held out, and chosen by it."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -69,6 +71,36 @@ def hold_out(
         raise InputError("train_x", f"{n} rows", f"must have at least {MIN_ROWS}, to hold some out")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[num_val:]), np.sort(order[:num_val])
+
+
+def choose(
+    scores: Sequence[float], *, open_start: bool = True, open_end: bool = True
+) -> tuple[int, bool]:
+    """Chooses the setting with the best held-out score from a grid.
+
+    Args:
+      scores: one per setting, in the order of the grid.
+      open_start: whether settings beyond the first could be better; False if there are none, such
+        as fewer neighbours than 1.
+      open_end: the same for the last.
+
+    Returns:
+      The index of the best score, and whether that setting is at an open end of the grid. Of equal
+      scores the first counts that is not at an open end, or else the first.
+    """
+    best = [i for i, score in enumerate(scores) if score == max(scores)]
+    ends = set()
+    if len(scores) > 1:  # a single setting is given, not chosen
+        ends = {0} if open_start else set()
+        ends |= {len(scores) - 1} if open_end else set()
+    inner = [i for i in best if i not in ends]
+    return (inner or best)[0], not inner
+
+
+def edge_note(name: str, value: float, tried: Sequence[float]) -> str:
+    """Says that the chosen value is an end of those tried: "l2 1e-10 is the smallest tried"."""
+    which = "smallest" if value == min(tried) else "largest"
+    return f"{name} {value:g} is the {which} tried, a better one may lie beyond"
 
 
 def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:

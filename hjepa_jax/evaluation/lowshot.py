@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64, Int, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_splits, hold_out
+from hjepa_jax.evaluation.labelled import check_splits, choose, edge_note, hold_out
 from hjepa_jax.evaluation.linear import divisible_std, row_chunks
 
 # Labels per class, as whole numbers, and fractions of all training labels.
@@ -36,9 +36,11 @@ class LowshotResult:
       num_labels: labelled rows of a draw.
       top1: mean over draws of the accuracy on the test set, fraction in [0, 1].
       top1_std: its sample standard deviation over draws.
-      chosen_alpha: the penalty, chosen on held-out training rows for all draws together.
+      chosen_alpha: the penalty, chosen on held-out training rows for all draws together; the
+        largest, of equals, but an end of those tried only if it is alone.
       val_top1: the held-out score of that penalty, mean over draws.
       per_seed: test accuracy of each draw.
+      at_edge: a note if the chosen penalty is an end of those tried.
     """
 
     labels: str
@@ -48,6 +50,7 @@ class LowshotResult:
     chosen_alpha: float
     val_top1: float
     per_seed: tuple[float, ...]
+    at_edge: tuple[str, ...] = ()
 
 
 def lowshot_probe(
@@ -115,7 +118,9 @@ def lowshot_probe(
             val_top1.append(_scores(kernels, biases, val_z, train_y[val_rows]))
             test_top1.append(_scores(kernels, biases, test_z, test_y))
         mean_val = np.mean(val_top1, axis=0)
-        _, chosen = max((value, i) for i, value in enumerate(mean_val))
+        largest_first = np.argsort(alphas)[::-1]
+        best, at_edge = choose(mean_val[largest_first].tolist())
+        chosen = int(largest_first[best])
         per_seed = np.array(test_top1)[:, chosen]
         results.append(
             LowshotResult(
@@ -126,6 +131,7 @@ def lowshot_probe(
                 chosen_alpha=alphas[chosen],
                 val_top1=float(mean_val[chosen]),
                 per_seed=tuple(per_seed.tolist()),
+                at_edge=(edge_note("alpha", alphas[chosen], alphas),) if at_edge else (),
             )
         )
     return results

@@ -29,7 +29,7 @@ from hjepa_jax.evaluation.features import (
 from hjepa_jax.evaluation.fewshot import check_shots, fewshot_probe
 from hjepa_jax.evaluation.knn import DEFAULT_KS, TEMPERATURE, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
+from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, TOLERANCE, linear_probe
 from hjepa_jax.evaluation.lowshot import DEFAULT_ALPHAS, DEFAULT_SHOTS, draw_labels, lowshot_probe
 from hjepa_jax.evaluation.results import Row
 
@@ -230,14 +230,16 @@ def _score(
         grid = DEFAULT_L2_GRID[:: 1 if train_x.shape[1] <= 1024 else 2]
         result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **chooses, **shown)
         chosen = {"l2": result.chosen_l2, "val_top1": max(result.val_top1)}
-        how = {"l2_grid": list(grid), "num_val": len(val)}
-        return [{"top1": result.top1, "chosen": chosen, "settings": how}]
+        how = {"l2_grid": list(result.l2_grid), "num_val": len(val), "tolerance": TOLERANCE}
+        row = {"top1": result.top1, "chosen": chosen, "settings": how}
+        return [row | {"converged": result.converged, "at_edge": list(result.at_edge)}]
     if name == "knn":
         ks = [k for k in DEFAULT_KS if k <= len(fit)]
         result = knn_probe(*arrays, num_classes=num_classes, ks=ks, **chooses, **shown)
         chosen = {"k": result.chosen_k, "val_top1": max(result.val_top1)}
         how = {"ks": ks, "temperature": TEMPERATURE, "num_val": len(val)}
-        return [{"top1": result.top1, "chosen": chosen, "settings": how}]
+        row = {"top1": result.top1, "chosen": chosen, "settings": how}
+        return [row | {"at_edge": list(result.at_edge)}]
     shots = protocol.lowshot_labels
     if shots is None:
         smallest = np.bincount(train_y[fit], minlength=num_classes).min()
@@ -253,6 +255,7 @@ def _score(
             "per_seed": list(result.per_seed),
             "chosen": {"alpha": result.chosen_alpha, "val_top1": result.val_top1},
             "settings": how,
+            "at_edge": list(result.at_edge),
         }
         for result in found
     ]

@@ -18,6 +18,9 @@ from hjepa_jax.errors import InputError
 MIN_RELATIVE_STD = 0.01
 MIN_RANK_FRACTION = 0.1
 
+ALPHA_RANKS = (4, 100)  # first and last rank of the spectrum that `alpha_req` fits
+ALPHA_FLOOR = 1e-6  # of the largest eigenvalue
+
 # Features are float32: a spread below this fraction of their size is rounding, not information.
 _RESOLUTION = float(np.finfo(np.float32).eps)
 
@@ -146,22 +149,38 @@ def alpha_req(
     """Returns how fast the spectrum of the covariance decays: alpha in lambda_j ~ j^-alpha.
 
     0 is a flat spectrum; good representations are reported near 1; large values mean few
-    directions. The slope is a least-squares fit in log-log, over the eigenvalues that stand above
-    float32 rounding; nan where fewer than two do. `spectrum` is their `singular_values`, where
-    those are known.
+    directions. The slope is a weighted least-squares fit in log-log over the ranks j of
+    `ALPHA_RANKS`. The squared error at rank j has the weight 1 / j, so that each factor of two in
+    rank counts alike.
+
+    Args:
+      features: `[n, D]`.
+      spectrum: their `singular_values`, if they are known.
+
+    Returns:
+      alpha; nan if fewer than two eigenvalues remain to fit.
 
     Raises:
       InputError: if `features` is empty or not finite.
 
     References:
-      Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2.
+      Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2, with ranks and weights of
+      the authors' code, which takes them from Stringer et al. 2019 (Nature 571). We deviate once:
+      eigenvalues below `ALPHA_FLOOR` of the largest are left out. Features that repeat others, or
+      that bfloat16 rounds, end in a floor of noise there, which is no power law. Up to commit
+      b92d0cf all eigenvalues were fitted without weights: those numbers do not compare.
     """
     sigma = singular_values(features) if spectrum is None else spectrum
-    sigma = sigma[sigma > _RESOLUTION * max(sigma[0], np.abs(features).max())]
-    if len(sigma) < 2:
+    if sigma[0] <= _RESOLUTION * np.abs(features).max():
         return float("nan")
-    index = np.log(np.arange(1, len(sigma) + 1))
-    slope, _ = np.polyfit(index, 2 * np.log(sigma), 1)
+    eigenvalues = sigma**2
+    first, last = ALPHA_RANKS
+    last = min(last, int(np.sum(eigenvalues > ALPHA_FLOOR * eigenvalues[0])))
+    if last - first < 1:
+        return float("nan")
+    j = np.arange(first, last + 1)
+    # polyfit multiplies the errors by `w` before it squares them.
+    slope, _ = np.polyfit(np.log(j), np.log(eigenvalues[first - 1 : last]), 1, w=j**-0.5)
     return float(-slope)
 
 
@@ -205,7 +224,9 @@ def lidar(
 
     Args:
       views: features `[n, q, D]` of q >= 2 augmented views of each of n >= 2 images.
-      delta: added to the diagonal of Sigma_w.
+      delta: added to the diagonal of Sigma_w, in squared units of the features. The value of the
+        paper is meant for features of about unit size, as the LayerNorm at the end of an encoder
+        makes them: a difference between images counts if it is well above sqrt(delta) = 0.01.
       epsilon: added to each normalised eigenvalue.
 
     Returns:

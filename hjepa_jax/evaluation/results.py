@@ -1,6 +1,7 @@
 """Rows of results: as tables for people, as probe.json for programs, as scalars for TensorBoard."""
 
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.intervals import difference, wilson
 from hjepa_jax.whole_files import one_at_a_time, replacing
 
 Row = dict[str, Any]
@@ -19,6 +21,8 @@ IDENTITY = (
 )  # fmt: skip
 # Those of them that a table has no column for, unless its rows differ in one.
 RARE = ("data", "seed", "num_layers")
+# Order of features that were equally good on held-out images; see `best_row`.
+_POOLS = ("mean", "summary", "concat")
 QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
 
 
@@ -29,12 +33,15 @@ def column(row: Row) -> str:
 
 def format_row(row: Row) -> str:
     """One result in words, for a line while the next is being computed."""
-    where = f"{row['encoder']} {row['pool']} level {row['level']}"
     if row["protocol"] == "quality":
         score = f"rank {row['effective_rank']:.1f} of {row['max_rank']}: {row['verdict']}"
     else:
         score = f"{100 * row['top1']:6.2f} %{_spread(row)}"
-    return f"{column(row):<20} {where:<32} {score}"
+    return "\n".join([f"{column(row):<20} {_where(row):<32} {score}", *warnings([row])])
+
+
+def _where(row: Row) -> str:
+    return f"{row['encoder']} {row['pool']} level {row['level']}"
 
 
 def _spread(row: Row) -> str:
@@ -42,6 +49,30 @@ def _spread(row: Row) -> str:
         if name in row:
             return f" +- {100 * row[name]:.2f}"
     return ""
+
+
+def format_score(row: Row) -> str:
+    """Top-1 in percent with its 95 % interval: "61.30 (59.1-63.4)"."""
+    return f"{100 * row['top1']:.2f}{_interval(row)}"
+
+
+def _interval(row: Row) -> str:
+    """The 95 % interval in brackets; empty if the row does not say how many images there were."""
+    if "interval" in row:  # of episodes, few-shot's own
+        ends = (row["top1"] - row["interval"], row["top1"] + row["interval"])
+    elif row.get("test_size"):
+        ends = wilson(row["top1"], row["test_size"])
+    else:
+        return ""
+    low, high = (100 * min(max(end, 0.0), 1.0) for end in ends)
+    return f" ({low:.1f}-{high:.1f})"
+
+
+def tested_on(rows: Sequence[Row]) -> str:
+    """The numbers of test images behind the rows: "2,000 test images"."""
+    sizes = sorted({row["test_size"] for row in rows if row.get("test_size")})
+    many = " or ".join(f"{size:,}" for size in sizes) or "an unknown number of"
+    return f"{many} test image{'' if sizes == [1] else 's'}"
 
 
 def format_tables(rows: list[Row]) -> str:
@@ -55,20 +86,33 @@ def format_tables(rows: list[Row]) -> str:
 
 def _format_scores(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(column(row) for row in rows))
-    widths = [max(8, len(name)) for name in columns]
-    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
         key = (row["encoder"], row["pool"], row["level"], row["dim"])
-        cells.setdefault(key, {})[column(row)] = row["top1"]
+        cells.setdefault(key, {})[column(row)] = format_score(row)
+    widths = [max(map(len, [name, *(c.get(name, "") for c in cells.values())])) for name in columns]
     heads = "".join(f"  {name:>{w}}" for name, w in zip(columns, widths, strict=True))
-    lines = [f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}"]
+    lines = [
+        f"top-1 in percent on {tested_on(rows)} (with its 95 % interval)",
+        f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}",
+    ]
     for (encoder, pool, level, dim), scores in cells.items():
         values = "".join(
-            f"  {100 * scores[name]:>{w}.2f}" if name in scores else "  " + " " * w
-            for name, w in zip(columns, widths, strict=True)
+            f"  {scores.get(name, ''):>{w}}" for name, w in zip(columns, widths, strict=True)
         )
         lines.append(f"{encoder:<12} {pool:<8} {level!s:>5} {dim:>5}{values}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *warnings(rows)])
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """A line for each row whose best setting is an end of those tried, or that did not converge."""
+    found = []
+    for row in rows:
+        notes = list(row.get("at_edge", ()))
+        if row.get("converged") is False:
+            notes.append("the fit did not converge")
+        found += [f"{column(row)}, {_where(row)}: {note}" for note in notes]
+    return found
 
 
 def _format_quality(rows: list[Row]) -> str:
@@ -85,17 +129,36 @@ def _format_quality(rows: list[Row]) -> str:
 
 
 def format_seeds(runs: list[list[Row]]) -> str:
-    """Mean and standard deviation of the same result over several runs, one line each."""
-    scores: dict[tuple[Any, ...], list[float]] = {}
-    for row in (row for rows in runs for row in rows if "top1" in row):
-        key = (column(row), row["encoder"], row["pool"], row["level"])
-        scores.setdefault(key, []).append(row["top1"])
+    """Mean and standard deviation of the same result over several runs, one line each.
+
+    Rows count as the same result if they agree in all of `IDENTITY`, but for the fingerprint of the
+    images (`shapes` are other ones for each seed), and in the numbers of images.
+    Of rows that agree within one run, the last counts.
+    """
+    identity = (name for name in IDENTITY if name != "data_fingerprint")
+    names = (*identity, "train_size", "test_size")
+    scores: dict[tuple[str, ...], dict[int, Row]] = {}
+    for number, rows in enumerate(runs):
+        for row in rows:
+            if "top1" in row:
+                key = tuple(str(row.get(name)) for name in names)
+                scores.setdefault(key, {})[number] = row
+    groups = [list(by_run.values()) for by_run in scores.values()]
+    shown = {"protocol", "labels", "encoder", "pool", "level"}  # in every line
+    rest = [i for i, name in enumerate(names) if name not in shown]
     lines = [f"over {len(runs)} runs, top-1 in percent (mean +- standard deviation):"]
-    for (name, encoder, pool, level), values in scores.items():
-        std = np.std(values, ddof=1) if len(values) > 1 else float("nan")
-        where = f"{encoder} {pool} level {level}"
-        mean = 100 * np.mean(values)
-        lines.append(f"{name:<20} {where:<32} {mean:6.2f} +- {100 * std:.2f}  ({len(values)} runs)")
+    for key, rows in zip(scores, groups, strict=True):
+        first, values = rows[0], [row["top1"] for row in rows]
+        label = (column(first), _where(first))
+        alike = [k for k, g in zip(scores, groups, strict=True) if
+                 (column(g[0]), _where(g[0])) == label]  # fmt: skip
+        more = [f"{names[i]} {key[i]}" for i in rest if len({k[i] for k in alike}) > 1]
+        spread = f" +- {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        count = f"{len(values)} run{'s' if len(values) > 1 else ''}"
+        lines.append(
+            f"{label[0]:<20} {label[1]:<32} {100 * np.mean(values):6.2f}{spread}  "
+            f"({', '.join([count, *more])})"
+        )
     return "\n".join(lines)
 
 
@@ -229,22 +292,80 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
     return found
 
 
-def best_score(rows: list[Row], protocol: str, encoder: str) -> float | None:
-    """Top-1 of the features that were best on held-out training images; None where not judged.
+def best_row(rows: Iterable[Row], protocol: str, encoder: str) -> Row | None:
+    """The row of the features that were best on held-out training images; None if not judged.
 
-    Of several checkpoints the newest counts.
+    Of several checkpoints the newest counts. Features that are equally good there are told apart
+    by what they are, never by their test score: the fewer dimensions, then "mean" before
+    "summary" before "concat", then the finer level, then the features of fewer blocks.
 
     Args:
       rows: on one data set.
       protocol: "linear" or "knn".
       encoder: whose features.
     """
+    judged = [row for row in rows if (row["protocol"], row["encoder"]) == (protocol, encoder)]
+    return min(judged, key=_preference, default=None)
+
+
+def _preference(row: Row) -> tuple[Any, ...]:
+    pool, level = str(row["pool"]), str(row["level"])
+    return (
+        -row["step"],
+        -row["chosen"]["val_top1"],
+        row["dim"],
+        _POOLS.index(pool) if pool in _POOLS else len(_POOLS),
+        int(level) if level.isdecimal() else math.inf,
+        row.get("num_layers") or 1,
+        str(row.get("seed")),
+        pool,
+        level,
+    )
+
+
+def best_score(rows: Iterable[Row], protocol: str, encoder: str) -> float | None:
+    """Top-1 of the `best_row`; None if not judged."""
+    row = best_row(rows, protocol, encoder)
+    return None if row is None else row["top1"]
+
+
+def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
+    """Whether `ours` is better than `theirs` by more than `margin`, with the numbers that say so.
+
+    Args:
+      ours: a row of results.
+      theirs: the row to compare it with.
+      margin: of top-1, fraction in [0, 1].
+
+    Returns:
+      True if the whole 95 % interval of the difference lies above the margin; False if the
+      difference itself does not; None if the test images are too few to tell, or if a row does not
+      say how many there were.
+    """
+    gap = ours["top1"] - theirs["top1"]
+    evidence = f"{100 * ours['top1']:.2f} against {100 * theirs['top1']:.2f} %"
+    num_ours, num_theirs = ours.get("test_size"), theirs.get("test_size")
+    if not num_ours or not num_theirs:
+        return (False if gap <= margin else None), f"{evidence}, number of test images unknown"
+    low, high = difference(ours["top1"], theirs["top1"], num_ours, num_theirs)
+    evidence += (
+        f" on {tested_on([ours, theirs])}: {100 * gap:+.2f} points, "
+        f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
+    )
+    return (True if low > margin else False if gap <= margin else None), evidence
+
+
+def format_best(rows: Sequence[Row], protocol: str) -> str | None:
+    """The best score of each encoder in one line, for the box at the end of a run."""
+    encoders = ("target", "random_init", "pixels")
+    best = [row for encoder in encoders if (row := best_row(rows, protocol, encoder))]
+    if not best:
+        return None
     scores = [
-        (row["step"], row["chosen"]["val_top1"], row["top1"])
-        for row in rows
-        if row["protocol"] == protocol and row["encoder"] == encoder
+        f"{row['encoder'].replace('_', '-')} {100 * row['top1']:.1f} %{_interval(row)}"
+        for row in best
     ]
-    return max(scores)[2] if scores else None
+    return f"{', '.join(scores)}; 95 % intervals, {tested_on(best)}"
 
 
 def headline_scores(rows: list[Row]) -> dict[str, float]:

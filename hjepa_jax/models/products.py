@@ -117,11 +117,13 @@ class Dense(nn.Module):
       features: width of the result, F.
       precision: of the product; parameters are float32.
       scale: of the kernel at initialisation.
+      use_bias: whether there is a bias b.
     """
 
     features: int
     precision: Precision = Precision()
     scale: float = 1.0
+    use_bias: bool = True
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         (y,) = self.parts(x, 1)
@@ -132,12 +134,14 @@ class Dense(nn.Module):
         """The result in `count` equal parts, each a product of its own: nothing large is cut."""
         kernel_init = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         rows, sizes = x.reshape(-1, x.shape[-1]), (self.features // count,) * count
         found = []
-        kernels, biases = jax.lax.split(kernel, sizes, axis=1), jax.lax.split(bias, sizes)
+        kernels, biases = jax.lax.split(kernel, sizes, axis=1), [None] * count
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            biases = jax.lax.split(bias, sizes)
         for k, b in zip(kernels, biases, strict=True):
             y = product(_DENSE, rows, k, self.precision)
-            y = y + b.astype(y.dtype)[None]
+            y = y if b is None else y + b.astype(y.dtype)[None]
             found.append(y.reshape(*x.shape[:-1], -1))
         return found

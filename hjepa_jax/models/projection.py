@@ -30,6 +30,9 @@ class BatchStandardize(nn.Module):
 class Projection(nn.Module):
     """MLP whose hidden features are standardized over all views of the batch.
 
+    The hidden layers have no bias: standardizing takes it away again, so that its gradient would be
+    rounding noise, by which Adam would move it.
+
     The statistics are those of the batch at hand, in training as elsewhere: nothing but the loss
     reads what it makes.
 
@@ -47,6 +50,7 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "I V D"]) -> Float[Array, "I V K"]:
         """Projects V views of each of I images."""
         for layer in range(2):
-            x = Dense(self.hidden, self.precision, name=f"hidden_{layer}")(x).astype(jnp.float32)
+            dense = Dense(self.hidden, self.precision, use_bias=False, name=f"hidden_{layer}")
+            x = dense(x).astype(jnp.float32)
             x = jnp.maximum(BatchStandardize(name=f"norm_{layer}")(x), 0.0)
         return Dense(self.features, self.precision, name="out")(x).astype(jnp.float32)

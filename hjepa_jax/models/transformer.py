@@ -166,8 +166,14 @@ def block_type(*, remat: bool) -> Any:
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the affine parameters and the epsilon used throughout, in float32."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, name=name)
+    """LayerNorm with the affine parameters and the epsilon used throughout, in float32.
+
+    The variance is the mean of (x - mean)^2. Flax's faster mean(x^2) - mean^2 cancels: at a mean of
+    1000 standard deviations it is wrong by a tenth.
+    """
+    return nn.LayerNorm(
+        epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
 
 
 def residual_scale(depth: int) -> float:

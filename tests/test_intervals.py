@@ -1,0 +1,37 @@
+"""Intervals of accuracies against published values, a quadratic equation and simulation."""
+
+import numpy as np
+import pytest
+
+from hjepa_jax.evaluation.intervals import difference, wilson
+from tests import report_numbers
+
+
+def test_intervals_of_differences_match_published_values():
+    """Newcombe 1998, table II, method 10: 56/70 - 48/80, 9/10 - 3/10, 10/10 - 0/20."""
+    for (a, n), (b, m), expected in (
+        ((56, 70), (48, 80), (0.0524, 0.3339)),
+        ((9, 10), (3, 10), (0.1705, 0.8090)),
+        ((10, 10), (0, 20), (0.6791, 1.0)),
+    ):
+        assert difference(a / n, b / m, n, m) == pytest.approx(expected, abs=1e-4)
+
+
+def test_wilson_by_hand():
+    """All of n: z^2 p = n (1 - p), so the lower end is n / (n + z^2); at 1/2 it is symmetric."""
+    assert wilson(1.0, 8) == pytest.approx((8 / (8 + 1.959964**2), 1.0))
+    assert wilson(0.0, 8) == pytest.approx((0.0, 1 - 8 / (8 + 1.959964**2)))
+    low, high = wilson(0.5, 100)
+    assert low + high == pytest.approx(1.0)
+    for share, n in ((0.3, 10), (0.95, 40), (0.613, 2000)):
+        assert wilson(share, n) == pytest.approx(report_numbers.interval(share, n))
+
+
+def test_two_encoders_of_equal_worth_rarely_differ_beyond_the_interval():
+    """On one test set: 30 % of images both get right, 30 % both wrong, others by chance."""
+    rng, beyond = np.random.default_rng(0), 0
+    for _ in range(2000):
+        kind = rng.random(50)
+        a, b = (np.where(kind < 0.4, rng.random(50) < 0.5, kind < 0.7).mean() for _ in range(2))
+        beyond += difference(a, b, 50, 50)[0] > 0
+    assert beyond / 2000 < 0.025
