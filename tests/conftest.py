@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 
 def temporary(what: str) -> str:
@@ -22,7 +23,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # 0.10.2 needs less than half its time without its newer emitters, which older ones do not know of.
 FASTER = {
     "0.5.0": "--xla_backend_optimization_level=1",
-    "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
 }.get(importlib.metadata.version("jaxlib"), "--xla_backend_optimization_level=0")
 os.environ.setdefault("XLA_FLAGS", f"{FASTER} --xla_llvm_disable_expensive_passes=true")
 # Programs that several tests (and the commands they start) compile alike are compiled once.
@@ -49,8 +51,31 @@ install_import_hook("hjepa_jax", "tests.typechecker.check")
 from hjepa_jax.config import Config, base_config
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.data.sources import save_npz
+from tests import programs
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs() -> Iterator[pytest.MonkeyPatch]:
+    """Runs with the same program trace and compile it once, see tests/programs.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        programs.share(patch)
+        yield patch
+
+
+@pytest.fixture
+def own_programs(shared_programs: pytest.MonkeyPatch) -> Iterator[None]:
+    """The runs of this test trace and compile everything by themselves."""
+    shared_programs.undo()
+    yield
+    programs.share(shared_programs)
+
+
+@pytest.fixture
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear probes of few iterations, for tests that do not ask how good a score is."""
+    programs.shorten_probes(monkeypatch)
 
 
 @pytest.fixture(scope="session")

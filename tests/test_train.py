@@ -62,7 +62,7 @@ TRAIN_METRICS = {
 
 
 def final_state(config, workdir: pathlib.Path):
-    built = run.build_run(config, run.open_config_source(config))
+    built = train.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     state, window = checkpoints.restore(*built.create())
     checkpoints.close()
@@ -155,6 +155,7 @@ def test_few_calls_are_under_way_at_a_time(tiny_config, tmp_path, monkeypatch):
     "moment",
     [pytest.param("in the last step", marks=pytest.mark.slow), "while the last step is saved"],
 )
+@pytest.mark.usefixtures("short_probes")
 def test_a_run_stopped_at_its_last_step_does_not_probe_until_it_goes_on(
     tiny_config, tmp_path, monkeypatch, capsys, moment
 ):
@@ -220,8 +221,8 @@ def test_steps_per_call_changes_no_result(tiny_config, tmp_path):
     np.testing.assert_allclose(one, four, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 4])
-def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per_call):
+@pytest.mark.usefixtures("own_programs")
+def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     """Epoch ends, logs and odd remainders must not change the shapes of the program.
 
     Nor does a run that goes on at another resolution compile that of the first one again.
@@ -238,9 +239,10 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per
 
     monkeypatch.setattr(run, "make_run_steps", counting)
     tiny_config.train.num_steps = 17
-    tiny_config.train.steps_per_call = steps_per_call
+    tiny_config.train.steps_per_call = 4
     train.train_and_evaluate(tiny_config, tmp_path / "first")
     assert len(compiled) == 1
+    tiny_config.train.steps_per_call = 1
     tiny_config.train.init_from, tiny_config.data.image_size = str(tmp_path / "first"), 24
     tiny_config.mask.scale = (0.1, 0.25)
     train.train_and_evaluate(tiny_config, tmp_path / "larger")
@@ -388,6 +390,7 @@ def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
     assert "Run the same command again" not in report
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp_path):
     tiny_config.eval.probe_at_end = True
     rows = train.train_and_evaluate(tiny_config, tmp_path)
