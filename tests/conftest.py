@@ -100,9 +100,14 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(shapes_npz: str) -> Config:
+    """See `make_tiny_config`; each test may change its own."""
+    return make_tiny_config(shapes_npz)
+
+
+def make_tiny_config(source: str) -> Config:
     """A whole run of a few seconds: 6 steps, every part of the loop in use."""
     c = base_config()
-    c.data.source = shapes_npz
+    c.data.source = source
     c.data.image_size = 16
     c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
     c.model.num_summary_tokens = 2

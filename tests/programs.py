@@ -60,7 +60,7 @@ def share(patch: pytest.MonkeyPatch) -> None:
 
 
 def shorten_probes(patch: pytest.MonkeyPatch) -> None:
-    """Linear probes end after 10 iterations instead of 300: the rows are the same, but for scores."""
+    """Linear probes end after 10 iterations, not 300: the same rows with other scores."""
     short = functools.partial(protocols.linear_probe, num_iterations=10)
     patch.setattr(protocols, "linear_probe", short)
 
