@@ -51,9 +51,14 @@ install_import_hook("hjepa_jax", "tests.typechecker.check")
 from hjepa_jax.config import Config, base_config
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.data.sources import save_npz
-from tests import programs
+from tests import programs, suite
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before xdist hands the tests to its workers; see tests/suite.py."""
+    suite.arrange(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
