@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.metadata
+import io
 import os
 import pathlib
 import shutil
@@ -26,17 +27,24 @@ FASTER = {
     "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1",
 }.get(importlib.metadata.version("jaxlib"), "--xla_backend_optimization_level=0")
-os.environ.setdefault("XLA_FLAGS", f"{FASTER} --xla_llvm_disable_expensive_passes=true")
+FASTER += " --xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false"
+os.environ.setdefault("XLA_FLAGS", FASTER)
 # Programs that several tests (and the commands they start) compile alike are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
 os.environ["XDG_CACHE_HOME"] = temporary("home")
+# Matplotlib's list of fonts takes seconds to make: once for all workers and commands.
+if "MPLCONFIGDIR" not in os.environ:
+    os.environ["MPLCONFIGDIR"] = temporary("matplotlib")
+# There is a worker for each core: threads of NumPy and XLA would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where one reads what another is writing, it says so and compiles itself.
 for doing in ("reading", "writing"):
     others = os.environ.get("PYTHONWARNINGS")
     ignored = f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
     os.environ["PYTHONWARNINGS"] = f"{others},{ignored}" if others else ignored
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
@@ -81,6 +89,16 @@ def own_programs(shared_programs: pytest.MonkeyPatch) -> Iterator[None]:
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear probes of few iterations, for tests that do not ask how good a score is."""
     programs.shorten_probes(monkeypatch)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have blank pictures, as drawing one takes half a second; not of module fixtures."""
+    from hjepa_jax import publish  # matplotlib takes its time to load
+
+    blank = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(blank, "png")
+    monkeypatch.setattr(publish, "png", lambda figure, dark=False: blank.getvalue())
 
 
 @pytest.fixture(scope="session")

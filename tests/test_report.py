@@ -37,6 +37,9 @@ from tests.report_numbers import (
     tables,
 )
 
+# The report of `finished` is drawn, those that tests write themselves have blank pictures.
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SECTIONS = [
     "What was reached", "Configuration", "Parameters", "Speed and memory", "Loss", "Schedules",
     "Collapse indicators", "Warnings", "Probes", "What it sees", "Features", "Checkpoints",

@@ -373,6 +373,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_by_name(tiny_config, tmp
     assert end == {"step": 3, "train/nonfinite_steps": 3}
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
@@ -511,6 +512,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):
     tiny_config.log.report = True
     tiny_config.log.every_steps = 1

@@ -12,7 +12,16 @@ from collections.abc import Iterator
 
 import pytest
 
-COLUMNS = ["test", "wall_sec", "cpu_sec", "child_cpu_sec", "compiles", "compile_sec", "trace_sec", "processes"]
+COLUMNS = [
+    "test",
+    "wall_sec",
+    "cpu_sec",
+    "child_cpu_sec",
+    "compiles",
+    "compile_sec",
+    "trace_sec",
+    "processes",
+]
 _counts = {"compiles": 0, "compile_sec": 0.0, "trace_sec": 0.0, "processes": 0}
 _PATH = os.environ.get("HJEPA_MEASURE", "suite.csv")
 
