@@ -338,7 +338,8 @@ def test_a_pyramid_of_any_weights_against_numpy(fusion):
     levels = tuple(jnp.asarray(RNG.normal(size=(2, side**2, width)), jnp.float32) for side in sides)
     params = jax.jit(pyramid.init)(jax.random.PRNGKey(0), levels)["params"]
     params = jax.tree.map(lambda x: np.asarray(RNG.normal(size=x.shape), np.float32), params)
-    found = jax.jit(pyramid.apply)({"params": params}, levels)
+    fuse = jax.jit(pyramid.apply)
+    found = fuse({"params": params}, levels)
 
     weights = {name: np.asarray(next(iter(leaf.values()))) for name, leaf in params.items()}
     x = [np.asarray(level) @ weights[f"lateral_{i}"] for i, level in enumerate(levels)]
@@ -359,7 +360,7 @@ def test_a_pyramid_of_any_weights_against_numpy(fusion):
 
     index = jnp.asarray([[3, 0, 24], [7, 7, 12]])  # a choice of patches per image
     chosen = jnp.take_along_axis(levels[0], index[..., None], axis=1)
-    few = pyramid.apply({"params": params}, (chosen, *levels[1:]), index)
+    few = fuse({"params": params}, (chosen, *levels[1:]), index)
     expected = np.take_along_axis(x[0], np.asarray(index)[..., None], axis=1)
     np.testing.assert_allclose(few[0], expected, rtol=1e-4, atol=1e-4)
 

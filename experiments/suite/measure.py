@@ -1,12 +1,14 @@
 """pytest plugin: writes CPU seconds, compilations and processes of each test to a CSV file.
 
-Use: `HJEPA_MEASURE=out.csv python -m pytest -n 0 -p experiments.suite.measure tests/test_x.py`.
+HJEPA_MEASURE=out.csv python -m pytest -n 0 -p experiments.suite.measure tests/test_x.py
+python -m experiments.suite.measure out.csv ...    # sums up such files, one line a test file
 """
 
 import csv
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -67,3 +69,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     spent = [round(b - a, 3) for a, b in zip(before, _now(), strict=True)]
     with open(_PATH, "a", newline="") as file:
         csv.writer(file).writerow([item.nodeid, *spent])
+
+
+def main() -> None:
+    """Prints the sums of each test file as CSV, the most expensive first."""
+    sums: dict[str, list[float]] = {}
+    for path in sys.argv[1:]:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                found = sums.setdefault(row["test"].partition("::")[0], [0.0] * len(COLUMNS))
+                found[0] += 1
+                for i, name in enumerate(COLUMNS[1:], start=1):
+                    found[i] += float(row[name])
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow(["file", "tests", *COLUMNS[1:]])
+    for name, values in sorted(sums.items(), key=lambda item: -item[1][2] - item[1][3]):
+        out.writerow([name, *(round(value, 1) for value in values)])
+
+
+if __name__ == "__main__":
+    main()
