@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_JAX050 ?= .venv-jax050
 WORKERS ?= 2
+# The tests of a file stay on one worker, and share what they train and compile.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 BIN := $(VENV)/bin
 
 # The package set that is tested together, where it has wheels: Python 3.11 on Linux.
@@ -14,7 +16,7 @@ PINNED := $(shell $(PYTHON) -c "import platform as p; \
 OTHER_PYTHON = HJEPA_OTHER_PYTHON="$$(ls $(CURDIR)/$(VENV_JAX050)/bin/python 2>/dev/null)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-jax050 lint types check format clean
+.PHONY: help demo install install-jax050 test test-slow test-jax050 lint types check format clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -31,11 +33,11 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## Train on procedural shapes and probe the result (minutes on a laptop)
 	$(BIN)/python -m hjepa_jax.main --config=configs/shapes_tiny.py
 
-test: $(VENV)/.dev  ## Quick tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+test: $(VENV)/.dev  ## Quick tests, in four minutes; HJEPA_TEST_ORDER=1 puts them in another order
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.dev  ## Tests that take minutes
-	$(OTHER_PYTHON) $(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(OTHER_PYTHON) $(BIN)/python $(PYTEST) -m slow
 
 # What jax-metal runs with; the set is that of the extra `metal`, and has wheels for Python 3.11.
 $(VENV_JAX050)/.dev: pyproject.toml constraints/jax-0.5.0-py311-linux.txt
@@ -44,9 +46,12 @@ $(VENV_JAX050)/.dev: pyproject.toml constraints/jax-0.5.0-py311-linux.txt
 		-c constraints/jax-0.5.0-py311-linux.txt -e ".[dev,metal]"
 	touch $@
 
-test-jax050: $(VENV_JAX050)/.dev  ## Quick tests, and all of tests/metal, with jax 0.5.0
-	$(VENV_JAX050)/bin/python -m pytest -n $(WORKERS)
-	$(VENV_JAX050)/bin/python -m pytest -n $(WORKERS) -m slow tests/metal
+install: $(VENV)/.dev  ## The environment of the tests; `make -j2 install install-jax050` makes both
+install-jax050: $(VENV_JAX050)/.dev
+
+test-jax050: $(VENV_JAX050)/.dev  ## Tests that touch JAX, and all of tests/metal, with jax 0.5.0
+	$(VENV_JAX050)/bin/python $(PYTEST) -m "jax and not slow"
+	$(VENV_JAX050)/bin/python $(PYTEST) -m slow tests/metal
 
 lint: $(VENV)/.dev  ## Style and common mistakes
 	$(BIN)/ruff format --check .

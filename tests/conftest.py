@@ -2,10 +2,12 @@
 
 import atexit
 import importlib.metadata
+import io
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 
 def temporary(what: str) -> str:
@@ -22,19 +24,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # 0.10.2 needs less than half its time without its newer emitters, which older ones do not know of.
 FASTER = {
     "0.5.0": "--xla_backend_optimization_level=1",
-    "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
 }.get(importlib.metadata.version("jaxlib"), "--xla_backend_optimization_level=0")
-os.environ.setdefault("XLA_FLAGS", f"{FASTER} --xla_llvm_disable_expensive_passes=true")
+FASTER += " --xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false"
+os.environ.setdefault("XLA_FLAGS", FASTER)
 # Programs that several tests (and the commands they start) compile alike are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
 os.environ["XDG_CACHE_HOME"] = temporary("home")
+# Matplotlib's list of fonts takes seconds to make: once for all workers and commands.
+if "MPLCONFIGDIR" not in os.environ:
+    os.environ["MPLCONFIGDIR"] = temporary("matplotlib")
+# There is a worker for each core: threads of NumPy and XLA would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where one reads what another is writing, it says so and compiles itself.
 for doing in ("reading", "writing"):
     others = os.environ.get("PYTHONWARNINGS")
     ignored = f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
     os.environ["PYTHONWARNINGS"] = f"{others},{ignored}" if others else ignored
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
@@ -48,16 +58,58 @@ install_import_hook("hjepa_jax", "tests.typechecker.check")
 
 from hjepa_jax.config import Config, base_config
 from hjepa_jax.data.shapes import create_shapes
-from hjepa_jax.data.sources import save_npz
+from hjepa_jax.data.sources import Split, save_npz
+from tests import programs, suite
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before xdist hands the tests to its workers; see tests/suite.py."""
+    suite.arrange(items)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs() -> Iterator[pytest.MonkeyPatch]:
+    """Runs with the same program trace and compile it once, see tests/programs.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        programs.share(patch)
+        yield patch
+
+
+@pytest.fixture
+def own_programs(shared_programs: pytest.MonkeyPatch) -> Iterator[None]:
+    """The runs of this test trace and compile everything by themselves."""
+    shared_programs.undo()
+    yield
+    programs.share(shared_programs)
+
+
+@pytest.fixture
+def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear probes of few iterations, for tests that do not ask how good a score is."""
+    programs.shorten_probes(monkeypatch)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have blank pictures, as drawing one takes half a second; not of module fixtures."""
+    from hjepa_jax import publish  # matplotlib takes its time to load
+
+    blank = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(blank, "png")
+    monkeypatch.setattr(publish, "png", lambda figure, dark=False: blank.getvalue())
+
+
 @pytest.fixture(scope="session")
 def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data set of 240 + 60 images, as `data.source` takes it."""
+    """A data set of 240 + 60 images, 16x16, as `data.source` takes it.
+
+    Small, for the probe of raw pixels takes the third power of their number.
+    """
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
-    save_npz(path, *create_shapes(240, 60, seed=1))
+    splits = create_shapes(240, 60, seed=1)
+    save_npz(path, *(Split(split.images[:, ::2, ::2], split.labels) for split in splits))
     return f"npz:{path}"
 
 
@@ -75,6 +127,11 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(shapes_npz: str) -> Config:
+    """See `make_tiny_config`; each test may change its own."""
+    return make_tiny_config(shapes_npz)
+
+
+def make_tiny_config(source: str) -> Config:
     """A whole run of a few seconds: 6 steps, every part of the loop in use."""
     return make_tiny_config(shapes_npz)
 
@@ -91,7 +148,7 @@ def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathl
 
 def make_tiny_config(shapes_npz: str) -> Config:
     c = base_config()
-    c.data.source = shapes_npz
+    c.data.source = source
     c.data.image_size = 16
     c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
     c.model.num_summary_tokens = 2

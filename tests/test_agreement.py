@@ -12,7 +12,7 @@ from hjepa_jax.models.projection import EPSILON, Projection
 from hjepa_jax.objective import LossWeights
 from hjepa_jax.optimizer import decay_mask
 from hjepa_jax.steps import image_rngs, more_rngs, some_patches, view_rngs
-from tests.test_options import init_params, jitted, make_model, make_step
+from tests.test_options import init_params, jitted, losses_of, make_model, make_step
 from tests.test_steps import BATCH, IMAGES, MASK, PATCH, RANDOM
 
 RNG = np.random.default_rng(0)
@@ -59,8 +59,8 @@ def test_both_are_finite_and_have_a_finite_gradient_where_features_vanish():
 def test_hidden_features_are_standardized_over_images_and_views_together():
     x = jnp.asarray(RNG.normal(size=(5, 3, 4)), jnp.float32)
     module = Projection(*SIZES)
-    variables = module.init(jax.random.PRNGKey(0), x)
-    params = jax.tree.map(lambda p: p + 0.1, variables["params"])
+    variables = jax.device_get(jax.jit(module.init)(jax.random.PRNGKey(0), x))
+    params = jax.tree.map(lambda p: p + np.float32(0.1), variables["params"])
     y = np.asarray(x, np.float64)
     for layer in range(2):
         hidden, norm = params[f"hidden_{layer}"], params[f"norm_{layer}"]
@@ -69,7 +69,7 @@ def test_hidden_features_are_standardized_over_images_and_views_together():
         y = (y - y.mean(axis=(0, 1))) / np.sqrt(y.var(axis=(0, 1)) + EPSILON)
         y = np.maximum(y * np.asarray(norm["scale"]) + np.asarray(norm["bias"]), 0)
     expected = y @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])
-    found = module.apply({"params": params}, x)
+    found = jax.jit(module.apply)({"params": params}, x)
     assert found.shape == (5, 3, SIZES[1])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -91,15 +91,22 @@ def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
     assert np.abs(counts - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 4_000)
 
 
-@pytest.mark.parametrize("num_masks", [1, 2])
-@pytest.mark.parametrize("shown", [None, 4])
+@pytest.mark.parametrize(
+    ("shown", "num_masks"),
+    [
+        (None, 1),
+        (4, 2),
+        pytest.param(None, 2, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
     model = make_model(projection=Projection(*SIZES))
     weights = LossWeights(level_weights=(1, 0.5), agreement_weight=2.0, spread_weight=0.25)
     local = {"augment_local": LOCAL, "num_local_views": 2, "num_local_patches": shown}
     step, state = make_step(model, weights=weights, num_masks=num_masks, **local)
-    _, outputs = step(state, IMAGES)
-    assert "loss_local" not in outputs.scalars
+    terms_found = losses_of(step, state)
+    assert "loss_local" not in terms_found
 
     augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     params = state.params
@@ -109,7 +116,7 @@ def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
         return jitted(model)(variables, views, *seen, method="encode")[1]
 
     views = jnp.repeat(jax.jit(RANDOM)(augment_rngs, IMAGES), num_masks, axis=0)
-    masks = MASK(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
+    masks = jax.jit(MASK)(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
     masked = summarize(views, masks.context_index, masks.context_valid)
     summaries = [masked[m::num_masks] for m in range(num_masks)]  # image by image
     for view in (2, 3):
@@ -117,10 +124,10 @@ def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
         index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
         summaries.append(summarize(jax.jit(LOCAL)(rngs, IMAGES), index))
     joined = jnp.stack(summaries, axis=1).reshape(BATCH, num_masks + 2, -1)
-    projected = model.projection.apply({"params": params["projection"]}, joined)
+    projected = jax.jit(model.projection.apply)({"params": params["projection"]}, joined)
     for name, loss in (("agreement", losses.agreement_loss), ("spread", losses.spread_loss)):
-        np.testing.assert_allclose(outputs.scalars[f"loss_{name}"], loss(projected), rtol=1e-3)
+        np.testing.assert_allclose(terms_found[f"loss_{name}"], loss(projected), rtol=1e-3)
     terms = {"loss_level_0": 1, "loss_level_1": 0.5, "loss_summary": 1}
     terms |= {"loss_agreement": 2.0, "loss_spread": 0.25}
-    total = sum(weight * outputs.scalars[name] for name, weight in terms.items())
-    np.testing.assert_allclose(outputs.scalars["loss"], total, rtol=1e-5)
+    total = sum(weight * terms_found[name] for name, weight in terms.items())
+    np.testing.assert_allclose(terms_found["loss"], total, rtol=1e-5)

@@ -18,6 +18,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.validation import validate
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[a-z]*.py"))
+QUICK = ("shapes_tiny", "cifar10_tiny")  # their steps are traced in the quick suite
 CIFAR10 = Source("cifar10", SourceInfo(50_000, 10_000, (32, 32, 3), tuple("abcdefghij")), list)
 
 
@@ -41,15 +42,23 @@ def test_the_documented_configs_exist():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_locked_short_and_builds(name):
+def test_config_is_locked_short_and_valid(name):
     config = load(name)
     validate(config)
-    built = run.build_run(config, CIFAR10)
-    state, _ = jax.eval_shape(built.create)
-    assert run.num_params(state.params) > 0
+    build.build_model(config)
+    build.build_optimizer(config, build.build_schedules(config, CIFAR10.num_images))
     with pytest.raises(AttributeError):
         config.optim.learning_rat = 1.0
     assert len(pathlib.Path(f"configs/{name}.py").read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CONFIGS]
+)
+def test_the_step_of_every_config_traces(name):
+    built = run.build_run(load(name), CIFAR10)
+    state, _ = jax.eval_shape(built.create)
+    assert run.num_params(state.params) > 0
 
 
 def test_m1_max_quick_val_is_the_reference_run():

@@ -24,7 +24,7 @@ def preprocess(images):
 
 @pytest.fixture(scope="module")
 def params():
-    return ENCODER.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    return jax.jit(ENCODER.init)(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
 
 
 def run(params, settings=SETTINGS, test=TEST, **options):
@@ -40,7 +40,7 @@ def test_learns_what_the_labels_say(params):
 
 def test_learning_rates_shrink_by_one_factor_per_layer(params):
     model = Classifier(ENCODER, 4)
-    tree = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
+    tree = jax.eval_shape(model.init, jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3)))["params"]
     scales = layer_scales(tree, depth=2, layer_decay=0.5)
     assert scales["head"]["kernel"] == scales["norm"]["scale"] == 1.0
     encoder = scales["encoder"]
@@ -136,14 +136,15 @@ def test_test_labels_change_the_score_and_nothing_else(params):
 def test_drop_path_leaves_out_branches_only_where_a_key_is_given(params):
     dropping = ENCODER.clone(drop_path=0.5)
     x = jax.random.normal(jax.random.PRNGKey(1), (64, 4, 4, 3))
-    plain, _ = ENCODER.apply({"params": params}, x)
-    without_key, _ = dropping.apply({"params": params}, x)
+    plain, _ = jax.jit(ENCODER.apply)({"params": params}, x)
+    apply = jax.jit(dropping.apply)
+    without_key, _ = apply({"params": params}, x)
     np.testing.assert_array_equal(plain, without_key)
     rngs = [{"drop_path": jax.random.PRNGKey(i)} for i in (2, 3)]
-    a, b = (dropping.apply({"params": params}, x, rngs=r)[0] for r in rngs)
+    a, b = (apply({"params": params}, x, rngs=r)[0] for r in rngs)
     assert np.any(a != b)
     # The first block drops nothing, the last each of its two branches with probability 1/2: of 64
     # images about a quarter are left as the first block made them.
-    first, _ = ENCODER.clone(depth=1).apply({"params": params}, x)
+    first, _ = jax.jit(ENCODER.clone(depth=1).apply)({"params": params}, x)
     untouched = np.isclose(a, first, atol=1e-5).all(axis=(1, 2)).mean()
     assert 0.08 < untouched < 0.45

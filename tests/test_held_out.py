@@ -1,8 +1,7 @@
 """Probes on held-out training images: the sweeps' split, every encoder, no test image."""
 
+import functools
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -52,16 +51,11 @@ def test_every_encoder_is_scored_on_the_rows_that_sweeps_hold_out(workdir):
     assert pixels > 0.9, "the labels of the test images would make it 0"
 
 
-def test_the_command_writes_its_rows_and_refuses_what_is_no_run(workdir, tmp_path):
-    def command(folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
-        arguments = ["-m", "experiments.held_out", str(folder), f"--num_fit={NUM_FIT}"]
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, check=False
-        )
-
-    done = command(workdir)
+def test_the_command_writes_its_rows_and_refuses_what_is_no_run(workdir, tmp_path, run_module):
+    command = functools.partial(run_module, "experiments.held_out", f"--num_fit={NUM_FIT}")
+    done = command(str(workdir))
     assert done.returncode == 0, done.stderr
     assert "random_init" in done.stdout
     assert len(read_probe_json(workdir / "held_out.json")) > 6
-    refused = command(tmp_path)
+    refused = command(str(tmp_path))
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

@@ -214,7 +214,7 @@ def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
     """And where Adam moves, it does so as without Muon; the decay is the same for both."""
     tiny_config.loss.agreement_weight = 1.0
     model = build.build_model(tiny_config)
-    params = build.build_create_state(tiny_config, model, optax.identity())().params
+    params = jax.jit(build.build_create_state(tiny_config, model, optax.identity()))().params
     by_muon = {
         jax.tree_util.keystr(path)
         for path, on in jax.tree_util.tree_leaves_with_path(muon_mask(params))
@@ -228,12 +228,15 @@ def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
     assert not any("patch_embedding" in path for path in by_muon)
 
     options = {"learning_rate_fn": lambda s: 0.1 * s, "weight_decay_fn": lambda s: 0.5}
-    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size).reshape(x.shape) ** 1.5), params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    params = jax.device_get(params)
+    grads = jax.tree.map(
+        lambda x: np.cos(np.arange(x.size).reshape(x.shape) ** 1.5).astype(np.float32), params
+    )
+    zeros = jax.tree.map(np.zeros_like, params)
     updates = {}
     for name, momentum in (("adam", None), ("muon", 0.95)):
         tx = make_optimizer(**options, muon_momentum=momentum)
-        update, state = jax.jit(tx.update), tx.init(params)
+        update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
         updates[name], _ = update(grads, state, params)
         # Without a gradient what is left is the decay.
         decay, _ = update(zeros, state, params)

@@ -22,6 +22,7 @@ from hjepa_jax.publish import write_report
 from hjepa_jax.run_facts import read_facts
 from hjepa_jax.run_report import sections as run_sections
 from hjepa_jax.verdicts import next_steps
+from tests import programs
 from tests.conftest import REPOSITORY
 from tests.kept_checkpoint import read_checkpoint
 from tests.report_numbers import (
@@ -35,6 +36,9 @@ from tests.report_numbers import (
     read_sources,
     tables,
 )
+
+# The report of `finished` is drawn, those that tests write themselves have blank pictures.
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
     "What was reached", "Configuration", "Parameters", "Speed and memory", "Loss", "Schedules",
@@ -55,7 +59,9 @@ def finished(tmp_path_factory, shapes_npz) -> pathlib.Path:
     c.eval.every_epochs, c.eval.num_val, c.eval.knn_bank_size = 0.25, 40, 100
     c.eval.batch_size, c.log.every_steps, c.log.tensorboard = 60, 2, False
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    train.train_and_evaluate(c.lock(), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        programs.shorten_probes(patch)
+        train.train_and_evaluate(c.lock(), workdir)
     return workdir
 
 

@@ -1,5 +1,7 @@
 """What a snapshot holds is what the model computes, one piece at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,13 @@ from hjepa_jax.masking import target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.platform import initialise
 from hjepa_jax.snapshot import CONTEXT, DROPPED, MASK_SEED, NUM_IMAGES, TARGET, fixed_images
+from tests.conftest import make_tiny_config
 
 
-@pytest.fixture
-def seen(tiny_config):
+@pytest.fixture(scope="module")
+def seen(shapes_npz):
     """A snapshot of an untrained model with two blocks, and what it was made from."""
+    tiny_config = make_tiny_config(shapes_npz)
     tiny_config.model.depth = 2
     model = build.build_model(tiny_config)
     tx = build.build_optimizer(tiny_config, build.build_schedules(tiny_config, 16))
@@ -22,7 +26,8 @@ def seen(tiny_config):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
     snapshot = jax.jit(build.build_snapshot_fn(tiny_config, model))
     found = jax.device_get(snapshot(state.params, state.target_params, images))
-    masks = build.build_masks(tiny_config)(jax.random.split(jax.random.PRNGKey(MASK_SEED), 3))
+    sample = jax.jit(build.build_masks(tiny_config))
+    masks = jax.device_get(sample(jax.random.split(jax.random.PRNGKey(MASK_SEED), 3)))
     return tiny_config, model, state, images, masks, found
 
 
@@ -44,9 +49,10 @@ def test_cosine_is_that_of_prediction_and_target_where_one_is(seen):
     config, model, state, images, masks, found = seen
     views = build.build_preprocess(config)(jnp.asarray(images))
     variables = {"params": {"context_encoder": state.target_params}}
-    tokens, _ = model.apply(variables, views, method="encode")
-    targets = hierarchy.level_features(tokens, 4, 2)
-    prediction = model.apply({"params": state.params}, views, masks)
+    apply = jax.jit(model.apply, static_argnames="method")
+    tokens, _ = apply(variables, views, method="encode")
+    targets = jax.device_get(hierarchy.level_features(tokens, 4, 2))
+    prediction = jax.device_get(apply({"params": state.params}, views, masks))
     for level in range(2):
         np.testing.assert_allclose(found.tokens[level], targets[level], atol=1e-4)
         predicted = ~np.isnan(found.cosine[level])
@@ -70,7 +76,8 @@ def test_attention_and_rollout_are_weights_from_the_summary_tokens(seen):
     config, model, state, images, _, found = seen
     views = build.build_preprocess(config)(jnp.asarray(images))
     variables = {"params": {"context_encoder": state.target_params}}
-    _, kept = model.apply(variables, views, method="encode", mutable=["intermediates"])
+    encode = functools.partial(model.apply, method="encode", mutable=["intermediates"])
+    _, kept = jax.jit(encode)(variables, views)
     blocks = kept["intermediates"]["context_encoder"]
     weights = [np.asarray(blocks[f"block_{i}"]["attention"]["weights"][0]) for i in range(2)]
     np.testing.assert_allclose(weights[0].sum(-1), 1, rtol=1e-5)

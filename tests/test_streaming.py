@@ -242,6 +242,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed
     jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_counts_corrupt_files_once_and_goes_on(
     streamed_config, shapes_folder, tmp_path, capsys
 ):

@@ -64,7 +64,7 @@ TRAIN_METRICS = {
 
 
 def final_state(config, workdir: pathlib.Path):
-    built = run.build_run(config, run.open_config_source(config))
+    built = train.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     state, window = checkpoints.restore(*built.create())
     checkpoints.close()
@@ -157,6 +157,7 @@ def test_few_calls_are_under_way_at_a_time(tiny_config, tmp_path, monkeypatch):
     "moment",
     [pytest.param("in the last step", marks=pytest.mark.slow), "while the last step is saved"],
 )
+@pytest.mark.usefixtures("short_probes")
 def test_a_run_stopped_at_its_last_step_does_not_probe_until_it_goes_on(
     tiny_config, tmp_path, monkeypatch, capsys, moment
 ):
@@ -192,7 +193,7 @@ def save_for_ever(config, workdir: pathlib.Path) -> None:
 def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
     process = processes.CONTEXT.Process(target=save_for_ever, args=(tiny_config, tmp_path))
     process.start()
-    process.join(60)
+    process.join(processes.COMMAND_SEC)  # it ends at once; a slow machine starts it late
     process.kill()
     process.join()
     assert process.exitcode == 128 + signal.SIGINT
@@ -222,8 +223,8 @@ def test_steps_per_call_changes_no_result(tiny_config, tmp_path):
     np.testing.assert_allclose(one, four, rtol=1e-4)
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 4])
-def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per_call):
+@pytest.mark.usefixtures("own_programs")
+def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     """Epoch ends, logs and odd remainders must not change the shapes of the program.
 
     Nor does a run that goes on at another resolution compile that of the first one again.
@@ -240,9 +241,10 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch, steps_per
 
     monkeypatch.setattr(run, "make_run_steps", counting)
     tiny_config.train.num_steps = 17
-    tiny_config.train.steps_per_call = steps_per_call
+    tiny_config.train.steps_per_call = 4
     train.train_and_evaluate(tiny_config, tmp_path / "first")
     assert len(compiled) == 1
+    tiny_config.train.steps_per_call = 1
     tiny_config.train.init_from, tiny_config.data.image_size = str(tmp_path / "first"), 24
     tiny_config.mask.scale = (0.1, 0.25)
     train.train_and_evaluate(tiny_config, tmp_path / "larger")
@@ -460,6 +462,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_by_name(tiny_config, tmp
     assert end == {"step": 3, "train/nonfinite_steps": 3}
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
     tiny_config, tmp_path, monkeypatch, capsys
 ):
@@ -478,6 +481,7 @@ def test_collapse_of_the_target_features_is_said_aloud_and_may_end_the_run(
     assert "Run the same command again" not in report
 
 
+@pytest.mark.usefixtures("short_probes")
 def test_probe_at_the_end_reports_trained_random_and_pixel_rows(tiny_config, tmp_path):
     tiny_config.eval.probe_at_end = True
     rows = train.train_and_evaluate(tiny_config, tmp_path)
@@ -598,6 +602,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_that_a_rule_ends_still_has_its_report(tiny_config, tmp_path):
     tiny_config.log.report = True
     tiny_config.log.every_steps = 1

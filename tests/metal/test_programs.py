@@ -64,36 +64,31 @@ def test_the_plugin_takes_every_program_of_every_config(name, program, monkeypat
     assert refusals(program(config), PLATFORM) == []
 
 
-def test_the_plugin_takes_accumulation(tiny_config):
-    tiny_config.optim.accumulation_steps = 2
-    assert refusals(Step(tiny_config), PLATFORM) == []
+# Options go together in few programs, as tracing takes seconds; a refusal names its operation.
 
 
-def test_the_plugin_takes_muon(tiny_config):
-    tiny_config.optim.kind = "muon"
-    assert refusals(Step(tiny_config), PLATFORM) == []
+def test_the_plugin_takes_accumulation_muon_random_masks_and_streamed_batches(tiny_config):
+    tiny_config.optim.accumulation_steps, tiny_config.optim.kind = 2, "muon"
+    tiny_config.mask.kind = "random"
+    assert refusals(Step(tiny_config, streamed=True), PLATFORM) == []
 
 
-@pytest.mark.parametrize("kind", ["hierarchical", "random"])
-def test_the_plugin_takes_every_mask_sigreg_and_every_augmentation(tiny_config, kind):
+@pytest.mark.parametrize(
+    ("positions", "kind"),
+    [("rope2d", "hierarchical"), pytest.param("learned", "random", marks=pytest.mark.slow)],
+)
+def test_the_plugin_takes_sigreg_every_augmentation_local_views_and_a_pyramid(
+    tiny_config, positions, kind
+):
     tiny_config.mask.kind, tiny_config.loss.regularizer = kind, "sigreg"
     tiny_config.mask.progression = ("geometric", 1.0)  # so that level 1 fits the 4 x 4 patches
     for option in ("vertical_flip", "blur", "solarize"):
         tiny_config.data[option] = 0.5
-    assert refusals(Step(tiny_config), PLATFORM) == []
-
-
-@pytest.mark.parametrize("positions", ["learned", "rope2d"])
-def test_the_plugin_takes_local_views_and_a_pyramid(tiny_config, positions):
     tiny_config.model.positions, tiny_config.model.pyramid = positions, "concat"
     tiny_config.model.global_level, tiny_config.loss.cross_view = True, 0.5
     tiny_config.model.global_target = "summary"
     tiny_config.data.local_views, tiny_config.data.local_size = 2, 8
     assert refusals(Step(tiny_config), PLATFORM) == []
-
-
-def test_the_plugin_takes_streamed_batches(tiny_config):
-    assert refusals(Step(tiny_config, streamed=True), PLATFORM) == []
 
 
 def test_the_plugin_takes_the_linear_probe():

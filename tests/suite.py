@@ -1,0 +1,70 @@
+"""How the suite is run: which files the leg on jax 0.5.0 takes, and tests in an order by a seed."""
+
+import os
+import pathlib
+import random
+
+import pytest
+
+# Test files that run on every supported JAX; their tests carry the mark `jax`.
+ON_EVERY_JAX = {
+    "metal/test_judge", "metal/test_programs", "test_agreement", "test_attentive", "test_augment",
+    "test_checkpoint", "test_finetune", "test_health", "test_hierarchy", "test_knn", "test_linear",
+    "test_losses", "test_masking", "test_models", "test_optimizer", "test_options",
+    "test_placement", "test_platform", "test_products", "test_selftest", "test_snapshot",
+    "test_steps", "test_train", "test_warm_start",
+}  # fmt: skip
+# Test files about data files, reports, flags and processes: JAX's version does not matter to them.
+ON_ONE_JAX = {
+    "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
+    "faults/test_resume", "test_alarms", "test_browser", "test_cli", "test_cluster", "test_config",
+    "test_extras", "test_fewshot", "test_figures", "test_fitted_curve", "test_held_out",
+    "test_history", "test_host_memory", "test_labelled", "test_layering", "test_layouts",
+    "test_logging", "test_lowshot", "test_other_jax", "test_pipeline", "test_projector",
+    "test_protocols", "test_quality", "test_report", "test_results_table", "test_run_dir",
+    "test_scaling", "test_shapes", "test_sources", "test_streaming", "test_suite", "test_sweep",
+    "test_user_cache", "test_whole_files",
+}  # fmt: skip
+
+TESTS = pathlib.Path(__file__).parent
+SEED = "HJEPA_TEST_ORDER"  # environment variable: a whole number puts the tests in another order
+
+
+def name_of(path: pathlib.Path) -> str:
+    """The path of a test file below tests/, without its ending."""
+    return path.relative_to(TESTS).with_suffix("").as_posix()
+
+
+def test_files() -> set[str]:
+    """All test files of this checkout, by name."""
+    return {name_of(path) for path in TESTS.rglob("test_*.py")}
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Marks the tests of the files that run on every JAX."""
+    for item in items:
+        if name_of(item.path) in ON_EVERY_JAX:
+            item.add_marker(pytest.mark.jax)
+
+
+def shuffle(items: list[pytest.Item], seed: str) -> None:
+    """Puts the files in random order, and the tests within each.
+
+    The tests of a file stay together, so that its fixtures are made once.
+    """
+    order = random.Random(seed)
+    by_file: dict[pathlib.Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    groups = list(by_file.values())
+    order.shuffle(groups)
+    for group in groups:
+        order.shuffle(group)
+    items[:] = [item for group in groups for item in group]
+
+
+def arrange(items: list[pytest.Item]) -> None:
+    """Marks all tests, and shuffles them if the environment asks for it."""
+    mark(items)
+    if seed := os.environ.get(SEED):
+        shuffle(items, seed)
