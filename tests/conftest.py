@@ -133,20 +133,6 @@ def tiny_config(shapes_npz: str) -> Config:
 
 def make_tiny_config(source: str) -> Config:
     """A whole run of a few seconds: 6 steps, every part of the loop in use."""
-    return make_tiny_config(shapes_npz)
-
-
-@pytest.fixture(scope="session")
-def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The finished workdir of a run of `tiny_config`, for tests to copy."""
-    from hjepa_jax import train
-
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    train.train_and_evaluate(make_tiny_config(shapes_npz), workdir)
-    return workdir
-
-
-def make_tiny_config(shapes_npz: str) -> Config:
     c = base_config()
     c.data.source = source
     c.data.image_size = 16
@@ -167,6 +153,16 @@ def make_tiny_config(shapes_npz: str) -> Config:
     c.log.tensorboard = False
     c.log.report = False
     return c.lock()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The finished workdir of a run of `tiny_config`, for tests to copy."""
+    from hjepa_jax import train
+
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    train.train_and_evaluate(make_tiny_config(shapes_npz), workdir)
+    return workdir
 
 
 @pytest.fixture(autouse=True)
