@@ -108,7 +108,7 @@ def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
     Small, for the probe of raw pixels takes the third power of their number.
     """
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
-    splits = create_shapes(240, 60, seed=1)
+    splits = create_shapes(240, 60, seed=2)
     save_npz(path, *(Split(split.images[:, ::2, ::2], split.labels) for split in splits))
     return f"npz:{path}"
 

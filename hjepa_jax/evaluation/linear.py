@@ -311,7 +311,7 @@ class _Problem:
 
         limits = {"maxiter": self._num_iterations, "maxfun": 2 * self._num_iterations}
         # L-BFGS works on short vectors. Threads for them would only wait, and keep the cores from
-        # the device's work: on two busy cores it was 48 times slower.
+        # the device's work.
         with threadpool_limits(1, user_api="blas"):
             found = minimize(
                 objective,
