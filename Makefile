@@ -33,7 +33,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## Train on procedural shapes and probe the result (minutes on a laptop)
 	$(BIN)/python -m hjepa_jax.main --config=configs/shapes_tiny.py
 
-test: $(VENV)/.dev  ## Quick tests, in four minutes; HJEPA_TEST_ORDER=1 puts them in another order
+test: $(VENV)/.dev  ## Quick tests; HJEPA_TEST_ORDER=1 puts them in another order
 	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.dev  ## Tests that take minutes

@@ -10,7 +10,17 @@ import pytest
 from PIL import Image
 
 import hjepa_jax
-from hjepa_jax import api, build, checkpoint, feature_file, host_memory, metrics, run, run_dir
+from hjepa_jax import (
+    api,
+    build,
+    checkpoint,
+    feature_file,
+    host_memory,
+    metrics,
+    run,
+    run_dir,
+    run_record,
+)
 from hjepa_jax.config import Config, base_config
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
@@ -51,9 +61,11 @@ def make_run(workdir: pathlib.Path, source: str, seed: int = 0, **fields: object
     c.update_from_flattened_dict(fields)
     c.lock()
     opened = run.open_config_source(c)
-    run_dir.prepare_workdir(c, workdir, opened.num_images)
+    schedules = build.build_schedules(c, opened.num_images)
+    record = run_record.make_record(c, opened, schedules, fingerprint="all-0")
+    run_dir.prepare_workdir(c, workdir, record)
     model = build.build_model(c)
-    tx = build.build_optimizer(c, build.build_schedules(c, opened.num_images))
+    tx = build.build_optimizer(c, schedules)
     state = jax.tree.map(random_like, jax.eval_shape(build.build_create_state(c, model, tx)))
     window = metrics.empty_window(metrics.make_averages(["loss"]), batch_size=16, width=16)
     with checkpoint.Checkpoints(workdir, config=c, owner=True) as checkpoints:

@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_deleted_and_made_again(params, tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_name(params):
-    with pytest.raises(InputError, match=r"^finetune\.learning_rate=1e\+30"):
+    with pytest.raises(InputError, match=r"^--protocols=.finetune.: .*learning rate of 1e\+30"):
         run(params, dataclasses.replace(SETTINGS, learning_rate=1e30))
 
 

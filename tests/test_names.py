@@ -14,7 +14,16 @@ from hjepa_jax.logging import RunLogger
 from hjepa_jax.main import summary
 from hjepa_jax.names import printable
 from hjepa_jax.run_dir import prepare_workdir
+from hjepa_jax.run_record import RunRecord
 
+RECORD = RunRecord(
+    num_images=2560,
+    num_steps=200,
+    steps_per_epoch=10,
+    class_names=("caf\udce9",),
+    data={"source": "folder:caf\udce9", "fingerprint": "all-0"},
+    preprocessing={},
+)
 # Each name, and what is to be read in its place.
 NAMES = {
     "$x_1$": "$x_1$",
@@ -121,7 +130,7 @@ def test_every_character_is_printable_and_on_one_line():
 @pytest.mark.parametrize("name", ["my run", "a,b", "it's", "$HOME", "semi;colon", "日本"])
 def test_printed_commands_run_as_printed(tmp_path, name):
     workdir = tmp_path / name
-    prepare_workdir(base_config(), workdir, 2560)
+    prepare_workdir(base_config(), workdir, RECORD)
     lines = summary(workdir).splitlines()
     for command, flag in (("probe", "--workdir="), ("embed", "--workdir="), ("tensorboard", "")):
         line = next(line for line in lines if command in line and str(tmp_path) in line)
@@ -131,6 +140,6 @@ def test_printed_commands_run_as_printed(tmp_path, name):
 def test_config_json_holds_names_of_any_bytes(tmp_path):
     config = base_config()
     config.data.source = "folder:caf\udce9"
-    prepare_workdir(config, tmp_path, 2560)
+    prepare_workdir(config, tmp_path, RECORD)
     text = pathlib.Path(tmp_path / "config.json").read_text(encoding="utf-8")
     assert json.loads(text)["data"]["source"] == "folder:caf\udce9"

@@ -218,14 +218,14 @@ def test_a_run_of_one_line_and_one_of_none_have_a_report(finished, tmp_path):
 def test_collapse_and_steps_left_out_are_told_with_their_rules(finished, tmp_path):
     workdir = copy_of(finished, tmp_path)
     lines = read_metrics(workdir)
-    lines[1]["train/nonfinite_steps"] = 2
-    lines[2] |= {"train/nonfinite_steps": 2, "train/effective_rank": 1.2}
-    lines[3] |= {"train/nonfinite_steps": 2, "train/effective_rank": 1.1}
+    lines[0]["train/effective_rank"] = 8.0  # of the untrained network
+    for line, rank in zip(lines[1:], (1.3, 1.2, 1.1), strict=True):
+        line |= {"train/nonfinite_steps": 2, "train/effective_rank": rank}
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report([workdir], workdir, images=False)
     found = report_sections(workdir)
     assert "step 4: 2 steps in all were not finite" in found["Warnings"]
-    assert "step 6: effective rank 1.2 is below 1.6" in found["Warnings"]
+    assert "step 8: effective rank 1.1 is below 1.6" in found["Warnings"], "the third in a row"
     assert found["Warnings"].count("- ") == 2, "each is told once, when it begins"
     assert "**collapsed** (effective rank 1.1 is below 1.6" in found["Collapse indicators"]
     assert "train/nonfinite_steps is 2, above 0" in found["Next steps"]
@@ -264,8 +264,9 @@ def test_constant_features_are_called_collapsed_whatever_their_rank(tmp_path):
     kept = REPOSITORY / "experiments/cifar10_tiny/report"
     shutil.copy(kept / "config.json", tmp_path)
     lines = read_metrics(kept)
-    lines[-1]["train/effective_rank"] = verdict.effective_rank
-    lines[-1]["train/relative_std"] = verdict.relative_std
+    for line in lines[-3:]:
+        line["train/effective_rank"] = verdict.effective_rank
+        line["train/relative_std"] = verdict.relative_std
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     facts = read_facts(tmp_path, images=False)
     assert verdict.effective_rank > 9 * facts.limits.effective_rank

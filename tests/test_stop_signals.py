@@ -12,11 +12,14 @@ from hjepa_jax.loop import STOP_SIGNALS, _StopSignals
 @pytest.mark.parametrize("name", STOP_SIGNALS)
 def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
     signum = getattr(signal, name)
-    before = signal.getsignal(signum)
-    with _StopSignals() as stop:
-        os.kill(os.getpid(), signum)
-        assert stop.signum == signum
-    assert signal.getsignal(signum) == before
+    outside = signal.signal(signum, signal.default_int_handler)  # the tests may run under nohup
+    try:
+        with _StopSignals() as stop:
+            os.kill(os.getpid(), signum)
+            assert stop.signum == signum
+        assert signal.getsignal(signum) == signal.default_int_handler
+    finally:
+        signal.signal(signum, outside)
     assert "stopping after this step" in capfd.readouterr().out
     assert Interrupted(signum, 3).status == 128 + signum
     assert str(Interrupted(signum, 3)) == f"{name} at step 3"
