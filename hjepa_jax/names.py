@@ -1,6 +1,8 @@
 """Names of classes, files and runs, which may hold any character, as text that can be shown."""
 
+import os
 import re
+import unicodedata
 
 # Halves of surrogate pairs: Python has them in place of the bytes of a name that is not UTF-8.
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -15,3 +17,13 @@ def encodable(text: str) -> str:
 def printable(text: str) -> str:
     """The text on one line: `encodable`, and a space for tabs, line breaks and the like."""
     return _CONTROLS.sub(" ", encodable(text))
+
+
+def escaped(name: str) -> str:
+    r"""Returns the name as text that every terminal and every UTF-8 file takes.
+
+    A file name is bytes. Bytes that are not UTF-8 are written as `\xe9`, and so are control
+    characters. So two names that differ still differ.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in text)

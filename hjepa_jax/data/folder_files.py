@@ -21,8 +21,9 @@ from jaxtyping import Int, Int32
 from PIL import Image, UnidentifiedImageError
 
 from hjepa_jax.data.test_split import split_role
-from hjepa_jax.data.usage import Unused, printable
+from hjepa_jax.data.usage import Unused
 from hjepa_jax.errors import InputError
+from hjepa_jax.names import escaped
 
 # Pillow reads more formats, and starts other programs for some of them.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -108,11 +109,11 @@ class _Lister:
         for folder in folders:
             if folder not in used:
                 self._drop_folder(folder, used)
-        self._drop_files(files, f"beside {printable(used[0].name)}/")
+        self._drop_files(files, f"beside {escaped(used[0].name)}/")
         splits = [
             self._list_classes(folder, *self._scan(folder, refuse_links=True)) for folder in used
         ]
-        names = [printable(folder.name) for folder in used]
+        names = [escaped(folder.name) for folder in used]
         differing = {*splits[0].class_names} ^ {*splits[-1].class_names}
         if differing:
             rule = f"{names[0]} and {names[-1]} must have the same classes; one lacks"
@@ -142,11 +143,11 @@ class _Lister:
             lost = [each for each in self.unused[first:] if each.reason not in HARMLESS]
             if images:
                 labels += [len(names)] * len(images)
-                names.append(printable(folder.name))
+                names.append(escaped(folder.name))
                 paths += images
             elif lost:
-                reason = f"{printable(lost[0].name)}: {lost[0].reason}"
-                self._refuse(f"there is no image in {printable(folder.path)} ({reason})")
+                reason = f"{escaped(lost[0].name)}: {lost[0].reason}"
+                self._refuse(f"there is no image in {escaped(folder.path)} ({reason})")
             else:
                 self._drop(folder.path, EMPTY, is_folder=True)
         if not names:
@@ -158,7 +159,7 @@ class _Lister:
         inside = _sub_folders(folder)
         if not inside or _has_images(folder):
             return
-        path = printable(folder.path)
+        path = escaped(folder.path)
         if split_role(folder.name):
             self._refuse(
                 f"{path} is a split: the other classes must be in a folder train beside it"
@@ -166,7 +167,7 @@ class _Lister:
         for name in inside:
             if (split_role(name) or ("",))[0] == "train":
                 rule = f"must hold one sub-folder per class, but {path} holds a split"
-                self._refuse(f"{rule}, {printable(name)}; name folder:{path}")
+                self._refuse(f"{rule}, {escaped(name)}; name folder:{path}")
 
     def _list_images(self, folder: _Folder) -> list[str]:
         """Returns the images in a folder and in the folders inside it, in order of their names."""
@@ -202,7 +203,7 @@ class _Lister:
             is_folder = entry.is_dir()
             reason = self._why_unused(entry, folder)
             if reason == OUTSIDE and is_folder and refuse_links:
-                self._refuse(f"there is no image in {printable(entry.path)} (it is a {OUTSIDE})")
+                self._refuse(f"there is no image in {escaped(entry.path)} (it is a {OUTSIDE})")
             if reason:
                 self._drop(entry.path, reason, is_folder=is_folder)
             elif is_folder:
@@ -232,7 +233,7 @@ class _Lister:
     def _drop_folder(self, folder: _Folder, used: list[_Folder]) -> None:
         """Drops a folder beside the used splits; the reason says how much is in it."""
         count = sum(len(names) for _, _, names in os.walk(folder.path))
-        names = " and ".join(f"{printable(each.name)}/" for each in used)
+        names = " and ".join(f"{escaped(each.name)}/" for each in used)
         files = f"{count} file{'s' if count != 1 else ''}"
         reason = f"folder of {files} beside {names}" if count else EMPTY
         self._drop(folder.path, reason, is_folder=True)
@@ -246,7 +247,7 @@ class _Lister:
         self.unused.append(Unused(name, reason))
 
     def _refuse_without_classes(self, folder: _Folder) -> None:
-        self._refuse(f"{printable(folder.path)} must hold one sub-folder per class")
+        self._refuse(f"{escaped(folder.path)} must hold one sub-folder per class")
 
     def _refuse(self, rule: str) -> None:
         raise InputError("data.source", self.source, rule)

@@ -24,8 +24,9 @@ from hjepa_jax.data.records import (
 )
 from hjepa_jax.data.sources import Source, SourceInfo, Split, first_line, square, streams
 from hjepa_jax.data.test_split import draw_test_rows, hold_out_test
-from hjepa_jax.data.usage import printable, report_usage
+from hjepa_jax.data.usage import report_usage
 from hjepa_jax.errors import InputError
+from hjepa_jax.names import escaped
 
 # Where Pillow, too, begins to suspect a decompression bomb; it refuses only at twice as many.
 MAX_PIXELS = 2**30 // 12
@@ -142,7 +143,7 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndar
         unknown = isinstance(error, UnidentifiedImageError)  # whose message is but the path
         reason = f"is none of {', '.join(IMAGE_FORMATS)}" if unknown else first_line(error)
         rule = f"cannot be decoded as an image: {reason}"
-        raise InputError("data.source", printable(os.fspath(path)), rule) from error
+        raise InputError("data.source", escaped(os.fspath(path)), rule) from error
 
 
 def _labelled(top: str, listing: Listing, image_size: int) -> Labelled:
@@ -151,7 +152,7 @@ def _labelled(top: str, listing: Listing, image_size: int) -> Labelled:
 
 
 def _names(top: str, files: Sequence[str]) -> tuple[str, ...]:
-    return tuple(printable(os.path.relpath(path, top)) for path in files)
+    return tuple(escaped(os.path.relpath(path, top)) for path in files)
 
 
 def _read_split(top: str, listing: Listing, image_size: int, skipped: list[InputError]) -> Split:

@@ -14,8 +14,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from hjepa_jax.data.usage import printable
 from hjepa_jax.errors import InputError
+from hjepa_jax.names import escaped
 
 READ_AHEAD = 1024  # records handed to the threads at a time: Ctrl-C waits for no more
 MAX_WAITING_BYTES = 2**27  # of decoded records that wait for their place
@@ -234,4 +234,4 @@ def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None
     named = "; ".join(f"{error.value} {error.rule}" for error in errors[:NUM_LISTED])
     others = f"; and {len(errors) - NUM_LISTED} more" if len(errors) > NUM_LISTED else ""
     line = f"{source}: {len(errors)} of {what} skipped: {named}{others}"
-    print(printable(" ".join(line.split())), file=sys.stderr, flush=True)
+    print(escaped(" ".join(line.split())), file=sys.stderr, flush=True)

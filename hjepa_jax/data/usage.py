@@ -1,10 +1,10 @@
 """One line that says which images of a source are used, and what is not used and why."""
 
-import os
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from hjepa_jax.names import escaped
 
 NUM_NAMED = 3  # names per reason, and classes
 
@@ -20,16 +20,6 @@ class Unused(NamedTuple):
 
     name: str
     reason: str
-
-
-def printable(name: str) -> str:
-    r"""Returns the name as text that every terminal and every UTF-8 file takes.
-
-    A file name is bytes. Bytes that are not UTF-8 are written as `\xe9`, and so are control
-    characters.
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def report_usage(
@@ -53,9 +43,9 @@ def report_usage(
             by_reason.setdefault(reason, []).append(name)
         groups = [f"{len(x)} {reason} ({_some(x, len(x))})" for reason, x in by_reason.items()]
         line += f"; not used: {', '.join(groups)}"
-    print(printable(line), file=sys.stderr, flush=True)
+    print(escaped(line), file=sys.stderr, flush=True)
 
 
 def _some(names: Sequence[str], count: int) -> str:
     more = ", ..." if count > NUM_NAMED else ""
-    return ", ".join(map(printable, names[:NUM_NAMED])) + more
+    return ", ".join(map(escaped, names[:NUM_NAMED])) + more
