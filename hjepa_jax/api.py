@@ -19,6 +19,7 @@ from hjepa_jax.data.given import GivenImages, images_of
 from hjepa_jax.data.records import Decoded, Images
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
+from hjepa_jax.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Encoder:
 
         Args:
           images: uint8, or floats in [0, 1]: one image [H, W, 3] (grey: [H, W, 1] or [H, W]), a
-            batch of images [B, H, W, 3] (grey: [B, H, W, 1] or [B, H, W]), a path, or a list of
+            batch of images [B, H, W, 3] (grey: [B, H, W, 1]), a path, or a list of
             arrays and paths, whose sizes may differ.
 
         Returns:
@@ -97,7 +98,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     Raises:
       InputError: when the directory holds no run or no such checkpoint.
     """
-    folder = pathlib.Path(workdir).expanduser()
+    folder = local_path("workdir", str(workdir))
     config = run_dir.load_config(folder)
     model, params = checkpoint.load_encoder(folder, step)
     embed_fn = jax.jit(build.build_embed_fn(config, model))

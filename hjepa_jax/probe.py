@@ -44,7 +44,7 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import judge, run_dir, seeds
+    from hjepa_jax import judge, run_dir, run_record, seeds
     from hjepa_jax.evaluation import features, protocols, results
 
     _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
@@ -70,7 +70,9 @@ def main() -> None:
     if len(runs) > 1:
         # The best step is each run's own; any other must be the same in all.
         steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
-        differing = seeds.differences(configs, steps)
+        records = [run_record.read_record(workdir) for workdir in workdirs]
+        images = [record.fingerprint if record else None for record in records]
+        differing = seeds.differences(configs, steps, images)
         print("\n" + (f"no mean: {differing}" if differing else results.format_seeds(runs)))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from hjepa_jax.config import ADDED_FIELDS, FREE_FIELDS, REMOVED_FIELDS, Config, base_config
-from hjepa_jax.data.fingerprint import differ
+from hjepa_jax.data.fingerprint import other_content
 from hjepa_jax.data.sources import first_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import read_probe_json
@@ -133,7 +133,7 @@ def _past(workdir: pathlib.Path, saved: Saved | None) -> Past | None:
             f"{first_line(error)}"
         )
         raise InputError("--workdir", str(workdir), rule) from error
-    if record and differ(saved.fingerprint, record.fingerprint):
+    if record and other_content(saved.fingerprint, record.fingerprint):
         record = None  # of another run, or of other images
     return Past(config, num_updates, record, saved.fingerprint)
 
@@ -319,6 +319,8 @@ def load_config(workdir: str | pathlib.Path) -> Config:
         return parse_config(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError) as error:
         rule = "holds no run (there is no config.json)"
+        if checkpoint_sizes(pathlib.Path(workdir)):
+            rule = "has no config.json; its training command, run again, writes it anew"
         raise InputError("--workdir", str(workdir), rule) from error
     except UNUSABLE as error:
         rule = f"its config.json is no config of this version: {first_line(error)}"

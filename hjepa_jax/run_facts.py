@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from hjepa_jax import build, checkpoint
 from hjepa_jax.collapse import PATIENCE, Limits, Spread, find_limits, spread_of, untrained_spread
 from hjepa_jax.config import Config
-from hjepa_jax.data.fingerprint import differ, fingerprint, same_content
+from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content
 from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features
@@ -193,7 +193,7 @@ def read_facts(
             meta = checkpoint.read_meta(workdir)
     except InputError as error:
         reason = str(error)
-    if record and differ(meta.get("data"), record.fingerprint):
+    if record and other_content(meta.get("data"), record.fingerprint):
         record = None  # of another run, or of other images than the newest checkpoint
     num_images = record.num_images if record else None
     if images:

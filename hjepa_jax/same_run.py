@@ -2,13 +2,14 @@
 
 import dataclasses
 import os.path
+import shlex
 from typing import Any
 
 import numpy as np
 
 from hjepa_jax.build import build_schedules
 from hjepa_jax.config import SCHEDULE_FIELDS, Config, differing_fields
-from hjepa_jax.data.fingerprint import same_content
+from hjepa_jax.data.fingerprint import other_content, same_content
 from hjepa_jax.fields import flatten
 from hjepa_jax.run_record import RunRecord
 
@@ -72,6 +73,12 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
             f"{data.num_images} now: schedules and order of the images would be others; restore "
             f"the images, or choose another --workdir{_begin_from(workdir)}"
         )
+    if not past.record and past.num_updates and other_content(past.fingerprint, data.fingerprint):
+        return (
+            f"was trained on other images (fingerprint {past.fingerprint} -> {data.fingerprint}), "
+            "and no usable run.json says how many; restore the images, or choose another "
+            f"--workdir{_begin_from(workdir)}"
+        )
     if moved and not same_content(past.fingerprint, data.fingerprint):
         why = (
             " and training images that are not known to be the same (fingerprint "
@@ -108,7 +115,8 @@ def _of_another_config(past: Past, config: Config, why: str) -> str:
 
 
 def _begin_from(workdir: str) -> str:
-    return f", with train.init_from={workdir} to begin with the parameters of this run"
+    start = f"--config.train.init_from={shlex.quote(workdir)}"
+    return f", with {start} to begin with the parameters of this run"
 
 
 def _same_path(one: str | None, other: str | None) -> bool:

@@ -7,12 +7,15 @@ from hjepa_jax.config import Config, differing_fields
 from hjepa_jax.fields import get_field
 
 
-def differences(configs: Sequence[Config], steps: Sequence[int] | None) -> str:
+def differences(
+    configs: Sequence[Config], steps: Sequence[int] | None, images: Sequence[str | None] = ()
+) -> str:
     """Why runs are not repetitions of one run under other seeds; empty if they are.
 
     Args:
       configs: of the runs.
       steps: of their checkpoints; None if these may differ.
+      images: fingerprints of their training images; None for a run that does not say.
     """
     dicts = [config.to_dict() for config in configs]
     fields = {field for other in dicts[1:] for field in differing_fields(dicts[0], other)}
@@ -22,6 +25,9 @@ def differences(configs: Sequence[Config], steps: Sequence[int] | None) -> str:
     shown = {field: [get_field(config, field) for config in configs] for field in sorted(fields)}
     if steps is not None and len(set(steps)) > 1:
         shown["step"] = [*steps]
+    known = {data for data in images if data}
+    if len(known) > 1 and configs[0].data.source != "shapes":  # its images go with the seed
+        shown["training images"] = [*images]
     if shown:
         told = "; ".join(f"{field} ({_listed(values)})" for field, values in shown.items())
         return f"the runs differ in {told}"

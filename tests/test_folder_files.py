@@ -175,6 +175,20 @@ def test_a_folder_does_not_look_into_work_directories(tmp_path, monkeypatch, cap
     assert "1 empty folder (runs/)" in line
 
 
+@pytest.mark.parametrize(
+    "files",
+    [("report.html", "report.md"), ("report.md",), ("config.json", "metrics.jsonl"),
+     ("config.json", "run.json")],
+)  # fmt: skip
+def test_pictures_of_a_report_are_no_class(tmp_path, capsys, files):
+    write(tmp_path, "x/0.png", "x/1.png", "y/0.png", "y/1.png", "runs/a_and_b/figures/loss.png")
+    for name in files:
+        (tmp_path / "runs" / "a_and_b" / name).touch()
+    line = line_of(tmp_path, capsys)
+    assert "2 classes (x, y)" in line
+    assert "1 work directory of a run (runs/a_and_b/)" in line
+
+
 def test_a_folder_that_is_a_work_directory_too_keeps_its_classes(tmp_path, capsys):
     make_workdir(tmp_path, "x/0.png", "x/1.png", "runs/0.png", "runs/1.png")  # a class "runs"
     line = line_of(tmp_path, capsys)

@@ -88,7 +88,10 @@ def test_labels_may_have_a_second_axis_or_be_one_hot_or_whole_floats(tmp_path, l
     ("arrays", "rule"),
     [
         ({"arr_0": TRAIN, "arr_1": LABELS[10]}, "must hold the arrays"),
-        ({"x_train": TRAIN, "y_train": LABELS[10], "x_test": TEST}, "must hold the arrays"),
+        (
+            {"x_train": TRAIN, "y_train": LABELS[10], "x_test": TEST},
+            "holds x_test, but not images and labels of a test set",
+        ),
         ({"x_train": TRAIN, "train_x": TRAIN, "y_train": LABELS[10]}, "not x_train and train_x"),
         ({"x_train": TRAIN / 255, "y_train": LABELS[10]}, "x_train must be uint8, values 0 to 255"),
         ({"x_train": TRAIN.astype(int), "y_train": LABELS[10]}, "x_train must be uint8"),
@@ -127,3 +130,10 @@ def test_reading_needs_the_memory_of_the_images_once(tmp_path, channels):
     assert peak < 1.1 * decoded + 2 * 2**24 + 2**22  # a tenth for the test, and two blocks
     first = np.concatenate([train.images[:, 0, 0, 0], test.images[:, 0, 0, 0]])
     assert np.array_equal(np.bincount(first), np.bincount(np.arange(30_000) % 251))
+
+
+def test_half_of_a_validation_set_is_named_and_not_used(tmp_path, capsys):
+    arrays = {**pair(TRAIN, "train_images train_labels"), "val_labels": LABELS[4]}
+    train, test = opened(tmp_path, arrays).load()
+    assert [len(train.labels), len(test.labels)] == [9, 1]
+    assert "not used: 1 other arrays (val_labels)" in capsys.readouterr().err

@@ -258,9 +258,19 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
     for saved in (None, saved_by(config)):
         with pytest.raises(InputError, match=rule):
             run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
-    run_dir.check_workdir(
-        config, tmp_path, saved=saved_by(config, fingerprint="all-old"), data=data
-    )
+    # run.json is of other images than the checkpoint, so that it does not say how many those were.
+    saved = saved_by(config, fingerprint="all-old")
+    with pytest.raises(InputError, match=r"other images \(fingerprint all-old.* -> all-abc"):
+        run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match=r"other images .*no usable run.json"):
+        run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+    images = "all-0123456789abcdef"
+    touched = saved_by(config, fingerprint=f"{images}-1")  # only times of files have changed
+    now = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": f"{images}-2"})
+    run_dir.check_workdir(config, tmp_path, saved=touched, data=now)
+    older = saved_by(config, fingerprint="0123456789abcdef")  # of a version before: says nothing
+    run_dir.check_workdir(config, tmp_path, saved=older, data=data)
     os.rmdir(tmp_path / "checkpoints" / "4")  # nothing was made yet
     run_dir.check_workdir(config, tmp_path, data=data)
 
@@ -268,7 +278,8 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
 def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
     config = workdir_of(tmp_path, {}, 200)
     config.train.num_epochs = 40.0
-    rule = r"choose another --workdir, with train.init_from=\S+ to begin .*optim.decay_epochs=0"
+    advice = r"with --config.train.init_from=\S+ to begin .*optim.decay_epochs=0"
+    rule = f"choose another --workdir, {advice}"
     with pytest.raises(InputError, match=rule):
         run_dir.check_workdir(config, tmp_path, data=RECORD)
 

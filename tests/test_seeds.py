@@ -41,3 +41,17 @@ def test_runs_that_are_no_repetitions_get_no_mean(changes, steps, told):
 
 def test_steps_may_differ_where_each_run_has_its_own_best():
     assert seeds.differences(configs({}, {}), None) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "images", "told"),
+    [
+        ("folder:x", ("all-a", "all-b"), "the runs differ in training images ('all-a', 'all-b')"),
+        ("folder:x", ("all-a", "all-a"), ""),
+        ("folder:x", ("all-a", None), ""),  # a run of an older version does not say
+        ("shapes", ("all-a", "all-b"), ""),  # drawn by the seed
+    ],
+)
+def test_runs_on_other_images_get_no_mean(source, images, told):
+    changes = {"data.source": source}
+    assert seeds.differences(configs(changes, changes), (4, 4), images) == told

@@ -131,7 +131,7 @@ GOOD = {"train_images": np.zeros((4, 6, 5, 3), np.uint8), "train_labels": np.arr
     ("change", "rule"),
     [
         ({"train_labels": None}, "must hold the arrays"),
-        ({"test_images": GOOD["train_images"]}, "must hold the arrays"),
+        ({"test_images": GOOD["train_images"]}, "holds test_images, but not images and labels"),
         ({"x_train": GOOD["train_images"]}, "once, not train_images and x_train"),
         ({"train_images": None, "x": GOOD["train_images"]}, "must hold the arrays"),
         ({"train_images": np.zeros((4, 6, 5, 3), np.float32)}, "train_images must be uint8"),
@@ -536,7 +536,7 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.builder_cls("cifar10"), "download_and_prepare", download)
     config = base_config()
     config.data.dir = str(tmp_path)
-    with pytest.raises(InputError, match=r"a dry run downloads nothing; point --config"):
+    with pytest.raises(InputError, match=r"nothing is downloaded here; point --config"):
         run.describe(config)
     assert not list(tmp_path.iterdir())
 

@@ -444,6 +444,14 @@ def test_a_list_is_found_from_the_folder_of_the_config_or_the_repository(tmp_pat
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
     class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # refused later
 
+    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # called like the shipped one
+    own.parent.mkdir(parents=True)
+    own.write_text("x\n")
+    config = base_config()
+    config.data.class_list = shipped
+    class_list.resolve_class_list(config, "own/c.py")
+    assert config.data.class_list == str(own)
+
 
 def test_splits_of_a_tfds_set_that_are_not_used_are_named(tfds_dir, tmp_path, capsys):
     counts = "train 20 images in split train; test 6 images in split test; 3 classes (x, y, z)"

@@ -99,7 +99,11 @@ def resize_and_normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "B S S C"]:
-    """Returns what evaluation sees: the central square, resized and normalised, nothing random."""
+    """Returns what evaluation sees: the central square, resized and normalised, nothing random.
+
+    The filter is that of image files (`hjepa_jax.data.sources.square`). So a picture has the same
+    features, to the rounding of its pixels, as a file and as a row of an array.
+    """
     x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
     return normalize(x, mean, std)
 
@@ -167,7 +171,15 @@ def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
     if (height, width) == (size, size):
         return image
     side, top, left = _centre_square(height, width)
-    return crop_and_resize(image, top, left, float(side), float(side), size=size)
+    rows, cols = (
+        _resize_matrix(start, float(side), num_pixels, size, cubic=True)
+        for start, num_pixels in ((top, height), (left, width))
+    )
+    # The cubic filter overshoots. Pillow clips after each of its two passes, the first along rows.
+    wide = jnp.clip(jnp.matmul(cols[None], image, precision="highest"), 0.0, 1.0)
+    flat = wide.reshape(height, size * wide.shape[2])
+    high = jnp.matmul(rows, flat, precision="highest")
+    return jnp.clip(high, 0.0, 1.0).reshape(size, size, wide.shape[2])
 
 
 def _centre_square(height: int, width: int) -> tuple[int, float, float]:
@@ -181,14 +193,23 @@ def _centre_square(height: int, width: int) -> tuple[int, float, float]:
 
 
 def _resize_matrix(
-    start: Array | float, length: Array | float, num_pixels: int, size: int
+    start: Array | float, length: Array | float, num_pixels: int, size: int, *, cubic: bool = False
 ) -> Float[Array, "S H"]:
-    """Row i holds the weights with which the pixels make up pixel i of the result."""
+    """Row i holds the weights with which the pixels make up pixel i of the result.
+
+    The filter is linear, or cubic as Pillow's (Keys 1981, "Cubic convolution interpolation for
+    digital image processing", equation 15: a = -1/2). Both are widened where the image shrinks.
+    """
     stride = length / size
     center = (jnp.arange(size) + 0.5) * stride + start - 0.5
     reach = jnp.maximum(stride, 1.0)
     distance = jnp.abs(center[:, None] - jnp.arange(num_pixels)[None])
-    weight = jnp.maximum(1.0 - distance / reach, 0.0)
+    d = distance / reach
+    if cubic:
+        near, far = (1.5 * d - 2.5) * d * d + 1.0, ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
+        weight = jnp.where(d < 1.0, near, jnp.where(d < 2.0, far, 0.0))
+    else:
+        weight = jnp.maximum(1.0 - d, 0.0)
     return weight / jnp.sum(weight, axis=1, keepdims=True)
 
 

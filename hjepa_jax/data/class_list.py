@@ -17,9 +17,12 @@ def find_class_list(path: str) -> Path:
 
 
 def resolve_class_list(config: Any, config_file: str) -> None:
-    """Makes a list beside the config's file absolute, unless the current folder has such a file."""
+    """Makes a list beside the config's file absolute, unless the current folder has such a file.
+
+    The repository comes last: a list of the user's own may be called like a shipped one.
+    """
     path = config.get("data", {}).get("class_list")
-    if isinstance(path, str) and not find_class_list(path).exists():
+    if isinstance(path, str) and not Path(path).expanduser().exists():
         beside = Path(config_file).absolute().parent / Path(path).expanduser()
         if beside.exists():
             config.data.class_list = str(beside)

@@ -62,6 +62,11 @@ def same_content(old: object, new: object) -> bool:
     return marked and content(str(old)) == content(str(new))
 
 
+def other_content(old: object, new: object) -> bool:
+    """Whether two fingerprints say that the images differ; older ones and None say nothing."""
+    return differ(old, new) and not same_content(old, new)
+
+
 def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
     """Returns 16 hexadecimal digits over types, shapes and every byte of some arrays.
 

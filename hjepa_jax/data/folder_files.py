@@ -275,9 +275,14 @@ def _is_within(folder: str, path: str) -> bool:
 
 
 def _is_run(folder: str) -> bool:
-    """Whether a folder is the work directory of a run."""
-    inside = [os.path.join(folder, name) for name in ("config.json", "checkpoints")]
-    return all(map(os.path.exists, inside))
+    """Whether a folder is the work directory of a run, or holds the report of several."""
+
+    def has(*names: str) -> bool:
+        return any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+    if has("config.json") and has("checkpoints", "metrics.jsonl", "run.json"):
+        return True
+    return has("report.html", "report.md") and has("figures")
 
 
 def _sub_folders(folder: _Folder) -> list[str]:

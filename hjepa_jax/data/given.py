@@ -71,9 +71,10 @@ def images_of(images: Any) -> Sequence[Any] | np.ndarray:
     array = _array(images)
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)):
         return [array]
-    if array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3)):
+    if array.ndim == 4 and array.shape[3] in (1, 3):
         return array
-    rule = f"must be one image {PER_IMAGE}, or a batch of such images"
+    # Not [B, H, W]: it could as well be one image with its channels first, or with transparency.
+    rule = f"must be one image {PER_IMAGE}, or a batch [B, H, W, 3] or [B, H, W, 1]"
     raise InputError("images", _about(array), rule)
 
 

@@ -102,8 +102,12 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
         if twice:
             rule = f"must hold the arrays of a split once, not {' and '.join(twice)}"
             raise InputError("data.source", source, rule)
-        if not any(arrays) and pairs:
-            continue
+        if pairs and (not any(arrays) or (role == "val" and not all(arrays))):
+            continue  # labels or images of a validation set alone are named as not used
+        if role == "test" and not all(arrays):
+            there = next(names_of for names_of in arrays if names_of)[0]
+            rule = f"holds {there}, but not images and labels of a test set"
+            raise InputError("data.source", source, rule)
         if not all(arrays):
             rule = (
                 f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none; also "

@@ -64,7 +64,7 @@ def open_tfds(
         raise InputError("data.source", source, first_line(error)) from error
     if not builder.data_path.exists():  # is_prepared() would log a warning
         if not may_download:
-            rule = f"is not in {builder.data_dir}, and a dry run downloads nothing; {ADVICE}"
+            rule = f"is not in {builder.data_dir}, and nothing is downloaded here; {ADVICE}"
             raise InputError("data.source", source, rule)
         if _may_be_streamed(streaming, builder):
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -118,7 +118,7 @@ class FeatureCache:
     """Extracted features in a directory: one file per encoder, split and data set.
 
     A file knows what it was made from: program, parameters and images. If one of them changes, the
-    features are extracted again and replace the old ones.
+    features are extracted again. Those of changed images get a file of their own.
 
     Args:
       directory: made when something is kept.

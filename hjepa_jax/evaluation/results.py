@@ -323,12 +323,6 @@ def _preference(row: Row) -> tuple[Any, ...]:
     )
 
 
-def best_score(rows: Iterable[Row], protocol: str, encoder: str) -> float | None:
-    """Top-1 of the `best_row`; None if not judged."""
-    row = best_row(rows, protocol, encoder)
-    return None if row is None else row["top1"]
-
-
 def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
     """Whether `ours` is better than `theirs` by more than `margin`, with the numbers that say so.
 
