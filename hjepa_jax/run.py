@@ -134,6 +134,7 @@ def open_config_source(
     source: str | None = None,
     data_dir: str | None = None,
     may_download: bool = True,
+    quiet: bool = False,
 ) -> Source:
     """The data source that the config names; `source` and `data_dir` take precedence."""
     streaming = build.build_streaming(config)
@@ -146,6 +147,7 @@ def open_config_source(
         seed=config.seed,
         streaming=streaming,
         may_download=may_download,
+        quiet=quiet,
     )
 
 

@@ -71,7 +71,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
 
     cluster.by_first(check)  # before minutes of downloading
     with cluster.first_process_first():  # it downloads, and looks through
-        source = open_config_source(config)
+        source = open_config_source(config, quiet=not cluster.is_first())
         run = build_run(config, source)  # before much is read: it refuses what cannot work
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # a folder's files that are no images

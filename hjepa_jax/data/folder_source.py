@@ -24,7 +24,7 @@ from hjepa_jax.data.records import (
 )
 from hjepa_jax.data.sources import Source, SourceInfo, Split, first_line, square, streams
 from hjepa_jax.data.test_split import draw_test_rows, hold_out_test
-from hjepa_jax.data.usage import report_usage
+from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.names import escaped
 
@@ -66,9 +66,9 @@ def open_folder(
     splits = listing.splits
     if len(splits) == 1:
         splits = [whole.part(rows) for rows in draw_test_rows(source, whole.labels)]
-    _report(source, listing, splits)
+    usage = _usage(source, listing, splits)
     if streams(streaming, len(whole.files), (image_size, image_size, 3)):
-        return _open_streamed(source, listing.top, splits, image_size, streaming)
+        return _open_streamed(source, listing.top, splits, image_size, streaming, usage)
 
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
@@ -87,19 +87,24 @@ def open_folder(
     shape = (image_size, image_size, 3)
     info = SourceInfo(num_train, num_test, shape, whole.class_names)
     parts = tuple(_labelled(listing.top, each, image_size) for each in listing.splits)
-    return Source(source, info, load, parts=parts)
+    return Source(source, info, load, parts=parts, usage=usage)
 
 
-def _report(source: str, listing: FolderListing, splits: list[Listing]) -> None:
+def _usage(source: str, listing: FolderListing, splits: list[Listing]) -> str:
     train, test = (f"{len(each.files)} files" for each in splits)
     names = listing.split_names
     train += f" in {names[0]}/" if names else ""
     test += f" in {names[1]}/" if len(names) == 2 else " held out, by class"
-    report_usage(source, train, test, splits[0].class_names, listing.unused)
+    return usage_line(source, train, test, splits[0].class_names, listing.unused)
 
 
 def _open_streamed(
-    source: str, top: str, listings: list[Listing], image_size: int, streaming: Streaming
+    source: str,
+    top: str,
+    listings: list[Listing],
+    image_size: int,
+    streaming: Streaming,
+    usage: str,
 ) -> Source:
     """A folder whose training images are read while they are trained on."""
     labelled = [
@@ -117,7 +122,7 @@ def _open_streamed(
     records = FolderRecords(listings[0].files, image_size)
     info = SourceInfo(num_train, num_test, records.image_shape, listings[0].class_names)
     parts = tuple(_labelled(top, listing, image_size) for listing in listings)
-    return Source(source, info, load, records, parts)
+    return Source(source, info, load, records, parts, usage)
 
 
 def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:

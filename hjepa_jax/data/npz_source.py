@@ -30,7 +30,7 @@ from hjepa_jax.data.sources import (
     first_line,
 )
 from hjepa_jax.data.test_split import Role, hold_out_test, split_role
-from hjepa_jax.data.usage import Unused, report_usage
+from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.errors import InputError
 
 _KINDS = {
@@ -80,9 +80,9 @@ def _open_archive(source: str, archive: zipfile.ZipFile) -> Source:
     unused = [Unused(name, "other arrays") for name in names if name not in used]
     how = f"in {test_names[0]}" if test_names else "held out, by class"
     sizes = f"{len(train.labels)} images in {train_names[0]}", f"{len(test.labels)} images {how}"
-    report_usage(source, *sizes, class_names, unused)
+    usage = usage_line(source, *sizes, class_names, unused)
     info = SourceInfo(len(train.labels), len(test.labels), train.images.shape[1:], class_names)
-    return Source(source, info, lambda: (train, test))
+    return Source(source, info, lambda: (train, test), usage=usage)
 
 
 def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:

@@ -18,6 +18,7 @@ TensorFlow is imported only when a `tfds:` source is really read.
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class Source:
     load: Callable[[], tuple[Split, Split]]
     records: Records | None = None
     parts: tuple[Labelled, ...] = ()
+    usage: str = ""  # a line for the user: which images are used, and which are not and why
 
     @property
     def num_images(self) -> int:
@@ -93,6 +95,7 @@ def open_source(
     seed: int = 0,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
+    quiet: bool = False,
 ) -> Source:
     """Finds a source and says what is in it; downloads it first where TFDS has to.
 
@@ -106,6 +109,7 @@ def open_source(
         tenth of its images is held out for every seed (`hjepa_jax.data.test_split`).
       streaming: whether the training images are read while they are trained on.
       may_download: without, a set of TFDS that is not prepared is refused.
+      quiet: do not print the line about the images that are used.
 
     Raises:
       InputError: the source does not exist, cannot be had or breaks a rule of its format.
@@ -116,6 +120,8 @@ def open_source(
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
         check_size(source, (num_images, *found.info.image_shape))
+    if found.usage and not quiet:
+        print(found.usage, file=sys.stderr, flush=True)
     if source.partition(":")[0] not in ("tfds", "folder"):  # small, or in memory by now
         return found
 

@@ -33,7 +33,7 @@ from hjepa_jax.data.tfds_source import (
     files_of,
     formats_of,
     made_from,
-    report_splits,
+    splits_line,
 )
 from hjepa_jax.errors import InputError
 from hjepa_jax.user_cache import kept_arrays
@@ -182,9 +182,9 @@ def open_streamed(
 
     class_names = tuple(names[label] for label in classes)
     used = (records.split, test_name, labelled.split)
-    report_splits(source, builder, used, len(records), len(test), class_names=class_names)
+    usage = splits_line(source, builder, used, len(records), len(test), class_names=class_names)
     info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
-    return Source(source, info, load, records)
+    return Source(source, info, load, records, usage=usage)
 
 
 def read_split(source: str, builder: Any, name: str, image_shape: tuple[int, int, int]) -> Split:

@@ -28,7 +28,7 @@ from hjepa_jax.data.sources import (
     streams,
 )
 from hjepa_jax.data.test_split import hold_out_test, num_held_out
-from hjepa_jax.data.usage import Unused, report_usage
+from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.errors import InputError
 from hjepa_jax.platform import version
 from hjepa_jax.provenance import source_digest
@@ -113,13 +113,14 @@ def open_tfds(
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
-    report_splits(
+    usage = splits_line(
         source, builder, ("train", test_name), num_train, num_test, class_names=label.names
     )
-    return Source(source, SourceInfo(num_train, num_test, shape, tuple(label.names)), load)
+    info = SourceInfo(num_train, num_test, shape, tuple(label.names))
+    return Source(source, info, load, usage=usage)
 
 
-def report_splits(
+def splits_line(
     source: str,
     builder: Any,
     used: Sequence[str | None],
@@ -127,11 +128,11 @@ def report_splits(
     num_test: int,
     *,
     class_names: Sequence[str],
-) -> None:
-    """Says which splits are used: that of the training images, that of the test, and others."""
+) -> str:
+    """Returns a line that names the splits for training, for the test, and those not used."""
     train, test, *_ = used
     others = [name for name in builder.info.splits if name not in used]
-    report_usage(
+    return usage_line(
         source,
         f"{num_train} images in split {train}",
         f"{num_test} images " + (f"in split {test}" if test else "held out, by class"),

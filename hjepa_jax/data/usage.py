@@ -1,6 +1,5 @@
 """One line that says which images of a source are used, and what is not used and why."""
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,10 +21,10 @@ class Unused(NamedTuple):
     reason: str
 
 
-def report_usage(
+def usage_line(
     source: str, train: str, test: str, class_names: Sequence[str], unused: Sequence[Unused]
-) -> None:
-    """Prints the line on stderr.
+) -> str:
+    """Returns the line.
 
     Args:
       source: the value of `data.source`.
@@ -43,7 +42,7 @@ def report_usage(
             by_reason.setdefault(reason, []).append(name)
         groups = [f"{len(x)} {reason} ({_some(x, len(x))})" for reason, x in by_reason.items()]
         line += f"; not used: {', '.join(groups)}"
-    print(escaped(line), file=sys.stderr, flush=True)
+    return escaped(line)
 
 
 def _some(names: Sequence[str], count: int) -> str:
