@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from hjepa_jax.build import build_schedules
 from hjepa_jax.config import Config
+from hjepa_jax.config.build import build_schedules
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.results import read_probe_json
-from hjepa_jax.history import read_history
-from hjepa_jax.run import open_config_source
-from hjepa_jax.run_dir import load_config
+from hjepa_jax.runs.history import read_history
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runs.scores import read_probe_json
+from hjepa_jax.runs.workdir import load_config
 
 EXPONENTS = np.geomspace(0.01, 2.0, 400)
 MIN_SCORES = 4  # without one of them as many as the law has numbers

@@ -10,15 +10,17 @@ import argparse
 import pathlib
 
 from experiments.sweep import fitted_and_scored
-from hjepa_jax import build, cli
-from hjepa_jax.checkpoint import load_state
-from hjepa_jax.data.sources import Split
+from hjepa_jax import cli
+from hjepa_jax.config import build
+from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.protocols import Protocol, evaluate_encoders
-from hjepa_jax.evaluation.results import Row, format_tables, write_probe_json
-from hjepa_jax.platform import select_platform
-from hjepa_jax.run import open_config_source
-from hjepa_jax.run_dir import load_config
+from hjepa_jax.evaluation.results import format_tables
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runs.scores import Row, write_probe_json
+from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime.backend import select_platform
 
 
 def held_out_rows(workdir: pathlib.Path, num_fit: int | None) -> list[Row]:

@@ -30,18 +30,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from hjepa_jax import build
-from hjepa_jax.checkpoint import load_encoder
-from hjepa_jax.config import Config
+from hjepa_jax.config import Config, build
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import DEFAULT_KS, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import linear_probe
 from hjepa_jax.evaluation.quality import effective_rank
-from hjepa_jax.history import read_history
-from hjepa_jax.provenance import source_commit, versions
-from hjepa_jax.run import open_config_source
-from hjepa_jax.train import train_and_evaluate
+from hjepa_jax.runs.history import read_history
+from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runtime.provenance import source_commit, versions
+from hjepa_jax.training.train import train_and_evaluate
 
 # The first five say what a row is.
 COLUMNS = (

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
+    import types
 
     from hjepa_jax.api import Encoder
 
 __version__ = "0.1.0"
+
+# Modules that the README of version 0.1 imported from here; they move out of reach in 0.3.
+_MOVED = {"build": "config.build", "checkpoint": "runs.load", "run_dir": "runs.workdir"}
 
 
 def load(workdir: "str | os.PathLike[str]", step: int | str = "last") -> "Encoder":
@@ -23,3 +27,15 @@ def load(workdir: "str | os.PathLike[str]", step: int | str = "last") -> "Encode
     from hjepa_jax import api  # JAX and Orbax take seconds to import
 
     return api.load(pathlib.Path(workdir), step)
+
+
+def __getattr__(name: str) -> "types.ModuleType":
+    """Returns a module of `_MOVED` from its new place, with a warning."""
+    import importlib
+    import warnings
+
+    if name not in _MOVED:
+        raise AttributeError(f"module 'hjepa_jax' has no attribute {name!r}")
+    new = f"hjepa_jax.{_MOVED[name]}"
+    warnings.warn(f"hjepa_jax.{name} is now {new}", DeprecationWarning, stacklevel=2)
+    return importlib.import_module(new)

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from hjepa_jax import build, checkpoint, run_dir
+from hjepa_jax.config import build
 from hjepa_jax.data.given import GivenImages, images_of
 from hjepa_jax.data.records import Decoded, Images
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
-from hjepa_jax.paths import local_path
+from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime.paths import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
       InputError: when the directory holds no run or no such checkpoint.
     """
     folder = local_path("workdir", str(workdir))
-    config = run_dir.load_config(folder)
-    model, params = checkpoint.load_encoder(folder, step)
+    config = load_config(folder)
+    model, params = load_encoder(folder, step)
     embed_fn = jax.jit(build.build_embed_fn(config, model))
     return Encoder(params, config.data.image_size, config.eval.batch_size, embed_fn)

@@ -14,8 +14,8 @@ from absl import app, flags, logging
 
 from hjepa_jax.command_line import asks_for_help, fail, help_page, import_jax, parse_flags
 from hjepa_jax.errors import InputError
-from hjepa_jax.host_memory import keep_freed_memory
-from hjepa_jax.paths import local_path
+from hjepa_jax.runtime.host_memory import keep_freed_memory
+from hjepa_jax.runtime.paths import local_path
 
 __all__ = ["config_name", "define_platform", "define_workdirs", "fail", "parse_flags", "run"]
 

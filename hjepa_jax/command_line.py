@@ -19,7 +19,7 @@ from ml_collections.config_flags import config_path, tuple_parser
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.paths import expanded
+from hjepa_jax.runtime.paths import expanded
 
 # What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
 CONFIG_FLAGS_ERRORS = (
@@ -258,7 +258,7 @@ def _reset_none(values: flags.FlagValues) -> None:
 
 def _optional(field: str) -> bool:
     from hjepa_jax.config import base_config
-    from hjepa_jax.fields import get_field
+    from hjepa_jax.config.fields import get_field
 
     return get_field(base_config(), field) is None
 
@@ -268,7 +268,7 @@ def _told(message: str) -> str:
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
     if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
-        from hjepa_jax.fields import RULES
+        from hjepa_jax.config.fields import RULES
 
         field, value = not_so[1], not_so[2]
         value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
@@ -294,6 +294,6 @@ def _of_override(argv: list[str], error: BaseException) -> str:
 def _config_types() -> dict[str, type]:
     """The type of each field of a config; JAX is loaded for it."""
     from hjepa_jax.config import base_config
-    from hjepa_jax.fields import field_types
+    from hjepa_jax.config.fields import field_types
 
     return field_types(base_config())

@@ -44,3 +44,9 @@ def _show(value: object) -> str:
         return repr(value)
     except ValueError:  # an int of more digits than Python prints
         return f"<{type(value).__name__}>"
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a message that says something, or the name of the error."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from hjepa_jax import api, build, host_memory, run_dir
+from hjepa_jax import api
 from hjepa_jax.api import Encoder
-from hjepa_jax.config import Config
+from hjepa_jax.config import Config, build
+from hjepa_jax.data.base import Source
 from hjepa_jax.data.given import GivenImages
 from hjepa_jax.data.records import Labelled, report_skipped
-from hjepa_jax.data.sources import Source, open_source
+from hjepa_jax.data.sources import open_source
 from hjepa_jax.data.test_split import draw_test_rows
 from hjepa_jax.errors import InputError
-from hjepa_jax.paths import local_path
-from hjepa_jax.platform import select_platform
-from hjepa_jax.whole_files import replacing
+from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime import host_memory
+from hjepa_jax.runtime.backend import select_platform
+from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.paths import local_path
 
 
 def write_features(
@@ -45,7 +48,7 @@ def write_features(
     if kind == "npz":
         _check_memory(source, path)
     folder = local_path("--workdir", workdir)
-    config = run_dir.load_config(folder)
+    config = load_config(folder)
     select_platform(platform or config.platform)
     images = _open(f"{kind}:{path}", config, source)
     arrays = _embed(api.load(folder, step), images)

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import Interrupted
-from hjepa_jax.paths import local_path
+from hjepa_jax.runtime.paths import local_path
 
 try:
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -39,8 +39,10 @@ def main() -> None:
     default = f"runs/{cli.config_name(path)}"
     workdir = local_path("--workdir", default if _WORKDIR.value is None else _WORKDIR.value)
 
-    from hjepa_jax import cluster, run, train  # here, so that a bad flag is refused at once
     from hjepa_jax.data.class_list import resolve_class_list
+    from hjepa_jax.runs import run
+    from hjepa_jax.runtime import cluster
+    from hjepa_jax.training import train
 
     resolve_class_list(config, path)
     if _DRY_RUN.value:
@@ -61,9 +63,10 @@ def main() -> None:
 
 def summary(workdir: pathlib.Path) -> str:
     """Where everything of a run is, and the commands to look at it."""
-    from hjepa_jax.evaluation.results import format_best, read_probe_json, rows_on
-    from hjepa_jax.logging import summary_box
-    from hjepa_jax.run_dir import load_config
+    from hjepa_jax.evaluation.results import format_best
+    from hjepa_jax.runs.progress import summary_box
+    from hjepa_jax.runs.scores import read_probe_json, rows_on
+    from hjepa_jax.runs.workdir import load_config
 
     config, lines = load_config(workdir), {}
     rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
@@ -82,7 +85,7 @@ def summary(workdir: pathlib.Path) -> str:
 
 def _judged(rows: list[dict], protocol: str, workdir: pathlib.Path) -> str:
     """Says at which step the scores of a protocol were made, if the run went on since."""
-    from hjepa_jax.run_dir import checkpoint_sizes
+    from hjepa_jax.runs.workdir import checkpoint_sizes
 
     wanted = ("target", protocol)
     scored = [row["step"] for row in rows if (row["encoder"], row["protocol"]) == wanted]

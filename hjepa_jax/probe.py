@@ -1,5 +1,6 @@
 """Judges the encoder of a finished or running workdir; of several, over their seeds.
 
+from hjepa_jax.runs.load import load_state
   python -m hjepa_jax.probe --workdir=DIR [--workdir=DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
     [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
@@ -16,9 +17,9 @@ from typing import Any
 from absl import flags
 
 from hjepa_jax import cli
+from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import MAX_NUMBER
-from hjepa_jax.paths import expand_source, expanded
+from hjepa_jax.runtime.paths import expand_source, expanded
 
 # An ml_collections.ConfigDict; to import the type would load JAX before the flags are checked.
 Config = Any
@@ -44,8 +45,10 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import judge, run_dir, run_record, seeds
-    from hjepa_jax.evaluation import features, protocols, results
+    from hjepa_jax.evaluation import features, judge, protocols, results
+    from hjepa_jax.runs import seeds
+    from hjepa_jax.runs.record import read_record
+    from hjepa_jax.runs.workdir import load_config
 
     _check_names("--protocols", _PROTOCOLS.value, judge.PROTOCOLS)
     _check_names("--encoders", _ENCODERS.value, (*protocols.TRAINED_ENCODERS, "random_init"))
@@ -61,7 +64,7 @@ def main() -> None:
         "fewshot_shots": _numbers("--fewshot_shots", _FEWSHOT.value),
         "seed": _SEED.value,
     }
-    configs = [run_dir.load_config(workdir) for workdir in workdirs]  # all, before any work
+    configs = [load_config(workdir) for workdir in workdirs]  # all, before any work
     source = None if _DATA.value is None else expand_source("--data", _DATA.value)
     runs = [
         _judge(workdir, config, source, options)
@@ -70,7 +73,7 @@ def main() -> None:
     if len(runs) > 1:
         # The best step is each run's own; any other must be the same in all.
         steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
-        records = [run_record.read_record(workdir) for workdir in workdirs]
+        records = [read_record(workdir) for workdir in workdirs]
         images = [record.fingerprint if record else None for record in records]
         differing = seeds.differences(configs, steps, images)
         print("\n" + (f"no mean: {differing}" if differing else results.format_seeds(runs)))
@@ -87,15 +90,17 @@ def _judge(
       data: data source to judge on; None for that of the run.
       options: fields of `Protocol`.
     """
-    from hjepa_jax import checkpoint, run, run_dir
     from hjepa_jax.evaluation import results
+    from hjepa_jax.evaluation.judge import judge_run
     from hjepa_jax.evaluation.protocols import Protocol
-    from hjepa_jax.judge import judge_run
-    from hjepa_jax.logging import write_tensorboard_scalars
-    from hjepa_jax.platform import select_platform
+    from hjepa_jax.runs import run
+    from hjepa_jax.runs.load import load_state
+    from hjepa_jax.runs.logger import write_tensorboard_scalars
+    from hjepa_jax.runs.workdir import writing
+    from hjepa_jax.runtime.backend import select_platform
 
     select_platform(_PLATFORM.value or config.platform)
-    model, state, initial = checkpoint.load_state(workdir, _STEP.value)
+    model, state, initial = load_state(workdir, _STEP.value)
     params = {
         "target": state.target_params,
         "online": state.params["context_encoder"],
@@ -106,7 +111,7 @@ def _judge(
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
     train, test = source.load()
-    with run_dir.writing(workdir):
+    with writing(workdir):
         rows = judge_run(
             workdir,
             config,

@@ -12,7 +12,7 @@ import pathlib
 from absl import flags
 
 from hjepa_jax import cli
-from hjepa_jax.paths import local_path
+from hjepa_jax.runtime.paths import local_path
 
 _WORKDIR = cli.define_workdirs()
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; of several, report).")
@@ -22,16 +22,17 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import publish, run_dir
-    from hjepa_jax.platform import select_platform
+    from hjepa_jax.reporting import publish
+    from hjepa_jax.runs.workdir import load_config, writing
+    from hjepa_jax.runtime.backend import select_platform
 
     workdirs = cli.workdirs(_WORKDIR.value)
     output = workdirs[0] if len(workdirs) == 1 else pathlib.Path("report")
     if _OUTPUT.value is not None:
         output = local_path("--output", _OUTPUT.value)
-    config = run_dir.load_config(workdirs[0])
+    config = load_config(workdirs[0])
     select_platform(_PLATFORM.value or config.platform)
-    with run_dir.writing(output, "--output" if _OUTPUT.value else "--workdir"):
+    with writing(output, "--output" if _OUTPUT.value else "--workdir"):
         for path in publish.write_report(workdirs, output, images=_IMAGES.value):
             print(path)
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from hjepa_jax import cli
 from hjepa_jax.errors import InputError
-from hjepa_jax.paths import local_path
+from hjepa_jax.runtime.paths import local_path
 
 _STEPS = flags.DEFINE_integer("steps", 50, "Steps to measure speed and memory by.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write.")
@@ -102,9 +102,10 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from hjepa_jax import build, provenance
-    from hjepa_jax.logging import peak_memory_bytes
-    from hjepa_jax.platform import PLUGINS, current_rules, version
+    from hjepa_jax.config import build
+    from hjepa_jax.runs.progress import peak_memory_bytes
+    from hjepa_jax.runtime import provenance
+    from hjepa_jax.runtime.backend import PLUGINS, current_rules, version
 
     batch_size, size = config.train.batch_size, config.data.image_size
     schedules = build.build_schedules(config, 10 * batch_size)
@@ -162,10 +163,11 @@ def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResul
     import numpy as np
     import optax
 
-    from hjepa_jax import build, steps
+    from hjepa_jax.config import build
+    from hjepa_jax.method.keys import image_rngs
 
     def masks_of(rng: Any) -> Any:
-        _, mask_rngs = steps.image_rngs(rng, state.step, len(images))
+        _, mask_rngs = image_rngs(rng, state.step, len(images))
         return build.build_masks(config)(mask_rngs)
 
     masks = jax.jit(masks_of)(state.rng)
@@ -181,7 +183,7 @@ def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResul
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax.platform import select_platform
+    from hjepa_jax.runtime.backend import select_platform
 
     output = local_path("--output", _OUTPUT.value)
     backend = select_platform("auto")

@@ -57,8 +57,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("hjepa_jax", "tests.typechecker.check")
 
 from hjepa_jax.config import Config, base_config
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.shapes import create_shapes
-from hjepa_jax.data.sources import Split, save_npz
 from tests import programs, suite
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have blank pictures, as drawing one takes half a second; not of module fixtures."""
-    from hjepa_jax import publish  # matplotlib takes its time to load
+    from hjepa_jax.reporting import publish  # matplotlib takes its time to load
 
     blank = io.BytesIO()
     Image.new("RGB", (1, 1)).save(blank, "png")
@@ -158,7 +159,7 @@ def make_tiny_config(source: str) -> Config:
 @pytest.fixture(scope="session")
 def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The finished workdir of a run of `tiny_config`, for tests to copy."""
-    from hjepa_jax import train
+    from hjepa_jax.training import train
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     train.train_and_evaluate(make_tiny_config(shapes_npz), workdir)

@@ -11,10 +11,12 @@ import sys
 import jax
 import numpy as np
 
-from hjepa_jax import build, checkpoint, run, run_dir
+from hjepa_jax.config import build
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import collapse_verdict
+from hjepa_jax.runs import run
+from hjepa_jax.runs.load import load_state
 from tests.report_numbers import Checkpoint, percent
 
 
@@ -28,9 +30,9 @@ def read_checkpoint(workdir: pathlib.Path) -> Checkpoint:
     newest = max(folders)
     meta = json.loads((folders[newest] / "meta/metadata").read_text())
 
-    config = run_dir.load_config(workdir)
+    config = workdir.load_config(workdir)
     split, _ = run.open_config_source(config).load()
-    model, state, _ = checkpoint.load_state(workdir)
+    model, state, _ = load_state(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
     bank, held_out = hold_out(len(split.images), num_val=config.eval.num_val)
     bank, held_out = bank[:: -(-len(bank) // 2000)], held_out[:: -(-len(held_out) // 500)]

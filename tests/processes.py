@@ -11,13 +11,14 @@ import sys
 import tempfile
 from typing import Any
 
-from hjepa_jax import cluster, train
-from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
+from hjepa_jax.runtime import cluster
+from hjepa_jax.training import train
 
 # The server imports the package and starts no backend, so that a fork of it may.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hjepa_jax.train", "ml_collections.config_flags"])
+CONTEXT.set_forkserver_preload(["hjepa_jax.training.train", "ml_collections.config_flags"])
 REPOSITORY = pathlib.Path(__file__).parent.parent
 COMMAND_SEC = 900  # for a command to end in
 

@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import pytest
 
-from hjepa_jax import build, run, train
+from hjepa_jax.config import build
 from hjepa_jax.evaluation import protocols
+from hjepa_jax.reporting import facts, showcase, snapshot
+from hjepa_jax.runs import run
+from hjepa_jax.training import train
 
 # Fields that change no program of a run; all others may.
 NOT_OF_A_RUN = {
@@ -56,7 +59,9 @@ def share(patch: pytest.MonkeyPatch) -> None:
     """Makes the functions that build runs return the same programs for the same configs."""
     patch.setattr(train, "build_run", sharing_runs(run.build_run))
     patch.setattr(build, "build_embed_fn", sharing_functions(build.build_embed_fn))
-    patch.setattr(build, "build_snapshot_fn", sharing_functions(build.build_snapshot_fn))
+    shared = sharing_functions(snapshot.build_snapshot_fn)
+    for module in (snapshot, facts, showcase):  # the last two have it by name
+        patch.setattr(module, "build_snapshot_fn", shared)
 
 
 def shorten_probes(patch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import losses
+from hjepa_jax.method import losses
+from hjepa_jax.method.keys import image_rngs, more_rngs, some_patches, view_rngs
+from hjepa_jax.method.objective import LossWeights
+from hjepa_jax.method.optimizer import decay_mask
 from hjepa_jax.models.projection import EPSILON, Projection
-from hjepa_jax.objective import LossWeights
-from hjepa_jax.optimizer import decay_mask
-from hjepa_jax.steps import image_rngs, more_rngs, some_patches, view_rngs
 from tests.test_options import init_params, jitted, losses_of, make_model, make_step
 from tests.test_steps import BATCH, IMAGES, MASK, PATCH, RANDOM
 

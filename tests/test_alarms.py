@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import metrics
-from hjepa_jax.alarms import Alarms
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
+from hjepa_jax.method.window import empty_window, make_averages, update_window
+from hjepa_jax.training.alarms import Alarms
 
 RNG = np.random.default_rng(0)
 HEALTHY = collapse_verdict(RNG.normal(size=(100, 16)))
@@ -28,12 +28,10 @@ def make_alarms(*, max_nonfinite_steps=1, on_collapse="warn", batch_size=512):
 
 
 def window_with(bad_steps):
-    window = metrics.empty_window(
-        metrics.make_averages(["grad_norm", "loss"]), batch_size=4, width=2
-    )
+    window = empty_window(make_averages(["grad_norm", "loss"]), batch_size=4, width=2)
     for step in bad_steps:
         scalars = {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)}
-        window = metrics.update_window(
+        window = update_window(
             window, scalars, jnp.ones((4, 2)), jnp.int32(step - 1), jnp.bool_(False)
         )
     return window

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
 from hjepa_jax.data.augment import Augment, crop_and_resize, luma, resize_and_normalize
-from hjepa_jax.data.sources import square
+from hjepa_jax.data.base import square
 from hjepa_jax.evaluation.features import embed_pixels
 
 RNG = np.random.default_rng(0)

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import array_table, checkpoint, metrics, run
-from hjepa_jax.array_table import crc_checksums, describe_arrays, differences, json_checksum
 from hjepa_jax.errors import InputError
-from hjepa_jax.old_biases import with_old_biases
-from hjepa_jax.train_state import TrainState
+from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.window import empty_window, make_averages
+from hjepa_jax.runs import array_table, checkpoint, run
+from hjepa_jax.runs.array_table import crc_checksums, describe_arrays, differences, json_checksum
+from hjepa_jax.runs.old_biases import with_old_biases
 
 
 def make_state(step: int, *, width: int = 3) -> TrainState:
@@ -34,7 +35,7 @@ def make_state(step: int, *, width: int = 3) -> TrainState:
 
 
 def make_window():
-    return metrics.empty_window(metrics.make_averages(["loss"]), batch_size=4, width=2)
+    return empty_window(make_averages(["loss"]), batch_size=4, width=2)
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_only_the_fields_asked_for_are_read(workdir, tiny_config, wanted, monkey
 
 def change_checksum(workdir, path):
     """Writes another checksum for an array of checkpoint 2, as if one of its bits had flipped."""
-    from hjepa_jax.array_table import json_checksum
+    from hjepa_jax.runs.array_table import json_checksum
 
     meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
     meta["arrays"]["state"][path][2] ^= 1

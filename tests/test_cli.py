@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hjepa_jax
-from hjepa_jax.logging import read_metrics
+from hjepa_jax.runs.logger import read_metrics
 
 MAIN = "hjepa_jax.main"
 SHAPES = "--config=configs/shapes_tiny.py"
@@ -267,7 +267,7 @@ def test_import_starts_no_backend_and_imports_no_tensorflow():
         "import sys, hjepa_jax\n"
         "slow = {'jax', 'tensorflow', 'matplotlib', 'sklearn', 'orbax'} & {*sys.modules}\n"
         "assert hjepa_jax.load and not slow, slow\n"
-        "import hjepa_jax.api, hjepa_jax.main, hjepa_jax.train\n"
+        "import hjepa_jax.api, hjepa_jax.main, hjepa_jax.training.train\n"
         "assert 'tensorflow' not in sys.modules, 'tensorflow'\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a backend has started'\n"

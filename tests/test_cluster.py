@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, cluster, platform
-from hjepa_jax.array_table import describe_arrays
 from hjepa_jax.errors import InputError
-from hjepa_jax.logging import SilentLogger, read_metrics
-from hjepa_jax.metrics import empty_window, make_averages
-from hjepa_jax.placement import make_placement
-from hjepa_jax.train_state import TrainState
+from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.window import empty_window, make_averages
+from hjepa_jax.runs import checkpoint
+from hjepa_jax.runs.array_table import describe_arrays
+from hjepa_jax.runs.logger import SilentLogger, read_metrics
+from hjepa_jax.runtime import backend, cluster
+from hjepa_jax.runtime.placement import make_placement
 from tests import processes
 from tests.faults.test_kills import newest_checkpoint, newest_line
 
@@ -81,7 +82,7 @@ def move_checkpoints(
     """In layout `name`: saves a state of its own, or reads those of all layouts."""
     num, devices, fsdp = LAYOUTS[name]
     with cluster.member(coordinator, num_processes=num, process_id=index):
-        platform.select_platform("cpu", cpu_devices=devices)
+        backend.select_platform("cpu", cpu_devices=devices)
         place = make_placement(jax.devices(), fsdp=fsdp)
 
         def state(step: int) -> TrainState:

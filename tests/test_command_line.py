@@ -11,9 +11,9 @@ from ml_collections import config_flags
 
 from hjepa_jax import cli, command_line, main
 from hjepa_jax.config import base_config
+from hjepa_jax.config.fields import flatten, get_field
+from hjepa_jax.config.validation import validate
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import flatten, get_field
-from hjepa_jax.validation import validate
 
 SHAPES = "--config=configs/shapes_tiny.py"
 OPTIONAL = [f for f, value in flatten(base_config().to_dict()).items() if value is None]

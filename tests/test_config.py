@@ -10,12 +10,14 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import build, cli, run, run_dir
-from hjepa_jax import config as config_module
-from hjepa_jax.config import base_config, differing_fields, flatten
-from hjepa_jax.data.sources import Source, SourceInfo
+from hjepa_jax import cli
+from hjepa_jax.config import base_config, build, differing_fields, flatten
+from hjepa_jax.config import defaults as config_module
+from hjepa_jax.config.validation import validate
+from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
-from hjepa_jax.validation import validate
+from hjepa_jax.runs import run
+from hjepa_jax.runs.workdir import load_config
 
 CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("[a-z]*.py"))
 QUICK = ("shapes_tiny", "cifar10_tiny")  # their steps are traced in the quick suite
@@ -565,7 +567,7 @@ def edited(edit) -> str:
 def test_a_config_json_of_another_version_is_refused_in_one_line(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=r"its config.json is no config of this version") as error:
-        run_dir.load_config(tmp_path)
+        load_config(tmp_path)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -578,7 +580,7 @@ def test_a_config_json_comes_back_as_saved_and_lacks_only_what_changes_no_result
     saved["model"].pop("target_layers")  # a field that came later
     saved["model"]["expander_width"] = 0  # one that is gone, and was off
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert differing_fields(run_dir.load_config(tmp_path).to_dict(), config.to_dict()) == []
+    assert differing_fields(load_config(tmp_path).to_dict(), config.to_dict()) == []
 
 
 def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
@@ -586,7 +588,7 @@ def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
     with config.unlocked():
         config.model.level_depths = (4, 8)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    config = run_dir.load_config(tmp_path)
+    config = load_config(tmp_path)
     assert build.build_target_spec(config).depths == ((4,), (8,), (12,))
     config.model.target_layers = 5
     with pytest.raises(InputError, match=r"model.target_layers=5.*\b4\b.*model.level_depths"):
@@ -595,11 +597,11 @@ def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
 
 def test_a_workdir_that_cannot_be_looked_at_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="File name too long"):
-        run_dir.load_config(tmp_path / ("x" * 300))
+        load_config(tmp_path / ("x" * 300))
     (tmp_path / "file").touch()
     for workdir in (tmp_path / "none", tmp_path / "file"):
         with pytest.raises(InputError, match="holds no run"):
-            run_dir.load_config(workdir)
+            load_config(workdir)
 
 
 def test_summary_losses_need_summary_tokens():

@@ -10,20 +10,16 @@ import pytest
 from PIL import Image
 
 import hjepa_jax
-from hjepa_jax import (
-    api,
-    build,
-    checkpoint,
-    feature_file,
-    host_memory,
-    metrics,
-    run,
-    run_dir,
-    run_record,
-)
-from hjepa_jax.config import Config, base_config
+from hjepa_jax import api, feature_file
+from hjepa_jax.config import Config, base_config, build
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
+from hjepa_jax.method.window import empty_window, make_averages
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.record import make_record
+from hjepa_jax.runs.workdir import load_config, prepare_workdir
+from hjepa_jax.runtime import host_memory
 
 RNG = np.random.default_rng(0)
 SIZES = [(16, 16), (40, 20), (30, 70), (64, 48), (300, 200), (15, 33), (16, 17), (90, 16)]
@@ -62,12 +58,12 @@ def make_run(workdir: pathlib.Path, source: str, seed: int = 0, **fields: object
     c.lock()
     opened = run.open_config_source(c)
     schedules = build.build_schedules(c, opened.num_images)
-    record = run_record.make_record(c, opened, schedules, fingerprint="all-0")
-    run_dir.prepare_workdir(c, workdir, record)
+    record = make_record(c, opened, schedules, fingerprint="all-0")
+    prepare_workdir(c, workdir, record)
     model = build.build_model(c)
     tx = build.build_optimizer(c, schedules)
     state = jax.tree.map(random_like, jax.eval_shape(build.build_create_state(c, model, tx)))
-    window = metrics.empty_window(metrics.make_averages(["loss"]), batch_size=16, width=16)
+    window = empty_window(make_averages(["loss"]), batch_size=16, width=16)
     with checkpoint.Checkpoints(workdir, config=c, owner=True) as checkpoints:
         checkpoints.save(state, window, scores={})
     return c
@@ -144,10 +140,12 @@ def test_the_test_files_are_those_that_the_run_never_saw(
     photos, workdir, tmp_path, seed, streaming, monkeypatch
 ):
     """Whatever the seed, with a file that is no image, and if the run streams."""
-    config = run_dir.load_config(workdir)
+    config = load_config(workdir)
     with config.unlocked():
         config.seed, config.data.streaming = seed, streaming
-    monkeypatch.setattr(run_dir, "load_config", lambda _: config)  # the encoder does not matter
+    monkeypatch.setattr(
+        "hjepa_jax.runs.workdir.load_config", lambda _: config
+    )  # the encoder does not matter
     encoder = api.Encoder(None, 16, 64, first_pixel)
     monkeypatch.setattr(api, "load", lambda *_: encoder)
     found = write(workdir, photos, tmp_path / "features.npz")
@@ -278,8 +276,8 @@ def test_home_folders_are_understood_in_every_path(workdir, photos, tmp_path, mo
 
 
 def test_images_that_are_not_uint8_are_refused_where_nobody_can_check_them(workdir):
-    config = run_dir.load_config(workdir)
-    model, params = checkpoint.load_encoder(workdir)
+    config = load_config(workdir)
+    model, params = load_encoder(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
     for dtype in (np.float32, np.int8, np.int32, bool):
         with pytest.raises(InputError, match=r"^images='.*must be uint8 here; hjepa_jax.load"):
@@ -288,8 +286,8 @@ def test_images_that_are_not_uint8_are_refused_where_nobody_can_check_them(workd
 
 def test_images_of_the_encoders_size_have_the_same_features_there(workdir):
     images = create_shapes(8, 1, seed=0)[0].images[:, ::2, ::2]
-    config = run_dir.load_config(workdir)
-    model, params = checkpoint.load_encoder(workdir)
+    config = load_config(workdir)
+    model, params = load_encoder(workdir)
     found = jax.jit(build.build_embed_fn(config, model))(params, images)
     expected = hjepa_jax.load(workdir).embed(images)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), dict(found), expected)

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from hjepa_jax.config import REMOVED_FIELDS, base_config
-from hjepa_jax.fields import flatten
+from hjepa_jax.config.defaults import REMOVED_FIELDS, base_config
+from hjepa_jax.config.fields import flatten
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 FIELDS = {*flatten(base_config().to_dict())}

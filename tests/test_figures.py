@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import figures, image_figures
-from hjepa_jax.figures import DARK_INK, DARK_PAPER, INK, PAPER, Panel
-from hjepa_jax.snapshot import CONTEXT, DROPPED, TARGET
+from hjepa_jax.reporting import figures, image_figures
+from hjepa_jax.reporting.figures import DARK_INK, DARK_PAPER, INK, PAPER, Panel
+from hjepa_jax.reporting.snapshot import CONTEXT, DROPPED, TARGET
 
 
 def luminance(colour: str) -> float:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from hjepa_jax.data import fingerprint as module
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import content, differ, digest_arrays, fingerprint
 from hjepa_jax.data.records import Streaming
-from hjepa_jax.data.sources import Split, open_source
+from hjepa_jax.data.sources import open_source
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import pytest
 from experiments import fitted_curve
 from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.results import write_probe_json
+from hjepa_jax.runs.scores import write_probe_json
 
 
 def write_run(workdir, lines):

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from hjepa_jax.health import explained_variance, image_share, position_share
+from hjepa_jax.method.health import explained_variance, image_share, position_share
 
 RNG = np.random.default_rng(0)
 

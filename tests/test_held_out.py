@@ -8,9 +8,10 @@ import pytest
 
 from experiments import held_out, sweep
 from hjepa_jax.config import base_config
-from hjepa_jax.data.sources import Split, save_npz
-from hjepa_jax.evaluation.results import read_probe_json
-from hjepa_jax.train import train_and_evaluate
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.npz import save_npz
+from hjepa_jax.runs.scores import read_probe_json
+from hjepa_jax.training.train import train_and_evaluate
 
 NUM_FIT = 120
 

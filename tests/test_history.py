@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 
-from hjepa_jax import history
-from hjepa_jax.history import read_history
+from hjepa_jax.runs import history
+from hjepa_jax.runs.history import read_history
 
 
 def write(path, lines):

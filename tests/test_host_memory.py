@@ -8,7 +8,7 @@ import pytest
 # Prints the page faults of ten calls of a program with 64 MB of temporaries, after two others.
 FAULTS = """
 import resource
-from hjepa_jax.host_memory import keep_freed_memory
+from hjepa_jax.runtime.host_memory import keep_freed_memory
 {keep}
 import jax, jax.numpy as jnp
 

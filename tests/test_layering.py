@@ -1,101 +1,81 @@
-"""Arrows between modules point one way."""
+"""The folders of the package are floors: imports point down, and nowhere in a circle."""
 
 import ast
 import pathlib
 
 import pytest
 
+import hjepa_jax
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
-# From the ground up: a module may import from lines above its own, and from its own line.
-LAYERS = [
-    ["errors", "names", "paths", "whole_files", "user_cache", "host_memory", "old_biases"],
-    ["evaluation.intervals", "blocks", "models.products"],
-    ["muon"],
-    ["fields", "masking", "random_mask", "losses", "optimizer", "train_state",
-     "data.sources", "data.shapes",
-     "data.class_list", "data.folder_source", "data.folder_files", "data.npz_source",
-     "data.test_split", "data.usage", "data.fingerprint", "data.given",
-     "data.tfds_source", "data.tfds_records", "data.records",
-     "data.streaming", "data.augment", "data.pipeline", "platform",
-     "array_table", "provenance", "placement", "cluster"],
-    ["models.hierarchy", "models.positions", "models.transformer",
-     "models.pyramid", "models.vit", "models.predictor", "models.projection", "models.hjepa",
-     "models.targets"],
-    ["evaluation.quality", "evaluation.labelled", "evaluation.features", "evaluation.knn",
-     "evaluation.linear", "evaluation.lowshot", "evaluation.fewshot"],
-    ["evaluation.attentive", "evaluation.finetune"],
-    ["evaluation.results"],
-    ["evaluation.protocols"],
-    ["config", "metrics", "logging", "history", "page", "figures", "snapshot",
-     "projector", "objective"],
-    ["collapse", "image_figures", "validation"],
-    ["alarms", "seeds"],
-    ["health"],
-    ["steps"],
-    ["build"],
-    ["run_record"],
-    ["same_run"],
-    ["run_dir"],
-    ["run"],
-    ["checkpoint", "showcase"],
-    ["judge", "run_facts", "warm_start"],
-    ["verdicts"],
-    ["curve_sections", "probe_sections"],
-    ["run_report"],
-    ["publish"],
-    ["loop"],
-    ["train"],
-    ["api"],
-    ["feature_file"],
-    ["command_line", "cli", "main", "probe", "report", "embed", "selftest"],
+# From the ground up. A module may import from its own folder and from those before it.
+FLOORS = [
+    "errors", "runtime", "data", "masks", "models", "method", "config", "runs", "evaluation",
+    "reporting", "training", "commands",
 ]  # fmt: skip
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    for path in PACKAGE.rglob("*.py")
-    if path.name != "__init__.py"
-)
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def floor(module: str) -> int:
+    """The number of the floor of a module; modules outside the folders are the top floor."""
+    name = module.partition(".")[0]
+    return FLOORS.index(name if name in FLOORS else "commands")
 
 
 def imports(module: str) -> set[str]:
     """Modules of the package that `module` imports, wherever the statement stands."""
-    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hjepa_jax"):
-            prefix = (node.module or "").removeprefix("hjepa_jax").removeprefix(".")
-            names = {f"{prefix}.{a.name}".strip(".") for a in node.names}
-            found |= {name for name in names if name in RANK} or {prefix}
-    return found & set(RANK)
+            parent = (node.module or "").removeprefix("hjepa_jax").removeprefix(".")
+            names = [f"{parent}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {name if name in MODULES else parent for name in names}
+    return found & set(MODULES)
 
 
 def external_imports(module: str) -> set[str]:
-    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    froms = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    nodes = list(ast.walk(ast.parse(MODULES[module].read_text())))
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    froms = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
     return {name.split(".")[0] for name in names | froms}
 
 
-def test_every_module_has_a_layer():
-    assert set(MODULES) == set(RANK)
+def test_every_folder_is_a_floor():
+    folders = {module.split(".")[0] for module in MODULES if "." in module}
+    assert folders == set(FLOORS) - {"errors", "commands"}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down(module):
-    upward = {other for other in imports(module) if RANK[other] > RANK[module]}
-    assert not upward
+    assert not {other for other in imports(module) if floor(other) > floor(module)}
+
+
+def test_no_circle():
+    left = {module: imports(module) for module in MODULES}
+    while removable := [module for module, needed in left.items() if not needed & left.keys()]:
+        for module in removable:
+            del left[module]
+    assert not left  # whatever is left imports itself through others
 
 
 def test_only_checkpoint_imports_orbax():
-    assert [m for m in MODULES if "orbax" in external_imports(m)] == ["checkpoint"]
+    found = [module for module in MODULES if "orbax" in external_imports(module)]
+    assert found == ["runs.checkpoint"]
 
 
-def test_only_these_know_of_configs():
-    reads_config = {m for m in MODULES if "config" in imports(m)}
-    assert reads_config <= {
-        "build", "run", "run_dir", "checkpoint", "judge", "loop", "train", "cli", "main", "probe",
-        "api", "feature_file", "selftest", "run_facts", "run_report", "publish", "warm_start",
-        "validation",
-        "run_record", "same_run", "command_line", "seeds",
-    }  # fmt: skip
+def test_nothing_below_the_config_knows_of_configs():
+    below = {module for module in MODULES if floor(module) < FLOORS.index("config")}
+    assert not {module for module in below if "ml_collections" in external_imports(module)}
+
+
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [("build", "build_embed_fn"), ("checkpoint", "load_encoder"), ("run_dir", "load_config")],
+)
+def test_old_import_paths_of_the_readme_work_with_a_warning(old, name):
+    with pytest.warns(DeprecationWarning, match=f"hjepa_jax.{old} is now hjepa_jax."):
+        assert callable(getattr(getattr(hjepa_jax, old), name))

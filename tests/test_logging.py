@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.logging import (
-    RunLogger,
-    format_duration,
-    read_metrics,
-    summary_box,
-    write_tensorboard_scalars,
-)
+from hjepa_jax.runs.logger import RunLogger, read_metrics, write_tensorboard_scalars
+from hjepa_jax.runs.progress import format_duration, summary_box
 
 
 def test_values_of_one_step_share_a_line(tmp_path):
@@ -52,7 +47,7 @@ def test_late_values_join_the_last_line_also_after_a_restart(tmp_path):
 def test_tensorflow_is_not_loaded_before_there_is_something_to_write(tmp_path):
     code = """if True:
         import pathlib, sys
-        from hjepa_jax.logging import RunLogger
+        from hjepa_jax.runs.logger import RunLogger
         logger = RunLogger(pathlib.Path(sys.argv[1]), tensorboard=True)
         logger.close()
         assert logger.tensorboard and "tensorflow" not in sys.modules
@@ -124,7 +119,7 @@ def test_the_summary_box_is_a_closed_frame_around_every_line():
 # Four times "where the run is", and one line that stays, as the loop prints them.
 PROGRESS = """
 import sys
-from hjepa_jax.logging import Progress
+from hjepa_jax.runs.logger import Progress
 progress = Progress(4, 2, every_sec=float(sys.argv[1]))
 for step in range(1, 5):
     progress.show(step, loss=1.0, images_per_sec=9.0, steps_per_sec=1.0)

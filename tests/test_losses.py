@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import losses
+from hjepa_jax.method import losses
 
 RNG = np.random.default_rng(0)
 

@@ -10,18 +10,13 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
-from hjepa_jax import blocks, masking
-from hjepa_jax.blocks import block_shapes, covers, is_first_smallest, rank
 from hjepa_jax.errors import InputError
-from hjepa_jax.masking import (
-    HierarchicalMask,
-    Masks,
-    MaskSampler,
-    MultiBlockMask,
-    gather_tokens,
-    target_union,
-)
-from hjepa_jax.random_mask import RandomMask
+from hjepa_jax.masks import samplers
+from hjepa_jax.masks.blocks import block_shapes, covers
+from hjepa_jax.masks.choice import is_first_smallest, lowest_first, rank
+from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
+from hjepa_jax.masks.random_mask import RandomMask
+from hjepa_jax.masks.samplers import HierarchicalMask, MaskSampler, MultiBlockMask
 
 
 def sample(mask: MaskSampler, batch: int = 64, seed: int = 0) -> Masks:
@@ -48,14 +43,14 @@ def test_rank_is_the_inverse_of_a_stable_sort():
 def test_sorting_ranks_and_picks_as_comparing_does(monkeypatch, values):
     x = jnp.asarray(np.random.default_rng(0).integers(values, size=400) / values, jnp.float32)
     index = jnp.asarray(np.random.default_rng(1).integers(400, size=(2, 3, 9)))
-    masks = masking.Masks(index, index > 0, index, index % 3 > 0)
+    masks = Masks(index, index > 0, index, index % 3 > 0)
     make = lambda: (
-        rank(x), masking.lowest_first(x, jnp.int32(30), 50), masking.target_union(masks, 400)
+        rank(x), lowest_first(x, jnp.int32(30), 50), target_union(masks, 400)
     )  # fmt: skip
     compared = make()
     assert is_first_smallest(x).tolist() == (rank(x) == 0).tolist()
-    monkeypatch.setattr(blocks, "MAX_COMPARED", 399)
-    monkeypatch.setattr(masking, "MAX_COMPARED", 399)
+    monkeypatch.setattr("hjepa_jax.masks.choice.MAX_COMPARED", 399)
+    monkeypatch.setattr(samplers, "MAX_COMPARED", 399)
     found = make()
     jax.tree.map(np.testing.assert_array_equal, found, compared)
     assert found[0].dtype == found[1][0].dtype == jnp.int32

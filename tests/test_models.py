@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.masks.samplers import MultiBlockMask
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.matmul import Precision
 from hjepa_jax.models.positions import sincos2d_positions, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
-from hjepa_jax.models.products import Precision
 from hjepa_jax.models.transformer import Block, layer_norm
 from hjepa_jax.models.vit import VisionTransformer, patchify
 

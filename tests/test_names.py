@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from hjepa_jax import figures, image_figures, page, projector
 from hjepa_jax.config import base_config
-from hjepa_jax.logging import RunLogger
 from hjepa_jax.main import summary
-from hjepa_jax.names import printable
-from hjepa_jax.run_dir import prepare_workdir
-from hjepa_jax.run_record import RunRecord
+from hjepa_jax.reporting import figures, image_figures, page, projector
+from hjepa_jax.runs.logger import RunLogger
+from hjepa_jax.runs.record import RunRecord
+from hjepa_jax.runs.workdir import prepare_workdir
+from hjepa_jax.runtime.names import printable
 
 RECORD = RunRecord(
     num_images=2560,

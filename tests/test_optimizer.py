@@ -6,17 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import build
-from hjepa_jax.config import base_config
-from hjepa_jax.models.products import Precision
-from hjepa_jax.muon import orthogonalize, scale_by_muon
-from hjepa_jax.optimizer import (
+from hjepa_jax.config import base_config, build
+from hjepa_jax.method.muon import orthogonalize, scale_by_muon
+from hjepa_jax.method.optimizer import (
     decay_mask,
     interpolation_schedule,
     make_optimizer,
     muon_mask,
     warmup_cosine_schedule,
 )
+from hjepa_jax.models.matmul import Precision
 
 
 def test_warmup_is_linear_and_the_cosine_ends_at_the_end():

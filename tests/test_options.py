@@ -9,21 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import train
-from hjepa_jax.logging import read_metrics
-from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.masks.samplers import MultiBlockMask
+from hjepa_jax.method.keys import image_rngs, view_rngs
+from hjepa_jax.method.objective import LossWeights, hjepa_loss
+from hjepa_jax.method.optimizer import decay_mask, global_norm
+from hjepa_jax.method.step import make_train_step
+from hjepa_jax.method.targets import TargetSpec, encode_targets, target_depths
+from hjepa_jax.method.train_state import create_train_state
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import rope2d_angles, rotate, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
-from hjepa_jax.models.targets import TargetSpec, encode_targets, target_depths
 from hjepa_jax.models.transformer import Attention, Block, drop_path_rates
 from hjepa_jax.models.vit import VisionTransformer
-from hjepa_jax.objective import LossWeights, hjepa_loss
-from hjepa_jax.optimizer import decay_mask, global_norm
-from hjepa_jax.steps import image_rngs, make_train_step, view_rngs
-from hjepa_jax.train_state import create_train_state
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.training import train
 from tests.test_steps import BATCH, GRID, IMAGES, MASK, PATCH, RANDOM, SIZE, WIDTH
 
 RNG = np.random.default_rng(0)

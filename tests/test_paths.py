@@ -2,11 +2,12 @@
 
 import pytest
 
-from hjepa_jax import run, train
 from hjepa_jax.config import base_config
+from hjepa_jax.config.fields import get_field
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import get_field
-from hjepa_jax.paths import PATH_FIELDS, expand_paths, expand_source, local_path
+from hjepa_jax.runs import run
+from hjepa_jax.runtime.paths import PATH_FIELDS, expand_paths, expand_source, local_path
+from hjepa_jax.training import train
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.order import BatchOrder
 
 
 def test_an_epoch_shows_every_image_once():

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import array_table, build, placement, platform, run
-from hjepa_jax.config import base_config
-from hjepa_jax.data.sources import Source, SourceInfo
+from hjepa_jax.config import base_config, build
+from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
+from hjepa_jax.runs import array_table, run
+from hjepa_jax.runtime import backend, placement
 from tests import processes
 
 
@@ -73,7 +74,7 @@ def in_a_process(fn, path: pathlib.Path, *args) -> dict:
 
 
 def write_json(fn, path: pathlib.Path, *args) -> None:
-    platform.select_platform("cpu", cpu_devices=8)
+    backend.select_platform("cpu", cpu_devices=8)
     path.write_text(json.dumps(fn(*args)))
 
 

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import build, platform, run, train
+from hjepa_jax.config import build
 from hjepa_jax.errors import InputError
+from hjepa_jax.runs import run
+from hjepa_jax.runtime import backend
+from hjepa_jax.training import train
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
 )
 def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, backend, jax_platforms):
     settings = pretend(backend, **versions)
-    assert platform.select_platform(choice) == backend.lower()
+    assert backend.select_platform(choice) == backend.lower()
     assert settings.get("jax_platforms") == jax_platforms
 
 
@@ -61,21 +64,21 @@ def test_jax_metal_with_a_jax_it_cannot_run_with_names_the_extra(pretend, choice
     pretend("METAL", jax=version, jax_metal="0.1.1")
     rule = rf"jax-metal cannot run with jax {version}.*pip install 'hjepa-jax\[metal\]'$"
     with pytest.raises(InputError, match=rule):
-        platform.select_platform(choice)
+        backend.select_platform(choice)
 
 
 def test_jax_mps_with_an_old_jax_names_the_extra(pretend):
     pretend("mps", jax="0.5.0", jax_mps="0.10.11")
     rule = r"jax-mps cannot run with jax 0.5.0.*pip install 'hjepa-jax\[mps\]'$"
     with pytest.raises(InputError, match=rule):
-        platform.select_platform("mps")
+        backend.select_platform("mps")
 
 
 @pytest.mark.parametrize("choice", ["metal", "mps", "auto"])
 def test_both_plugins_at_once_are_refused(pretend, choice):
     pretend("METAL", **(MPS | METAL))
     with pytest.raises(InputError, match=r"jax-metal and jax-mps exclude each other.*\[metal\]"):
-        platform.select_platform(choice)
+        backend.select_platform(choice)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +88,14 @@ def test_both_plugins_at_once_are_refused(pretend, choice):
 def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions):
     pretend("cpu", **versions)
     with pytest.raises(InputError, match=rf"needs jax-{choice}.*'hjepa-jax\[{choice}\]'$"):
-        platform.select_platform(choice)
+        backend.select_platform(choice)
 
 
 def test_a_backend_in_whose_place_jax_takes_the_cpu_is_refused():
     """As of "cuda,cpu", where there is no NVIDIA GPU or no plugin for it."""
     code = (
         "import jax; from hjepa_jax import errors, platform\n"
-        "try: print(platform.select_platform('cuda'), jax.default_backend())\n"
+        "try: print(backend.select_platform('cuda'), jax.default_backend())\n"
         "except errors.InputError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -108,7 +111,7 @@ def test_a_backend_that_does_not_start_is_an_input_error(pretend, monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", fail)
     with pytest.raises(InputError, match=r"does not start: Unable to initialize backend 'METAL'$"):
-        platform.select_platform("metal")
+        backend.select_platform("metal")
 
 
 def test_metal_without_the_cpu_beside_it_is_refused(pretend, monkeypatch):
@@ -120,14 +123,14 @@ def test_metal_without_the_cpu_beside_it_is_refused(pretend, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(InputError, match="Unknown backend cpu"):
-        platform.select_platform("auto")
+        backend.select_platform("auto")
 
 
 def test_rules_of_the_backends_say_what_each_cannot_do(monkeypatch):
     told = {}
-    for backend in ("cpu", "gpu", "METAL", "mps"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        told[backend] = str(platform.current_rules())
+    for name in ("cpu", "gpu", "METAL", "mps"):
+        monkeypatch.setattr(jax, "default_backend", lambda name=name: name)
+        told[name] = str(backend.current_rules())
     mps = "no donated buffers, one step per call, parameters made on the CPU"
     assert told == {"cpu": "", "gpu": "", "METAL": f"{mps}, float32 only", "mps": mps}
 
@@ -141,7 +144,7 @@ def test_parameters_are_made_on_the_cpu_and_then_moved(monkeypatch, backend, on_
         seen.append(jax.config.jax_default_device)
         return {"kernel": jnp.ones((2, 2))}
 
-    made = platform.initialise(create)
+    made = backend.initialise(create)
     assert seen == [jax.devices("cpu")[0] if on_cpu else None]
     assert made["kernel"].devices() == {jax.devices()[0]}
 
@@ -198,7 +201,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", platform.SETTINGS)
+@pytest.mark.parametrize("name", backend.SETTINGS)
 def test_a_setting_under_which_runs_would_differ_is_ignored_with_a_line(name, capsys):
     def draw():
         return np.asarray(jax.random.normal(jax.random.PRNGKey(3), (5,)))
@@ -206,33 +209,33 @@ def test_a_setting_under_which_runs_would_differ_is_ignored_with_a_line(name, ca
     expected = draw()
     jax.config.update(name, OTHERS[name])
     try:
-        assert platform.select_platform("auto") == jax.default_backend()
+        assert backend.select_platform("auto") == jax.default_backend()
         found = draw()
     finally:
-        jax.config.update(name, platform.SETTINGS[name])
+        jax.config.update(name, backend.SETTINGS[name])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected)
-    value = platform.SETTINGS[name]
+    value = backend.SETTINGS[name]
     line = f"note: {name.upper()}={OTHERS[name]} is ignored; every run uses {value}\n"
     assert capsys.readouterr().err == line
 
 
 def test_the_usual_settings_are_left_without_a_word(capsys):
-    platform.fix_settings()
+    backend.fix_settings()
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", platform.CHOICES)
+@pytest.mark.parametrize("name", backend.CHOICES)
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend\nat length")])
 def test_a_backend_that_the_environment_asks_for_is_named_so(monkeypatch, name, error):
     def fail():
         raise error
 
     monkeypatch.setattr(jax, "default_backend", fail)
-    for other in platform.CHOICES:
+    for other in backend.CHOICES:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "cuda")
     with pytest.raises(InputError, match=rf"^{name}='cuda': this backend does not start: \w+"):
-        platform.select_platform("auto")
+        backend.select_platform("auto")
     with pytest.raises(InputError, match=r"^platform='cpu': this backend does not start"):
-        platform.select_platform("cpu")
+        backend.select_platform("cpu")

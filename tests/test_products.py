@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from hjepa_jax.losses import prediction_loss
-from hjepa_jax.masking import MultiBlockMask
+from hjepa_jax.masks.samplers import MultiBlockMask
+from hjepa_jax.method.losses import prediction_loss
 from hjepa_jax.models import hjepa, predictor, transformer, vit
-from hjepa_jax.models.products import Dense, Precision, product
+from hjepa_jax.models.matmul import Dense, Precision, product
 
 LOW = Precision(jnp.bfloat16, jnp.float32)
 RNG = np.random.default_rng(0)

@@ -3,7 +3,7 @@ from google.protobuf import text_format
 from PIL import Image
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
-from hjepa_jax.projector import THUMBNAIL, write_projector
+from hjepa_jax.reporting.projector import THUMBNAIL, write_projector
 
 
 def test_tensorboard_finds_every_feature_with_its_class_and_picture(tmp_path):

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.features import FeatureCache, extract_features, representations
 from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
+from hjepa_jax.runs.scores import read_probe_json, rows_to_add_to, write_probe_json
 from tests import report_numbers
 
 NUM_CLASSES = 4
@@ -214,23 +215,23 @@ def test_rows_about_images_that_have_changed_stay_but_are_not_shown(tmp_path):
     path = tmp_path / "probe.json"
     old = [as_row("all-1", 0.1), as_row("all-1", 0.2, protocol="linear")]
     elsewhere = as_row("all-9", 0.3, data="npz:b")
-    results.write_probe_json(path, [*old, elsewhere])
-    assert results.read_probe_json(path) == [*old, elsewhere]
+    write_probe_json(path, [*old, elsewhere])
+    assert read_probe_json(path) == [*old, elsewhere]
     new = as_row("all-2", 0.4)
-    results.write_probe_json(path, [new])
-    assert results.read_probe_json(path) == [elsewhere, new]
-    assert results.rows_to_add_to(path) == [*old, elsewhere, new]
-    results.write_probe_json(path, [old[0]])  # the images are what they were again
-    assert results.read_probe_json(path) == [*old, elsewhere]
+    write_probe_json(path, [new])
+    assert read_probe_json(path) == [elsewhere, new]
+    assert rows_to_add_to(path) == [*old, elsewhere, new]
+    write_probe_json(path, [old[0]])  # the images are what they were again
+    assert read_probe_json(path) == [*old, elsewhere]
 
 
 def test_a_row_of_an_older_version_is_replaced_and_shown_until_then(tmp_path):
     path = tmp_path / "probe.json"
     unknown = [as_row(None, 0.1), as_row(None, 0.2, protocol="linear")]
-    results.write_probe_json(path, unknown)
+    write_probe_json(path, unknown)
     new = as_row("all-2", 0.4)
-    results.write_probe_json(path, [new])
-    assert results.read_probe_json(path) == [unknown[1], new]
+    write_probe_json(path, [new])
+    assert read_probe_json(path) == [unknown[1], new]
 
 
 def test_constant_encoder_gets_a_verdict_and_no_crash():
@@ -287,9 +288,9 @@ ROW = {
 
 def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):
     path = tmp_path / "probe.json"
-    results.write_probe_json(path, [ROW | {"top1": 0.1}, ROW | {"level": 1, "top1": 0.2}])
-    results.write_probe_json(path, [ROW | {"top1": 0.3}, ROW | {"step": 2, "top1": 0.4}])
-    assert [r["top1"] for r in results.read_probe_json(path)] == [0.3, 0.2, 0.4]
+    write_probe_json(path, [ROW | {"top1": 0.1}, ROW | {"level": 1, "top1": 0.2}])
+    write_probe_json(path, [ROW | {"top1": 0.3}, ROW | {"step": 2, "top1": 0.4}])
+    assert [r["top1"] for r in read_probe_json(path)] == [0.3, 0.2, 0.4]
 
 
 @pytest.mark.parametrize(
@@ -307,9 +308,9 @@ def test_rows_of_the_same_identity_replace_each_other_in_probe_json(tmp_path):
 def test_what_is_no_probe_json_has_no_rows_and_is_not_overwritten(tmp_path, content):
     path = tmp_path / "probe.json"
     path.write_text(content)
-    assert results.read_probe_json(path) == []
+    assert read_probe_json(path) == []
     with pytest.raises(InputError, match="move it away"):
-        results.write_probe_json(path, [ROW])
+        write_probe_json(path, [ROW])
     assert path.read_text() == content
 
 
@@ -319,11 +320,11 @@ import pathlib, sys
 from hjepa_jax.evaluation import results
 for step in range(40):
     row = {ROW!r} | {{"step": step, "seed": sys.argv[1]}}
-    results.write_probe_json(pathlib.Path({str(tmp_path)!r}) / "probe.json", [row])
+    write_probe_json(pathlib.Path({str(tmp_path)!r}) / "probe.json", [row])
 """
     processes = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
     assert [process.wait() for process in processes] == [0, 0]
-    assert len(results.read_probe_json(tmp_path / "probe.json")) == 80
+    assert len(read_probe_json(tmp_path / "probe.json")) == 80
 
 
 def test_tables_show_every_score_where_it_belongs():

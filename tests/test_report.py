@@ -13,15 +13,18 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import build, checkpoint, run, run_dir, train
-from hjepa_jax.array_table import json_checksum
-from hjepa_jax.config import base_config
+from hjepa_jax.config import base_config, build
+from hjepa_jax.config.fields import flatten
 from hjepa_jax.evaluation.quality import collapse_verdict
-from hjepa_jax.fields import flatten
-from hjepa_jax.publish import write_report
-from hjepa_jax.run_facts import read_facts
-from hjepa_jax.run_report import sections as run_sections
-from hjepa_jax.verdicts import next_steps
+from hjepa_jax.reporting.facts import read_facts
+from hjepa_jax.reporting.publish import write_report
+from hjepa_jax.reporting.sections import sections as run_sections
+from hjepa_jax.reporting.verdicts import next_steps
+from hjepa_jax.runs import run
+from hjepa_jax.runs.array_table import json_checksum
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.training import train
 from tests import programs
 from tests.conftest import REPOSITORY
 from tests.kept_checkpoint import read_checkpoint
@@ -76,7 +79,7 @@ def report_sections(folder: pathlib.Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def sources(finished, shapes_npz) -> Sources:
     """What the report of `finished` is to say, its checkpoint included."""
-    _, state, _ = checkpoint.load_state(finished)
+    _, state, _ = load_state(finished)
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     params = {name: size(tree) for name, tree in sorted(state.params.items())}
     return read_sources(
@@ -128,7 +131,7 @@ def test_every_number_of_a_kept_report_is_recomputed_from_the_files_beside_it(fo
     """What its checkpoint said is in checkpoint.json; without that, it is checked in form alone."""
     for name in ("metrics.jsonl", "config.json"):  # and probe.json, of a run that was probed
         assert (folder / name).exists(), f"keep {name} of the run in {folder}"
-    config = run_dir.load_config(folder)
+    config = load_config(folder)
     model = build.build_model(config)
     state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: run.num_params(tree) for name, tree in sorted(state.params.items())}
@@ -190,7 +193,7 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     assert "**Status: interrupted**, step 4 of 8." in found["What was reached"]
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
-    code = "import pathlib, sys, time; from hjepa_jax.run_dir import locked\n"
+    code = "import pathlib, sys, time; from hjepa_jax.runs.workdir import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(workdir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:

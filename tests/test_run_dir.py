@@ -9,12 +9,22 @@ import re
 
 import pytest
 
-from hjepa_jax import run_dir
 from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
-from hjepa_jax.run_record import RunRecord, read_record
-from hjepa_jax.same_run import Saved
-from hjepa_jax.whole_files import fcntl
+from hjepa_jax.runs.record import RunRecord, read_record
+from hjepa_jax.runs.same_run import Saved
+from hjepa_jax.runs.workdir import (
+    check_workdir,
+    claimed,
+    is_claimed,
+    load_config,
+    lock_owner,
+    locked,
+    prepare_workdir,
+    with_recorded_start,
+    writing,
+)
+from hjepa_jax.runtime.files import fcntl
 
 NUM_IMAGES = 2_560  # ten batches
 RECORD = RunRecord(
@@ -35,8 +45,8 @@ def with_changes(overrides):
 
 def start(config, workdir, saved=None, record=RECORD):
     """What training does in the directory before the first step."""
-    run_dir.check_workdir(config, workdir, saved=saved, data=record)
-    run_dir.prepare_workdir(config, workdir, record, saved=saved)
+    check_workdir(config, workdir, saved=saved, data=record)
+    prepare_workdir(config, workdir, record, saved=saved)
 
 
 def workdir_of(tmp_path, overrides, num_updates):
@@ -105,7 +115,7 @@ def test_what_was_done_must_stay_as_it_was(tmp_path, config, num_updates, change
         assert (tmp_path / "config.json").read_bytes() == saved
     else:
         start(config, tmp_path)
-        assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+        assert load_config(tmp_path).to_dict() == config.to_dict()
 
 
 def test_the_schedule_of_an_average_that_is_not_taken_may_change(tmp_path):
@@ -128,10 +138,10 @@ def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsy
     config.train.on_collapse, config.platform = "stop", "cpu"
     start(config, tmp_path)
     assert capsys.readouterr().out == "goes on with train.num_epochs 20.0 -> 30.0\n"
-    assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+    assert load_config(tmp_path).to_dict() == config.to_dict()
     config.log.every_steps = 9
     start(config, tmp_path)
-    assert run_dir.load_config(tmp_path).log.every_steps == 9
+    assert load_config(tmp_path).log.every_steps == 9
     saved = (tmp_path / "config.json").stat().st_mtime_ns
     start(config, tmp_path)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
@@ -166,12 +176,12 @@ def test_the_checkpoint_says_which_config_goes_on(tmp_path, capsys, case):
         (with_changes({"seed": 1}), "seed 0 -> 1"),
     ):
         with pytest.raises(InputError, match=re.escape(f"of another config ({fields})")):
-            run_dir.check_workdir(wrong, tmp_path, saved=saved_by(config), data=RECORD)
+            check_workdir(wrong, tmp_path, saved=saved_by(config), data=RECORD)
     assert contents(tmp_path) == before
     capsys.readouterr()
     start(config, tmp_path, saved_by(config))
     assert said in capsys.readouterr().out
-    assert run_dir.load_config(tmp_path).to_dict() == config.to_dict()
+    assert load_config(tmp_path).to_dict() == config.to_dict()
 
 
 def test_a_rate_edited_in_config_json_does_not_change_the_past(tmp_path):
@@ -185,7 +195,7 @@ def test_a_rate_edited_in_config_json_does_not_change_the_past(tmp_path):
 def test_a_checkpoint_of_an_unknown_version_is_refused_in_one_line(tmp_path):
     saved = dataclasses.replace(saved_by(with_changes({})), config={"tower": 3})
     with pytest.raises(InputError, match="of step 4 is none of this version: unknown tower"):
-        run_dir.check_workdir(with_changes({}), tmp_path, saved=saved, data=RECORD)
+        check_workdir(with_changes({}), tmp_path, saved=saved, data=RECORD)
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "probe.json", "checkpoints/7"])
@@ -198,7 +208,7 @@ def test_results_of_an_unknown_run_are_not_added_to(tmp_path, left):
         text = {"metrics.jsonl": '{"step": 1}\n', "probe.json": json.dumps({"results": [row]})}
         (tmp_path / left).write_text(text[left])
     with pytest.raises(InputError, match=f"holds {left.split('/')[0]} of a run, but neither"):
-        run_dir.check_workdir(with_changes({}), tmp_path)
+        check_workdir(with_changes({}), tmp_path)
 
 
 def test_other_files_are_no_run(tmp_path):
@@ -228,14 +238,14 @@ def test_a_moved_data_path_is_the_same_data_if_its_fingerprint_is(tmp_path, caps
     for known in (None, saved):
         if not same:
             with pytest.raises(InputError, match=r"another config .data.source"):
-                run_dir.check_workdir(config, tmp_path, saved=known)
+                check_workdir(config, tmp_path, saved=known)
             continue
-        run_dir.check_workdir(config, tmp_path, saved=known)  # the images are not known yet
+        check_workdir(config, tmp_path, saved=known)  # the images are not known yet
         with pytest.raises(
             InputError, match=r"not known to be the same \(fingerprint all-abc -> all-xyz\)"
         ):
-            run_dir.check_workdir(config, tmp_path, saved=known, data=other_images)
-        run_dir.check_workdir(config, tmp_path, saved=known, data=RECORD)
+            check_workdir(config, tmp_path, saved=known, data=other_images)
+        check_workdir(config, tmp_path, saved=known, data=RECORD)
     if same:
         start(config, tmp_path, saved)
         assert f"goes on with data.source '{old}' -> '{new}'" in capsys.readouterr().out
@@ -245,9 +255,9 @@ def test_a_moved_class_list_is_the_same_if_its_images_are(tmp_path):
     streamed = {"data.streaming": "always", "data.class_list": "a.txt"}
     start(with_changes(streamed), tmp_path)
     config = with_changes({**streamed, "data.class_list": "lists/a.txt"})
-    run_dir.check_workdir(config, tmp_path, data=RECORD)
+    check_workdir(config, tmp_path, data=RECORD)
     with pytest.raises(InputError, match=r"data.class_list 'a.txt' -> None"):
-        run_dir.check_workdir(with_changes({"data.streaming": "always"}), tmp_path, data=RECORD)
+        check_workdir(with_changes({"data.streaming": "always"}), tmp_path, data=RECORD)
 
 
 @pytest.mark.parametrize("num_images", [NUM_IMAGES - 1, NUM_IMAGES + 256])
@@ -257,22 +267,22 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
     rule = f"was trained on 2560 images, and data.source has {num_images} now"
     for saved in (None, saved_by(config)):
         with pytest.raises(InputError, match=rule):
-            run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+            check_workdir(config, tmp_path, saved=saved, data=data)
     # run.json is of other images than the checkpoint, so that it does not say how many those were.
     saved = saved_by(config, fingerprint="all-old")
     with pytest.raises(InputError, match=r"other images \(fingerprint all-old.* -> all-abc"):
-        run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+        check_workdir(config, tmp_path, saved=saved, data=data)
     (tmp_path / "run.json").unlink()
     with pytest.raises(InputError, match=r"other images .*no usable run.json"):
-        run_dir.check_workdir(config, tmp_path, saved=saved, data=data)
+        check_workdir(config, tmp_path, saved=saved, data=data)
     images = "all-0123456789abcdef"
     touched = saved_by(config, fingerprint=f"{images}-1")  # only times of files have changed
     now = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": f"{images}-2"})
-    run_dir.check_workdir(config, tmp_path, saved=touched, data=now)
+    check_workdir(config, tmp_path, saved=touched, data=now)
     older = saved_by(config, fingerprint="0123456789abcdef")  # of a version before: says nothing
-    run_dir.check_workdir(config, tmp_path, saved=older, data=data)
+    check_workdir(config, tmp_path, saved=older, data=data)
     os.rmdir(tmp_path / "checkpoints" / "4")  # nothing was made yet
-    run_dir.check_workdir(config, tmp_path, data=data)
+    check_workdir(config, tmp_path, data=data)
 
 
 def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
@@ -281,7 +291,7 @@ def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
     advice = r"with --config.train.init_from=\S+ to begin .*optim.decay_epochs=0"
     rule = f"choose another --workdir, {advice}"
     with pytest.raises(InputError, match=rule):
-        run_dir.check_workdir(config, tmp_path, data=RECORD)
+        check_workdir(config, tmp_path, data=RECORD)
 
 
 def test_init_from_need_not_be_repeated_and_may_be_spelt_differently(tmp_path, monkeypatch):
@@ -289,31 +299,31 @@ def test_init_from_need_not_be_repeated_and_may_be_spelt_differently(tmp_path, m
     workdir, config = tmp_path / "run", with_changes({"train.init_from": "runs/a"})
     start(config, workdir)
     for saved in (None, saved_by(config)):
-        again = run_dir.with_recorded_start(with_changes({}), workdir, saved)
+        again = with_recorded_start(with_changes({}), workdir, saved)
         assert again.train.init_from == "runs/a"
-        run_dir.check_workdir(again, workdir, saved=saved, data=RECORD)
+        check_workdir(again, workdir, saved=saved, data=RECORD)
         for same in (str(tmp_path / "runs/a"), "./runs/a/"):
             other = with_changes({"train.init_from": same})
-            assert run_dir.with_recorded_start(other, workdir, saved) is other
-            run_dir.check_workdir(other, workdir, saved=saved, data=RECORD)
+            assert with_recorded_start(other, workdir, saved) is other
+            check_workdir(other, workdir, saved=saved, data=RECORD)
         other = with_changes({"train.init_from": "runs/b"})
         with pytest.raises(InputError, match=r"train.init_from 'runs/a' -> 'runs/b'"):
-            run_dir.check_workdir(other, workdir, saved=saved, data=RECORD)
+            check_workdir(other, workdir, saved=saved, data=RECORD)
     plain = tmp_path / "plain"
     start(with_changes({}), plain)
     with pytest.raises(InputError, match=r"train.init_from None -> 'runs/a'"):
-        run_dir.check_workdir(config, plain, data=RECORD)
+        check_workdir(config, plain, data=RECORD)
 
 
 def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
     workdir = tmp_path / "runs" / "a"
 
     def fail(error):
-        with run_dir.claimed(workdir):
+        with claimed(workdir):
             start(with_changes({}), workdir)
             (workdir / "checkpoints").mkdir()
             (workdir / "metrics.jsonl").touch()
-            assert run_dir.is_claimed(workdir)
+            assert is_claimed(workdir)
             raise error
 
     for error in (InputError("a", 1, "b"), KeyboardInterrupt(), ZeroDivisionError()):
@@ -327,33 +337,33 @@ def test_a_start_that_fails_leaves_what_was_there(tmp_path):
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "probe.json").write_text("{}")
     before = contents(tmp_path)
-    with contextlib.suppress(ZeroDivisionError), run_dir.claimed(tmp_path):
+    with contextlib.suppress(ZeroDivisionError), claimed(tmp_path):
         (tmp_path / "metrics.jsonl").touch()
         raise ZeroDivisionError
     assert contents(tmp_path) == before
 
 
 def test_a_run_that_fails_after_its_start_stays(tmp_path):
-    with contextlib.suppress(ZeroDivisionError), run_dir.claimed(tmp_path / "run") as begin:
+    with contextlib.suppress(ZeroDivisionError), claimed(tmp_path / "run") as begin:
         start(with_changes({}), tmp_path / "run")
         begin()
         raise ZeroDivisionError
-    assert run_dir.load_config(tmp_path / "run")
-    assert not run_dir.lock_owner(tmp_path / "run")
+    assert load_config(tmp_path / "run")
+    assert not lock_owner(tmp_path / "run")
 
 
 def test_a_lock_file_that_another_start_has_removed_is_made_again(tmp_path, monkeypatch):
-    flock = run_dir.fcntl.flock
+    flock = fcntl.flock
 
     def remove_and_lock(file, how):
-        monkeypatch.setattr(run_dir.fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", flock)
         (tmp_path / "lock").unlink()
         flock(file, how)
 
-    monkeypatch.setattr(run_dir.fcntl, "flock", remove_and_lock)
-    with run_dir.locked(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with locked(tmp_path):
         assert "process" in (tmp_path / "lock").read_text()
-        with pytest.raises(InputError, match="in use"), run_dir.locked(tmp_path):
+        with pytest.raises(InputError, match="in use"), locked(tmp_path):
             pass
 
 
@@ -361,9 +371,9 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_dir.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     in_use = pytest.raises(InputError, match="in use by another process")
-    with run_dir.locked(tmp_path), in_use, run_dir.locked(tmp_path):
+    with locked(tmp_path), in_use, locked(tmp_path):
         pass
 
 
@@ -388,16 +398,16 @@ def no_room():
 
 
 def enter(workdir):
-    with run_dir.locked(workdir):
+    with locked(workdir):
         pass
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        lambda workdir: run_dir.check_workdir(base_config(), workdir),
-        lambda workdir: run_dir.prepare_workdir(base_config(), workdir, RECORD),
-        lambda workdir: run_dir.check_workdir(base_config(), workdir / "new"),
+        lambda workdir: check_workdir(base_config(), workdir),
+        lambda workdir: prepare_workdir(base_config(), workdir, RECORD),
+        lambda workdir: check_workdir(base_config(), workdir / "new"),
     ],
     ids=["check", "prepare", "check of a new one"],
 )
@@ -411,7 +421,7 @@ def test_a_disk_without_room_is_one_line(tmp_path, no_room, use):
 def test_whatever_the_system_refuses_is_told_in_its_words(tmp_path, number):
     with (
         pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)"),
-        run_dir.writing(tmp_path),
+        writing(tmp_path),
     ):
         raise OSError(number, os.strerror(number))
 
@@ -422,5 +432,5 @@ def test_the_lock_file_of_another_character_set_is_read(tmp_path):
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="is in use by process 1 on caf\ufffd"):
         enter(tmp_path)
-    assert run_dir.lock_owner(tmp_path) == "process 1 on caf\ufffd"
+    assert lock_owner(tmp_path) == "process 1 on caf\ufffd"
     other.close()

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from hjepa_jax import run_facts
 from hjepa_jax.data.sources import open_source
-from hjepa_jax.evaluation.results import write_probe_json
-from hjepa_jax.run_facts import read_facts
+from hjepa_jax.reporting import facts
+from hjepa_jax.reporting.facts import read_facts
+from hjepa_jax.runs.scores import write_probe_json
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def copied(tiny_run, tmp_path, monkeypatch):
         assert not may_download
         return open_source(*args, may_download=False, **options)
 
-    monkeypatch.setattr("hjepa_jax.run.open_source", open_local)
+    monkeypatch.setattr("hjepa_jax.runs.run.open_source", open_local)
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     edit(workdir, source="npz:/nowhere/shapes.npz")
     return workdir
@@ -123,8 +123,8 @@ def test_the_verdict_on_a_checkpoint_is_beside_the_untrained_network():
     rng = np.random.default_rng(0)
     narrow = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 64))  # 2 directions of 64
     wide = rng.normal(size=(200, 64))
-    assert run_facts._verdict(narrow, wide).label == "partial collapse"
-    assert run_facts._verdict(narrow, narrow).label == "healthy"
+    assert facts._verdict(narrow, wide).label == "partial collapse"
+    assert facts._verdict(narrow, narrow).label == "healthy"
     point = 1 + 1e-4 * wide
-    assert run_facts._verdict(point, point).label == "collapse"
-    assert run_facts._verdict(wide, narrow).label == "healthy"
+    assert facts._verdict(point, point).label == "collapse"
+    assert facts._verdict(wide, narrow).label == "healthy"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hjepa_jax import seeds
 from hjepa_jax.config import base_config
+from hjepa_jax.runs import seeds
 
 
 def configs(first, second):

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import build, selftest
+from hjepa_jax import selftest
+from hjepa_jax.config import build
 from tests.conftest import REPOSITORY
 
 

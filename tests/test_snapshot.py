@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import build, image_figures
-from hjepa_jax.masking import target_union
+from hjepa_jax.config import build
+from hjepa_jax.masks.masks import target_union
 from hjepa_jax.models import hierarchy
-from hjepa_jax.platform import initialise
-from hjepa_jax.snapshot import CONTEXT, DROPPED, MASK_SEED, NUM_IMAGES, TARGET, fixed_images
+from hjepa_jax.reporting import image_figures
+from hjepa_jax.reporting.snapshot import (
+    CONTEXT,
+    DROPPED,
+    MASK_SEED,
+    NUM_IMAGES,
+    TARGET,
+    fixed_images,
+)
+from hjepa_jax.runtime.backend import initialise
 from tests.conftest import make_tiny_config
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import run
 from hjepa_jax.config import base_config
-from hjepa_jax.data import sources
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import fingerprint
-from hjepa_jax.data.folder_source import decode_image
-from hjepa_jax.data.sources import Split, open_source, save_npz
+from hjepa_jax.data.folder import decode_image
+from hjepa_jax.data.npz import save_npz
+from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
+from hjepa_jax.runs import run
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -247,7 +248,7 @@ def test_npz_whose_headers_lie_is_refused_before_room_is_made(tmp_path, headers,
 
 def test_grey_images_that_are_too_large_as_rgb_are_refused(tmp_path, monkeypatch):
     write_npz(tmp_path / "grey.npz", [("train_images", header("(4, 15, 15)")), LABELS])
-    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 3 * 900 - 1)
+    monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 3 * 900 - 1)
     assert_refused(f"npz:{tmp_path}/grey.npz", "must fit the device as uint8")
 
 
@@ -455,7 +456,7 @@ def test_one_image_that_is_left_cannot_be_split(tmp_path):
 def test_a_folder_too_large_for_the_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     for i in range(5):
         save_image(tmp_path / "x" / f"{i}.png")
-    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 5 * 8 * 8 * 3 - 1)
+    monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 5 * 8 * 8 * 3 - 1)
     open_here(f"folder:{tmp_path}").load()  # four and one
     save_image(tmp_path / "x" / "5.png")
     assert_refused(f"folder:{tmp_path}", "must fit the device as uint8")
@@ -542,9 +543,7 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch):
 
 
 def test_silent_host_is_given_up(tmp_path, dead_cifar10, monkeypatch, caplog):
-    from hjepa_jax.data import tfds_source
-
-    monkeypatch.setattr(tfds_source, "PROBE_SEC", 0.5)
+    monkeypatch.setattr("hjepa_jax.data.tfds.PROBE_SEC", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         dead_cifar10(silent.getsockname()[1])
         assert_download_refused(tmp_path, "no answer within 0.5 s", caplog)
@@ -622,13 +621,11 @@ def test_tfds_grey_values_fill_three_channels_and_a_tenth_stands_in_for_test(tmp
 
 
 def test_tfds_images_are_decoded_once_until_they_are_prepared_anew(tmp_path, monkeypatch):
-    from hjepa_jax.data import tfds_source
+    from hjepa_jax.data import tfds
 
     define_tiny_set("TinyKept", [("train", 6), ("test", 3)], (4, 4, 3))
-    decoded, read = [], tfds_source._read_split
-    monkeypatch.setattr(
-        tfds_source, "_read_split", lambda *args: decoded.append(args[2]) or read(*args)
-    )
+    decoded, read = [], tfds._read_split
+    monkeypatch.setattr(tfds, "_read_split", lambda *args: decoded.append(args[2]) or read(*args))
     load = lambda: open_here("tfds:tiny_kept", data_dir=str(tmp_path)).load()
     first, again = load(), load()
     assert decoded == ["train", "test"]

@@ -9,24 +9,28 @@ import numpy as np
 import optax
 import pytest
 
-from hjepa_jax import losses, metrics
 from hjepa_jax.data.augment import Augment
-from hjepa_jax.masking import MultiBlockMask, gather_tokens
+from hjepa_jax.masks.masks import gather_tokens
+from hjepa_jax.masks.samplers import MultiBlockMask
+from hjepa_jax.method import losses
+from hjepa_jax.method.embed import make_embed_fn
+from hjepa_jax.method.keys import batch_rng, image_rngs, more_rngs
+from hjepa_jax.method.objective import LossWeights, hjepa_loss
+from hjepa_jax.method.optimizer import make_optimizer
+from hjepa_jax.method.step import make_run_steps, make_train_step
+from hjepa_jax.method.train_state import TrainState, create_train_state, ema_update
+from hjepa_jax.method.window import (
+    empty_window,
+    make_averages,
+    nonfinite_terms,
+    reset_averages,
+    update_window,
+)
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA, Prediction
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.vit import VisionTransformer
-from hjepa_jax.objective import LossWeights, hjepa_loss
-from hjepa_jax.optimizer import make_optimizer
-from hjepa_jax.steps import (
-    batch_rng,
-    image_rngs,
-    make_embed_fn,
-    make_run_steps,
-    make_train_step,
-    more_rngs,
-)
-from hjepa_jax.train_state import TrainState, create_train_state, ema_update
+from hjepa_jax.training.alarms import spread, summarize
 
 GRID, PATCH, WIDTH, BATCH = 4, 4, 16, 8
 SIZE = GRID * PATCH
@@ -252,9 +256,7 @@ def test_several_steps_in_one_program_are_the_same_steps(count, streamed):
     index = jnp.asarray(rng.integers(0, 40, (3, BATCH)), jnp.int32)
     state = make_state(tx)
     outputs = jax.eval_shape(step, state, IMAGES)[1]
-    window = metrics.empty_window(
-        metrics.make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH
-    )
+    window = empty_window(make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH)
     given = (data[index], None) if streamed else (data, index)
     together, summed = jax.jit(make_run_steps(step))(state, window, *given, jnp.int32(count))
     losses_seen = []
@@ -265,22 +267,22 @@ def test_several_steps_in_one_program_are_the_same_steps(count, streamed):
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, state.params
     )
     assert int(together.step) == count
-    values = metrics.summarize(summed, metrics.spread(summed, step=count, batch_size=BATCH))
+    values = summarize(summed, spread(summed, step=count, batch_size=BATCH))
     np.testing.assert_allclose(values["loss"], np.mean(losses_seen), rtol=1e-5)
     assert 1 <= values["effective_rank"] <= min(WIDTH, count * BATCH)
 
 
 def test_log_window_keeps_the_newest_features():
-    averages = metrics.make_averages(["loss"])
-    window = metrics.empty_window(averages, batch_size=256, width=2)
+    averages = make_averages(["loss"])
+    window = empty_window(averages, batch_size=256, width=2)
     for step in range(3):
         features = jnp.full((256, 2), step + 1.0)
-        window = metrics.update_window(
+        window = update_window(
             window, {"loss": jnp.float32(step)}, features, jnp.int32(step), jnp.bool_(True)
         )
     assert sorted({float(x) for x in np.asarray(window.features)[:, 0]}) == [2.0, 3.0]
-    assert metrics.summarize(window, None) == {"loss": 1.0}  # an unknown rank is not one of 0
-    emptied = metrics.reset_averages(window)
+    assert summarize(window, None) == {"loss": 1.0}  # an unknown rank is not one of 0
+    emptied = reset_averages(window)
     np.testing.assert_array_equal(emptied.features, window.features)
 
 
@@ -369,15 +371,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(parts):
 
 
 def test_log_window_counts_steps_that_are_not_finite_and_averages_the_others():
-    window = metrics.empty_window(metrics.make_averages(["loss", "x"]), batch_size=4, width=2)
+    window = empty_window(make_averages(["loss", "x"]), batch_size=4, width=2)
     for step, loss in enumerate([1.0, np.nan, 3.0, np.inf]):
         scalars = {"loss": jnp.float32(loss), "x": jnp.float32(step)}
         features = jnp.full((4, 2), loss)
         finite = jnp.isfinite(scalars["loss"])
-        window = metrics.update_window(window, scalars, features, jnp.int32(step), finite)
-    values = metrics.summarize(window, None)
+        window = update_window(window, scalars, features, jnp.int32(step), finite)
+    values = summarize(window, None)
     assert (values["loss"], values["x"]) == (2.0, 1.0)
     assert np.isfinite(window.features).all()
     assert (int(window.nonfinite.count), int(window.nonfinite.newest)) == (2, 4)
-    assert metrics.nonfinite_terms(window) == ["loss"]
-    assert int(metrics.reset_averages(window).nonfinite.count) == 2
+    assert nonfinite_terms(window) == ["loss"]
+    assert int(reset_averages(window).nonfinite.count) == 2

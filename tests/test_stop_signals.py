@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from hjepa_jax.errors import Interrupted
-from hjepa_jax.loop import STOP_SIGNALS, _StopSignals
+from hjepa_jax.training.loop import STOP_SIGNALS, _StopSignals
 
 
 @pytest.mark.parametrize("name", STOP_SIGNALS)

@@ -19,11 +19,10 @@ import pytest
 from array_record.python import array_record_module
 from ml_collections import ConfigDict
 
-from hjepa_jax import train
 from hjepa_jax.config import base_config
-from hjepa_jax.data import class_list, sources, streaming
+from hjepa_jax.data import class_list, streaming
 from hjepa_jax.data.fingerprint import fingerprint
-from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.data.records import (
     Streaming,
     read_or_next,
@@ -32,9 +31,10 @@ from hjepa_jax.data.records import (
 )
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.results import write_probe_json
-from hjepa_jax.publish import write_report
-from hjepa_jax.run_facts import read_facts
+from hjepa_jax.reporting.facts import read_facts
+from hjepa_jax.reporting.publish import write_report
+from hjepa_jax.runs.scores import write_probe_json
+from hjepa_jax.training import train
 from tests import processes
 from tests.conftest import REPOSITORY
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
@@ -189,7 +189,7 @@ def test_a_folder_is_streamed_as_it_would_be_loaded(shapes_folder, monkeypatch):
 
     auto = Streaming("auto", max_labelled=100)
     assert open_source(f"folder:{shapes_folder}", **options, streaming=auto).records is None
-    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
+    monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
     assert len(open_source(f"folder:{shapes_folder}", **options, streaming=auto).records) == 160
 
 
@@ -370,7 +370,7 @@ def test_what_may_be_streamed_is_prepared_for_it_before_its_size_is_known(tmp_pa
     options = {"data_dir": str(tmp_path), "image_size": 8, "streaming": Streaming("auto")}
     resident = open_source("tfds:tiny_auto", **options)
     assert (resident.records, len(resident.load()[0].labels)) == (None, 20)
-    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 20 * 4 * 6 * 3 - 1)
+    monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 20 * 4 * 6 * 3 - 1)
     options["streaming"] = Streaming("auto", max_labelled=5)
     assert len(open_source("tfds:tiny_auto", **options).records) == 20
 

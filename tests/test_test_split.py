@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hjepa_jax.data import test_split
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
 
 

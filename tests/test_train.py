@@ -18,16 +18,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hjepa_jax import build, checkpoint, cli, collapse, loop, run, run_dir, showcase, steps, train
-from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Split, save_npz
+from hjepa_jax import cli
+from hjepa_jax.config import build
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.npz import save_npz
+from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation import quality
+from hjepa_jax.evaluation import collapse, quality
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.logging import Progress, read_metrics
-from hjepa_jax.loop import MAX_CALLS_UNDER_WAY, Loop
-from hjepa_jax.publish import write_report
-from hjepa_jax.run_record import read_record
+from hjepa_jax.method.step import make_run_steps
+from hjepa_jax.reporting import showcase
+from hjepa_jax.reporting.publish import write_report
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.progress import Progress
+from hjepa_jax.runs.record import read_record
+from hjepa_jax.runs.workdir import load_config, locked
+from hjepa_jax.training import loop, train
+from hjepa_jax.training.loop import MAX_CALLS_UNDER_WAY, Loop
 from tests import processes
 
 TRAIN_METRICS = {
@@ -230,7 +239,7 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     Nor does a run that goes on at another resolution compile that of the first one again.
     """
     compiled = []
-    make = steps.make_run_steps
+    make = make_run_steps
 
     def counting(train_step):
         def run_steps(*args):
@@ -284,7 +293,7 @@ def test_checkpoints_go_on_under_their_own_config_alone(
         return
     train.train_and_evaluate(tiny_config, workdir)
     assert "already trained: step 6 of 6" in capsys.readouterr().out
-    assert run_dir.load_config(workdir).to_dict() == tiny_config.to_dict()
+    assert load_config(workdir).to_dict() == tiny_config.to_dict()
     assert_same_tree(final_state(tiny_config, workdir), final_state(tiny_config, tiny_run))
 
 
@@ -325,7 +334,7 @@ def test_a_run_goes_on_where_its_data_was_moved_to_and_not_with_more(
     out = capsys.readouterr()
     assert "goes on with data.source " in out.out
     assert "warning" not in out.err
-    assert run_dir.load_config(workdir).data.source == tiny_config.data.source
+    assert load_config(workdir).data.source == tiny_config.data.source
     record = read_record(workdir)
     assert record is not None
     assert (record.num_images, record.num_steps, record.steps_per_epoch) == (240, 6, 15)
@@ -355,7 +364,7 @@ def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tm
     c.optim.decay_epochs, c.train.num_steps = 0.2, 6  # an epoch has 15 steps
     for name in ("parts", "whole"):
         train.train_and_evaluate(c, tmp_path / name)
-        assert run_dir.load_config(tmp_path / name).to_dict() == c.to_dict()
+        assert load_config(tmp_path / name).to_dict() == c.to_dict()
     assert_same_tree(*(final_state(c, tmp_path / name) for name in ("parts", "whole")))
 
     refused = {
@@ -369,25 +378,25 @@ def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tm
         other.update_from_flattened_dict({field: value})
         with pytest.raises(InputError, match=re.escape(words)):
             train.train_and_evaluate(other, tmp_path / "parts")
-        assert run_dir.load_config(tmp_path / "parts").to_dict() == c.to_dict()
+        assert load_config(tmp_path / "parts").to_dict() == c.to_dict()
 
 
 def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp_path):
-    code = "import sys, pathlib\nfrom hjepa_jax.run_dir import locked\n"
+    code = "import sys, pathlib\nfrom hjepa_jax.runs.workdir import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as first:
         assert first.stdout.readline() == "held\n"
         owner = f"in use by process {first.pid} on .*, since "
-        with pytest.raises(InputError, match=owner), run_dir.locked(tmp_path):
+        with pytest.raises(InputError, match=owner), locked(tmp_path):
             pass
         first.kill()  # without a chance to tidy up: the lock must be gone all the same
         first.wait()
     with (
-        run_dir.locked(tmp_path),
+        locked(tmp_path),
         pytest.raises(InputError, match="in use"),
-        run_dir.locked(tmp_path),
+        locked(tmp_path),
     ):
         pass
 
@@ -395,7 +404,7 @@ def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp
 def test_a_run_writes_no_config_before_the_workdir_is_its_own(tiny_config, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    with run_dir.locked(workdir), pytest.raises(InputError, match="in use"):
+    with locked(workdir), pytest.raises(InputError, match="in use"):
         train.train_and_evaluate(tiny_config, workdir)
     assert not (workdir / "config.json").exists()
 
@@ -410,7 +419,7 @@ def test_fields_that_change_no_result_may_change(tiny_config, tmp_path):
 def test_knn_during_training_is_that_of_level_0_and_of_the_summary_tokens(tiny_config, tmp_path):
     train.train_and_evaluate(tiny_config, tmp_path)
     line = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    model, params = checkpoint.load_encoder(tmp_path)
+    model, params = load_encoder(tmp_path)
     train_split, _ = run.open_config_source(tiny_config).load()
     features = jax.jit(build.build_embed_fn(tiny_config, model))(params, train_split.images)
     bank, queries = hold_out(len(train_split.labels), num_val=tiny_config.eval.num_val)

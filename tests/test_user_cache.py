@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import provenance, user_cache
-from hjepa_jax.data.tfds_source import files_of
+from hjepa_jax.data.tfds_info import files_of
+from hjepa_jax.runtime import provenance, user_cache
 
 
 @pytest.fixture

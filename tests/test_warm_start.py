@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, run, train, warm_start
 from hjepa_jax.errors import InputError
-from hjepa_jax.logging import read_metrics
 from hjepa_jax.models.positions import interpolate_positions
-from hjepa_jax.placement import make_placement
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runtime.placement import make_placement
+from hjepa_jax.training import train, warm_start
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
     with tiny_config.unlocked():
         tiny_config.model.positions = positions
     train.train_and_evaluate(tiny_config, tmp_path / "small")
-    _, before, _ = checkpoint.load_state(tmp_path / "small")
+    _, before, _ = load_state(tmp_path / "small")
     with tiny_config.unlocked():
         tiny_config.data.image_size, tiny_config.mask.scale = 24, (0.1, 0.25)
         tiny_config.train.init_from = str(tmp_path / "small")
@@ -42,7 +44,7 @@ def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
         tiny_config.optim.learning_rate, tiny_config.optim.weight_decay = 0.0, 0.0
         tiny_config.optim.ema_momentum = (1.0, 1.0, "constant")
     train.train_and_evaluate(tiny_config, tmp_path / "large")
-    _, after, initial = checkpoint.load_state(tmp_path / "large")
+    _, after, initial = load_state(tmp_path / "large")
     changed = []
     for old, new in (
         (before.params, after.params),
@@ -168,7 +170,7 @@ def begin(config, workdir):
 def test_a_projection_head_that_one_of_the_runs_lacks_begins_anew_or_is_left_out(
     tiny_config, tiny_run, tmp_path, capsys
 ):
-    _, theirs, _ = checkpoint.load_state(tiny_run)
+    _, theirs, _ = load_state(tiny_run)
     config = with_head(tiny_config, (8, 4))
     state, fresh, window = begin(config, tiny_run)
     assert "train.init_from: the projection head begins anew" in capsys.readouterr().out

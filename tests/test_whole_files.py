@@ -1,6 +1,6 @@
 import pytest
 
-from hjepa_jax.whole_files import replacing
+from hjepa_jax.runtime.files import replacing
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):

@@ -13,10 +13,13 @@ import pathlib
 import jax
 import numpy as np
 
-from hjepa_jax import build, checkpoint, run, run_dir
+from hjepa_jax.config import build
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
 from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.runs import run
+from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.workdir import load_config
 
 KS = (10, 20, 50, 100)
 
@@ -32,13 +35,13 @@ def main() -> None:
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--num_bank", type=int, default=20_000)
     args = parser.parse_args()
-    config = run_dir.load_config(args.workdir)
+    config = load_config(args.workdir)
     source = run.open_config_source(config)
     train, _ = source.load()
     fit, held_out = hold_out(len(train.images), num_val=config.eval.num_val)
     bank = fit[: args.num_bank]
     rows = np.concatenate([bank, held_out])
-    model, params = checkpoint.load_encoder(args.workdir)
+    model, params = load_encoder(args.workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
     features = extract_features(
         embed, params, train.images[rows], batch_size=config.eval.batch_size, what="features"

@@ -10,18 +10,17 @@ from typing import Any
 
 import jax
 
-from hjepa_jax import build
-from hjepa_jax.checkpoint import load_state
-from hjepa_jax.config import Config, base_config
+from hjepa_jax.config import Config, base_config, build
+from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.shapes import create_shapes
-from hjepa_jax.data.sources import save_npz
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.linear import linear_probe
-from hjepa_jax.figures import Panel, curves, png
-from hjepa_jax.history import History, read_history
-from hjepa_jax.run import open_config_source
-from hjepa_jax.run_dir import load_config
-from hjepa_jax.train import train_and_evaluate
+from hjepa_jax.reporting.figures import Panel, curves, png
+from hjepa_jax.runs.history import History, read_history
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.training.train import train_and_evaluate
 
 HERE = pathlib.Path(__file__).parent
 PICTURES = HERE.parent.parent / "docs" / "curves"

@@ -12,10 +12,10 @@ import time
 import numpy as np
 
 from configs.shapes_tiny import get_config
-from hjepa_jax import showcase
-from hjepa_jax.history import read_history
-from hjepa_jax.showcase import Showcase
-from hjepa_jax.train import train_and_evaluate
+from hjepa_jax.reporting import showcase
+from hjepa_jax.reporting.showcase import Showcase
+from hjepa_jax.runs.history import read_history
+from hjepa_jax.training.train import train_and_evaluate
 
 
 def main() -> None:

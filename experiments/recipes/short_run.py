@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.held_out import held_out_rows
-from hjepa_jax import cli, train
+from hjepa_jax import cli
 from hjepa_jax.evaluation.results import format_tables
+from hjepa_jax.training import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
 _NUM_FIT = flags.DEFINE_integer("num_fit", 8000, "Training images that the probes fit.")

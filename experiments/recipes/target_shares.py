@@ -12,11 +12,12 @@ import sys
 import jax
 import numpy as np
 
-from hjepa_jax import build, checkpoint
+from hjepa_jax.config import build
 from hjepa_jax.data.augment import normalize
-from hjepa_jax.models.targets import encode_targets
-from hjepa_jax.run import open_config_source
-from hjepa_jax.run_dir import load_config
+from hjepa_jax.method.targets import encode_targets
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runs.workdir import load_config
 
 NUM_IMAGES = 256
 
@@ -25,7 +26,7 @@ def main() -> None:
     """Prints a line per encoder and level."""
     workdir = pathlib.Path(sys.argv[1])
     config = load_config(workdir)
-    model, state, initial = checkpoint.load_state(workdir)
+    model, state, initial = load_state(workdir)
     train, _ = open_config_source(config).load()
     c = config.data
     shape = (NUM_IMAGES, c.image_size, c.image_size, 3)

@@ -14,7 +14,7 @@ import pathlib
 import jax
 from worker import build
 
-from hjepa_jax.run import num_params
+from hjepa_jax.runs.run import num_params
 
 
 @dataclasses.dataclass(frozen=True)

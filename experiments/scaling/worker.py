@@ -11,10 +11,12 @@ import numpy as np
 from absl import flags
 from collectives import collectives
 
-from hjepa_jax import cli, cluster, run
+from hjepa_jax import cli
 from hjepa_jax.config import Config, base_config
-from hjepa_jax.data.sources import Source, SourceInfo
-from hjepa_jax.platform import select_platform
+from hjepa_jax.data.base import Source, SourceInfo
+from hjepa_jax.runs import run
+from hjepa_jax.runtime import cluster
+from hjepa_jax.runtime.backend import select_platform
 
 _DEVICES = flags.DEFINE_integer("devices", 1, "Virtual devices of this process.")
 _FSDP = flags.DEFINE_integer("fsdp", 1, "parallel.fsdp.")

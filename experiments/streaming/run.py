@@ -85,10 +85,10 @@ def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
     import jax
 
     from configs import stl10_small
-    from hjepa_jax import run
-    from hjepa_jax.data.pipeline import BatchOrder
-    from hjepa_jax.data.sources import Source, SourceInfo
+    from hjepa_jax.data.base import Source, SourceInfo
+    from hjepa_jax.data.order import BatchOrder
     from hjepa_jax.data.streaming import StreamedBatches, read_batches
+    from hjepa_jax.runs import run
 
     config = stl10_small.get_config()
     config.train.batch_size = batch_size
@@ -138,7 +138,7 @@ def memory(folder: pathlib.Path, batch_size: int, num_workers: int, num: int) ->
     """Resident memory of run and workers, every 2,000 batches."""
     import jax
 
-    from hjepa_jax.data.pipeline import BatchOrder
+    from hjepa_jax.data.order import BatchOrder
     from hjepa_jax.data.streaming import StreamedBatches, read_batches
 
     records = open_records(folder)

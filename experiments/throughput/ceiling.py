@@ -18,7 +18,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import build, cli, platform
+from hjepa_jax import cli
+from hjepa_jax.config import build
+from hjepa_jax.runtime import backend
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Calls per product; the median counts.")
@@ -53,7 +55,7 @@ def num_flops(lhs, rhs, dimension_numbers):
 
 def main() -> None:
     config = _CONFIG.value
-    platform.select_platform(config.platform)
+    backend.select_platform(config.platform)
     schedules = build.build_schedules(config, 50_000)
     model, tx = build.build_model(config), build.build_optimizer(config, schedules)
     step = build.build_train_step(config, model, tx, schedules)

@@ -65,8 +65,9 @@ def prepare_ours(spec):
     import jax
     import jax.numpy as jnp
 
-    from hjepa_jax import build, platform
-    from hjepa_jax.logging import peak_memory_bytes
+    from hjepa_jax.config import build
+    from hjepa_jax.runs.progress import peak_memory_bytes
+    from hjepa_jax.runtime import backend
 
     model_spec = MODELS[spec["model"]]
     config = importlib.import_module(f"configs.{model_spec.config}").get_config()
@@ -74,7 +75,7 @@ def prepare_ours(spec):
     if model_spec.predictor:
         config.model.predictor_width, config.model.predictor_num_heads = model_spec.predictor
     config.model.dtype, config.model.positions = "bfloat16", "learned"  # as in the baseline
-    platform.select_platform(config.platform)  # which keeps compiled programs
+    backend.select_platform(config.platform)  # which keeps compiled programs
     schedules = build.build_schedules(config, 50_000)
     model, tx = build.build_model(config), build.build_optimizer(config, schedules)
     step = build.build_train_step(config, model, tx, schedules)

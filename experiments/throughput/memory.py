@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from configs import m1_max_quick_val
-from hjepa_jax import build, platform
+from hjepa_jax.config import build
+from hjepa_jax.runtime import backend
 
 BATCH_SIZES = (32, 64, 128, 256)
 
@@ -45,7 +46,7 @@ def measure(batch_size: int, *, remat: bool) -> dict:
 
 
 def main() -> None:
-    platform.select_platform("auto")
+    backend.select_platform("auto")
     rows = [
         measure(batch_size, remat=remat) for batch_size in BATCH_SIZES for remat in (False, True)
     ]

@@ -15,9 +15,15 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import build, cli, platform, run, train
-from hjepa_jax.data.sources import Split, save_npz
-from hjepa_jax.logging import peak_memory_bytes, read_metrics
+from hjepa_jax import cli
+from hjepa_jax.config import build
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.npz import save_npz
+from hjepa_jax.runs import run
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.progress import peak_memory_bytes
+from hjepa_jax.runtime import backend
+from hjepa_jax.training import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _KIND = flags.DEFINE_enum("kind", "step", ["step", "loop"], "What to time.")
@@ -93,7 +99,7 @@ def main() -> None:
     measure = {"step": time_step, "loop": time_loop}[_KIND.value]
     with tempfile.TemporaryDirectory() as folder:
         config.data.source = noise_set(pathlib.Path(folder))
-        platform.select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
+        backend.select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
         result = measure(config, _STEPS.value, _WARMUP.value)
     result["batch_size"] = config.train.batch_size
     result["peak_memory_bytes"] = peak_memory_bytes(jax.devices()[0])

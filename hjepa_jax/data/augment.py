@@ -101,7 +101,7 @@ def resize_and_normalize(
 ) -> Float[Array, "B S S C"]:
     """Returns what evaluation sees: the central square, resized and normalised, nothing random.
 
-    The filter is that of image files (`hjepa_jax.data.sources.square`). So a picture has the same
+    The filter is that of image files (`hjepa_jax.data.base.square`). So a picture has the same
     features, to the rounding of its pixels, as a file and as a row of an array.
     """
     x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
@@ -185,7 +185,7 @@ def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
 def _centre_square(height: int, width: int) -> tuple[int, float, float]:
     """Returns side, top and left of the largest central square, in pixels.
 
-    The same as `hjepa_jax.data.sources.square` cuts out of an image file: the model never sees an
+    The same as `hjepa_jax.data.base.square` cuts out of an image file: the model never sees an
     image that is squashed.
     """
     side = min(height, width)

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Shaped
 
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.records import Records, read_or_next
-from hjepa_jax.data.sources import Split
 
 # Marks fingerprints of every byte. Checkpoints of older versions hold 16 digits without a mark,
 # made of about 256 images: they say nothing of the others, so they are compared with nothing.

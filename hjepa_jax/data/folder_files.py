@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from hjepa_jax.data.test_split import split_role
 from hjepa_jax.data.usage import Unused
 from hjepa_jax.errors import InputError
-from hjepa_jax.names import escaped
+from hjepa_jax.runtime.names import escaped
 
 # Pillow reads more formats, and starts other programs for some of them.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from hjepa_jax.data.folder_source import decode_image
-from hjepa_jax.data.sources import as_rgb, square
+from hjepa_jax.data.base import as_rgb, square
+from hjepa_jax.data.folder import decode_image
 from hjepa_jax.errors import InputError
 
 PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"

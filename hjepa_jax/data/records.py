@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.names import escaped
+from hjepa_jax.runtime.names import escaped
 
 READ_AHEAD = 1024  # records handed to the threads at a time: Ctrl-C waits for no more
 MAX_WAITING_BYTES = 2**27  # of decoded records that wait for their place

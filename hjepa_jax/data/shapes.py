@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.base import Split
 
 IMAGE_SIZE = 32
 AREA = (200.0, 360.0)  # of the shape, square pixels: a disk 16 to 21 pixels across

@@ -22,10 +22,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int32, UInt8
 
-from hjepa_jax.data.pipeline import BatchOrder
+from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.data.records import Records, read_or_next
-from hjepa_jax.data.sources import first_line
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, first_line
 
 WORKER_BUFFER = 2  # decoded batches that wait in each worker
 DEVICE_BUFFER = 2  # batches that wait on the device

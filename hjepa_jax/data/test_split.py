@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
 
 Role = Literal["train", "test", "val"]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
+from hjepa_jax.data.base import Source, SourceInfo, Split, square
 from hjepa_jax.data.class_list import find_class_list
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
@@ -20,23 +21,10 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.sources import (
-    Source,
-    SourceInfo,
-    Split,
-    first_line,
-    square,
-)
 from hjepa_jax.data.test_split import draw_test_rows, keep_rows
-from hjepa_jax.data.tfds_source import (
-    TEST_SPLITS,
-    files_of,
-    formats_of,
-    made_from,
-    splits_line,
-)
-from hjepa_jax.errors import InputError
-from hjepa_jax.user_cache import kept_arrays
+from hjepa_jax.data.tfds_info import TEST_SPLITS, files_of, formats_of, made_from, splits_line
+from hjepa_jax.errors import InputError, first_line
+from hjepa_jax.runtime.user_cache import kept_arrays
 
 UNREADABLE = -2  # the label of a corrupt record; TFDS has -1 for an image without a label
 SCAN_BATCH = 1000  # records that are looked through at a time for those of some classes

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hjepa_jax.names import escaped
+from hjepa_jax.runtime.names import escaped
 
 NUM_NAMED = 3  # names per reason, and classes
 

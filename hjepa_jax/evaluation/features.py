@@ -16,9 +16,9 @@ from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.fingerprint import digest_arrays
 from hjepa_jax.data.records import Decoded
 from hjepa_jax.errors import InputError
-from hjepa_jax.placement import make_placement
-from hjepa_jax.platform import version
-from hjepa_jax.whole_files import replacing
+from hjepa_jax.runtime.backend import version
+from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.placement import make_placement
 
 # Larger images are brought to this size for the raw-pixel rows: 3,072 numbers, as CIFAR's.
 PIXEL_SIZE = 32

@@ -19,16 +19,16 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
+from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.data.augment import Augment
-from hjepa_jax.data.pipeline import BatchOrder
-from hjepa_jax.data.sources import Split
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import extract_features, progress
-from hjepa_jax.fields import MAX_NUMBER
+from hjepa_jax.method.optimizer import make_optimizer, warmup_cosine_schedule
 from hjepa_jax.models.transformer import layer_norm
 from hjepa_jax.models.vit import VisionTransformer
-from hjepa_jax.optimizer import make_optimizer, warmup_cosine_schedule
-from hjepa_jax.platform import initialise
+from hjepa_jax.runtime.backend import initialise
 
 
 @dataclasses.dataclass(frozen=True)

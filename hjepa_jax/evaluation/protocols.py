@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import fingerprint
-from hjepa_jax.data.sources import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import quality
 from hjepa_jax.evaluation.features import (
@@ -31,7 +31,7 @@ from hjepa_jax.evaluation.knn import DEFAULT_KS, TEMPERATURE, knn_probe
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, TOLERANCE, linear_probe
 from hjepa_jax.evaluation.lowshot import DEFAULT_ALPHAS, DEFAULT_SHOTS, draw_labels, lowshot_probe
-from hjepa_jax.evaluation.results import Row
+from hjepa_jax.runs.scores import Row
 
 PROTOCOLS = ("linear", "knn", "lowshot", "fewshot", "quality")
 TRAINED_ENCODERS = ("target", "online")

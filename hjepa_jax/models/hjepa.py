@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from hjepa_jax.masking import Masks, target_union
+from hjepa_jax.masks.masks import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
 from hjepa_jax.models.projection import Projection

@@ -12,10 +12,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from hjepa_jax.masking import gather_tokens
+from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.models import hierarchy
+from hjepa_jax.models.matmul import Dense, Precision
 from hjepa_jax.models.positions import PositionTable, rope2d_angles, turns_of
-from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.transformer import block_type, layer_norm, residual_scale, token_init
 
 MODES = ("self", "blocks", "cross")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from hjepa_jax.models.products import Dense, Precision
+from hjepa_jax.models.matmul import Dense, Precision
 
 EPSILON = 1e-5
 

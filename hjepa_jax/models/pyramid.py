@@ -9,8 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from hjepa_jax.masking import gather_tokens
-from hjepa_jax.models.products import Precision, product
+from hjepa_jax.masks.masks import gather_tokens
+from hjepa_jax.models.matmul import Precision, product
 from hjepa_jax.models.transformer import LayerScale
 
 FUSIONS = ("add", "concat")

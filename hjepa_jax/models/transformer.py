@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
+from hjepa_jax.models.matmul import Dense, Precision, product
 from hjepa_jax.models.positions import rotate
-from hjepa_jax.models.products import Dense, Precision, product
 
 LAYER_NORM_EPSILON = 1e-6
 

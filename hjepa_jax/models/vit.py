@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from hjepa_jax.masking import gather_tokens
+from hjepa_jax.masks.masks import gather_tokens
+from hjepa_jax.models.matmul import Dense, Precision
 from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles, turns_of
-from hjepa_jax.models.products import Dense, Precision
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.transformer import (
     block_type,
@@ -21,13 +21,6 @@ from hjepa_jax.models.transformer import (
     residual_scale,
     token_init,
 )
-
-# name -> width, depth, heads
-SIZES = {
-    "vit_tiny": (192, 12, 3),
-    "vit_small": (384, 12, 6),
-    "vit_base": (768, 12, 12),
-}
 
 
 def patchify(images: Float[Array, "B H W C"], patch_size: int) -> Float[Array, "B N P2C"]:

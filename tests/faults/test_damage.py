@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint
+from hjepa_jax.runs import checkpoint
 from tests.test_checkpoint import make_state, make_window
 
 pytestmark = [

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, run, train
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.logging import Progress, read_metrics
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.progress import Progress
+from hjepa_jax.training import train
 
 pytestmark = [
     pytest.mark.slow,

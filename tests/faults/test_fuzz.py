@@ -16,13 +16,14 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from hjepa_jax import build, cli
-from hjepa_jax.config import base_config
-from hjepa_jax.data.folder_source import open_folder
-from hjepa_jax.data.sources import NPZ_KEYS, open_source
+from hjepa_jax import cli
+from hjepa_jax.config import base_config, build
+from hjepa_jax.config.fields import flatten
+from hjepa_jax.config.validation import validate
+from hjepa_jax.data.folder import open_folder
+from hjepa_jax.data.npz import NPZ_KEYS
+from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
-from hjepa_jax.fields import flatten
-from hjepa_jax.validation import validate
 
 NUM_OVERRIDES, NUM_NPZ, NUM_IMAGES = 4_000, 4_000, 3_000  # 10,000 inputs and more
 LIMIT_SEC = 60  # a thousand times what an input takes: what is slower hangs

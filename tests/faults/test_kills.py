@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax import checkpoint, run, train
-from hjepa_jax.logging import read_metrics
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.training import train
 from tests import processes
 
 NUM_KILLS = 40

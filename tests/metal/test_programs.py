@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hjepa_jax import build, run
-from hjepa_jax.data.folder_source import FolderRecords
-from hjepa_jax.data.sources import Source, SourceInfo
+from hjepa_jax.config import build
+from hjepa_jax.data.base import Source, SourceInfo
+from hjepa_jax.data.folder import FolderRecords
 from hjepa_jax.evaluation import attentive, linear
+from hjepa_jax.runs import run
 from tests.metal.judge import refusals
 
 PLATFORM = "METAL" if jax.__version__ == "0.5.0" else "mps"

@@ -1,0 +1,368 @@
+"""From a config to the parts of a run. Below this module nothing knows of configs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hjepa_jax.config.defaults import Config, encoder_size
+from hjepa_jax.config.fields import MAX_NUMBER, get_field
+from hjepa_jax.data.augment import Augment, resize_and_normalize
+from hjepa_jax.data.records import Streaming
+from hjepa_jax.errors import InputError
+from hjepa_jax.masks.choice import MAX_COMPARED
+from hjepa_jax.masks.random_mask import RandomMask
+from hjepa_jax.masks.samplers import HierarchicalMask, MaskSampler, MultiBlockMask
+from hjepa_jax.method.embed import make_embed_fn
+from hjepa_jax.method.objective import LossWeights
+from hjepa_jax.method.optimizer import (
+    Schedule,
+    interpolation_schedule,
+    make_optimizer,
+    warmup_cosine_schedule,
+)
+from hjepa_jax.method.step import TrainStep, make_train_step
+from hjepa_jax.method.targets import TargetSpec, target_depths
+from hjepa_jax.method.train_state import TrainState, create_train_state
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.matmul import Precision
+from hjepa_jax.models.predictor import Predictor
+from hjepa_jax.models.projection import Projection
+from hjepa_jax.models.pyramid import FeaturePyramid
+from hjepa_jax.models.vit import VisionTransformer, patchify
+from hjepa_jax.runtime.backend import current_rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedules:
+    """The length of a run, and its schedules as functions of the update's number, from 1."""
+
+    steps_per_epoch: int
+    num_steps: int
+    learning_rate_fn: Schedule
+    weight_decay_fn: Schedule
+    ema_momentum_fn: Schedule
+
+
+def build_model(config: Config) -> HJEPA:
+    """Context encoder and predictor.
+
+    Raises:
+      InputError: for a `model.dtype` that the backend is not trusted with, or a grid that it cannot
+        mask.
+    """
+    c = config.model
+    if c.dtype == "bfloat16" and not current_rules().bfloat16:
+        rule = f"must be float32 on {jax.default_backend().lower()}"
+        raise InputError("model.dtype", c.dtype, rule)
+    width, depth, num_heads = encoder_size(config)
+    grid_size = config.data.image_size // c.patch_size
+    if grid_size**2 > MAX_COMPARED and not current_rules().sorts:
+        most = f"at most {MAX_COMPARED} on {jax.default_backend().lower()}"
+        rule = f"must leave {most}, not {grid_size**2} patches"
+        raise InputError("model.patch_size", c.patch_size, rule)
+    shared = {
+        "grid_size": grid_size,
+        "mlp_ratio": c.mlp_ratio,
+        "positions": c.positions,
+        "precision": _precision(c.dtype),
+        "remat": c.remat,
+    }
+    pyramid = None
+    if c.pyramid != "none":
+        pyramid = FeaturePyramid(grid_size, c.num_levels, c.pyramid, shared["precision"])
+    projection = None
+    if config.loss.agreement_weight:
+        projection = Projection(*c.projection, precision=shared["precision"])
+    return HJEPA(
+        context_encoder=VisionTransformer(
+            patch_size=c.patch_size,
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            num_summary_tokens=c.num_summary_tokens,
+            num_registers=c.num_registers,
+            drop_path=c.drop_path,
+            layer_scale=c.layer_scale,
+            pyramid=pyramid,
+            **shared,
+        ),
+        predictor=Predictor(
+            num_levels=c.num_levels,
+            out_width=width,
+            width=c.predictor_width,
+            depth=c.predictor_depth,
+            num_heads=c.predictor_num_heads,
+            mode=c.predictor_mode,
+            global_level=c.global_level,
+            **shared,
+        ),
+        summary_pass=config.loss.summary_weight > 0,
+        min_coverage=config.mask.min_coverage,
+        regularized=config.loss.regularized,
+        projection=projection,
+    )
+
+
+def _precision(dtype: str) -> Precision:
+    """Operands of `dtype`; results of it too, or float32 where the backend is faster with that."""
+    wide = current_rules().wide_results
+    return Precision(jnp.dtype(dtype), jnp.dtype("float32" if wide else dtype))
+
+
+def build_masks(config: Config) -> MaskSampler:
+    """The mask sampler.
+
+    Raises:
+      InputError: for masks that no block fits or that leave no context.
+    """
+    c, num_levels = config.mask, config.model.num_levels
+    shared: dict[str, Any] = {
+        "grid_size": config.data.image_size // config.model.patch_size,
+        "scale": tuple(c.scale),
+        "context_scale": tuple(c.context_scale),
+        "context_aspect_ratio": tuple(c.context_aspect_ratio),
+        "num_context": c.num_context,
+    }
+    align_level = num_levels - 1 if c.align_level is None else c.align_level
+    if c.kind == "random":
+        return RandomMask(align_level=align_level, **shared)
+    shared |= {"num_blocks": c.num_blocks, "aspect_ratio": tuple(c.aspect_ratio)}
+    if c.kind == "hierarchical":
+        return HierarchicalMask(num_levels=num_levels, progression=tuple(c.progression), **shared)
+    return MultiBlockMask(align_level=align_level, **shared)
+
+
+def build_streaming(config: Config) -> Streaming:
+    """Whether the training set is streamed, and what of it."""
+    c = config.data
+    return Streaming(
+        when=c.streaming,
+        train_split=c.train_split,
+        class_list=c.class_list,
+        max_labelled=c.max_labelled,
+    )
+
+
+def build_augment(config: Config) -> Augment:
+    """The augmentation of training images."""
+    c = config.data
+    return Augment(
+        image_size=c.image_size,
+        mean=tuple(c.mean),
+        std=tuple(c.std),
+        crop_scale=tuple(c.crop_scale),
+        crop_ratio=tuple(c.crop_ratio),
+        horizontal_flip=c.horizontal_flip,
+        vertical_flip=c.vertical_flip,
+        brightness=c.brightness,
+        contrast=c.contrast,
+        saturation=c.saturation,
+        grayscale=c.grayscale,
+        blur=c.blur,
+        blur_sigma=tuple(c.blur_sigma),
+        solarize=c.solarize,
+    )
+
+
+def build_augment_local(config: Config) -> Augment:
+    """The augmentation of local views: as of training images, but for crop and size."""
+    return dataclasses.replace(
+        build_augment(config),
+        image_size=config.data.local_size,
+        crop_scale=tuple(config.data.local_crop_scale),
+    )
+
+
+def build_loss_weights(config: Config) -> LossWeights:
+    """How the terms of the loss are combined."""
+    c = config.loss
+    vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
+    level_weights = c.level_weights or (1.0,) * config.model.num_levels
+    global_terms = ()
+    if config.model.global_level:
+        global_terms = ("loss_global", 1.0 - c.cross_view), ("loss_cross_view", c.cross_view)
+    return LossWeights(
+        kind=c.kind,
+        level_weights=tuple(level_weights),
+        summary_weight=c.summary_weight,
+        variance_weight=vicreg_weight * c.variance_weight,
+        covariance_weight=vicreg_weight * c.covariance_weight,
+        sigreg_weight=c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
+        num_slices=c.num_slices,
+        global_terms=tuple((name, weight) for name, weight in global_terms if weight),
+        local_weight=c.local_weight,
+        agreement_weight=c.agreement_weight,
+        spread_weight=c.spread_weight,
+    )
+
+
+def build_target_spec(config: Config) -> TargetSpec:
+    """What the targets of every level are made of."""
+    c = config.model
+    _, depth, _ = encoder_size(config)
+    depths = target_depths(
+        depth, c.num_levels, num_layers=c.target_layers, level_depths=c.level_depths
+    )
+    return TargetSpec(depths, c.global_target)
+
+
+def build_schedules(config: Config, num_images: int) -> Schedules:
+    """Length and schedules for a training set of `num_images`.
+
+    Raises:
+      InputError: when the training set does not fill one batch, or the steps are too many to count.
+    """
+    c = config.optim
+    steps_per_epoch = num_images // config.train.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"must be at most the number of training images, {num_images}",
+        )
+
+    def in_steps(field: str) -> int:
+        num_epochs = get_field(config, field)
+        steps = round(num_epochs * steps_per_epoch)
+        if steps > MAX_NUMBER:
+            raise InputError(field, num_epochs, f"must be at most {MAX_NUMBER} steps, not {steps}")
+        return steps
+
+    num_steps = config.train.num_steps or max(1, in_steps("train.num_epochs"))
+    final_weight_decay = c.final_weight_decay
+    start, end, kind = c.ema_momentum
+    return Schedules(
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        learning_rate_fn=warmup_cosine_schedule(
+            c.learning_rate,
+            warmup_steps=in_steps("optim.warmup_epochs"),
+            num_steps=num_steps,
+            end=c.final_learning_rate,
+            decay_steps=None if c.decay_epochs is None else in_steps("optim.decay_epochs"),
+        ),
+        weight_decay_fn=interpolation_schedule(
+            c.weight_decay,
+            c.weight_decay if final_weight_decay is None else final_weight_decay,
+            kind="cosine",
+            num_steps=num_steps,
+        ),
+        ema_momentum_fn=interpolation_schedule(
+            start, end, kind=kind, num_steps=num_steps, at_most=c.max_ema_momentum
+        ),
+    )
+
+
+def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTransformation:
+    """AdamW, or Muon and AdamW, with the run's schedules."""
+    return make_optimizer(
+        learning_rate_fn=schedules.learning_rate_fn,
+        weight_decay_fn=schedules.weight_decay_fn,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
+        clip_norm=config.optim.clip_norm or None,
+        muon_momentum=config.optim.muon_momentum if config.optim.kind == "muon" else None,
+        muon_precision=_precision(config.model.dtype),
+    )
+
+
+def build_train_step(
+    config: Config, model: HJEPA, tx: optax.GradientTransformation, schedules: Schedules
+) -> TrainStep:
+    """The training step of this config."""
+    return make_train_step(
+        model=model,
+        tx=tx,
+        sample_masks=build_masks(config),
+        augment=build_augment(config),
+        loss_weights=build_loss_weights(config),
+        ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
+        target_spec=build_target_spec(config),
+        num_accumulation_steps=config.optim.accumulation_steps,
+        augment_local=build_augment_local(config) if config.data.local_views else None,
+        num_local_views=config.data.local_views,
+        num_local_patches=config.data.local_patches,
+        num_masks=config.mask.num_masks,
+    )
+
+
+def build_preprocess(config: Config) -> Any:
+    """What evaluation does to stored images: resized and normalised, nothing random.
+
+    It refuses images that are not uint8: within a compiled function nobody can check that floats
+    lie in [0, 1].
+    """
+    c = config.data
+    resize = functools.partial(
+        resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
+    )
+
+    def preprocess(images: Any) -> Any:
+        if images.dtype != jnp.uint8:
+            rule = (
+                "must be uint8 here; hjepa_jax.load(workdir).embed(images) takes floats in [0, 1]"
+            )
+            raise InputError("images", f"{images.dtype}{list(images.shape)}", rule)
+        return resize(images)
+
+    return preprocess
+
+
+def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
+    """`embed(encoder_params, uint8 images)` with this config's size and normalisation.
+
+    For images as they are stored in a data set. `hjepa_jax.load(workdir).embed(images)` also takes
+    floats, files and images of any size, and checks them.
+
+    Raises:
+      InputError: when the encoder has fewer than `num_layers` blocks ("--num_layers").
+    """
+    depth = model.context_encoder.depth
+    if not 1 <= num_layers <= depth:
+        raise InputError("--num_layers", num_layers, f"must be from 1 to {depth}, the blocks")
+    return make_embed_fn(model, build_preprocess(config), num_layers=num_layers)
+
+
+def build_embed_views_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
+    """`embed_views(encoder_params, uint8 images, keys)`: of images augmented as in training."""
+    augment = build_augment(config)
+    return make_embed_fn(model, lambda images, rngs: augment(rngs, images), num_layers=num_layers)
+
+
+def build_tokens_fn(config: Config, model: HJEPA) -> Any:
+    """`embed_tokens(encoder_params, uint8 images)`: {"tokens": float16 [B, N, D]}.
+
+    Without parameters (None) the tokens are the raw patches, normalised pixels, [B, N, P * P * C].
+    """
+    preprocess = build_preprocess(config)
+    apply: Any = model.apply
+
+    def embed_tokens(encoder_params: Any, images: Any) -> dict[str, Any]:
+        pixels = preprocess(images)
+        if encoder_params is None:
+            tokens = patchify(pixels, config.model.patch_size)
+        else:
+            variables = {"params": {"context_encoder": encoder_params}}
+            tokens, _ = apply(variables, pixels, method="encode")
+        return {"tokens": tokens.astype(jnp.float16)}
+
+    return embed_tokens
+
+
+def build_create_state(
+    config: Config, model: HJEPA, tx: optax.GradientTransformation
+) -> Callable[[], TrainState]:
+    """A function, to jit, that makes the state at step 0 from `config.seed`."""
+    init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
+    images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+
+    def create_state() -> TrainState:
+        params = model.init(init_rng, images, build_masks(config)(init_rng[None]))["params"]
+        return create_train_state(params, tx, train_rng)
+
+    return create_state

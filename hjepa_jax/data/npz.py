@@ -1,0 +1,222 @@
+"""The `npz:<file>` source: arrays of images and labels in one file.
+
+| array            | names, in any case; `<split>` and `<kind>` may change places         |
+|------------------|----------------------------------------------------------------------|
+| training images  | `train_images`, `x_train`, `X_train` ...; without splits: `images`, `x` |
+| training labels  | `train_labels`, `y_train`; without splits: `labels`, `y`             |
+| test             | `test_images`, `x_test` ...; if there are none: `val_images`, `x_val` |
+
+Images are uint8 `[n, H, W, 3]`, `[n, H, W, 1]` or `[n, H, W]`. Labels are whole numbers `[n]` or
+`[n, 1]`, or one-hot `[n, classes]`. Other arrays are named on stderr and ignored.
+"""
+
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, check_memory, check_size
+from hjepa_jax.data.test_split import Role, hold_out_test, split_role
+from hjepa_jax.data.usage import Unused, usage_line
+from hjepa_jax.errors import InputError, first_line
+
+_KINDS = {
+    "images": ("images", "image", "imgs", "x", "data"),
+    "labels": ("labels", "label", "targets", "target", "y"),
+}
+_BLOCK_BYTES = 2**24
+_Member = tuple[zipfile.ZipInfo, tuple[int, ...], np.dtype]
+_Pair = tuple[str, str]  # the names of the images and of the labels of a split
+
+
+def open_npz(source: str, path: Path) -> Source:
+    """Reads and checks the whole file: there is nothing to decode, and errors come at once.
+
+    Raises:
+      InputError: the file cannot be read, or breaks a rule of the format.
+    """
+    try:
+        if not path.is_file():  # to open a pipe would be to wait
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(path) as archive:
+            return _open_archive(source, archive)
+    except InputError:
+        raise
+    except Exception as error:  # on corrupt data zipfile and NumPy raise almost anything
+        rule = f"must name a readable .npz file: {first_line(error)}"
+        raise InputError("data.source", source, rule) from error
+
+
+def _open_archive(source: str, archive: zipfile.ZipFile) -> Source:
+    members = archive.infolist()
+    names = [member.filename.removesuffix(".npy") for member in members]
+    train_names, test_names = _choose_arrays(source, names)
+    by_name = dict(zip(names, members, strict=True))
+    train = _read_split(source, archive, by_name, train_names)
+    if test_names:
+        test = _read_split(source, archive, by_name, test_names)
+        if test.images.shape[1:] != train.images.shape[1:]:
+            shapes = f"{train.images.shape[1:]} and {test.images.shape[1:]}"
+            rule = f"train and test images differ in shape: {shapes}"
+            raise InputError("data.source", source, rule)
+    else:
+        train, test = hold_out_test(source, train)
+    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    class_names = tuple(map(str, range(num_classes)))
+    used = {*train_names, *(test_names or ())}
+    unused = [Unused(name, "other arrays") for name in names if name not in used]
+    how = f"in {test_names[0]}" if test_names else "held out, by class"
+    sizes = f"{len(train.labels)} images in {train_names[0]}", f"{len(test.labels)} images {how}"
+    usage = usage_line(source, *sizes, class_names, unused)
+    info = SourceInfo(len(train.labels), len(test.labels), train.images.shape[1:], class_names)
+    return Source(source, info, lambda: (train, test), usage=usage)
+
+
+def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
+    """Returns the names of the training and of the test arrays."""
+    found: dict[tuple[Role | None, str], list[str]] = {}
+    for name in names:
+        if what := _what(name):
+            found.setdefault(what, []).append(name)
+    # Without any array of a split, `images` and `labels` are the training set.
+    train: Role | None = "train" if any(role == "train" for role, _ in found) else None
+    pairs: list[_Pair] = []
+    for role in (train, "test", "val"):
+        if len(pairs) == 2:
+            break
+        arrays = [found.get((role, kind), []) for kind in _KINDS]
+        twice = next((each for each in arrays if len(each) > 1), None)
+        if twice:
+            rule = f"must hold the arrays of a split once, not {' and '.join(twice)}"
+            raise InputError("data.source", source, rule)
+        if pairs and (not any(arrays) or (role == "val" and not all(arrays))):
+            continue  # labels or images of a validation set alone are named as not used
+        if role == "test" and not all(arrays):
+            there = next(names_of for names_of in arrays if names_of)[0]
+            rule = f"holds {there}, but not images and labels of a test set"
+            raise InputError("data.source", source, rule)
+        if not all(arrays):
+            rule = (
+                f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none; also "
+                f"x_train, y_train ...), not {', '.join(names) or 'nothing'}"
+            )
+            raise InputError("data.source", source, rule)
+        pairs.append((arrays[0][0], arrays[1][0]))
+    return pairs[0], pairs[1] if len(pairs) > 1 else None
+
+
+def _what(name: str) -> tuple[Role | None, str] | None:
+    """Returns the split (None: there is none in the name) and the kind of an array."""
+    name = re.sub(r"^([xy])(?=train|test|val)", r"\1_", name.lower())  # Xtrain
+    words = re.split(r"[ _.-]", name)
+    kinds = [kind for kind, words_of in _KINDS.items() for word in words if word in words_of]
+    roles: list[Role] = [found[0] for word in words if (found := split_role(word))]
+    if len(kinds) != 1 or len(kinds) + len(roles) != len(words) or len(words) > 2:
+        return None
+    return roles[0] if roles else None, kinds[0]
+
+
+def _read_split(
+    source: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], names: _Pair
+) -> Split:
+    images, labels = (_read_header(archive, members[name]) for name in names)
+    (_, shape, dtype), (_, label_shape, label_dtype) = images, labels
+
+    def require(condition: object, rule: str) -> None:
+        if not condition:
+            found = f"images {dtype}{shape}, labels {label_dtype}{label_shape}"
+            raise InputError("data.source", source, f"{rule} (found {found})")
+
+    x, y = names
+    for member in (images, labels):
+        check_size(source, member[1], member[2].itemsize)
+        _check_length(member)
+    channels_fit = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+    require(dtype == np.uint8, f"{x} must be uint8, values 0 to 255")
+    require(channels_fit, f"{x} must be [n, H, W, 3], [n, H, W, 1] or [n, H, W]")
+    require(math.prod(shape), f"{x} must not be empty")
+    require(label_dtype.kind in "biuf", f"{y} must be integers")
+    require(label_shape[:1] == shape[:1], f"{y} must hold one label per image")
+    rule = f"{y} must hold one label per image: whole numbers [n] or [n, 1], or one-hot rows"
+    read = _as_labels(_read_npy(archive, labels))
+    require(read is not None, rule)
+    assert read is not None
+    require(read.min() >= 0 and read.max() < 2**16, f"{y} must lie in [0, 65535]")
+    check_size(source, (*shape[:3], 3))
+    check_memory(source, math.prod(shape[:3]) * 3)
+    return Split(_read_images(archive, images), read.astype(np.int32))
+
+
+def _as_labels(array: np.ndarray) -> np.ndarray | None:
+    """Returns labels [n] of whole numbers or of one-hot rows; None if they are neither."""
+    if array.ndim == 2 and array.shape[1] > 1:
+        one_hot = np.all((array == 0) | (array == 1)) and np.all((array == 1).sum(axis=1) == 1)
+        return array.argmax(axis=1) if one_hot else None
+    if array.size != len(array):
+        return None
+    array = array.reshape(len(array))
+    if array.dtype.kind == "f":
+        whole = np.isfinite(array) & (array == np.floor(array))
+        return np.clip(array, -1, 2**16).astype(np.int64) if whole.all() else None
+    return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Member:
+    with archive.open(member) as file:
+        shape, _, dtype = _parse_header(file)
+        return member, shape, dtype
+
+
+def _parse_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    major, _ = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0
+    if major > 1:
+        read_header = np.lib.format.read_array_header_2_0
+    return read_header(file)
+
+
+def _check_length(member: _Member) -> None:
+    """Refuses an array that is shorter than it says: NumPy would make room for what it says."""
+    info, shape, dtype = member
+    if math.prod(shape) * dtype.itemsize > info.file_size or min(shape, default=0) < 0:
+        raise ValueError(f"{info.filename} is shorter than its shape {shape}")
+
+
+def _read_npy(archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
+    with archive.open(member[0]) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_images(archive: zipfile.ZipFile, member: _Member) -> UInt8[np.ndarray, "n H W 3"]:
+    """Reads images block by block into one array; grey values are repeated in three channels."""
+    with archive.open(member[0]) as file:
+        shape, is_fortran, _ = _parse_header(file)
+        if is_fortran:  # pixel by pixel, all images of each: it cannot be read by image
+            file.seek(0)
+            return as_rgb(np.lib.format.read_array(file, allow_pickle=False))
+        images = np.empty((*shape[:3], 3), np.uint8)
+        row_shape = (*shape[1:3], 1 if len(shape) == 3 else shape[3])
+        num_bytes = math.prod(row_shape)
+        rows = max(1, _BLOCK_BYTES // num_bytes)
+        for start in range(0, len(images), rows):
+            count = min(rows, len(images) - start)
+            data = file.read(count * num_bytes)
+            if len(data) < count * num_bytes:
+                raise ValueError(f"{member[0].filename} ends too early")
+            block = np.frombuffer(data, np.uint8).reshape(count, *row_shape)
+            images[start : start + count] = block  # grey values are repeated
+        return images
+
+
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
+    """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
+    arrays = (train.images, train.labels, test.images, test.labels)
+    np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))

@@ -1,0 +1,1 @@
+"""Masks of target blocks and context, sampled from explicit keys inside jit."""

@@ -1,0 +1,77 @@
+"""Masks of scattered cells."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.masks.choice import lowest_first, rank, uniform_int
+from hjepa_jax.masks.samplers import MaskSampler
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomMask(MaskSampler):
+    """Scattered cells of a level: one set of targets per image, M = 1.
+
+    Attributes:
+      scale: fraction of the cells that are targets; their number is uniform among those in it.
+      align_level: the level of the cells.
+    """
+
+    scale: tuple[float, float] = (0.15, 0.2)
+    align_level: int = 0
+
+    def __post_init__(self):
+        low, high = self._counts
+        if low > high:
+            num_cells = self._cell_areas.size
+            rule = f"no whole number of the {num_cells} cells is in this range; one cell is "
+            raise InputError("mask.scale", tuple(self.scale), rule + f"{1 / num_cells:.4g}")
+        self.check_context(self.scale)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """Smallest and largest number of target cells."""
+        low, high = (fraction * self._cell_areas.size for fraction in self.scale)
+        return max(1, int(np.ceil(low - 1e-6))), int(np.floor(high + 1e-6))
+
+    @property
+    def _cell_areas(self) -> Int[np.ndarray, " C"]:
+        """Patches of each cell, those that the edge of the grid cuts first."""
+        cell_size = 2**self.align_level
+        starts = np.arange(0, self.grid_size, cell_size)
+        sides = np.minimum(cell_size, self.grid_size - starts)
+        return np.sort(np.outer(sides, sides).reshape(-1))
+
+    @property
+    def block_capacity(self) -> int:
+        """T, patches of the largest possible set of targets."""
+        return int(self._cell_areas[-self._counts[1] :].sum())
+
+    @property
+    def num_draws(self) -> int:
+        return 1 + self._cell_areas.size
+
+    @property
+    def visible_fraction(self) -> float:
+        return 1.0 - float(np.mean(self._counts)) / self._cell_areas.size
+
+    @property
+    def smallest_union(self) -> int:
+        return int(self._cell_areas[: self._counts[0]].sum())
+
+    def sample_targets(
+        self, u: Float[Array, " _"]
+    ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
+        g, cell_size = self.grid_size, 2**self.align_level
+        low, high = self._counts
+        count = low + uniform_int(u[0], high - low + 1)
+        c = -(-g // cell_size)
+        cells = (rank(u[1:]) < count).reshape(c, 1, c, 1)
+        patches = jnp.broadcast_to(cells, (c, cell_size, c, cell_size))
+        hidden = patches.reshape(c * cell_size, c * cell_size)[:g, :g].reshape(-1)
+        order = jnp.where(hidden, 0.0, 1.0)
+        index, valid = lowest_first(order, jnp.sum(hidden), self.block_capacity)
+        return index[None], valid[None], hidden

@@ -1,0 +1,246 @@
+"""Masks sampled inside jit from explicit PRNG keys: which patches are context, which are targets.
+
+Shapes are static so that the training step compiles once: index arrays are padded, and a boolean
+array beside each says which entries are real. Every integer here counts patches of a G x G grid
+in row-major order (N = G^2). Sampling sorts nothing (Apple's plugins do not sort reliably): a
+random choice is a *rank*, counted by comparison.
+
+References:
+  Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Here a block may lie on
+  every placement, last row and column included, and blocks consist of whole cells of a level, so
+  that coarse targets are fully hidden; the size of a block is drawn among the shapes that
+  satisfy area and aspect ratio exactly, not rounded out of the range. (Where cells do not divide
+  the grid, a block on its last row or column is cut there, and smaller by that.)
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from hjepa_jax.errors import InputError
+from hjepa_jax.masks.blocks import BlockSampler, block_tokens, covers
+from hjepa_jax.masks.choice import lowest_first
+from hjepa_jax.masks.masks import Masks, Rng
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSampler:
+    """What the kinds of masks share: targets are sampled, and the context is what remains.
+
+    A kind says which patches are targets (`sample_targets`) and how many they will be.
+
+    Attributes:
+      grid_size: patches per side, G.
+      context_scale: area of the context block, from which the targets are removed.
+      context_aspect_ratio: height / width of the context block.
+      num_context: context tokens kept, K; None takes the expected number of visible patches,
+        rounded up to a multiple of 8.
+    """
+
+    grid_size: int
+    _: dataclasses.KW_ONLY
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    num_context: int | None = None
+
+    @property
+    def num_draws(self) -> int:
+        """Uniform numbers that `sample_targets` takes."""
+        raise NotImplementedError
+
+    @property
+    def visible_fraction(self) -> float:
+        """Expected share of patches that are no target, if all were targets equally often."""
+        raise NotImplementedError
+
+    @property
+    def smallest_union(self) -> int:
+        """Patches that are targets at least."""
+        raise NotImplementedError
+
+    def sample_targets(
+        self, u: Float[Array, " _"]
+    ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
+        """Index and validity of the targets, and which patches they hide."""
+        raise NotImplementedError
+
+    @property
+    def num_patches(self) -> int:
+        """N = G^2."""
+        return self.grid_size**2
+
+    @property
+    def expected_num_visible(self) -> float:
+        """Expected number of visible patches, if all were targets equally often."""
+        return float(np.mean(self._context_block.areas) * self.visible_fraction)
+
+    @property
+    def context_capacity(self) -> int:
+        """K, the static number of context tokens."""
+        if self.num_context is not None:
+            return self.num_context
+        return min(self.num_patches, 8 * int(np.ceil(self.expected_num_visible / 8)))
+
+    @property
+    def _context_block(self) -> BlockSampler:
+        return BlockSampler(
+            self.grid_size,
+            self.context_scale,
+            self.context_aspect_ratio,
+            field="mask.context_scale",
+        )
+
+    def check_context(self, scale: tuple[float, float]) -> None:
+        """Checks that something can be seen.
+
+        Raises:
+          InputError: naming `mask.num_context`, or `mask.scale`, whose value is given.
+        """
+        if self.num_context is not None and not 1 <= self.num_context <= self.num_patches:
+            raise InputError(
+                "mask.num_context", self.num_context, f"must be in 1..{self.num_patches} patches"
+            )
+        largest_context = self._context_block.areas.max()
+        if largest_context <= self.smallest_union or self.expected_num_visible < 1:
+            raise InputError(
+                "mask.scale",
+                tuple(scale),
+                "targets of this size leave no context in a block of "
+                f"mask.context_scale={tuple(self.context_scale)}",
+            )
+
+    def __call__(self, rngs: Rng | UInt32[Array, "B 2"]) -> Masks:
+        """Samples the masks of a batch from one key per image, [B] keys."""
+        return jax.vmap(self._sample_image)(rngs)
+
+    def _sample_image(self, rng: Rng) -> Masks:
+        # One draw for everything: targets, context block, then one number per patch.
+        of_targets, of_context = self.num_draws, self.num_draws + 4
+        u = jax.random.uniform(rng, (of_context + self.num_patches,))
+        target_index, target_valid, hidden = self.sample_targets(u[:of_targets])
+        context_block = self._context_block.place(u[of_targets:of_context])
+        visible = covers([context_block], self.grid_size) & ~hidden
+        # A uniformly random subset of the visible patches: in random order, hidden last.
+        context_index, context_valid = lowest_first(
+            u[of_context:] + jnp.where(visible, 0.0, 1.0),
+            jnp.sum(visible),
+            self.context_capacity,
+        )
+        return Masks(
+            context_index=context_index,
+            context_valid=context_valid,
+            target_index=target_index,
+            # An image that shows nothing can predict nothing: its targets do not count.
+            target_valid=target_valid & jnp.any(visible),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMask(MaskSampler):
+    """Masks whose targets are rectangular blocks, `blocks` of them.
+
+    Attributes:
+      num_blocks: target blocks per image, M.
+      scale: area of a target block, fraction of the grid (uniform).
+      aspect_ratio: height / width of a target block (log-uniform).
+    """
+
+    num_blocks: int = 4
+    scale: tuple[float, float] = (0.15, 0.2)
+    aspect_ratio: tuple[float, float] = (0.75, 1.5)
+
+    def __post_init__(self):
+        if self.num_blocks < 1:
+            raise InputError("mask.num_blocks", self.num_blocks, "must be at least 1")
+        self.check_context(self.scale)
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        """How each of the M blocks is placed."""
+        raise NotImplementedError
+
+    @property
+    def block_capacity(self) -> int:
+        """T, patches of the largest possible target block."""
+        return max(block.capacity for block in self.blocks)
+
+    @property
+    def num_draws(self) -> int:
+        return 4 * self.num_blocks
+
+    @property
+    def visible_fraction(self) -> float:
+        hidden = (float(np.mean(block.areas)) / self.num_patches for block in self.blocks)
+        return math.prod(max(0.0, 1.0 - fraction) for fraction in hidden)
+
+    @property
+    def smallest_union(self) -> int:
+        return max(block.smallest for block in self.blocks)
+
+    def sample_targets(
+        self, u: Float[Array, " _"]
+    ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
+        placed = [block.place(u[4 * i : 4 * i + 4]) for i, block in enumerate(self.blocks)]
+        tokens = [block_tokens(block, self.grid_size, self.block_capacity) for block in placed]
+        index, valid = (jnp.stack(arrays) for arrays in zip(*tokens, strict=True))
+        return index, valid, covers(placed, self.grid_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiBlockMask(BlockMask):
+    """Blocks that are all alike, of whole cells of level `align_level`."""
+
+    align_level: int = 0
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        cell_size = 2**self.align_level
+        block = BlockSampler(self.grid_size, self.scale, self.aspect_ratio, cell_size)
+        return (block,) * self.num_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class HierarchicalMask(BlockMask):
+    """Block m belongs to level m mod L: it consists of whole cells of it, and grows with it.
+
+    Attributes:
+      num_levels: L.
+      progression: (kind, factor). A block of level 1 has `factor` times the area of one of level
+        0, whose area `scale` is; above, each level multiplies by as much ("geometric",
+        factor^l) or adds as much ("linear", 1 + (factor - 1) l).
+    """
+
+    num_levels: int = 2
+    progression: tuple[str, float] = ("geometric", 1.5)
+
+    def __post_init__(self):
+        if self.num_blocks < self.num_levels:
+            rule = f"must be at least {self.num_levels}, a block for each level"
+            raise InputError("mask.num_blocks", self.num_blocks, rule)
+        super().__post_init__()
+
+    @property
+    def blocks(self) -> tuple[BlockSampler, ...]:
+        levels = [self._block(level) for level in range(self.num_levels)]
+        return tuple(levels[m % self.num_levels] for m in range(self.num_blocks))
+
+    def _block(self, level: int) -> BlockSampler:
+        kind, factor = self.progression
+        growth = factor**level if kind == "geometric" else 1.0 + (factor - 1.0) * level
+        low, high = (area * growth for area in self.scale)
+        # Level 0 is what mask.scale says; where a level above does not fit, it is the growth.
+        try:
+            if high > 1.0:
+                raise InputError("mask.scale", self.scale, f"blocks take {high:.3g} of the grid")
+            block = BlockSampler(self.grid_size, (low, high), self.aspect_ratio, 2**level)
+            _ = block.shapes
+        except InputError as error:
+            if level == 0:
+                raise
+            rule = f"at level {level}: {error.rule}"
+            raise InputError("mask.progression", self.progression, rule) from None
+        return block

@@ -1,0 +1,181 @@
+"""Schedules, the weight-decay mask, and the optax chain.
+
+All schedules are functions of the number of the update, counted from 1: update number s uses
+`learning_rate_fn(s)`. So the first update of a warm-up already moves, and the line of the log
+that says "step 50" shows the learning rate that made step 50 (but for steps that were left out as
+not finite: optax does not count those).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hjepa_jax.method.muon import scale_by_muon
+from hjepa_jax.models.matmul import FLOAT32, Precision
+
+Schedule = Callable[[Any], Any]
+
+# Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions; and
+# the pyramid's matrices, which stay near the identity.
+UNDECAYED = (
+    "bias",
+    "scale",
+    "embedding",
+    "mixing",
+    "mask_token",
+    "level_tokens",
+    "summary_tokens",
+    "register_tokens",
+)
+
+
+def warmup_cosine_schedule(
+    peak: float,
+    *,
+    warmup_steps: int,
+    num_steps: int,
+    end: float = 0.0,
+    decay_steps: int | None = None,
+) -> Schedule:
+    """Linear from 0 to `peak` over `warmup_steps`; half a cosine down to `end`, at the end.
+
+    Args:
+      peak: value at step `warmup_steps`.
+      warmup_steps: at least 0; may exceed `num_steps` (a run cut short in its warm-up).
+      num_steps: step at which `end` is reached.
+      end: final value.
+      decay_steps: length of the cosine, `peak` until then; None for all after the warm-up, which is
+        also the most.
+    """
+    longest = max(num_steps - warmup_steps, 0)
+    length = longest if decay_steps is None else min(decay_steps, longest)
+
+    def schedule(step: Any) -> Any:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = peak * step / max(warmup_steps, 1)
+        progress = (step - (num_steps - length)) / max(length, 1)
+        cosine = _cosine(peak, end, progress)
+        return jnp.where(step < warmup_steps, warmup, cosine)
+
+    return schedule
+
+
+def interpolation_schedule(
+    start: float, end: float, *, kind: str, num_steps: int, at_most: float = math.inf
+) -> Schedule:
+    """From `start` to `end` over `num_steps`: "constant" (stays at start), "linear" or "cosine".
+
+    Values above `at_most` become `at_most`.
+
+    Raises:
+      ValueError: for another `kind`.
+    """
+    if kind not in ("constant", "linear", "cosine"):
+        raise ValueError(f"kind={kind!r}: must be constant, linear or cosine")
+
+    def schedule(step: Any) -> Any:
+        progress = jnp.asarray(step, jnp.float32) / num_steps
+        if kind == "constant":
+            value = jnp.full_like(progress, start)
+        elif kind == "cosine":
+            value = _cosine(start, end, progress)
+        else:
+            value = start + (end - start) * jnp.clip(progress, 0.0, 1.0)
+        return jnp.minimum(value, at_most)
+
+    return schedule
+
+
+def _cosine(start: float, end: float, progress: Any) -> Any:
+    value = end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    return jnp.where(progress > 0.0, value, start)  # not rounded, whatever the end is
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay applies to: the kernels of Dense layers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in UNDECAYED, params)
+
+
+def muon_mask(params: Any) -> Any:
+    """True for the leaves that Muon moves: the kernels that map features to features.
+
+    So not the embedding of patches, whose inputs are pixels, nor tokens and vectors.
+    """
+
+    def is_hidden(path: Any, leaf: Any) -> bool:
+        names = [key.key for key in path]
+        return names[-1] == "kernel" and leaf.ndim == 2 and "patch_embedding" not in names
+
+    return jax.tree_util.tree_map_with_path(is_hidden, params)
+
+
+def make_optimizer(
+    *,
+    learning_rate_fn: Schedule,
+    weight_decay_fn: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    clip_norm: float | None = None,
+    muon_momentum: float | None = None,
+    muon_precision: Precision = FLOAT32,
+) -> optax.GradientTransformation:
+    """AdamW with scheduled learning rate and weight decay, after clipping by global norm.
+
+    Args:
+      learning_rate_fn: of the number of the update, from 1.
+      weight_decay_fn: likewise; decoupled, multiplied by the learning rate.
+      b1: decay rate of the first moment.
+      b2: decay rate of the second.
+      clip_norm: largest global gradient norm; None for no clipping.
+      muon_momentum: that of Muon, for the matrices of `muon_mask`, in place of Adam; with the same
+        rate and decay. None for Adam everywhere.
+      muon_precision: of its products.
+
+    References:
+      Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).
+    """
+    # inject_hyperparams is what lets optax schedule the weight decay.
+    schedules = {
+        "learning_rate": lambda count: learning_rate_fn(count + 1),
+        "weight_decay": lambda count: weight_decay_fn(count + 1),
+    }
+    if muon_momentum is None:
+        adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))
+        optimizer = adamw(**schedules, b1=b1, b2=b2, mask=decay_mask)
+    else:
+        optimizer = optax.inject_hyperparams(_decoupled, static_args=("direction",))(
+            **schedules,
+            direction=_muon_and_adam(b1, b2, scale_by_muon(muon_momentum, muon_precision)),
+        )
+    if clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+
+
+def _decoupled(
+    learning_rate: Any, weight_decay: Any, direction: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """-learning_rate * (direction + weight_decay * parameter)."""
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _muon_and_adam(
+    b1: float, b2: float, muon: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda hidden: "muon" if hidden else "adam", muon_mask(params))
+
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2)}, labels)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together (optax moved its own between the versions we run)."""
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))

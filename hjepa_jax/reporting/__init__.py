@@ -1,0 +1,1 @@
+"""The report of a run: facts, sections, figures, and pictures for TensorBoard."""

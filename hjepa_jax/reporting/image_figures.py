@@ -1,0 +1,215 @@
+"""Figures over images: masks, features, predictions, similarity, attention, neighbours.
+
+Pure functions from arrays to matplotlib figures, like `figures`. Every one is a table of pictures:
+a column per image, a row per thing to see.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from hjepa_jax.reporting.figures import COLOURS, GREY, new_figure, plain
+from hjepa_jax.reporting.snapshot import DROPPED, TARGET, Snapshot
+
+Pictures = Float[np.ndarray, "B H W 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table of pictures.
+
+    Attributes:
+      title: what it shows.
+      pictures: [B, H, W, 3] in [0, 1], or values [B, G, G]; NaN is left empty.
+      limits: lowest and highest value of the colour bar of values.
+      unit: label of the bar.
+    """
+
+    title: str
+    pictures: Float[np.ndarray, "B H W 3"] | Float[np.ndarray, "B G G"]
+    limits: tuple[float, float] | None = None
+    unit: str = ""
+
+
+def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
+    """Pictures in rows, a column per image; `axes` of the figure are in reading order."""
+    num_images = len(rows[0].pictures)
+    figure = new_figure(num_images + 1.2, 1.05 * len(rows) + 0.4)
+    axes = figure.subplots(len(rows), num_images, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        low, high = row.limits or (None, None)
+        for cell, picture in zip(line, row.pictures, strict=True):
+            cell.imshow(picture, cmap="cividis", vmin=low, vmax=high)
+            cell.set(xticks=[], yticks=[], facecolor="none")
+            for spine in cell.spines.values():
+                spine.set_color(GREY)
+        line[0].set_ylabel(row.title, fontsize=8)
+        if row.limits:
+            bar = figure.colorbar(line[-1].images[0], ax=list(line), pad=0.01, aspect=12)
+            bar.set_label(row.unit, fontsize=7)
+            bar.ax.tick_params(labelsize=6)
+    for cell, head in zip(axes[0], heads, strict=False):
+        cell.set_title(plain(head), fontsize=8)
+    return figure
+
+
+def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figure:
+    """What the context encoder sees and what is to be predicted, at every level.
+
+    Args:
+      images: in [0, 1].
+      states: per level [B, G_l, G_l], `CONTEXT`, `TARGET` or `DROPPED` of each patch or cell.
+    """
+    orange = np.array([0.9, 0.6, 0.0])
+    rows = [Row("image", images)]
+    for level, state in enumerate(states):
+        whole = enlarge(state, images.shape[1])[..., None]
+        picture = np.where(whole == DROPPED, 0.12 * images, images)
+        picture = np.where(whole == TARGET, 0.35 * images + 0.65 * orange, picture)
+        rows.append(Row(f"level {level}", picture.astype(np.float32)))
+    figure = picture_table(rows)
+    handles = [
+        Patch(facecolor="white", edgecolor=GREY, label="context (seen)"),
+        Patch(facecolor=tuple(orange), label="target (predicted)"),
+        Patch(facecolor="#1f1f1f", edgecolor=GREY, label="dropped"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    return figure
+
+
+def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> Figure:
+    """The first three principal components of the features, as red, green and blue.
+
+    One basis per level for all images, so that like colours are like features.
+
+    Args:
+      images: in [0, 1].
+      tokens: per level [B, N_l, D].
+    """
+    rows = [Row("image", images)]
+    for level, x in enumerate(tokens):
+        side = round(x.shape[1] ** 0.5)
+        flat = principal_components(x.reshape(-1, x.shape[-1]), 3)
+        low, high = np.percentile(flat, (2, 98), axis=0)
+        rgb = np.clip((flat - low) / np.maximum(high - low, 1e-12), 0, 1)
+        rows.append(Row(f"level {level}, {side}x{side}", rgb.reshape(-1, side, side, 3)))
+    return picture_table(rows)
+
+
+def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) -> Figure:
+    """How well hidden patches and cells were predicted: cosine of prediction and target.
+
+    Args:
+      images: in [0, 1].
+      cosine: per level [B, G_l, G_l], in [-1, 1]; NaN where nothing was predicted.
+    """
+    rows = [Row("image", images)]
+    for level, values in enumerate(cosine):
+        rows.append(Row(f"level {level}", values, (-1.0, 1.0), "cosine"))
+    return picture_table(rows)
+
+
+def similarity_maps(
+    images: Pictures, tokens: Float[np.ndarray, "B N D"], patches: Sequence[int]
+) -> Figure:
+    """Cosine of one patch's feature with those of all patches; the patch is framed.
+
+    Args:
+      images: in [0, 1].
+      tokens: features of all patches.
+      patches: numbers of the patches to compare with, a row each.
+    """
+    side = round(tokens.shape[1] ** 0.5)
+    unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+    rows = [Row("image", images)]
+    for patch in patches:
+        similarity = np.einsum("bnd,bd->bn", unit, unit[:, patch]).reshape(-1, side, side)
+        title = f"to patch {patch // side}, {patch % side}"
+        rows.append(Row(title, similarity, (-1.0, 1.0), "cosine"))
+    figure = picture_table(rows)
+    for i in range(len(images)):
+        for j, patch in enumerate(patches):
+            corner = (patch % side - 0.5, patch // side - 0.5)
+            frame = Rectangle(corner, 1, 1, fill=False, color=COLOURS[1], linewidth=2)
+            figure.axes[(j + 1) * len(images) + i].add_patch(frame)
+    return figure
+
+
+def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B G G"]]) -> Figure:
+    """Where the encoder looks: each map over the patches in percent of its sum.
+
+    Args:
+      images: in [0, 1].
+      maps: attention by name (a head, the rollout), non-negative.
+    """
+    rows = [Row("image", images)]
+    for name, values in maps.items():
+        share = 100 * values / np.maximum(values.sum(axis=(1, 2), keepdims=True), 1e-12)
+        rows.append(Row(name, share, (0.0, float(share.max())), "percent"))
+    return picture_table(rows)
+
+
+def neighbours(
+    queries: Pictures,
+    found: Float[np.ndarray, "B k H W 3"],
+    query_names: Sequence[str],
+    same_class: Sequence[Sequence[bool]],
+) -> Figure:
+    """Images and those with the most similar features, framed by whether the class is the same.
+
+    Args:
+      queries: in [0, 1].
+      found: the k nearest of each, nearest first.
+      query_names: class of each query.
+      same_class: whether each found image is of the class of its query.
+    """
+    rows = [Row("query", queries)]
+    rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
+    figure = picture_table(rows, heads=query_names)
+    for i, sames in enumerate(same_class):
+        for j, same in enumerate(sames):
+            for spine in figure.axes[(j + 1) * len(queries) + i].spines.values():
+                spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
+                spine.set_linestyle("-" if same else (0, (2, 1)))
+                spine.set_capstyle("butt")  # round ones would fill the gaps
+    handles = [
+        Patch(facecolor="none", edgecolor=COLOURS[0], label="same class"),
+        Patch(facecolor="none", edgecolor=COLOURS[1], linestyle="--", label="another class"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return figure
+
+
+def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
+    """Figures of a snapshot by name. Arrays are those of the host (`jax.device_get`)."""
+    pixels, num_patches = snapshot.pixels, snapshot.tokens[0].shape[1]
+    side = round(num_patches**0.5)
+    quarter = [side // 4 * side + side // 4, 3 * side // 4 * side + 3 * side // 4]
+    heads = {f"head {i}": snapshot.attention[:, i] for i in range(snapshot.attention.shape[1])}
+    shown = dict(list(heads.items())[:6])
+    return {
+        "masks": masks(pixels, snapshot.states),
+        "pca": pca_maps(pixels, snapshot.tokens),
+        "cosine": cosine_maps(pixels, snapshot.cosine),
+        "similarity": similarity_maps(pixels, snapshot.tokens[0], quarter),
+        "attention": attention_maps(pixels, {**shown, "rollout": snapshot.rollout}),
+    }
+
+
+def enlarge(grid: np.ndarray, size: int) -> np.ndarray:
+    """Values of cells [B, G, G] as pixels [B, size, size], each cell's the nearest."""
+    index = np.arange(size) * grid.shape[1] // size
+    return grid[:, index][:, :, index]
+
+
+def principal_components(x: Float[np.ndarray, "n D"], k: int) -> Float[np.ndarray, "n k"]:
+    """Projections of the centred rows on their first k principal axes, of fixed signs."""
+    centred = x.astype(np.float64) - x.mean(axis=0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    axes = axes[:, ::-1][:, :k]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    return centred @ axes

@@ -1,0 +1,96 @@
+"""Markdown, and from it one HTML file that needs no other: pictures inline, light and dark."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+
+from hjepa_jax.runtime.names import printable
+
+# A section: its heading, its Markdown, and its figures with their captions, by file name.
+Section = tuple[str, str, dict[str, tuple[Figure, str]]]
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --line: #d0d7de;
+  --soft: #f6f8fa; --link: #0969da; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --soft: #161b22; --link: #58a6ff; } }
+body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
+  max-width: 64rem; margin: 0 auto; padding: 1.5rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; padding-bottom: .2rem;
+  border-bottom: 1px solid var(--line); }
+a { color: var(--link); }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left; }
+th { background: var(--soft); }
+img { max-width: 100%; height: auto; }
+figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; opacity: .8; }
+code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; }
+pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; }
+pre code { padding: 0; }
+"""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; all columns but the first to the right where they hold numbers."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numeric = [
+        all(re.match(r"^[-+]?[\d.]|^-?$", row[i]) for row in cells) for i in range(len(heads))
+    ]
+    rule = ["---:" if is_numeric and i else "---" for i, is_numeric in enumerate(numeric)]
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [[_cell(h) for h in heads], rule, *cells]
+    )
+
+
+def _cell(value: object) -> str:
+    return printable(str(value)).replace("|", "\\|")
+
+
+def escape(name: str) -> str:
+    """A name that a user has given as Markdown that shows it as it is; `table` sees to its bars."""
+    marks = r"[\\`*{}\[\]<>#~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(marks, r"\\\g<0>", printable(name))
+
+
+def code(value: object) -> str:
+    """A value as a code span, whatever it holds."""
+    text = printable(str(value))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text or not text.strip() else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
+    """A page that loads nothing.
+
+    Args:
+      markdown: its text; HTML in it is shown, not used.
+      title: of the window.
+      pictures: PNG files for light and for dark pages, by the address used in the text.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    for address, (light, dark) in pictures.items():
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+        body = re.sub(
+            f'<p><img src="{re.escape(address)}"( alt="([^"]*)"[^>]*)></p>',
+            lambda found, source=source, light=light: (
+                f'<figure><picture>{source}<img src="{_data(light)}"{found[1]}></picture>'
+                f"<figcaption>{found[2]}</figcaption></figure>"
+            ),
+            body,
+        )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{html.escape(printable(title))}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+    )
+
+
+def _data(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

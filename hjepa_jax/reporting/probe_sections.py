@@ -1,0 +1,167 @@
+"""Sections of the report that say what was learned: probes, pictures, features."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hjepa_jax.evaluation.results import (
+    QUALITY_COLUMNS,
+    column,
+    differing,
+    format_score,
+    tested_on,
+    warnings,
+)
+from hjepa_jax.reporting.facts import KNN_K, Facts
+from hjepa_jax.reporting.figures import (
+    Panel,
+    bars,
+    confusion_matrix,
+    curves,
+    histograms,
+    scatter_maps,
+    spectrum,
+)  # fmt: skip
+from hjepa_jax.reporting.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.reporting.page import Section, escape, table
+from hjepa_jax.reporting.snapshot import as_unit
+from hjepa_jax.reporting.verdicts import num, pct
+from hjepa_jax.runs.logger import quiet_tensorflow
+from hjepa_jax.runs.scores import Row
+
+_TITLES = {"knn": "k-NN"}  # of protocols, where it is not their name
+
+
+def probes_section(facts: Facts) -> Section | None:
+    figures, parts = {}, []
+    scored = [row for row in facts.probes if "top1" in row]
+    lines = {}
+    for name, suffix in (("level 0", ""), ("summary tokens", "_summary")):
+        steps, knn = facts.history.series(f"eval/knn_top1{suffix}")
+        if len(steps):
+            lines[name] = (steps, 100 * knn)
+    if lines:
+        title = "k-NN on held-out training images"
+        panel = Panel(title, "top-1, percent", lines, from_zero=True)
+        figures["knn"] = (curves([panel]), "k-NN accuracy over training")
+    if scored:
+        names = list(dict.fromkeys(column(row) for row in scored))
+        where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
+        cells: dict[tuple[Any, ...], dict[str, str]] = {}
+        for row in scored:
+            key = tuple(row.get(name) for name in where)
+            cells.setdefault(key, {})[column(row)] = format_score(row)
+        rows = [[*key, *(scores.get(n, "-") for n in names)] for key, scores in cells.items()]
+        parts += [
+            f"Top-1 in percent on {tested_on(scored)}, with its 95 % interval; each protocol on "
+            "every representation:",
+            table([*where, *names], rows),
+        ]
+        if edges := warnings(scored):
+            parts.append("\n".join(f"- {text}" for text in edges))
+    own = [row for row in facts.own_probes if "top1" in row and not row.get("labels")]
+    for name in dict.fromkeys(row["protocol"] for row in own if row["encoder"] != "pixels"):
+        figures[f"probe_{name}"] = (
+            _bars([row for row in own if row["protocol"] == name], name),
+            f"{_TITLES.get(name, name.capitalize())} probe beside its baselines",
+        )
+    quality = [row for row in facts.probes if row["protocol"] == "quality"]
+    if quality:
+        where = ["encoder", "step", "pool", "level", *differing(quality)]
+        rows = [
+            [*map(r.get, where), *(num(r.get(n)) for n in QUALITY_COLUMNS), r["verdict"]]
+            for r in quality
+        ]
+        parts.append(table([*where, *QUALITY_COLUMNS, "verdict"], rows))
+    if not parts and not figures:
+        return None
+    return "Probes", "\n\n".join(parts) or "probe.json has no rows yet.", figures
+
+
+def _bars(rows: list[Row], protocol: str) -> Figure:
+    """The newest step of each encoder; of several numbers of blocks the first."""
+    encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
+    newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
+    scores = {}
+    for row in rows:
+        if row["encoder"] == "pixels" or row["step"] == newest[row["encoder"]]:
+            scores.setdefault((row["encoder"], row["pool"], row["level"]), 100 * row["top1"])
+    groups = list(dict.fromkeys(key[1:] for key in scores if key[0] != "pixels"))
+    pixels = [value for key, value in scores.items() if key[0] == "pixels"]
+    return bars(
+        [f"{pool}, level {level}" if pool == "mean" else pool for pool, level in groups],
+        {e.replace("_", "-"): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
+        title=f"{_TITLES.get(protocol, protocol.capitalize())} probe",
+        ylabel="top-1, percent",
+        limits={"raw pixels": pixels[0]} if pixels else {},
+    )
+
+
+def look_section(facts: Facts) -> Section:
+    if facts.look is None:
+        return "What it sees", f"No pictures: {escape(facts.no_look)}.", {}
+    captions = {
+        "masks": "Masks of training, at every level",
+        "pca": "First three principal components of the features",
+        "cosine": "Cosine of prediction and target, where something was predicted",
+        "similarity": "Similarity of the framed patch to all others",
+        "attention": "Attention of the target encoder: last block by head, and rollout",
+    }
+    figures = snapshot_figures(facts.look.snapshot)
+    text = f"Training images, and the checkpoint at step {facts.look.step}."
+    return "What it sees", text, {name: (figures[name], captions[name]) for name in captions}
+
+
+def features_section(facts: Facts) -> Section | None:
+    look = facts.look
+    if look is None:
+        return None
+    levels = {name.replace("_", " "): x for name, x in look.features.items()}
+    top1 = float((look.predictions == look.labels).mean())
+    text = (
+        f"{len(look.labels)} held-out training images beside {look.bank_size} others, target "
+        f"encoder at step {look.step}, level 0, mean over patches. k-NN with k = "
+        f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of them right. The test images are left "
+        "to the probes."
+    )
+    values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
+              levels.items()}  # fmt: skip
+    count = len(look.neighbours)
+    pictures = (as_unit(look.images[:count]), as_unit(look.neighbours))
+    names = [look.class_names[label] for label in look.labels[:count]]
+    return "Features", text, {
+        "neighbours": (
+            neighbours(*pictures, names, look.same_class.tolist()), "Nearest neighbours"
+        ),
+        "confusion": (
+            confusion_matrix(look.labels, look.predictions, look.class_names),
+            "Confusion matrix of k-NN",
+        ),
+        "map": (
+            scatter_maps(_maps(look.features["level_0"]), look.labels, look.class_names),
+            "Maps of the features in two dimensions",
+        ),
+        "spectrum": (spectrum(values), "Spectrum of the features"),
+        "histogram": (histograms(levels), "Values of the features"),
+    }  # fmt: skip
+
+
+def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
+    """PCA, t-SNE and, where it is installed (the extra `maps`), UMAP."""
+    maps = {"PCA": principal_components(x, 2)}
+    if len(x) <= 30:  # too few for neighbourhoods
+        return maps
+    from sklearn.manifold import TSNE  # here: it takes its time to load
+
+    tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
+    maps["t-SNE"] = tsne.fit_transform(x)
+    with contextlib.suppress(ImportError):
+        quiet_tensorflow()
+        # It imports TensorFlow where it can.
+        from umap import UMAP  # pyright: ignore[reportMissingImports]
+
+        umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)
+        maps["UMAP"] = np.asarray(umap.fit_transform(x))
+    return maps

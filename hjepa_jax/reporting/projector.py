@@ -1,0 +1,64 @@
+"""Features for TensorBoard's PROJECTOR tab: a point per image, with its class and a thumbnail."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.names import printable
+
+THUMBNAIL = 32  # pixels per side
+
+
+def write_projector(
+    logdir: Path,
+    features: Mapping[str, Float[np.ndarray, "n _"]],
+    class_names: Sequence[str],
+    images: UInt8[np.ndarray, "n H W C"],
+) -> None:
+    """Writes projector_config.pbtxt, which TensorBoard looks for, and what it names.
+
+    Args:
+      logdir: the run's directory, that of its events.
+      features: by name.
+      class_names: of each image.
+      images: those that the features are of.
+    """
+    folder = logdir / "projector"
+    folder.mkdir(exist_ok=True)
+    labels = "".join(f"{' '.join(printable(name).split())}\n" for name in class_names)
+    (folder / "labels.tsv").write_text(labels, encoding="utf-8")
+    Image.fromarray(sprite(images)).save(folder / "images.png")
+    config = []
+    for name, x in features.items():
+        x.astype("<f4").tofile(folder / f"{name}.bytes")
+        config.append(f"""\
+embeddings {{
+  tensor_name: "{name}"
+  tensor_path: "projector/{name}.bytes"
+  tensor_shape: {x.shape[0]}
+  tensor_shape: {x.shape[1]}
+  metadata_path: "projector/labels.tsv"
+  sprite {{
+    image_path: "projector/images.png"
+    single_image_dim: {THUMBNAIL}
+    single_image_dim: {THUMBNAIL}
+  }}
+}}
+""")
+    with replacing(logdir / "projector_config.pbtxt") as file:  # last: it points to the others
+        file.write("".join(config).encode())
+
+
+def sprite(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "S S 3"]:
+    """Thumbnails in rows, as many in a row as there are rows; black where there is none left."""
+    side = math.ceil(math.sqrt(len(images)))
+    picture = np.zeros((side, THUMBNAIL, side, THUMBNAIL, 3), np.uint8)
+    for i, image in enumerate(images):
+        small = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL))
+        picture[i // side, :, i % side] = np.asarray(small)
+    return picture.reshape(side * THUMBNAIL, side * THUMBNAIL, 3)

@@ -1,0 +1,119 @@
+"""The report of a run: sections of Markdown and figures, made of `Facts` and nothing else."""
+
+from hjepa_jax.config import base_config
+from hjepa_jax.config.fields import flatten
+from hjepa_jax.evaluation.collapse import PATIENCE
+from hjepa_jax.reporting.curve_sections import (
+    collapse_section,
+    loss_section,
+    schedules_section,
+    speed_section,
+)
+from hjepa_jax.reporting.facts import Facts
+from hjepa_jax.reporting.page import Section, code, table
+from hjepa_jax.reporting.probe_sections import features_section, look_section, probes_section
+from hjepa_jax.reporting.verdicts import checklist, next_steps, pct
+
+
+def sections(facts: Facts) -> list[Section]:
+    """All sections of the report that the run has something to say to."""
+    made = [
+        _summary, _setting, _parameters, speed_section, loss_section, schedules_section,
+        collapse_section, _warnings, probes_section, look_section, features_section, _checkpoints,
+        _next,
+    ]  # fmt: skip
+    return [section for make in made if (section := make(facts)) is not None]
+
+
+def _summary(facts: Facts) -> Section:
+    step, total = facts.history.last_step(), facts.num_steps
+    of = f" of {total}" if total else " (how many it was to make is not known)"
+    lines = [
+        f"**Status: {facts.status}**, step {step}{of}.",
+        "The aim of a run is a representation that is better than the same network untrained and "
+        "than raw pixels, without collapse. Whether this one is, by its own numbers:",
+        table(
+            ["", "check", "evidence"],
+            [({True: "✓", False: "✗", None: "?"}[ok], what, why) for ok, what, why in
+             checklist(facts)],
+        ),
+        "✓ holds, ✗ does not, ? not known.",
+    ]  # fmt: skip
+    if facts.history.sampled:
+        shown, total = len(facts.history.lines), facts.history.num_lines
+        lines.append(
+            f"metrics.jsonl has {total} lines, of which {shown} at even distances were read; sums "
+            "over steps are estimates."
+        )
+    if facts.history.num_damaged:
+        lines.append(f"{facts.history.num_damaged} lines of metrics.jsonl are damaged.")
+    return "What was reached", "\n\n".join(lines), {}
+
+
+def _setting(facts: Facts) -> Section:
+    defaults, config = flatten(base_config().to_dict()), flatten(facts.config.to_dict())
+    main = (
+        "data.source", "data.image_size", "model.name", "model.patch_size", "model.num_levels",
+        "train.batch_size", "train.num_epochs", "optim.learning_rate", "seed",
+    )  # fmt: skip
+    changed = [field for field in config if config[field] != defaults[field] and field not in main]
+    rows = [(code(field), code(config[field])) for field in (*main, *changed)]
+    origin = {**facts.meta.get("versions", {}), "commit": facts.meta.get("commit")}
+    text = "The fields that matter most, then those that differ from their defaults; all are in "
+    text += "`config.json`.\n\n" + table(["field", "value"], rows)
+    if facts.meta:
+        rows = [(name, code(value)) for name, value in origin.items() if value]
+        text += "\n\nMade by (as the newest checkpoint says):\n\n" + table(["", "value"], rows)
+    return "Configuration", text, {}
+
+
+def _parameters(facts: Facts) -> Section:
+    trained = sum(n for name, n in facts.params.items() if name != "target_encoder")
+    rows = [(name.replace("_", " "), f"{n:,}") for name, n in facts.params.items()]
+    rows += [("trained", f"{trained:,}"), ("in total", f"{sum(facts.params.values()):,}")]
+    return "Parameters", table(["part", "parameters"], rows), {}
+
+
+def _warnings(facts: Facts) -> Section:
+    found, before, unreadable, sick, num_in_a_row = [], 0.0, 0, False, 0
+    for line in facts.history.lines:
+        bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
+        if bad > before:
+            text = f"step {line['step']}: {bad:.0f} steps in all were not finite and left out"
+            found.append(text)
+        before = bad
+        skipped = line.get("train/unreadable_images", unreadable)
+        if skipped > unreadable:
+            text = f"{skipped} unreadable in all, and the next ones trained on instead"
+            found.append(f"step {line['step']}: training images: {text}")
+        unreadable = skipped
+        if rank is None:
+            continue
+        signs = facts.signs_in(line)
+        num_in_a_row = num_in_a_row + 1 if signs else 0
+        if sick and not signs:
+            text = f"no collapse any more, effective rank {rank:.1f}"
+            found.append(f"step {line['step']}: {text}")
+        elif not sick and num_in_a_row >= PATIENCE:  # as `Alarms` say it while the run goes on
+            found.append(f"step {line['step']}: {'; '.join(signs)}")
+        sick = num_in_a_row >= PATIENCE
+    if facts.stopped_by:
+        found.append(f"the run ended: {facts.stopped_by}")
+    shown = found[:20] + ([f"and {len(found) - 20} more"] if len(found) > 20 else [])
+    return "Warnings", "\n".join(f"- {text}" for text in shown) or "None in metrics.jsonl.", {}
+
+
+def _checkpoints(facts: Facts) -> Section:
+    knn = dict(zip(*facts.history.series("eval/knn_top1"), strict=True))
+    rows = [
+        (step, f"{size / 1e6:.1f} MB", pct(knn.get(step)))
+        for step, size in facts.checkpoints.items()
+    ]
+    text = table(["step", "size", "k-NN top-1, %"], rows) if rows else "None."
+    return "Checkpoints", text, {}
+
+
+def _next(facts: Facts) -> Section:
+    found = next_steps(facts)
+    text = "\n".join(f"- {what} *Because: {rule}.*" for what, rule in found)
+    return "Next steps", text or "None: no rule applies.", {}

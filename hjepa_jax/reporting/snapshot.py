@@ -1,0 +1,186 @@
+"""What a model makes of a few images: masks, features, predictions and attention, in one program.
+
+`make_snapshot_fn` returns a function to jit, and `image_figures.snapshot_figures` draws what that
+returns. Neither is part of the training step, which stays the very program it was.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+from hjepa_jax.config import Config
+from hjepa_jax.config.build import build_masks, build_preprocess, build_target_spec
+from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
+from hjepa_jax.masks.samplers import MaskSampler
+from hjepa_jax.method import losses
+from hjepa_jax.method.targets import TargetSpec, encode_targets
+from hjepa_jax.models import hierarchy
+from hjepa_jax.models.hjepa import HJEPA
+
+# Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
+NUM_IMAGES = 6
+MASK_SEED = 0
+
+# What a patch or cell is in training.
+CONTEXT, TARGET, DROPPED = 0, 1, 2
+
+
+@struct.dataclass
+class Snapshot:
+    """What `make_snapshot_fn` computes of B images.
+
+    Attributes:
+      pixels: float32 [B, S, S, 3] in [0, 1].
+      states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
+      tokens: per level float32 [B, N_l, D], the target features (`targets`).
+      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN where not predicted.
+      attention: float32 [B, h, G, G], of the target encoder's last block, from the summary tokens
+        (without: from all patches) to the patches, per head.
+      rollout: float32 [B, G, G], the same through all blocks.
+    """
+
+    pixels: Any
+    states: tuple[Any, ...]
+    tokens: tuple[Any, ...]
+    cosine: tuple[Any, ...]
+    attention: Any
+    rollout: Any
+
+
+def fixed_images(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "B H W C"]:
+    """The images of a snapshot: `NUM_IMAGES` at even distances."""
+    return images[:: max(1, len(images) // NUM_IMAGES)][:NUM_IMAGES]
+
+
+def as_unit(images: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
+    """Stored images with pixels in [0, 1]."""
+    return images.astype(np.float32) / 255.0
+
+
+def make_snapshot_fn(
+    model: HJEPA,
+    sample_masks: MaskSampler,
+    *,
+    preprocess: Callable[..., Float[Array, "B S S C"]],
+    as_pixels: Callable[..., Float[Array, "B S S C"]],
+    target_spec: TargetSpec,
+) -> Callable[..., Snapshot]:
+    """Returns `snapshot(params, target_params, images)`.
+
+    Args:
+      model: the networks.
+      sample_masks: the masks of training.
+      preprocess: stored images to normalised pixels, nothing random.
+      as_pixels: the same, to [0, 1].
+      target_spec: what the targets are made of.
+    """
+    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    encoder = model.context_encoder
+    num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
+    apply: Any = model.apply
+
+    def snapshot(params: Any, target_params: Any, images: UInt8[Array, "B H W C"]) -> Snapshot:
+        masks = sample_masks(jax.random.split(jax.random.PRNGKey(MASK_SEED), len(images)))
+        views = preprocess(images)
+        _, intermediates = apply(
+            {"params": {"context_encoder": target_params}},
+            views,
+            method="encode",
+            mutable=["intermediates"],
+        )
+        parts = intermediates["intermediates"]["context_encoder"]
+        weights = [parts[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
+        levels = encode_targets(model, target_params, views, target_spec).levels
+        prediction = apply({"params": params}, views, masks)
+        cosine = _cosine(prediction, levels, masks)
+        shown = [
+            _seen(x, num_summary, num_prefix) for x in (weights[-1], _rollout(weights)[:, None])
+        ]
+        return Snapshot(
+            pixels=as_pixels(images),
+            states=tuple(
+                map(_square, _states(prediction.query_valid[:num_levels], masks, grid_size))
+            ),
+            tokens=levels,
+            cosine=tuple(map(_square, cosine)),
+            attention=_square(shown[0]),
+            rollout=_square(shown[1])[:, 0],
+        )
+
+    return snapshot
+
+
+def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
+    """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
+    patches = jnp.arange(grid_size**2)
+    seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
+    seen = jnp.any(seen, axis=1)
+    found = []
+    for level in range(len(valid)):
+        target = target_union(masks, grid_size**2) if level == 0 else valid[level]
+        share = hierarchy.pool(seen[..., None].astype(jnp.float32), grid_size, level)[..., 0]
+        found.append(jnp.where(target, TARGET, jnp.where(share > 0, CONTEXT, DROPPED)))
+    return found
+
+
+def _cosine(prediction: Any, levels: tuple[Array, ...], masks: Masks) -> list[Float[Array, "B _"]]:
+    """Per level and cell; of a patch in several blocks, the mean of its predictions."""
+    b, n = len(levels[0]), levels[0].shape[1]
+    index = masks.target_index.reshape(b, -1)
+    values = losses.cosine_similarity(prediction.levels[0], gather_tokens(levels[0], index))
+    hits = (index[..., None] == jnp.arange(n)[None, None]) & prediction.query_valid[0][..., None]
+    counts = jnp.sum(hits, axis=1)
+    finest = jnp.sum(hits * values[..., None], axis=1) / jnp.maximum(counts, 1)
+    found = [jnp.where(counts > 0, finest, jnp.nan)]
+    for level in range(1, len(levels)):
+        values = losses.cosine_similarity(prediction.levels[level], levels[level])
+        found.append(jnp.where(prediction.query_valid[level], values, jnp.nan))
+    return found
+
+
+def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
+    """Attention through all blocks: the product of (A + I) / 2, with A the mean over heads.
+
+    References:
+      Abnar and Zuidema 2020, arXiv 2005.00928, section 3 (attention rollout).
+    """
+    identity = jnp.eye(weights[0].shape[-1])[None]
+    product = identity
+    for layer in weights:
+        product = jnp.matmul((jnp.mean(layer.astype(jnp.float32), axis=1) + identity) / 2, product)
+    return product
+
+
+def _seen(
+    attention: Float[Array, "B h T T"], num_summary: int, num_prefix: int
+) -> Float[Array, "B h N"]:
+    """From the summary tokens, or else from all patches, to the patches."""
+    rows = attention[:, :, :num_summary] if num_summary else attention[:, :, num_prefix:]
+    return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_prefix:]
+
+
+def _square(x: Shaped[Array, "*B n"]) -> Shaped[Array, "*B G G"]:
+    side = round(x.shape[-1] ** 0.5)
+    return x.reshape(*x.shape[:-1], side, side)
+
+
+def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
+    """`snapshot(params, target_params, uint8 images)`, see `snapshot.Snapshot`."""
+    c = config.data
+    as_pixels = functools.partial(
+        resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    return make_snapshot_fn(
+        model,
+        build_masks(config),
+        preprocess=build_preprocess(config),
+        as_pixels=as_pixels,
+        target_spec=build_target_spec(config),
+    )

@@ -1,0 +1,1 @@
+"""A run on disk: work directory, checkpoints, log, results."""

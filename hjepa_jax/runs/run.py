@@ -1,0 +1,191 @@
+"""A run, built from a config: its model, step, data and where they live."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hjepa_jax.config import Config, build
+from hjepa_jax.config.validation import validate
+from hjepa_jax.data.base import Source, check_size
+from hjepa_jax.data.records import Streaming
+from hjepa_jax.data.sources import open_source
+from hjepa_jax.errors import InputError
+from hjepa_jax.method.step import make_run_steps
+from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.window import LogWindow, empty_window, make_averages
+from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.runtime.backend import initialise, select_platform
+from hjepa_jax.runtime.paths import expand_paths
+from hjepa_jax.runtime.placement import Placement, check_resident, make_placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, built; nothing is computed yet.
+
+    Attributes:
+      model: the online networks.
+      schedules: length, learning rate, weight decay, EMA momentum.
+      create: makes state and metrics window at step 0, laid out on the devices.
+      lower: (steps_per_call, donate) to the lowered program
+        `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
+        other backends than this process has, by their names in `platforms`.
+      placement: where the arguments of that program live.
+      batch_shape: (batch_size,), or with gradient accumulation (parts, images of a part).
+    """
+
+    config: Config
+    model: HJEPA
+    schedules: build.Schedules
+    create: Callable[[], tuple[TrainState, LogWindow]]
+    lower: Callable[..., Any]
+    placement: Placement
+    batch_shape: tuple[int, ...]
+
+
+def build_run(config: Config, source: Source) -> Run:
+    """Builds model, optimizer and step for the images of `source`.
+
+    Raises:
+      InputError: for a config that cannot work.
+    """
+    batch_size, info = config.train.batch_size, source.info
+    devices, fsdp = jax.devices(), config.parallel.fsdp
+    if len(devices) % fsdp:
+        rule = f"must divide the number of devices, {len(devices)}"
+        raise InputError("parallel.fsdp", fsdp, rule)
+    placement = make_placement(devices, fsdp=fsdp)
+    streamed = source.records is not None
+    check_size(config.data.source, (info.num_train, *info.image_shape))
+    if not streamed:
+        check_resident(config.data.source, info.num_train * math.prod(info.image_shape))
+    schedules = build.build_schedules(config, source.num_images)
+    num_parts = config.optim.accumulation_steps
+    if batch_size % (len(devices) * num_parts):
+        rule = f"must be a multiple of the number of devices, {len(devices)}"
+        if num_parts > 1:
+            rule += f", times optim.accumulation_steps, {num_parts}"
+        raise InputError("train.batch_size", batch_size, rule)
+    model = build.build_model(config)
+    tx = build.build_optimizer(config, schedules)
+    train_step = build.build_train_step(config, model, tx, schedules)
+    create_state = build.build_create_state(config, model, tx)
+
+    batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
+
+    def images_like(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)
+
+    state = jax.eval_shape(create_state)
+    layout = placement.state(state)
+    _, outputs = jax.eval_shape(train_step, state, images_like(*batch_shape))
+    averages = make_averages(sorted(outputs.scalars))
+
+    def sharded_step(state: TrainState, images: Any) -> Any:
+        # Forward and backward pass read whole parameters; update and EMA, each device its part.
+        params, target_params = placement.gathered((state.params, state.target_params))
+        state = dataclasses.replace(state, params=params, target_params=target_params)
+        return train_step(state, images)
+
+    def create() -> tuple[TrainState, LogWindow]:
+        window = create_window()
+        return initialise(create_state, layout), placement.put(window, placement.whole)
+
+    def create_window() -> LogWindow:
+        width = outputs.features.shape[-1]
+        return empty_window(averages, batch_size=batch_size, width=width)
+
+    def lower(
+        *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
+    ) -> Any:
+        whole, batches = placement.whole, placement.batches_of(batch_shape)
+        placed = {} if whole is None else {
+            "in_shardings": (layout, whole, batches if streamed else whole, batches, whole),
+            "out_shardings": (layout, whole),
+        }  # fmt: skip
+        run_steps = jax.jit(
+            make_run_steps(sharded_step), donate_argnums=(0, 1) if donate else (), **placed
+        )
+        shape = (steps_per_call, *batch_shape)
+        images = images_like(*shape) if streamed else images_like(info.num_train)
+        index = jax.ShapeDtypeStruct(shape, jnp.int32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        window = jax.eval_shape(create_window)
+        traced = run_steps.trace(state, window, images, None if streamed else index, count)
+        return traced.lower(lowering_platforms=platforms)
+
+    return Run(
+        config=config,
+        model=model,
+        schedules=schedules,
+        create=create,
+        lower=lower,
+        placement=placement,
+        batch_shape=batch_shape,
+    )
+
+
+def open_config_source(
+    config: Config,
+    *,
+    source: str | None = None,
+    data_dir: str | None = None,
+    may_download: bool = True,
+    quiet: bool = False,
+) -> Source:
+    """The data source that the config names; `source` and `data_dir` take precedence."""
+    streaming = build.build_streaming(config)
+    if source and source != config.data.source:  # which has not this split and these classes
+        streaming = Streaming("auto", max_labelled=config.data.max_labelled)
+    return open_source(
+        source or config.data.source,
+        data_dir=data_dir or config.data.dir,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        streaming=streaming,
+        may_download=may_download,
+        quiet=quiet,
+    )
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What `--dry_run` prints: sizes and length of the run, without running it."""
+    validate(config)
+    config = expand_paths(config)
+    platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
+    whole = config.copy_and_resolve_references()
+    whole.optim.accumulation_steps = 1  # XLA counts a loop over parts of the batch as one of them
+    run = build_run(whole, open_config_source(config, may_download=False))
+    masks = build.build_masks(config)
+    state, _ = jax.eval_shape(run.create)
+    trainable, target = num_params(state.params), num_params(state.target_params)
+    with jax.default_device(_cpu()):  # the analysis of CUDA's compiler misses the products
+        cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
+    return {
+        "params_total": trainable + target,
+        "params_trainable": trainable,
+        "num_patches": masks.num_patches,
+        "num_levels": config.model.num_levels,
+        "num_context": masks.context_capacity,
+        "num_steps": run.schedules.num_steps,
+        "steps_per_epoch": run.schedules.steps_per_epoch,
+        "flops_per_image": cost["flops"] / config.train.batch_size,
+        "platform": platform,
+    }
+
+
+def _cpu() -> Any:
+    """The CPU; None where JAX was told to do without (JAX_PLATFORMS=cuda)."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def num_params(tree: Any) -> int:
+    """Number of parameters in a tree of arrays."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

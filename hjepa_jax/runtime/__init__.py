@@ -1,0 +1,1 @@
+"""Machine and processes: backend, devices, memory, files, versions."""

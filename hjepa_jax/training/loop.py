@@ -1,0 +1,395 @@
+"""The loop of a run: dispatches steps, and at their times logs, evaluates, shows and saves."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from hjepa_jax.config import build
+from hjepa_jax.data.base import Split
+from hjepa_jax.data.order import BatchOrder, ResidentBatches
+from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
+from hjepa_jax.errors import InputError, Interrupted, first_line
+from hjepa_jax.evaluation.features import Features, extract_features
+from hjepa_jax.evaluation.knn import knn_predict
+from hjepa_jax.evaluation.labelled import hold_out, spread_rows
+from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.window import LogWindow, reset_averages
+from hjepa_jax.reporting.showcase import Showcase
+from hjepa_jax.runs.checkpoint import BEST_METRIC, Checkpoints
+from hjepa_jax.runs.history import read_lines
+from hjepa_jax.runs.logger import RunLogger
+from hjepa_jax.runs.progress import Progress, StepTimer, peak_memory_bytes
+from hjepa_jax.runs.run import Run, num_params
+from hjepa_jax.runs.workdir import writing
+from hjepa_jax.runtime import cluster
+from hjepa_jax.runtime.backend import current_rules
+from hjepa_jax.runtime.host_memory import return_unused_memory, stop_keeping_memory
+from hjepa_jax.training.alarms import Alarms, spread, summarize
+
+# Calls that the device may have before it: enough that it never waits for the next, few enough that
+# who stops a run does not wait for more.
+MAX_CALLS_UNDER_WAY = 2
+
+# Share of the memory beyond which none is kept from call to call.
+_FULL = 0.5
+
+# Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
+ONLINE_KNN_K = 20
+
+
+class Loop:
+    """Dispatches steps, and at their times logs, evaluates and saves."""
+
+    def __init__(
+        self,
+        run: Run,
+        workdir: pathlib.Path,
+        train: Split,
+        records: Records | None,
+        checkpoints: Checkpoints,
+        logger: RunLogger,
+        backend: str,
+    ):
+        c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
+        self._run, self._config, self._schedules = run, c, run.schedules
+        self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._workdir, self._records = workdir, records
+        self._unreadable: set[int] = set()  # rows of it, as far as this process has come across
+        self._backend = backend
+        num_images = len(train.images) if records is None else len(records)
+        self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
+        self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
+        self._timer = StepTimer()
+        self._alarms = Alarms(
+            max_nonfinite_steps=c.train.max_nonfinite_steps,
+            on_collapse=c.train.on_collapse,
+            say=self._progress.note,
+            newest_checkpoint=checkpoints.latest_step,
+            batch_size=c.train.batch_size,
+        )
+        self._embed = jax.jit(build.build_embed_fn(c, run.model))
+        self._save_every = c.train.checkpoint_every_steps or max(
+            1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
+        )
+        # 0 for never; a fraction of a short epoch is still one step.
+        self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
+        shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
+        self._show_every = math.ceil(shows_every * steps_per_epoch)
+        self._showcase = Showcase(run, train.images, logger)
+
+    def run(self, state: TrainState, window: LogWindow, begin: Callable[[], None]) -> TrainState:
+        """Runs from the state's step to the last one.
+
+        Args:
+          state: to begin with.
+          window: metrics since the last line of the log.
+          begin: called in all processes when everything is compiled, before the first step.
+
+        Raises:
+          Interrupted: when a signal asked for it.
+          InputError: when too many steps were not finite, the features collapsed, the images cannot
+            be read or the workdir cannot be written.
+        """
+        num_steps, step = self._schedules.num_steps, int(state.step)
+        if step >= num_steps:
+            begin()
+            print(f"already trained: step {step} of {num_steps}")
+            return state
+        with writing(self._workdir):
+            self._remember(step)
+        rules = current_rules()
+        size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
+        started = time.perf_counter()
+        run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
+        if self._backend != "cpu":
+            stop_keeping_memory()
+        return_unused_memory()
+        print(
+            f"{num_params(state.params):,} trainable parameters on {self._backend}"
+            + (f" ({rules})" if str(rules) else "")
+            + f", compiled in {time.perf_counter() - started:.1f} s, "
+            + (f"going on at step {step}" if step else "starting"),
+            flush=True,
+        )
+        begin()
+        cluster.meet()  # compiling takes each process its own time
+        with self._batches(step, size) as batches, _StopSignals() as stop:
+            self._timer.restart()
+            under_way: collections.deque[Any] = collections.deque()
+            while step < num_steps:
+                count = min(size, self._next_stop(step) - step)
+                if self._records is not None:  # else batch after batch would queue on the device
+                    jax.block_until_ready(state)
+                elif len(under_way) == MAX_CALLS_UNDER_WAY:
+                    jax.block_until_ready(under_way.popleft())
+                before = time.perf_counter()
+                images, index = self._take(batches, step, count)
+                data_wait = time.perf_counter() - before
+                state, window = run_steps(state, window, images, index, np.int32(count))
+                if self._records is None:
+                    under_way.append(state.step + 0)  # a copy: the next call is given the state
+                step += count
+                self._timer.add_steps(count, data_wait)
+                return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
+                signum = self._agreed(stop.signum, step)
+                with writing(self._workdir):
+                    window = self._end_call(state, window, step, signum)
+                if signum:
+                    raise Interrupted(signum, step)
+                if step == count:  # the run's first call, not that of a run resumed
+                    with writing(self._workdir):
+                        self._introduce(state)
+            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
+                raise Interrupted(signum, step)
+        self._progress.end()
+        return state
+
+    def _remember(self, step: int) -> None:
+        """The log up to the step at which the run goes on: the same in all processes."""
+        lines = read_lines(self._workdir / "window.jsonl")
+        self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
+
+    def _introduce(self, state: TrainState) -> None:
+        """Behind the first call, not before it: TensorBoard's packages take seconds to load."""
+        jax.block_until_ready(state)
+        paused = time.perf_counter()
+        self._showcase.introduce(state)
+        cluster.meet()  # the first process writes, and the others would wait within a step
+        self._timer.add_pause(time.perf_counter() - paused)
+
+    def _agreed(self, signum: int | None, step: int) -> int | None:
+        """The signal on which the run stops at this step, read once: what comes later can wait.
+
+        Of several processes some may have got it earlier than others. They ask each other where
+        they meet anyway, at the lines of the log.
+        """
+        if jax.process_count() > 1 and not self._logs_at(step):
+            return None
+        return cluster.largest(signum or 0) or None
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self._config.log.every_steps == 0 or step == self._schedules.num_steps
+
+    @contextlib.contextmanager
+    def _batches(self, step: int, size: int) -> Iterator[Any]:
+        """Where batches come from, from `step` on, `size` at most in one call of the program."""
+        place, records, c = self._run.placement, self._records, self._config
+        shape = self._run.batch_shape
+        if records is None:
+            num_bytes = self._train.images.nbytes
+            if jax.device_count() > 1 and num_bytes >= 2**30:
+                each = f"{num_bytes / 2**30:.1f} GiB on each of {jax.device_count()} devices"
+                print(f"training images: {each}", flush=True)
+            images = place.put(self._train.images, place.whole)
+            put = functools.partial(place.put, shardings=place.batches_of(shape))
+            yield ResidentBatches(images, self._order, size=size, batch_shape=shape, put=put)
+            return
+        from hjepa_jax.data import streaming  # grain takes its time to load
+
+        decoded = streaming.read_batches(
+            records,
+            self._order,
+            step,
+            self._schedules.num_steps,
+            num_workers=c.data.num_workers,
+            num_parts=c.optim.accumulation_steps,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        put = functools.partial(place.put_own_batches, batch_shape=shape)
+        batches = streaming.StreamedBatches(decoded, size=size, put=put)
+        self._unreadable = batches.unreadable
+        try:
+            yield batches
+        finally:
+            batches.close()
+            errors = unreadable_errors(records, batches.unreadable)
+            what = f"{len(records)} images (the next was trained on instead)"
+            report_skipped(c.data.source, errors, what)
+
+    def _take(self, batches: Any, step: int, count: int) -> tuple[Any, Any]:
+        try:
+            return batches.take(step, count)
+        except OSError as error:
+            rule = f"can no longer be read ({first_line(error)})"
+            raise InputError("data.source", self._config.data.source, rule) from error
+
+    def _next_stop(self, step: int) -> int:
+        """The next step after which the host has something to do."""
+        periods = (
+            self._config.log.every_steps, self._save_every, self._eval_every, self._show_every,
+        )  # fmt: skip
+        stops = [step + period - step % period for period in periods if period]
+        return min(*stops, self._schedules.num_steps)
+
+    def _end_call(
+        self, state: TrainState, window: LogWindow, step: int, signum: int | None
+    ) -> LogWindow:
+        """Logs, evaluates and saves where `step` asks for it; returns the window to go on with."""
+        last = step == self._schedules.num_steps
+        if self._logs_at(step):
+            window = self._log(window, step)
+        evaluates = self._eval_every and (step % self._eval_every == 0 or last)
+        saves = step % self._save_every == 0 or last or evaluates or signum
+        shows = self._show_every and (step % self._show_every == 0 or last)
+        if evaluates or saves or shows:
+            jax.block_until_ready(state)  # the steps under way belong to training time
+            self._check_finite(window, step)  # before a save could replace a good one
+        paused = time.perf_counter()
+        scores = self._evaluate(state, step) if evaluates else {}
+        self._logger.end_line()
+        if saves:
+            self._checkpoints.save(state, window, scores=scores)
+            if last or signum:
+                self._checkpoints.wait()
+        if shows and not signum:
+            self._show(state, window, step)
+        self._timer.add_pause(time.perf_counter() - paused)
+        return window
+
+    def _ema_momentum(self, step: int) -> dict[str, float]:
+        if self._config.model.target == "online":  # there is none
+            return {}
+        return {"train/ema_momentum": float(self._schedules.ema_momentum_fn(step))}
+
+    def _check_finite(self, window: LogWindow, step: int) -> None:
+        """See `Alarms.check_finite`; a run that ends here leaves its count in the log."""
+        try:
+            self._alarms.check_finite(window, step)
+        except InputError:
+            self._logger.scalars(step, {"train/nonfinite_steps": int(window.nonfinite.count)})
+            raise
+
+    def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
+        # All decide alike, and before the parameters are gathered.
+        if not cluster.largest(cluster.is_first() and self._showcase.can_show(step)):
+            return
+        state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
+        if cluster.is_first():
+            self._showcase.show(state, window)
+
+    def _log(self, window: LogWindow, step: int) -> LogWindow:
+        """Writes the window's metrics, and says what is wrong with them."""
+        batch_size = self._config.train.batch_size
+        verdict = spread(window, step=step, batch_size=batch_size)
+        values = summarize(window, verdict)
+        rates = self._timer.rates(batch_size)
+        unreadable = 0 if self._records is None else cluster.total(len(self._unreadable))
+        self._progress.show(
+            step,
+            loss=values["loss"],
+            images_per_sec=rates["perf/images_per_sec"],
+            steps_per_sec=rates["perf/steps_per_sec"],
+        )
+        self._logger.scalars(
+            step,
+            {
+                **{f"train/{k}": v for k, v in values.items() if math.isfinite(v)},
+                "train/nonfinite_steps": int(window.nonfinite.count),
+                "train/learning_rate": float(self._schedules.learning_rate_fn(step)),
+                "train/weight_decay": float(self._schedules.weight_decay_fn(step)),
+                **self._ema_momentum(step),
+                **({"train/unreadable_images": unreadable} if unreadable else {}),
+                **rates,
+                "perf/peak_memory_bytes": peak_memory_bytes(jax.local_devices()[0]),
+            },
+        )
+        self._check_finite(window, step)
+        self._alarms.check_targets(values)
+        if verdict:
+            self._alarms.check_spread(verdict, step)
+        self._timer.restart()
+        place = self._run.placement
+        return place.put(reset_averages(window), place.whole)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """k-NN accuracy of the target encoder on held-out training images.
+
+        Of level 0 (mean pool), by which the best checkpoint is chosen, and of the summary tokens.
+        """
+        c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
+        bank, queries = hold_out(len(images), num_val=c.num_val)
+        bank = spread_rows(bank, c.knn_bank_size)
+        params = self._run.placement.local(state.target_params)
+        metric_of = {"level_0": BEST_METRIC}
+        if self._config.model.num_summary_tokens:
+            metric_of["summary"] = f"{BEST_METRIC}_summary"
+
+        def features(rows: Any) -> Features:
+            found = extract_features(self._embed, params, images[rows], batch_size=c.batch_size)
+            return {name: found[name] for name in metric_of}
+
+        of_bank = cluster.divided(features, bank)
+        own = queries[jax.process_index() :: jax.process_count()]
+        of_own = features(own) if len(own) else {}  # of few images, some processes have none
+        scores = {}
+        for name, metric in metric_of.items():
+            num_right = 0
+            if of_own:
+                (predictions,) = knn_predict(
+                    of_bank[name],
+                    labels[bank],
+                    of_own[name],
+                    ks=[min(ONLINE_KNN_K, len(bank))],
+                    num_classes=int(labels.max()) + 1,
+                )
+                num_right = int(np.sum(predictions == labels[own]))
+            scores[metric] = cluster.total(num_right) / len(queries)
+        self._logger.scalars(step, scores)
+        told = ", ".join(
+            f"{100 * scores[metric]:.1f} % ({name.replace('_', ' ')})"
+            for name, metric in metric_of.items()
+        )
+        self._progress.note(f"k-NN on held-out training images at step {step}: {told}")
+        return scores
+
+
+# Signals on which a run saves and stops, by name, as Windows lacks SIGHUP: that of a terminal which
+# is closed, or of a connection that is lost.
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class _StopSignals:
+    """Within the context `STOP_SIGNALS` ask to stop, by `signum`; a second SIGINT kills.
+
+    SIGHUP keeps being ignored where the caller ignores it, as nohup does.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        for signum in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
+            if signum != signal.SIGINT and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
+            try:
+                self._previous[signum] = signal.signal(signum, self._handle)
+            except ValueError:  # not the main thread: signals are not ours to handle
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+        # Not by print: the step may be in the middle of one, which cannot be entered again.
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

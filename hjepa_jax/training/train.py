@@ -1,0 +1,242 @@
+"""train_and_evaluate(config, workdir): build, restore, loop, probe, report."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shlex
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from hjepa_jax.config import Config
+from hjepa_jax.config.validation import validate
+from hjepa_jax.data.base import Source, Split
+from hjepa_jax.data.fingerprint import content, fingerprint
+from hjepa_jax.errors import InputError, Interrupted, first_line
+from hjepa_jax.evaluation.judge import judge_run
+from hjepa_jax.evaluation.labelled import MIN_ROWS
+from hjepa_jax.evaluation.protocols import Protocol, check_classes
+from hjepa_jax.evaluation.results import headline_scores
+from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.window import LogWindow
+from hjepa_jax.runs.checkpoint import Checkpoints, read_saved
+from hjepa_jax.runs.logger import RunLogger, SilentLogger
+from hjepa_jax.runs.record import RunRecord, make_record
+from hjepa_jax.runs.run import Run, build_run, open_config_source
+from hjepa_jax.runs.scores import rows_to_add_to
+from hjepa_jax.runs.workdir import (
+    check_workdir,
+    checkpoint_sizes,
+    claimed,
+    is_claimed,
+    prepare_workdir,
+    with_recorded_start,
+    writing,
+)
+from hjepa_jax.runtime import cluster
+from hjepa_jax.runtime.backend import select_platform
+from hjepa_jax.runtime.paths import expand_paths
+from hjepa_jax.training import warm_start
+from hjepa_jax.training.loop import Loop
+
+
+def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Trains, or goes on with, the run in `workdir`, and probes it at the end.
+
+    Of several processes (`cluster.member`) all call it; the first alone writes, and probes when the
+    others have left.
+
+    Args:
+      config: a complete config.
+      workdir: the run's directory; made if need be.
+
+    Returns:
+      The rows of probe.json; none when `eval.probe_at_end` is off, or not in the first process.
+
+    Raises:
+      InputError: for input that the user can correct.
+      Interrupted: on SIGINT or SIGTERM, after saving.
+      KeyboardInterrupt: on a second SIGINT, without waiting for that.
+    """
+    validate(config)
+    config = expand_paths(config)
+    backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
+    with writing(workdir):
+        config = with_recorded_start(config, workdir, read_saved(workdir, config))
+
+    def check(data: RunRecord | None = None) -> None:
+        with writing(workdir):
+            saved = read_saved(workdir, config)
+        check_workdir(config, workdir, saved=saved, data=data)
+
+    cluster.by_first(check)  # before minutes of downloading
+    with cluster.first_process_first():  # it downloads, and looks through
+        source = open_config_source(config, quiet=not cluster.is_first())
+        run = build_run(config, source)  # before much is read: it refuses what cannot work
+        train, test = source.load()
+    if len(train.images) != source.info.num_train:  # a folder's files that are no images
+        counts = {"num_train": len(train.images), "num_test": len(test.images)}
+        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
+        run = build_run(config, source)
+    _check_judgeable(config, source, train)
+    data = fingerprint(train, source.records)
+    record = make_record(config, source, run.schedules, fingerprint=data)
+    cluster.by_first(lambda: check(record))
+    _check_same_everywhere(config, data)
+    if not checkpoint_sizes(workdir):  # a run that goes on needs it no more
+        warm_start.check_source(config)
+    with contextlib.ExitStack() as held:
+        claims: list[Callable[[], None]] = []  # of the first process
+        begun = []
+
+        def claim() -> None:
+            claims.append(held.enter_context(claimed(workdir)))
+            check(record)  # again: another run may have been here since
+            if config.eval.probe_at_end:  # refused before hours of training, too
+                with writing(workdir):
+                    rows_to_add_to(workdir / "probe.json")
+
+        def begin() -> None:
+            """Writes down how the run goes on, when nothing can refuse it any more."""
+
+            def write() -> None:
+                prepare_workdir(config, workdir, record, saved=read_saved(workdir, config))
+                claims[0]()
+
+            cluster.by_first(write)
+            begun.append(True)
+
+        cluster.by_first(claim)
+        if cluster.largest(not is_claimed(workdir)):
+            raise InputError("--workdir", str(workdir), "must be shared by all processes")
+        parts = _Parts(run, source, train, test, workdir, backend, record)
+        try:
+            rows = _train_and_judge(parts, begin)
+        except InputError as error:  # too many steps that are not finite, a collapse, a full disk
+            cluster.leave(str(error))
+            if begun:
+                _report(config, workdir, (train, test))
+            raise
+        except Interrupted:  # an end that all agree on, though some may take long to close
+            cluster.leave()
+            raise
+        _report(config, workdir, (train, test))
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """All that a run is made of."""
+
+    run: Run
+    source: Source
+    train: Split
+    test: Split
+    workdir: pathlib.Path
+    backend: str
+    record: RunRecord
+
+
+def _check_judgeable(config: Config, source: Source, train: Split) -> None:
+    """What probes refuse is refused before hours of training, not after."""
+    if config.eval.probe_at_end:
+        check_classes(source.name, train.labels, len(source.info.class_names))
+    if (config.eval.probe_at_end or config.eval.every_epochs) and len(train.labels) < MIN_ROWS:
+        rule = f"must have at least {MIN_ROWS} training images with labels, to hold some out"
+        raise InputError("data.source", source.name, rule)
+
+
+def _check_same_everywhere(config: Config, data: str) -> None:
+    """Processes that compute different things would wait for each other, or worse, would not."""
+    shared = config.to_dict()
+    del shared["data"]["dir"]  # each machine may have its own
+    digest = zlib.crc32(json.dumps(shared).encode()) >> 1
+    cluster.check_same("--config", "", digest)
+    cluster.check_same("data.source", config.data.source, zlib.crc32(content(data).encode()) >> 1)
+
+
+def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
+    """Writes the run's report. Whatever goes wrong with it, the run has ended as it has."""
+    if not config.log.report or not cluster.is_first():
+        return
+    try:
+        from hjepa_jax.reporting.publish import write_report  # matplotlib takes its time to load
+
+        write_report([workdir], workdir, splits=splits)
+    except Exception as error:
+        command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
+        message = f"warning: no report could be written: {first_line(error)}; try {command}"
+        print(message, file=sys.stderr, flush=True)
+
+
+def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:
+    """What `train_and_evaluate` does once everything is built and the workdir is ours.
+
+    Args:
+      parts: of the run.
+      begin: called when nothing can refuse the run any more, before its first step.
+    """
+    run, workdir, train = parts.run, parts.workdir, parts.train
+    config = run.config
+    with contextlib.ExitStack() as opened:
+        with writing(workdir):
+            checkpoints = opened.enter_context(
+                Checkpoints(workdir, config=config, data=parts.record.fingerprint, owner=True)
+            )
+            state, window = _start(parts, checkpoints)
+            logger = SilentLogger()
+            if cluster.is_first():
+                tensorboard, step = config.log.tensorboard, int(state.step)
+                logger = RunLogger(workdir, tensorboard=tensorboard, resume_step=step)
+        closing = contextlib.ExitStack()
+        closing.enter_context(writing(workdir))
+        closing.callback(logger.close)
+        with closing:
+            loop = Loop(
+                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend
+            )
+            state = loop.run(state, window, begin)
+            encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
+            encoders = run.placement.local(encoders)
+            opened.close()  # the last checkpoint is on disk
+            cluster.leave()
+            if not config.eval.probe_at_end or not cluster.is_first():
+                return []
+            return _judge(parts, encoders, int(state.step), logger)
+
+
+def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow]:
+    """State and metrics window at which the run begins or goes on."""
+    run, workdir = parts.run, parts.workdir
+    latest = checkpoints.latest_step()
+    cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
+    state, window = run.create()
+    if latest is not None:
+        return checkpoints.restore(state, window)
+    if run.config.train.init_from:
+        state = warm_start.start_from(run.config.train.init_from, run, state)
+    return state, window
+
+
+def _judge(
+    parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
+) -> list[dict[str, Any]]:
+    """Probes the trained encoder and its baselines."""
+    print("probes, chosen on held-out training images, scored on the test images:", flush=True)
+    config = parts.run.config
+    with writing(parts.workdir):
+        rows = judge_run(
+            parts.workdir,
+            config,
+            parts.run.model,
+            encoders,
+            parts.train,
+            parts.test,
+            source=parts.source,
+            step=step,
+            protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
+        )
+        logger.scalars(step, headline_scores(rows))
+    return rows
