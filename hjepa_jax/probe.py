@@ -1,6 +1,5 @@
 """Judges the encoder of a finished or running workdir; of several, over their seeds.
 
-from hjepa_jax.runs.load import load_state
   python -m hjepa_jax.probe --workdir=DIR [--workdir=DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
     [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]

@@ -17,6 +17,7 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import collapse_verdict
 from hjepa_jax.runs import run
 from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.workdir import load_config
 from tests.report_numbers import Checkpoint, percent
 
 
@@ -30,7 +31,7 @@ def read_checkpoint(workdir: pathlib.Path) -> Checkpoint:
     newest = max(folders)
     meta = json.loads((folders[newest] / "meta/metadata").read_text())
 
-    config = workdir.load_config(workdir)
+    config = load_config(workdir)
     split, _ = run.open_config_source(config).load()
     model, state, _ = load_state(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))

@@ -119,7 +119,7 @@ def test_the_summary_box_is_a_closed_frame_around_every_line():
 # Four times "where the run is", and one line that stays, as the loop prints them.
 PROGRESS = """
 import sys
-from hjepa_jax.runs.logger import Progress
+from hjepa_jax.runs.progress import Progress
 progress = Progress(4, 2, every_sec=float(sys.argv[1]))
 for step in range(1, 5):
     progress.show(step, loss=1.0, images_per_sec=9.0, steps_per_sec=1.0)

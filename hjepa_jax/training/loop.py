@@ -159,7 +159,7 @@ class Loop:
 
     def _remember(self, step: int) -> None:
         """The log up to the step at which the run goes on: the same in all processes."""
-        lines = read_lines(self._workdir / "window.jsonl")
+        lines = read_lines(self._workdir / "metrics.jsonl")
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState) -> None:
