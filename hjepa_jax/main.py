@@ -19,17 +19,19 @@ from hjepa_jax.runtime.paths import local_path
 
 try:
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-except flags.Error as unreadable:  # a --flagfile, which it reads at once
+except flags.Error as unreadable:  # a --flagfile, which is read at once
     cli.fail(str(unreadable))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build, print sizes as JSON, write nothing.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "HOST:PORT of process 0, of several; auto: as SLURM, Open MPI or Kubernetes.",
+    "HOST:PORT of process 0 of several; auto: ask SLURM, Open MPI or Kubernetes.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is.", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0.", lower_bound=0
+)
 flags.mark_flag_as_required("config")
 
 
@@ -62,17 +64,19 @@ def main() -> None:
 
 
 def summary(workdir: pathlib.Path) -> str:
-    """Where everything of a run is, and the commands to look at it."""
+    """Returns a box with the best scores, the files of a run, and the commands to look at it."""
     from hjepa_jax.evaluation.results import format_best
     from hjepa_jax.runs.progress import summary_box
-    from hjepa_jax.runs.scores import read_probe_json, rows_on
-    from hjepa_jax.runs.workdir import load_config
+    from hjepa_jax.runs.scores import read_probe_json, rows_on, steps_if_outdated
+    from hjepa_jax.runs.workdir import checkpoint_sizes, load_config
 
     config, lines = load_config(workdir), {}
     rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
+    last_step = max(checkpoint_sizes(workdir), default=0)
     for protocol in ("linear", "knn"):
         if best := format_best(rows, protocol):
-            lines[f"best {protocol}"] = best + _judged(rows, protocol, workdir)
+            outdated = steps_if_outdated(rows, protocol, last_step)
+            lines[f"best {protocol}"] = best + (f" (at {outdated})" if outdated else "")
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
     where = shlex.quote(str(workdir))
@@ -81,16 +85,6 @@ def summary(workdir: pathlib.Path) -> str:
     lines["judge"] = f"python -m hjepa_jax.probe --workdir={where}"
     lines["features"] = f"python -m hjepa_jax.embed --workdir={where} --input=... --output=..."
     return summary_box(f"done: {workdir}", lines)
-
-
-def _judged(rows: list[dict], protocol: str, workdir: pathlib.Path) -> str:
-    """Says at which step the scores of a protocol were made, if the run went on since."""
-    from hjepa_jax.runs.workdir import checkpoint_sizes
-
-    wanted = ("target", protocol)
-    scored = [row["step"] for row in rows if (row["encoder"], row["protocol"]) == wanted]
-    last = max(checkpoint_sizes(workdir), default=0)
-    return f" (at step {max(scored)} of {last})" if scored and max(scored) < last else ""
 
 
 if __name__ == "__main__":

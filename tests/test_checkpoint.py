@@ -5,21 +5,20 @@ import pathlib
 import shutil
 import sys
 import types
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import empty_window, make_averages
-from hjepa_jax.runs import array_table, checkpoint, run
-from hjepa_jax.runs.array_table import crc_checksums, describe_arrays, differences, json_checksum
-from hjepa_jax.runs.old_biases import with_old_biases
+from hjepa_jax.runs import array_table, checkpoint, checkpoint_meta
+from hjepa_jax.runs.array_table import describe_arrays, differences, json_checksum
+from hjepa_jax.runs.best import BEST_METRIC
+from hjepa_jax.runs.checkpoint_meta import read_saved
 
 
 def make_state(step: int, *, width: int = 3) -> TrainState:
@@ -167,9 +166,10 @@ FIELDS = ("step", "params", "target_params", "opt_state", "rng")
 @pytest.mark.parametrize("wanted", [("target_params",), ("step", "params", "target_params")])
 def test_only_the_fields_asked_for_are_read(workdir, tiny_config, wanted, monkeypatch):
     looked_at = []
-    real = checkpoint.describe_arrays
     monkeypatch.setattr(
-        checkpoint, "describe_arrays", lambda tree, how: looked_at.append(tree) or real(tree, how)
+        checkpoint_meta,
+        "describe_arrays",
+        lambda tree: looked_at.append(tree) or describe_arrays(tree),
     )
     whole = make_state(2)
     asked = TrainState(
@@ -186,8 +186,6 @@ def test_only_the_fields_asked_for_are_read(workdir, tiny_config, wanted, monkey
 
 def change_checksum(workdir, path):
     """Writes another checksum for an array of checkpoint 2, as if one of its bits had flipped."""
-    from hjepa_jax.runs.array_table import json_checksum
-
     meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
     meta["arrays"]["state"][path][2] ^= 1
     meta.pop("checksum")
@@ -238,47 +236,19 @@ def rewrite_meta(workdir, step, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_and_stays(workdir, tiny_config):
-    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
-    meta = {k: v for k, v in meta.items() if k != "checksum"} | {"format_version": 4}
-    rewrite_meta(workdir, 2, format_version=4, checksum=json_checksum(meta))
-    with pytest.raises(InputError, match="is in format 4; this version reads up to 3"):
-        restore(workdir, tiny_config)
-    assert (workdir / "checkpoints/2").is_dir()
-
-
-def as_format_2(workdir, step, **changes):
-    """Makes of a checkpoint of `make_state` one of format 2, whose table has CRC-32 checksums."""
-    trees = {"state": make_state(step), "window": make_window()}
-    tables = {name: describe_arrays(tree, crc_checksums) for name, tree in trees.items()}
-    assert tables["state"][".rng"][2] == zlib.crc32(np.array([1, step], "<u4").tobytes())
-    tables["state"][".rng"][2] ^= changes.pop("flip", 0)
-    meta = json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
-    meta |= {"format_version": 2, "arrays": tables}
+@pytest.mark.parametrize("version", [1, 2, 4])
+def test_a_checkpoint_of_another_format_is_refused_and_stays(workdir, tiny_config, version):
+    path = workdir / "checkpoints/2/meta/metadata"
+    meta = json.loads(path.read_text()) | {"format_version": version}
     del meta["checksum"]
-    rewrite_meta(workdir, step, **meta, checksum=json_checksum(meta))
-
-
-def test_format_2_is_read_and_its_checksums_hold(workdir, tiny_config, capsys):
-    as_format_2(workdir, 1)
-    as_format_2(workdir, 2, flip=1)
-    assert_same_tree(restore(workdir, tiny_config), make_state(1))
-    assert "checkpoint 2 is damaged: the checksum of state .rng differs" in capsys.readouterr().err
-
-
-def test_format_1_is_read(tiny_config, tiny_run, tmp_path):
-    """Format 1 had no table, and a window without the count of non-finite steps."""
-    shutil.copytree(tiny_run, tmp_path, dirs_exist_ok=True)
-    built = run.build_run(tiny_config, run.open_config_source(tiny_config))
-    state, _ = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
-    shutil.rmtree(tmp_path / "checkpoints/6/window")
-    path = tmp_path / "checkpoints/6/meta/metadata"
-    meta = json.loads(path.read_text())
-    old = {k: meta[k] for k in ("config", "versions", "scores")} | {"format_version": 1}
-    path.write_text(json.dumps(old))
-    again, window = checkpoint.Checkpoints(tmp_path, config=tiny_config).restore(*built.create())
-    assert_same_tree(state, again)
-    assert int(window.nonfinite.count) == 0
+    if version > 1:  # format 1 had no checksum
+        meta["checksum"] = json_checksum(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"is in format {version}; this version reads format 3"):
+        restore(workdir, tiny_config)
+    with pytest.raises(InputError, match=f"--step=2: is in format {version}"):
+        read_saved(workdir)
+    assert (workdir / "checkpoints/2").is_dir()
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, tiny_config, capsys):
@@ -351,17 +321,17 @@ def test_another_config_reads_no_checkpoint_although_its_arrays_fit(workdir, tin
 
 
 def test_the_newest_meta_that_can_be_read_says_whose_run_it_is(workdir, tiny_config):
-    saved = checkpoint.read_saved(workdir, tiny_config)
+    saved = read_saved(workdir)
     assert saved is not None
     assert (saved.step, saved.fingerprint) == (2, "all-abc")
     assert saved.config["train"]["batch_size"] == tiny_config.train.batch_size
     rewrite_meta(workdir, 2, data="all-abd")
-    saved = checkpoint.read_saved(workdir, tiny_config)
+    saved = read_saved(workdir)
     assert saved is not None
     assert saved.step == 1
     shutil.rmtree(workdir / "checkpoints/1/meta")
-    assert checkpoint.read_saved(workdir, tiny_config) is None
-    assert checkpoint.read_saved(workdir / "nowhere", tiny_config) is None
+    assert read_saved(workdir) is None
+    assert read_saved(workdir / "nowhere") is None
     assert not (workdir / "nowhere").exists()
 
 
@@ -371,7 +341,7 @@ def save(workdir, config, scores: dict[int, Any]) -> list[int]:
     A score is that of level 0, a pair also has that of the summary tokens.
     """
     checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
-    names = (checkpoint.BEST_METRIC, f"{checkpoint.BEST_METRIC}_summary")
+    names = (BEST_METRIC, f"{BEST_METRIC}_summary")
     for step, score in scores.items():
         values = score if isinstance(score, tuple) else (score,)
         scored = {} if score is None else dict(zip(names, values, strict=False))
@@ -429,34 +399,3 @@ def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):
     assert best_step(tmp_path, tiny_config) == 3
     tiny_config.train.keep_checkpoints = 1
     assert save(tmp_path, tiny_config, {5: 0.1}) == [3, 5]
-
-
-def with_projection(state: TrainState) -> TrainState:
-    """The state of a run whose views agree, with an optimizer that leaves kernels to another."""
-    sizes = {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
-    projection = {"out": sizes}
-    for i in range(2):
-        projection |= {f"hidden_{i}": {"kernel": sizes["kernel"] + i}}
-        projection |= {f"norm_{i}": {"scale": jnp.ones(5), "bias": jnp.full(5, 0.5 + i)}}
-    left = jax.tree.map(lambda x: optax.MaskedNode() if x.ndim > 1 else x, projection)
-    params = {**state.params, "projection": projection}
-    return state.replace(params=params, opt_state={"mu": {"projection": left}})
-
-
-def test_a_checkpoint_with_the_biases_of_old_projections_goes_on_without_them(
-    tmp_path, tiny_config
-):
-    """Those of up to commit b92d0cf: the biases were taken away again by the norm behind them."""
-    state = with_projection(make_state(1))
-    old = with_old_biases(state)
-    assert old.params["projection"]["hidden_1"]["bias"].tolist() == [1.5] * 5
-    assert set(old.opt_state["mu"]["projection"]["hidden_1"]) == {"kernel", "bias"}
-    for step, saved in ((1, old), (2, state)):
-        options = {"config": tiny_config, "data": "abc", "owner": True}
-        checkpoints = checkpoint.Checkpoints(tmp_path / str(step), **options)
-        try:
-            checkpoints.save(saved, make_window(), scores={})
-            checkpoints.wait()
-            assert_same_tree(checkpoints.restore(state, make_window())[0], state)
-        finally:
-            checkpoints.close()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import hjepa_jax
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 
 MAIN = "hjepa_jax.main"
 SHAPES = "--config=configs/shapes_tiny.py"

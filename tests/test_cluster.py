@@ -15,7 +15,8 @@ from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import empty_window, make_averages
 from hjepa_jax.runs import checkpoint
 from hjepa_jax.runs.array_table import describe_arrays
-from hjepa_jax.runs.logger import SilentLogger, read_metrics
+from hjepa_jax.runs.history import read_metrics
+from hjepa_jax.runs.logger import SilentLogger
 from hjepa_jax.runtime import backend, cluster
 from hjepa_jax.runtime.placement import make_placement
 from tests import processes

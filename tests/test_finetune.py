@@ -9,7 +9,7 @@ from hjepa_jax.data.augment import Augment
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.finetune import Classifier, FinetuneSettings, finetune, layer_scales
 from hjepa_jax.models.vit import VisionTransformer
-from hjepa_jax.runs.checkpoint import NewestCheckpoint
+from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
 from tests.test_protocols import split
 
 ENCODER = VisionTransformer(2, 2, 16, depth=2, num_heads=2, num_summary_tokens=1)

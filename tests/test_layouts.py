@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from tests import processes
 from tests.test_cluster import several
 

@@ -23,7 +23,7 @@ from hjepa_jax.models.predictor import MODES, Predictor
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.transformer import Attention, Block, drop_path_rates
 from hjepa_jax.models.vit import VisionTransformer
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.training import train
 from tests.test_steps import BATCH, GRID, IMAGES, MASK, PATCH, RANDOM, SIZE, WIDTH
 

@@ -225,15 +225,6 @@ def test_rows_about_images_that_have_changed_stay_but_are_not_shown(tmp_path):
     assert read_probe_json(path) == [*old, elsewhere]
 
 
-def test_a_row_of_an_older_version_is_replaced_and_shown_until_then(tmp_path):
-    path = tmp_path / "probe.json"
-    unknown = [as_row(None, 0.1), as_row(None, 0.2, protocol="linear")]
-    write_probe_json(path, unknown)
-    new = as_row("all-2", 0.4)
-    write_probe_json(path, [new])
-    assert read_probe_json(path) == [unknown[1], new]
-
-
 def test_constant_encoder_gets_a_verdict_and_no_crash():
     constant = lambda params, images: {"level_0": jnp.ones((len(images), 5))}
     rows = evaluate_encoders(
@@ -317,7 +308,7 @@ def test_what_is_no_probe_json_has_no_rows_and_is_not_overwritten(tmp_path, cont
 def test_processes_that_add_to_one_probe_json_lose_no_row(tmp_path):
     code = f"""
 import pathlib, sys
-from hjepa_jax.evaluation import results
+from hjepa_jax.runs.scores import write_probe_json
 for step in range(40):
     row = {ROW!r} | {{"step": step, "seed": sys.argv[1]}}
     write_probe_json(pathlib.Path({str(tmp_path)!r}) / "probe.json", [row])

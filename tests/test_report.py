@@ -193,7 +193,7 @@ def test_an_interrupted_run_is_told_from_a_running_one(finished, tmp_path):
     assert "**Status: interrupted**, step 4 of 8." in found["What was reached"]
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
-    code = "import pathlib, sys, time; from hjepa_jax.runs.workdir import locked\n"
+    code = "import pathlib, sys, time; from hjepa_jax.runs.lock import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(workdir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_a_newer_version_is_named_and_the_numbers_are_reported(f
     path.write_text(json.dumps({**meta, "checksum": json_checksum(meta)}))
     write_report([workdir], workdir)
     found = report_sections(workdir)
-    assert "is in format 99; this version reads up to" in found["What it sees"]
+    assert "is in format 99; this version reads format" in found["What it sees"]
     assert found["Loss"] == report_sections(finished)["Loss"]
 
 

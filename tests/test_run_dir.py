@@ -11,15 +11,12 @@ import pytest
 
 from hjepa_jax.config import base_config
 from hjepa_jax.errors import InputError
+from hjepa_jax.runs.lock import claimed, is_claimed, lock_owner, locked
 from hjepa_jax.runs.record import RunRecord, read_record
 from hjepa_jax.runs.same_run import Saved
 from hjepa_jax.runs.workdir import (
     check_workdir,
-    claimed,
-    is_claimed,
     load_config,
-    lock_owner,
-    locked,
     prepare_workdir,
     with_recorded_start,
     writing,
@@ -196,6 +193,13 @@ def test_a_checkpoint_of_an_unknown_version_is_refused_in_one_line(tmp_path):
     saved = dataclasses.replace(saved_by(with_changes({})), config={"tower": 3})
     with pytest.raises(InputError, match="of step 4 is none of this version: unknown tower"):
         check_workdir(with_changes({}), tmp_path, saved=saved, data=RECORD)
+
+
+def test_a_field_that_config_json_lacks_takes_its_default(tmp_path):
+    config = with_changes({"mask.num_blocks": 3}).to_dict()
+    del config["loss"]["kind"], config["log"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path).to_dict() == with_changes({"mask.num_blocks": 3}).to_dict()
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "probe.json", "checkpoints/7"])

@@ -30,11 +30,12 @@ from hjepa_jax.method.step import make_run_steps
 from hjepa_jax.reporting import showcase
 from hjepa_jax.reporting.publish import write_report
 from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.runs.load import load_encoder
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.lock import locked
 from hjepa_jax.runs.progress import Progress
 from hjepa_jax.runs.record import read_record
-from hjepa_jax.runs.workdir import load_config, locked
+from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.training import loop, train
 from hjepa_jax.training.loop import MAX_CALLS_UNDER_WAY, Loop
 from tests import processes
@@ -382,7 +383,7 @@ def test_a_run_whose_rate_is_kept_may_end_later_and_with_a_decay(tiny_config, tm
 
 
 def test_a_second_run_in_a_workdir_in_use_is_refused_until_the_first_is_gone(tmp_path):
-    code = "import sys, pathlib\nfrom hjepa_jax.runs.workdir import locked\n"
+    code = "import sys, pathlib\nfrom hjepa_jax.runs.lock import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

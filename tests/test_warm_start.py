@@ -11,8 +11,8 @@ import pytest
 from hjepa_jax.errors import InputError
 from hjepa_jax.models.positions import interpolate_positions
 from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.runs.load import load_state
-from hjepa_jax.runs.logger import read_metrics
 from hjepa_jax.runtime.placement import make_placement
 from hjepa_jax.training import train, warm_start
 

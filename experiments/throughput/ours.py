@@ -20,7 +20,7 @@ from hjepa_jax.config import build
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
 from hjepa_jax.runs import run
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.runs.progress import peak_memory_bytes
 from hjepa_jax.runtime import backend
 from hjepa_jax.training import train

@@ -21,7 +21,7 @@ from hjepa_jax.evaluation.features import (
 )
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.runs.checkpoint import NewestCheckpoint
+from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
 from hjepa_jax.runs.scores import Row, may_be_of, rows_to_add_to, write_probe_json
 from hjepa_jax.runtime.provenance import source_digest
 

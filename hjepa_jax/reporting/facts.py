@@ -29,12 +29,14 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.method.window import FEATURE_ROWS
 from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
+from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.history import History, read_history
-from hjepa_jax.runs.load import load_state, read_meta
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.lock import lock_owner
 from hjepa_jax.runs.record import RunRecord, read_record
 from hjepa_jax.runs.run import num_params, open_config_source
-from hjepa_jax.runs.scores import Row, read_probe_json, rows_on
-from hjepa_jax.runs.workdir import checkpoint_sizes, load_config, lock_owner
+from hjepa_jax.runs.scores import Row, read_probe_json, rows_on, steps_if_outdated
+from hjepa_jax.runs.workdir import checkpoint_sizes, load_config
 
 # Training images whose features a report looks at: those compared with, and held-out ones.
 BANK_SIZE, NUM_QUERIES = 2000, 500
@@ -161,11 +163,9 @@ class Facts:
         return found
 
     def judged(self, protocol: str) -> str:
-        """Says at which step the scores of a protocol were made, if the run went on since."""
-        scored = [r["step"] for r in self.own_probes
-                  if (r["encoder"], r["protocol"]) == ("target", protocol)]  # fmt: skip
-        newest, last = max(scored, default=0), self.history.last_step()
-        return f", scored at step {newest} of {last}" if scored and newest < last else ""
+        """Returns the step of the scores of a protocol, if the run has trained on since."""
+        outdated = steps_if_outdated(self.own_probes, protocol, self.history.last_step())
+        return f", scored at {outdated}" if outdated else ""
 
 
 def read_facts(
@@ -197,7 +197,7 @@ def read_facts(
         reason = "not asked for (--noimages)"
     try:
         if sizes:
-            meta = read_meta(workdir)
+            meta = read_newest_meta(workdir)
     except InputError as error:
         reason = str(error)
     if record and other_content(meta.get("data"), record.fingerprint):

@@ -1,73 +1,75 @@
-"""The metrics.jsonl of a run as series, whatever its length: one pass, bounded memory.
+"""Reads the metrics.jsonl of a run.
 
-history = read_history(workdir / "metrics.jsonl")
-steps, loss = history.series("train/loss")
+    history = read_history(workdir / "metrics.jsonl")
+    steps, loss = history.series("train/loss")
+
+A run only appends to the file. Several lines may have the same step: readers merge them into one.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-# Of a longer file about so many lines are read, at even distances, and as many with evaluations.
+# If a file has more lines, about this many evenly spaced ones are read, and as many evaluations.
 MAX_LINES = 2000
+
+Line = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """Lines of a metrics.jsonl, in the order of the file.
+    """The lines of a metrics.jsonl, in the order of the file.
 
     Attributes:
-      lines: those read, each a dict of "step" and finite numbers by metric name.
-      num_lines: how many the file has.
-      num_damaged: how many of those looked at are no line of metrics.
+      lines: dicts of "step" and finite numbers by metric name; one for each step.
+      num_lines: number of lines in the file.
+      num_damaged: how many of the lines that were read hold no metrics.
+      sampled: whether lines were skipped because the file is long.
     """
 
-    lines: tuple[dict[str, Any], ...]
+    lines: tuple[Line, ...]
     num_lines: int
     num_damaged: int
-
-    @property
-    def sampled(self) -> bool:
-        """Whether lines were left out, because they are so many."""
-        return self.num_lines > len(self.lines) + self.num_damaged
+    sampled: bool
 
     def names(self, prefix: str) -> list[str]:
-        """Metric names that begin with `prefix`, sorted."""
+        """Returns the metric names that begin with `prefix`, sorted."""
         found = {name for line in self.lines for name in line}
         return sorted(name for name in found if name.startswith(prefix))
 
     def series(self, name: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Steps and values of the lines that have the metric."""
+        """Returns steps and values of the lines that have the metric."""
         found = [(line["step"], line[name]) for line in self.lines if name in line]
         steps, values = zip(*found, strict=True) if found else ((), ())
         return np.array(steps, np.int64), np.array(values, np.float64)
 
     def last(self, name: str) -> float | None:
-        """Newest value of the metric; None where there is none."""
+        """Returns the newest value of the metric; None if there is none."""
         return next((line[name] for line in reversed(self.lines) if name in line), None)
 
     def first(self, name: str) -> float | None:
-        """Oldest value of the metric; None where there is none."""
+        """Returns the oldest value of the metric; None if there is none."""
         return next((line[name] for line in self.lines if name in line), None)
 
     def last_step(self) -> int:
-        """Step of the newest line; 0 where there is none."""
+        """Returns the step of the newest line; 0 if there is none."""
         return self.lines[-1]["step"] if self.lines else 0
 
     def training_seconds(self) -> float:
-        """Seconds spent in steps: each line's interval at the rate that it reports."""
+        """Returns the seconds spent in steps: the steps of each line at the rate it reports."""
         steps, rates = self.series("perf/steps_per_sec")
         return float(np.sum(np.diff(steps, prepend=0)[rates > 0] / rates[rates > 0]))
 
 
 class _Thinned:
-    """Every s-th of the texts added, with s doubled whenever they become too many."""
+    """Keeps every s-th of the texts added; doubles s whenever there are too many."""
 
     def __init__(self):
         self.kept: list[tuple[int, bytes]] = []
@@ -82,7 +84,7 @@ class _Thinned:
 
 
 def read_history(path: pathlib.Path) -> History:
-    """Reads a metrics.jsonl, also one that is being written: a torn last line is left out."""
+    """Reads a metrics.jsonl of any length in bounded memory; skips an incomplete last line."""
     every, evaluations, number, text = _Thinned(), _Thinned(), -1, b""
     if path.exists():
         with path.open("rb") as file:
@@ -94,22 +96,51 @@ def read_history(path: pathlib.Path) -> History:
     if number >= 0:
         chosen[number] = text
     parsed = {i: _parse(chosen[i]) for i in sorted(chosen)}
-    torn = number >= 0 and not text.endswith(b"\n") and parsed[number] is None
-    if torn:
+    incomplete = number >= 0 and not text.endswith(b"\n") and parsed[number] is None
+    if incomplete:
         del parsed[number]
-    lines = tuple(line for line in parsed.values() if line is not None)
-    return History(lines, number + 1 - torn, len(parsed) - len(lines))
+    good = [line for line in parsed.values() if line is not None]
+    num_lines = number + 1 - incomplete
+    return History(
+        lines=tuple(_merged(good)),
+        num_lines=num_lines,
+        num_damaged=len(parsed) - len(good),
+        sampled=num_lines > len(parsed),
+    )
 
 
-def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl from the first on, one at a time; damaged ones are left out."""
+def read_lines(path: pathlib.Path) -> Iterator[Line]:
+    """Yields the lines of a metrics.jsonl, one for each step; skips damaged lines."""
     if path.exists():
         with path.open("rb") as file:
-            yield from filter(None, map(_parse, file))
+            yield from _merged(filter(None, map(_parse, file)))
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """The finite numbers of a line; None where it is no line of metrics."""
+def read_metrics(path: pathlib.Path) -> list[Line]:
+    """Returns the lines of a metrics.jsonl, one for each step, without damaged lines."""
+    return [*read_lines(path)]
+
+
+def end_of_step(path: pathlib.Path, step: int) -> int:
+    """Returns the bytes of a metrics.jsonl up to its last good line at or before `step`."""
+    position = end = 0
+    with path.open("rb") as file:
+        for text in file:
+            position += len(text)
+            line = _parse(text)
+            if line and line["step"] <= step and text.endswith(b"\n"):
+                end = position
+    return end
+
+
+def _merged(lines: Iterable[Line]) -> Iterator[Line]:
+    """Yields one line for each step."""
+    for _, same_step in itertools.groupby(lines, lambda line: line["step"]):
+        yield {name: value for line in same_step for name, value in line.items()}
+
+
+def _parse(text: bytes) -> Line | None:
+    """Returns the finite numbers of a line; None if it holds no metrics."""
     try:
         line = json.loads(text)
         if not isinstance(line, dict) or type(line.get("step")) is not int:
@@ -119,5 +150,5 @@ def _parse(text: bytes) -> dict[str, Any] | None:
             for name, value in line.items()
             if type(value) in (int, float) and math.isfinite(value)
         }
-    except (ValueError, RecursionError, OverflowError):  # the last: of an integer too long
+    except (ValueError, RecursionError, OverflowError):  # OverflowError: a very long integer
         return None

@@ -1,21 +1,21 @@
-"""What a run says: metrics.jsonl, TensorBoard through CLU's writers, and the progress line."""
+"""Writes the metrics of a run: metrics.jsonl, and TensorBoard through CLU's writers."""
 
-import contextlib
 import functools
 import importlib.util
 import json
 import os
 import pathlib
 import time
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from hjepa_jax.config.fields import is_a
 from hjepa_jax.errors import InputError
-from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runs.history import end_of_step
 from hjepa_jax.runtime.names import encodable
+
+EVENTS = "events.out.tfevents."  # followed by seconds since 1970, host and process
 
 
 class RunLogger:
@@ -24,29 +24,27 @@ class RunLogger:
     Args:
       workdir: the run's directory.
       tensorboard: whether to write TensorBoard events, pictures and texts (imports TensorFlow).
-      resume_step: step at which the run goes on; later lines of metrics.jsonl, written by a run
-        that was cut off before its next checkpoint, are dropped, and their points in TensorBoard.
+      resume_step: step of the checkpoint at which the run resumes. Later lines of metrics.jsonl
+        and later points in TensorBoard are dropped: a killed run logged them after its checkpoint.
 
     Raises:
-      InputError: where TensorBoard is asked for and its packages are missing.
+      InputError: if TensorBoard is asked for and its packages are missing.
     """
 
     def __init__(self, workdir: pathlib.Path, *, tensorboard: bool, resume_step: int = 0):
         self._workdir, self.tensorboard, self._resume_step = workdir, tensorboard, resume_step
-        if tensorboard and not all(
-            map(importlib.util.find_spec, ("clu", "tensorflow", "tensorboard"))
-        ):
+        needed = ("clu", "tensorflow", "tensorboard")
+        if tensorboard and not all(map(importlib.util.find_spec, needed)):
             rule = "needs the packages clu, tensorflow and tensorboard; False does without"
             raise InputError("log.tensorboard", True, rule)
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        self._path, self._last = path, kept[-1] if kept else {"step": -1}
         self._pending: dict[str, Any] = {}
-        self._file = self._rewrite(kept)
+        path = workdir / "metrics.jsonl"
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(end_of_step(path, resume_step))
 
     @functools.cached_property
     def _writer(self) -> Any:
-        """CLU's writer, or None. Not made before it is used: TensorFlow takes seconds to load."""
+        """CLU's writer, or None. Created on first use, because TensorFlow takes seconds to load."""
         if not self.tensorboard:
             return None
         return _tensorboard_writer(self._workdir, resume_step=self._resume_step)
@@ -60,23 +58,12 @@ class RunLogger:
             self._writer.write_scalars(step, values)
 
     def end_line(self) -> None:
-        """Writes the pending line; values for the step of the last line are added to that line."""
-        if not self._pending:
-            return
-        if self._pending["step"] == self._last["step"]:
-            self._pending = {**self._last, **self._pending}
-            self._file.close()
-            self._file = self._rewrite([*read_metrics(self._path)[:-1], self._pending])
-        else:
+        """Writes the pending line to disk, so that no checkpoint is newer than its metrics."""
+        if self._pending:
             self._file.write(json.dumps(self._pending) + "\n")
-            _to_disk(self._file)
-        self._last, self._pending = self._pending, {}
-
-    def _rewrite(self, lines: list[dict[str, Any]]) -> IO[str]:
-        """Puts a whole new file in the place of metrics.jsonl; returns it, open at its end."""
-        with replacing(self._path) as file:
-            file.writelines(f"{json.dumps(line)}\n".encode() for line in lines)
-        return self._path.open("a", encoding="utf-8")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._pending = {}
 
     def images(self, step: int, images: dict[str, Float[np.ndarray, "B H W 3"]]) -> None:
         """Sends pictures, pixels in [0, 1], to TensorBoard."""
@@ -84,7 +71,7 @@ class RunLogger:
             self._writer.write_images(step, images)
 
     def flush(self) -> None:
-        """Waits until TensorBoard has what was sent; a thread encodes pictures and writes."""
+        """Waits until everything sent to TensorBoard is written; a thread encodes the pictures."""
         if self._writer:
             self._writer.flush()
 
@@ -106,7 +93,7 @@ class RunLogger:
             )
 
     def close(self) -> None:
-        """Writes what is pending and flushes everything."""
+        """Writes the pending line and closes all files."""
         self.end_line()
         self._file.close()
         if "_writer" in vars(self) and self._writer:
@@ -114,7 +101,7 @@ class RunLogger:
 
 
 class SilentLogger(RunLogger):
-    """The logger of the processes beside the first: takes everything, writes nothing."""
+    """The logger of all processes but the first: writes nothing."""
 
     def __init__(self):
         self._pending, self.tensorboard = {}, False
@@ -126,28 +113,18 @@ class SilentLogger(RunLogger):
         pass
 
 
-def _to_disk(file: IO[str]) -> None:
-    """So that no checkpoint outlives the lines before it, should the power fail."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def quiet_tensorflow() -> None:
-    """Before TensorFlow is imported, by whatever: it talks while loading."""
+    """Silences the messages of TensorFlow's import; to be called before it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # of oneDNN it talks whatever the level
-
-
-EVENTS = "events.out.tfevents."  # followed by seconds since 1970, host and process
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a note on oneDNN at any level
 
 
 def _tensorboard_writer(workdir: pathlib.Path, *, resume_step: int | None = None) -> Any:
-    """CLU's writer of TensorBoard events.
+    """Returns CLU's writer of TensorBoard events.
 
     Args:
-      workdir: where the event file goes.
-      resume_step: last step that is kept of what a former process of the run wrote; None if all is
-        kept.
+      workdir: the folder of the event file.
+      resume_step: events of later steps are dropped from the existing files; None keeps all.
     """
     quiet_tensorflow()
     from clu import metric_writers  # imports TensorFlow
@@ -158,11 +135,11 @@ def _tensorboard_writer(workdir: pathlib.Path, *, resume_step: int | None = None
 
 
 def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
-    """Tells TensorBoard to forget the events of later steps in the files that are there.
+    """Tells TensorBoard to forget the events of later steps in the existing files.
 
-    TensorBoard does so at an event "session started". CLU and tf.summary cannot write one. So a
-    small file of its own has it. TensorBoard reads files in the order of their names: this one
-    must come after the others and before the one that the run writes next.
+    TensorBoard does so when it reads a "session started" event. CLU and tf.summary cannot write
+    one, so this writes it into a small file. TensorBoard reads files in the order of their names:
+    the name must sort after the existing files and before the next file of the run.
     """
     seconds = [file.name.removeprefix(EVENTS)[:10] for file in workdir.glob(f"{EVENTS}*")]
     if not seconds:
@@ -171,33 +148,20 @@ def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     while max(seconds) == (now := f"{int(time.time()):010}"):
-        time.sleep(0.05)  # until the second is over in which the newest was made
-    protos: Any = event_pb2  # made at run time
+        time.sleep(0.05)  # until the second of the newest file is over
+    protos: Any = event_pb2  # its classes are made at run time
     version = protos.Event(wall_time=time.time(), file_version="brain.Event:2")
     started = protos.SessionLog(status=protos.SessionLog.START)
     start = protos.Event(wall_time=time.time(), step=step + 1, session_log=started)
-    # No name of a host begins with "-", which sorts before letters and digits.
+    # Host names never begin with "-", which sorts before letters and digits.
     with (workdir / f"{EVENTS}{now}.-resumed").open("wb") as file:
-        # The first start that TensorBoard reads counts as the beginning: only the second purges.
+        # TensorBoard takes the first start as the beginning of the run. Only the second one purges.
         for event in (version, start, start):
             RecordWriter(file).write(event.SerializeToString())
 
 
 def write_tensorboard_scalars(workdir: pathlib.Path, step: int, values: dict[str, float]) -> None:
-    """Adds scalars to the TensorBoard events of a run that is not being trained here."""
+    """Adds scalars to the TensorBoard events of a run that this process does not train."""
     writer = _tensorboard_writer(workdir)
     writer.write_scalars(step, values)
     writer.close()
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was damaged, or cut off in writing, is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and is_a(int, line.get("step")):
-                lines.append(line)
-    return lines

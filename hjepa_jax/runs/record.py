@@ -1,7 +1,7 @@
-"""run.json: facts of a run that its config does not hold, written whenever the run starts.
+"""run.json: facts of a run that are not in its config, written at every start.
 
-A report of a copied work directory reads them, because the data may not be there. A resumed run
-compares them with the data that it finds.
+A report reads them, because the data of a copied work directory may be absent. A resumed run
+compares them with the data that it loads.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ class RunRecord:
     """The data and the length of a run.
 
     Attributes:
-      num_images: images that are trained on.
-      num_steps: updates of the whole run.
-      steps_per_epoch: updates per epoch.
+      num_images: number of training images.
+      num_steps: optimizer updates of the whole run.
+      steps_per_epoch: optimizer updates per epoch.
       class_names: indexed by label.
       data: "source" as the config spells it, "fingerprint" of the training images, "num_train" and
         "num_test" (labelled images), "image_shape".
-      preprocessing: "image_size" in pixels, "mean" and "std" per channel, of pixels in [0, 1].
+      preprocessing: "image_size" in pixels; "mean" and "std" per channel of pixels in [0, 1].
     """
 
     num_images: int
@@ -42,7 +42,7 @@ class RunRecord:
 
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of the training images."""
+        """Returns the fingerprint of the training images."""
         return self.data.get("fingerprint")
 
 
@@ -68,10 +68,10 @@ def make_record(
 
 
 def write_record(workdir: pathlib.Path, record: RunRecord) -> None:
-    """Writes run.json, unless it says the same already.
+    """Writes run.json, unless it already holds this record.
 
     Raises:
-      OSError: when it cannot be written.
+      OSError: if it cannot be written.
     """
     if read_record(workdir) == record:
         return
@@ -81,10 +81,7 @@ def write_record(workdir: pathlib.Path, record: RunRecord) -> None:
 
 
 def read_record(workdir: pathlib.Path) -> RunRecord | None:
-    """Returns the record of the run in `workdir`.
-
-    None for a run of an older version, which wrote none, and for a file that cannot be used.
-    """
+    """Returns the record of the run in `workdir`; None if there is no valid one."""
     try:
         found = json.loads((workdir / NAME).read_text(encoding="utf-8"))
         if found.pop("format_version") != FORMAT_VERSION:

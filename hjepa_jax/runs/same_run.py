@@ -1,4 +1,4 @@
-"""Whether a config may go on with the run that a work directory holds."""
+"""Decides whether a config may resume the run in a work directory."""
 
 import dataclasses
 import os.path
@@ -13,18 +13,18 @@ from hjepa_jax.config.fields import flatten
 from hjepa_jax.data.fingerprint import other_content, same_content
 from hjepa_jax.runs.record import RunRecord
 
-# Fields that name files. The fingerprint of the images says whether the data is the same.
+# Fields that name files. The fingerprint of the images decides whether the data is the same.
 DATA_PATHS = ("data.source", "data.class_list")
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What the newest checkpoint that can be read says of its run.
+    """Facts of the newest intact checkpoint.
 
     Attributes:
-      step: of the checkpoint.
+      step: its step.
       config: the config that made it, as plain JSON.
-      fingerprint: of its training images; None if it does not say.
+      fingerprint: fingerprint of the training images; None if unknown.
     """
 
     step: int
@@ -34,13 +34,13 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """The run in a work directory, as far as it decides how the run may go on.
+    """The run in a work directory: all that decides how it may resume.
 
     Attributes:
       config: the config that trained it.
       num_updates: step of its newest checkpoint; 0 without one.
-      record: its run.json; None for a run of an older version.
-      fingerprint: of its training images; None if it is not known.
+      record: its run.json; None if there is no valid one.
+      fingerprint: fingerprint of its training images; None if unknown.
     """
 
     config: Config
@@ -50,14 +50,14 @@ class Past:
 
 
 def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) -> str:
-    """Returns the rule that forbids `config` to go on with the run; empty if it may go on.
+    """Returns the rule that forbids `config` to resume the run; "" if it may.
 
     Args:
       past: the run.
-      config: the config to go on with.
+      config: the config to resume with.
       workdir: its directory, for the advice.
-      data: facts of the data as it is now; None before it is loaded. Length, schedules and paths
-        of the data are not compared then.
+      data: facts of the data as it is now. None before it is loaded: the length of the run,
+        schedules and moved paths are not compared in that case.
     """
     differing = set(differing_fields(past.config.to_dict(), config.to_dict()))
     if _same_path(past.config.train.init_from, config.train.init_from):
@@ -95,14 +95,14 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
 
 
 def changes(old: Config, new: Config) -> str:
-    """The fields that matter to results in which two configs differ, with both values."""
+    """Returns the fields in which the results of two configs may differ, with both values."""
     was, now = flatten(old.to_dict()), flatten(new.to_dict())
     differing = differing_fields(old.to_dict(), new.to_dict())
     return ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
 
 
 def other_networks_or_data(old: Config, new: Config) -> list[str]:
-    """Fields that differ and that a run can never change: neither schedules nor paths."""
+    """Returns the fields that differ and that a run may never change (not schedules or paths)."""
     may_differ = {*SCHEDULE_FIELDS, *DATA_PATHS, "train.init_from"}
     found = differing_fields(old.to_dict(), new.to_dict())
     return [field for field in found if field not in may_differ]
@@ -120,7 +120,7 @@ def _begin_from(workdir: str) -> str:
 
 
 def _same_path(one: str | None, other: str | None) -> bool:
-    """Whether two spellings name one file, as seen from the current directory."""
+    """Returns whether two spellings name one file, seen from the current directory."""
     if not one or not other:
         return one == other
     one, other = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
@@ -128,7 +128,7 @@ def _same_path(one: str | None, other: str | None) -> bool:
 
 
 def _may_be_moved(past: Past, config: Config, field: str) -> bool:
-    """Whether the two values of a field that names files may stand for the same data."""
+    """Returns whether the two values of a path field may name the same data."""
     _, name = field.split(".")
     old, new = past.config.data[name], config.data[name]
     if not old or not new:
@@ -144,7 +144,7 @@ def _may_be_moved(past: Past, config: Config, field: str) -> bool:
 
 
 def _another_past(past: Past, new: Config, num_images: int) -> str:
-    """Says what `new` would have done differently in the updates so far; empty if nothing."""
+    """Returns how the updates so far would differ under `new`; "" if they would not."""
     old, num_updates = past.config, past.num_updates
     was, now = (build_schedules(config, num_images) for config in (old, new))
     if num_updates > now.num_steps:

@@ -1,4 +1,4 @@
-"""Rows of results on disk: `probe.json` of a work directory."""
+"""Reads and writes `probe.json`, the rows of results of a work directory."""
 
 import json
 import pathlib
@@ -10,8 +10,7 @@ from hjepa_jax.runtime.files import one_at_a_time, replacing
 
 Row = dict[str, Any]
 
-
-# What tells two results apart; rows that agree in all of these replace each other in probe.json.
+# The identity of a result. A new row replaces an old one if they agree in all of these.
 IDENTITY = (
     "protocol", "encoder", "level", "pool", "dim", "labels", "step", "seed", "data", "num_layers",
     "data_fingerprint",
@@ -19,9 +18,9 @@ IDENTITY = (
 
 
 def read_probe_json(path: pathlib.Path) -> list[Row]:
-    """The rows of a probe.json; none where there is no such file, or it is none.
+    """Returns the rows of a probe.json; none if there is no valid file.
 
-    If a data set has changed, rows about its images as they were before are left out.
+    If a data set has changed, rows about its former images are left out.
     """
     try:
         rows = _read_rows(path)
@@ -31,11 +30,8 @@ def read_probe_json(path: pathlib.Path) -> list[Row]:
 
 
 def may_be_of(row: Row, data: str, images: str) -> bool:
-    """Whether a row does not contradict that its data set `data` has the fingerprint `images`.
-
-    Rows of older versions name no fingerprint.
-    """
-    return row["data"] != data or row.get("data_fingerprint") in (None, images)
+    """Returns whether a row is about another data set, or about `data` with these images."""
+    return row["data"] != data or row.get("data_fingerprint") == images
 
 
 def _is_current(row: Row, newest: dict[str, str]) -> bool:
@@ -44,12 +40,12 @@ def _is_current(row: Row, newest: dict[str, str]) -> bool:
 
 
 def _newest_images(rows: Iterable[Row]) -> dict[str, str]:
-    """For each data set the fingerprint that its last row names."""
+    """Returns the fingerprint in the last row of each data set."""
     return {row["data"]: row["data_fingerprint"] for row in rows if row.get("data_fingerprint")}
 
 
 def _read_rows(path: pathlib.Path) -> list[Row]:
-    """Raises OSError when the file cannot be read, ValueError when it is no probe.json."""
+    """Raises OSError if the file cannot be read, ValueError if it is no probe.json."""
     text = path.read_text(encoding="utf-8")
     try:
         rows = json.loads(text)["results"]
@@ -61,7 +57,7 @@ def _read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def _is_complete(row: Row) -> bool:
-    """Whether a row has what tables and verdicts are made of."""
+    """Returns whether a row has everything that tables and verdicts need."""
     needed = {"protocol", "encoder", "step", "pool", "level", "dim", "data"}
     if not needed <= row.keys():
         return False
@@ -74,11 +70,11 @@ def _is_complete(row: Row) -> bool:
 
 
 def rows_to_add_to(path: pathlib.Path) -> list[Row]:
-    """The rows of a probe.json that may be written; none where there is no such file.
+    """Returns the rows of a probe.json that is about to be written; none if there is no file.
 
     Raises:
-      InputError: when what is there is no probe.json ("probe.json", or what the file is called).
-      OSError: when it cannot be read.
+      InputError: if the file holds no results (the field is the name of the file).
+      OSError: if it cannot be read.
     """
     try:
         return _read_rows(path)
@@ -90,22 +86,18 @@ def rows_to_add_to(path: pathlib.Path) -> list[Row]:
 
 
 def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """Adds rows to {"results": rows}, in place of older rows of the same identity; whole or not.
+    """Adds rows to {"results": rows}; they replace older rows of the same identity.
 
-    Rows about a data set as it was before it changed stay, and come first. Processes that add to
-    one file wait for each other.
+    Rows about former images of a data set stay, and come first. Readers see the old or the new
+    file, never a part. Processes that add to one file wait for each other.
 
     Raises:
       InputError: see `rows_to_add_to`.
-      OSError: when it cannot be read or written.
+      OSError: if it cannot be read or written.
     """
     with one_at_a_time(path.parent):
         every = (*rows_to_add_to(path), *rows)
-        merged: dict[tuple[str, ...], Row] = {}
-        for row in every:
-            if row.get("data_fingerprint"):  # it replaces a row of an older version
-                merged.pop(_identity({**row, "data_fingerprint": None}), None)
-            merged[_identity(row)] = row
+        merged = {tuple(str(row.get(name)) for name in IDENTITY): row for row in every}
         newest = _newest_images(every)
         ordered = sorted(merged.values(), key=lambda row: _is_current(row, newest))
         text = json.dumps({"results": ordered}, indent=1, allow_nan=False)
@@ -113,14 +105,24 @@ def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
             file.write(f"{text}\n".encode())
 
 
-def _identity(row: Row) -> tuple[str, ...]:
-    return tuple(str(row.get(name)) for name in IDENTITY)
-
-
 def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:
-    """Those on one data set, such as the run's own, with the seed of the first of them.
+    """Returns the rows on one data set that have the seed of the first of them.
 
-    Seeds hold out other images: scores that they choose do not compare.
+    Each seed holds out other images, so scores of different seeds are not comparable.
     """
     found = [row for row in rows if row.get("data") == data]
     return [row for row in found if row.get("seed") == found[0].get("seed")]
+
+
+def steps_if_outdated(rows: Iterable[Row], protocol: str, last_step: int) -> str:
+    """Returns "step N of M" if the run has trained on since its scores of a protocol; else "".
+
+    Args:
+      rows: results on one data set.
+      protocol: name of the probe.
+      last_step: M, the newest step of the run.
+    """
+    wanted = ("target", protocol)
+    scored = [row["step"] for row in rows if (row["encoder"], row["protocol"]) == wanted]
+    newest = max(scored, default=last_step)
+    return f"step {newest} of {last_step}" if newest < last_step else ""

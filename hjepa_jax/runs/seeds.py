@@ -1,4 +1,4 @@
-"""Runs that repeat each other under other seeds, of which alone a mean says something."""
+"""Checks that runs differ in their seed alone, so that their mean is meaningful."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,23 +10,23 @@ from hjepa_jax.config.fields import get_field
 def differences(
     configs: Sequence[Config], steps: Sequence[int] | None, images: Sequence[str | None] = ()
 ) -> str:
-    """Why runs are not repetitions of one run under other seeds; empty if they are.
+    """Returns why runs are not repetitions with other seeds; "" if they are.
 
     Args:
-      configs: of the runs.
-      steps: of their checkpoints; None if these may differ.
-      images: fingerprints of their training images; None for a run that does not say.
+      configs: configs of the runs.
+      steps: steps of their checkpoints; None if these may differ.
+      images: fingerprints of their training images; None if unknown.
     """
     dicts = [config.to_dict() for config in configs]
     fields = {field for other in dicts[1:] for field in differing_fields(dicts[0], other)}
     fields.discard("seed")
-    if len({config.eval.num_val for config in configs}) > 1:  # it decides what probes choose
+    if len({config.eval.num_val for config in configs}) > 1:  # probes choose hyper-parameters by it
         fields.add("eval.num_val")
     shown = {field: [get_field(config, field) for config in configs] for field in sorted(fields)}
     if steps is not None and len(set(steps)) > 1:
         shown["step"] = [*steps]
     known = {data for data in images if data}
-    if len(known) > 1 and configs[0].data.source != "shapes":  # its images go with the seed
+    if len(known) > 1 and configs[0].data.source != "shapes":  # its images depend on the seed
         shown["training images"] = [*images]
     if shown:
         told = "; ".join(f"{field} ({_listed(values)})" for field, values in shown.items())

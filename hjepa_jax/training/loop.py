@@ -28,7 +28,8 @@ from hjepa_jax.evaluation.labelled import hold_out, spread_rows
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow, reset_averages
 from hjepa_jax.reporting.showcase import Showcase
-from hjepa_jax.runs.checkpoint import BEST_METRIC, Checkpoints
+from hjepa_jax.runs.best import BEST_METRIC
+from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.history import read_lines
 from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.progress import Progress, StepTimer, peak_memory_bytes

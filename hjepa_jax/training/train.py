@@ -21,7 +21,9 @@ from hjepa_jax.evaluation.protocols import Protocol, check_classes
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow
-from hjepa_jax.runs.checkpoint import Checkpoints, read_saved
+from hjepa_jax.runs.checkpoint import Checkpoints
+from hjepa_jax.runs.checkpoint_meta import read_saved
+from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
 from hjepa_jax.runs.record import RunRecord, make_record
 from hjepa_jax.runs.run import Run, build_run, open_config_source
@@ -29,8 +31,6 @@ from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
     checkpoint_sizes,
-    claimed,
-    is_claimed,
     prepare_workdir,
     with_recorded_start,
     writing,
@@ -64,11 +64,11 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     config = expand_paths(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     with writing(workdir):
-        config = with_recorded_start(config, workdir, read_saved(workdir, config))
+        config = with_recorded_start(config, workdir, read_saved(workdir))
 
     def check(data: RunRecord | None = None) -> None:
         with writing(workdir):
-            saved = read_saved(workdir, config)
+            saved = read_saved(workdir)
         check_workdir(config, workdir, saved=saved, data=data)
 
     cluster.by_first(check)  # before minutes of downloading
@@ -102,7 +102,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             """Writes down how the run goes on, when nothing can refuse it any more."""
 
             def write() -> None:
-                prepare_workdir(config, workdir, record, saved=read_saved(workdir, config))
+                prepare_workdir(config, workdir, record, saved=read_saved(workdir))
                 claims[0]()
 
             cluster.by_first(write)

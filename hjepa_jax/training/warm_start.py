@@ -1,14 +1,14 @@
-"""A run that begins with the parameters of another one, maybe at another resolution."""
+"""Starts a run with the parameters of another one, maybe at another resolution."""
 
 import contextlib
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import optax
+from flax import traverse_util
 from jaxtyping import Array
 
 from hjepa_jax.config import build
@@ -16,36 +16,39 @@ from hjepa_jax.config.defaults import Config, encoder_size
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.models.positions import interpolate_positions
-from hjepa_jax.runs.load import load_state, read_meta
+from hjepa_jax.runs.checkpoint_meta import read_newest_meta
+from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.run import Run
 from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime.paths import local_path
 from hjepa_jax.runtime.placement import Placement
 
 FIELD = "train.init_from"
-# Fields of `model` that may differ: how the networks are computed or trained, not what they are.
+# Fields of `model` that may differ: they change how the networks are computed or trained.
 FREE = {
     "dtype", "drop_path", "global_target", "level_depths", "projection", "remat", "target",
     "target_layers",
 }  # fmt: skip
-# A head that training needs and features do not. One run may have it and the other not.
+# The projection head. Features do not need it, so only one of the runs may have it.
 HEAD = "projection"
 
 
 def check_source(config: Config) -> None:
-    """Checks the run that `train.init_from` names, if it names one, before anything is written.
+    """Checks the run that `train.init_from` names, if any, before anything is written.
 
-    The networks must be the same, parameter by parameter. Only tables of positions may be of
-    another grid, and the projection head may differ: it then begins anew.
+    All parameters must have the same shapes, with two exceptions. Position tables may belong to
+    another grid. The projection head may differ; it is then initialised again.
 
     Raises:
-      InputError: when there is no such run or checkpoint, or its networks differ.
+      InputError: if there is no such run or checkpoint, or its networks differ.
     """
     workdir = config.train.init_from
     if not workdir:
         return
-    with _told_as_field(workdir):
-        theirs = load_config(_path(workdir))
-        read_meta(_path(workdir))
+    folder = local_path(FIELD, workdir)
+    with _errors_of_the_field(workdir):
+        theirs = load_config(folder)
+        read_newest_meta(folder)
         there, here = _parameters(theirs), _parameters(config)
     ours = _networks(config)
     for name, value in _networks(theirs).items():
@@ -62,28 +65,18 @@ def check_source(config: Config) -> None:
             raise InputError(FIELD, workdir, f"has other networks: {path} is {what}")
 
 
-def _path(workdir: str) -> pathlib.Path:
-    try:
-        return pathlib.Path(workdir).expanduser()
-    except RuntimeError as error:  # ~name of nobody
-        raise InputError(FIELD, workdir, str(error)) from error
-
-
 def _parameters(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the online parameters by path, such as "predictor/mask_token"."""
+    """Returns the shapes of the online parameters by path, such as "predictor/mask_token"."""
     create = build.build_create_state(config, build.build_model(config), optax.identity())
     return _shapes(jax.eval_shape(create).params)
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        "/".join(entry.key for entry in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    return {path: x.shape for path, x in traverse_util.flatten_dict(params or {}, sep="/").items()}
 
 
 def _is_grid(path: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> bool:
-    """Whether the shapes are those of tables of positions, [N, D], of two square grids."""
+    """Returns whether the shapes are position tables, [N, D], of two square grids."""
     if not there or not here or len(there) != 2 or len(here) != 2 or there[1] != here[1]:
         return False
     if not path.endswith("/embedding"):
@@ -92,8 +85,8 @@ def _is_grid(path: str, there: tuple[int, ...] | None, here: tuple[int, ...] | N
 
 
 @contextlib.contextmanager
-def _told_as_field(workdir: str) -> Iterator[None]:
-    """What is wrong with the other run is wrong with `train.init_from`, not with the flags."""
+def _errors_of_the_field(workdir: str) -> Iterator[None]:
+    """Reports errors of the other run as errors of `train.init_from`, not of the flags."""
     try:
         yield
     except InputError as error:
@@ -102,18 +95,18 @@ def _told_as_field(workdir: str) -> Iterator[None]:
 
 
 def _networks(config: Config) -> dict[str, Any]:
-    """The fields that make the networks what they are."""
+    """Returns the fields that define the networks."""
     sizes = dict(zip(("width", "depth", "num_heads"), encoder_size(config), strict=True))
     fields = {**config.model.to_dict(), **sizes}
     return {name: value for name, value in fields.items() if name not in FREE | {"name"}}
 
 
 def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
-    """The state at step 0 with parameters and EMA of the newest checkpoint of another run.
+    """Returns `state` with the parameters and the EMA of the newest checkpoint of another run.
 
-    The networks are the same (`check_source`); the grid of patches may differ. Learned positions
-    are then interpolated, fixed ones are those of the new grid, and rotary ones need nothing.
-    Optimizer, schedules, masks and data begin anew.
+    The networks are the same (see `check_source`), but the patch grid may differ. In that case
+    learned positions are interpolated; fixed and rotary positions are those of the new grid.
+    Optimizer, schedules, masks and data order start from step 0.
 
     Args:
       workdir: directory of the other run.
@@ -121,10 +114,10 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
       state: its state at step 0.
 
     Raises:
-      InputError: when that checkpoint is damaged.
+      InputError: if that checkpoint is damaged.
     """
-    with _told_as_field(workdir):
-        _, found, _ = load_state(_path(workdir))
+    with _errors_of_the_field(workdir):
+        _, found, _ = load_state(local_path(FIELD, workdir))
     place, ours = run.placement, state.params
     theirs = _with_our_head(workdir, found.params, ours, place)
     params = jax.tree.map(_fit, theirs, ours)
@@ -137,7 +130,7 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
 
 
 def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> Any:
-    """The parameters of the other run, with the projection head of this one where it differs."""
+    """Returns the parameters of the other run; if its head differs, with the head of this one."""
     here = _shapes(ours.get(HEAD))
     if _shapes(theirs.get(HEAD)) == here:
         return theirs
@@ -148,5 +141,5 @@ def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> An
 
 
 def _fit(there: Array, here: Array) -> Array:
-    """An array of the other run, in the shape that it has here."""
+    """Returns an array of the other run in the shape of this one."""
     return there if there.shape == here.shape else interpolate_positions(there, len(here))

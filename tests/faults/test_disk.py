@@ -12,7 +12,7 @@ import pytest
 
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.runs import checkpoint, run
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.runs.progress import Progress
 from hjepa_jax.training import train
 

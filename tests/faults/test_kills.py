@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hjepa_jax.runs import checkpoint, run
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.training import train
 from tests import processes
 

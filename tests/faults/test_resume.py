@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import Interrupted
-from hjepa_jax.runs.logger import read_metrics
+from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.training import train
 from tests import processes
 from tests.faults.test_kills import newest_checkpoint, state_and_lines
