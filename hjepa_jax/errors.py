@@ -1,4 +1,4 @@
-"""Exceptions by which a command ends in one line; all others mean that the program is wrong."""
+"""Exceptions that end a command with one line. Any other exception is a bug."""
 
 import signal
 
@@ -6,10 +6,10 @@ import signal
 class InputError(Exception):
     """Input that the user can correct.
 
-    The command-line entries print it as one line on stderr and exit with status 2.
+    The commands print it as one line on stderr and exit with status 2.
 
     Args:
-      field: what is wrong, by the name under which the user gave it ("mask.scale", "--workdir").
+      field: the name that the user knows the input by ("mask.scale", "--workdir").
       value: the value that was given.
       rule: the rule that the value breaks, in words.
 
@@ -23,12 +23,14 @@ class InputError(Exception):
         self.field, self.value, self.rule = field, value, rule
         super().__init__(f"{field}={_show(value)}: {rule}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:  # from a worker process
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[str, object, str]]:  # it may come from a worker process
         return InputError, (self.field, self.value, self.rule)
 
 
 class Interrupted(Exception):
-    """A run was asked to stop by `signum`; its state at `step` is saved.
+    """A signal stopped the run; its state at `step` is saved.
 
     Attributes:
       status: exit status of the command.
@@ -42,11 +44,11 @@ class Interrupted(Exception):
 def _show(value: object) -> str:
     try:
         return repr(value)
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return f"<{type(value).__name__}>"
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of a message that says something, or the name of the error."""
+    """Returns the first non-empty line of the message, or the name of the error."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)

@@ -1,4 +1,4 @@
-"""A run, built from a config: its model, step, data and where they live."""
+"""Builds a run from a config: model, training step, data, and their placement on devices."""
 
 import dataclasses
 import math
@@ -25,17 +25,18 @@ from hjepa_jax.runtime.placement import Placement, check_resident, make_placemen
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run, built; nothing is computed yet.
+    """The parts of a run; nothing is computed yet.
 
     Attributes:
+      config: the config they were built from.
       model: the online networks.
       schedules: length, learning rate, weight decay, EMA momentum.
-      create: makes state and metrics window at step 0, laid out on the devices.
-      lower: (steps_per_call, donate) to the lowered program
-        `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
-        other backends than this process has, by their names in `platforms`.
-      placement: where the arguments of that program live.
-      batch_shape: (batch_size,), or with gradient accumulation (parts, images of a part).
+      create: returns state and metrics window at step 0, placed on the devices.
+      lower: `lower(steps_per_call, donate)` returns the lowered program
+        `(state, window, images, index, count) -> (state, window)`, see `make_run_steps`.
+        `platforms` names other backends to lower for.
+      placement: layout of the arguments of that program.
+      batch_shape: (batch_size,), or with gradient accumulation (parts, images per part).
     """
 
     config: Config
@@ -51,30 +52,19 @@ def build_run(config: Config, source: Source) -> Run:
     """Builds model, optimizer and step for the images of `source`.
 
     Raises:
-      InputError: for a config that cannot work.
+      InputError: if the config cannot work with these images or devices.
     """
-    batch_size, info = config.train.batch_size, source.info
-    devices, fsdp = jax.devices(), config.parallel.fsdp
-    if len(devices) % fsdp:
-        rule = f"must divide the number of devices, {len(devices)}"
-        raise InputError("parallel.fsdp", fsdp, rule)
-    placement = make_placement(devices, fsdp=fsdp)
-    streamed = source.records is not None
+    info, streamed = source.info, source.records is not None
+    batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
     check_size(config.data.source, (info.num_train, *info.image_shape))
     if not streamed:
         check_resident(config.data.source, info.num_train * math.prod(info.image_shape))
+    placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
-    num_parts = config.optim.accumulation_steps
-    if batch_size % (len(devices) * num_parts):
-        rule = f"must be a multiple of the number of devices, {len(devices)}"
-        if num_parts > 1:
-            rule += f", times optim.accumulation_steps, {num_parts}"
-        raise InputError("train.batch_size", batch_size, rule)
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
     train_step = build.build_train_step(config, model, tx, schedules)
     create_state = build.build_create_state(config, model, tx)
-
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
@@ -83,21 +73,20 @@ def build_run(config: Config, source: Source) -> Run:
     state = jax.eval_shape(create_state)
     layout = placement.state(state)
     _, outputs = jax.eval_shape(train_step, state, images_like(*batch_shape))
-    averages = make_averages(sorted(outputs.scalars))
+    averages, width = make_averages(sorted(outputs.scalars)), outputs.features.shape[-1]
 
-    def sharded_step(state: TrainState, images: Any) -> Any:
-        # Forward and backward pass read whole parameters; update and EMA, each device its part.
-        params, target_params = placement.gathered((state.params, state.target_params))
-        state = dataclasses.replace(state, params=params, target_params=target_params)
-        return train_step(state, images)
+    def create_window() -> LogWindow:
+        return empty_window(averages, batch_size=batch_size, width=width)
 
     def create() -> tuple[TrainState, LogWindow]:
         window = create_window()
         return initialise(create_state, layout), placement.put(window, placement.whole)
 
-    def create_window() -> LogWindow:
-        width = outputs.features.shape[-1]
-        return empty_window(averages, batch_size=batch_size, width=width)
+    def sharded_step(state: TrainState, images: Any) -> Any:
+        # Forward and backward pass need full parameters. In the update each device has its part.
+        params, target_params = placement.gathered((state.params, state.target_params))
+        state = dataclasses.replace(state, params=params, target_params=target_params)
+        return train_step(state, images)
 
     def lower(
         *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
@@ -107,26 +96,35 @@ def build_run(config: Config, source: Source) -> Run:
             "in_shardings": (layout, whole, batches if streamed else whole, batches, whole),
             "out_shardings": (layout, whole),
         }  # fmt: skip
-        run_steps = jax.jit(
-            make_run_steps(sharded_step), donate_argnums=(0, 1) if donate else (), **placed
-        )
+        donated = (0, 1) if donate else ()
+        run_steps = jax.jit(make_run_steps(sharded_step), donate_argnums=donated, **placed)
         shape = (steps_per_call, *batch_shape)
         images = images_like(*shape) if streamed else images_like(info.num_train)
-        index = jax.ShapeDtypeStruct(shape, jnp.int32)
+        index = None if streamed else jax.ShapeDtypeStruct(shape, jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
-        window = jax.eval_shape(create_window)
-        traced = run_steps.trace(state, window, images, None if streamed else index, count)
+        traced = run_steps.trace(state, jax.eval_shape(create_window), images, index, count)
         return traced.lower(lowering_platforms=platforms)
 
-    return Run(
-        config=config,
-        model=model,
-        schedules=schedules,
-        create=create,
-        lower=lower,
-        placement=placement,
-        batch_shape=batch_shape,
-    )
+    return Run(config, model, schedules, create, lower, placement, batch_shape)
+
+
+def _make_placement(config: Config) -> Placement:
+    """Returns the placement on all devices, which must divide the batch.
+
+    Raises:
+      InputError: if they do not ("parallel.fsdp", "train.batch_size").
+    """
+    devices, fsdp = jax.devices(), config.parallel.fsdp
+    batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
+    if len(devices) % fsdp:
+        rule = f"must divide the number of devices, {len(devices)}"
+        raise InputError("parallel.fsdp", fsdp, rule)
+    if batch_size % (len(devices) * num_parts):
+        rule = f"must be a multiple of the number of devices, {len(devices)}"
+        if num_parts > 1:
+            rule += f", times optim.accumulation_steps, {num_parts}"
+        raise InputError("train.batch_size", batch_size, rule)
+    return make_placement(devices, fsdp=fsdp)
 
 
 def open_config_source(
@@ -137,9 +135,9 @@ def open_config_source(
     may_download: bool = True,
     quiet: bool = False,
 ) -> Source:
-    """The data source that the config names; `source` and `data_dir` take precedence."""
+    """Opens the data source of the config; `source` and `data_dir` take precedence."""
     streaming = build.build_streaming(config)
-    if source and source != config.data.source:  # which has not this split and these classes
+    if source and source != config.data.source:  # it has other splits and classes
         streaming = Streaming("auto", max_labelled=config.data.max_labelled)
     return open_source(
         source or config.data.source,
@@ -153,17 +151,17 @@ def open_config_source(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """What `--dry_run` prints: sizes and length of the run, without running it."""
+    """Returns what `--dry_run` prints: sizes and length of the run."""
     validate(config)
     config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     whole = config.copy_and_resolve_references()
-    whole.optim.accumulation_steps = 1  # XLA counts a loop over parts of the batch as one of them
+    whole.optim.accumulation_steps = 1  # XLA's cost analysis counts a loop body once
     run = build_run(whole, open_config_source(config, may_download=False))
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
-    with jax.default_device(_cpu()):  # the analysis of CUDA's compiler misses the products
+    with jax.default_device(_cpu()):  # CUDA's cost analysis misses the matrix products
         cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
     return {
         "params_total": trainable + target,
@@ -179,7 +177,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def _cpu() -> Any:
-    """The CPU; None where JAX was told to do without (JAX_PLATFORMS=cuda)."""
+    """Returns the CPU device; None if JAX has no CPU backend (JAX_PLATFORMS=cuda)."""
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:
@@ -187,5 +185,5 @@ def _cpu() -> Any:
 
 
 def num_params(tree: Any) -> int:
-    """Number of parameters in a tree of arrays."""
+    """Returns the number of parameters in a tree of arrays."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

@@ -1,1 +1,1 @@
-"""Machine and processes: backend, devices, memory, files, versions."""
+"""The machine and the processes: backend, devices, memory, files, versions."""

@@ -1,4 +1,4 @@
-"""Which backend runs, and what it cannot do."""
+"""Selects the backend, and knows the limits of each."""
 
 import dataclasses
 import importlib.metadata
@@ -13,21 +13,20 @@ import jax
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.user_cache import keep_compiled_programs
 
-# Config value -> name that JAX knows the backend by.
+# Config value -> JAX's name of the backend.
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
 PLATFORMS = ("auto", *BACKENDS)
 
-# Environment variables by which a user of JAX chooses a backend.
+# Environment variables with which a user of JAX chooses a backend.
 CHOICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 
-# Apple's GPUs have two plugins, each for versions of jax that the other cannot run with:
-# backend -> its package, the first jax that it runs with, and the first that it does not.
+# The two plugins for Apple's GPUs need different versions of jax:
+# backend -> package, first version of jax that works, first newer one that does not.
 PLUGINS = {"metal": ("jax-metal", (0, 4, 34), (0, 5, 1)), "mps": ("jax-mps", (0, 10), (0, 12))}
 
-
-# Settings that JAX takes from the environment (JAX_ENABLE_X64=1), and the values that a run needs.
-# Other values would change its random numbers, so that a resumed run would differ; or they would
-# stop it: its metrics hold NaN on purpose, and steps that are not finite are counted, not raised.
+# Settings that JAX reads from the environment (JAX_ENABLE_X64=1), and the values that a run needs.
+# Other values change the random numbers, so that a resumed run differs, or stop the run: metrics
+# contain NaN on purpose, and steps that are not finite are counted, not raised.
 SETTINGS = {
     "jax_debug_infs": False,
     "jax_debug_nans": False,
@@ -45,17 +44,17 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a backend can do; `str()` names what it cannot.
+    """Abilities of a backend; `str()` names its limits.
 
     Attributes:
-      donates: it can reuse the memory of a program's arguments for its results.
-      loops: a loop within a program is safe and fast; else one training step per call.
-      initialises: it can make parameters (orthogonal matrices, long random draws); else the CPU
+      donates: it reuses the memory of a program's arguments for its results.
+      loops: loops inside a program are safe and fast; if not, each call is one training step.
+      initialises: it can make parameters (orthogonal matrices, long random draws); if not, the CPU
         makes them.
-      bfloat16: it computes in bfloat16; else `model.dtype` must be float32.
-      wide_results: products of bfloat16 numbers are fastest where their results are float32.
-      keeps_programs: what it compiled can be kept for the next process.
-      sorts: it sorts correctly, whatever the length.
+      bfloat16: it computes in bfloat16; if not, `model.dtype` must be float32.
+      wide_results: products of bfloat16 numbers are fastest with float32 results.
+      keeps_programs: compiled programs can be stored for the next process.
+      sorts: it sorts correctly at any length.
     """
 
     donates: bool = True
@@ -92,16 +91,16 @@ _RULES = {
 
 
 def current_rules() -> Rules:
-    """The rules of JAX's default backend."""
+    """Returns the rules of JAX's default backend."""
     return _RULES.get(jax.default_backend().lower(), Rules())
 
 
 def initialise(create: Callable[[], Any], shardings: Any = None) -> Any:
-    """Calls `create`, compiled, where parameters may be made.
+    """Returns the compiled result of `create`, made on a device that can make parameters.
 
     Args:
-      create: makes a tree of arrays.
-      shardings: how they are laid out on the devices, a like tree; None: on the default device.
+      create: returns a tree of arrays.
+      shardings: a tree of their shardings; None = the default device.
     """
     if current_rules().initialises:
         return jax.jit(create, out_shardings=shardings)()
@@ -114,38 +113,38 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
     """Makes `platform` ("auto", "cpu", "cuda", "metal" or "mps") JAX's default backend.
 
     Args:
-      platform: which backend; "auto" leaves the choice to JAX.
-      cpu_devices: devices that the CPU poses as. A small model keeps several cores busier when each
-        works on a part of the batch than when all work on one operation.
+      platform: the backend; "auto" leaves the choice to JAX.
+      cpu_devices: number of virtual CPU devices. With a small model, several cores are busier if
+        each computes a part of the batch than if all share one operation.
 
     Returns:
-      The name of the backend in use, lower case.
+      The name of the selected backend, lower case.
 
     Raises:
-      InputError: when there is no such backend, or it is not installed, does not go with the
-        installed jax, does not start, or has no device.
+      InputError: if the backend is unknown, not installed, does not work with the installed jax,
+        does not start, or has no device.
     """
     if platform not in PLATFORMS:
         raise InputError("platform", platform, f"must be one of {', '.join(PLATFORMS)}")
     _check_plugins(platform)
     fix_settings()
     if platform != "auto":
-        # Both Apple plugins keep the CPU backend beside them only when it is asked for.
+        # With an Apple plugin, JAX keeps the CPU backend only if it is named too.
         jax.config.update("jax_platforms", ",".join(dict.fromkeys((BACKENDS[platform], "cpu"))))
     try:
         if cpu_devices > 1:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         backend = jax.default_backend()
         if not current_rules().initialises:
-            jax.devices("cpu")  # JAX_PLATFORMS=METAL, without ",cpu", would leave us none
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that CUDA has found a device
+            jax.devices("cpu")  # raises with JAX_PLATFORMS=METAL, without ",cpu"
+    except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA found no device
         reason = next(iter(str(error).splitlines()), "JAX finds no such device here")
         chosen = {name: os.environ[name] for name in CHOICES if os.environ.get(name)}
         name, value = next(iter(chosen.items()), ("platform", platform))
-        if platform != "auto":  # which goes before the environment
+        if platform != "auto":  # it overrides the environment
             name, value = "platform", platform
         raise InputError(name, value, f"this backend does not start: {reason}") from error
-    if platform not in ("auto", "cpu") and backend == "cpu":  # which JAX does not say
+    if platform not in ("auto", "cpu") and backend == "cpu":  # JAX falls back silently
         rule = "JAX finds no such device here, or lacks its plugin; cpu and auto would do"
         raise InputError("platform", platform, rule)
     if current_rules().keeps_programs:
@@ -154,10 +153,10 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
 
 
 def fix_settings() -> None:
-    """Gives `SETTINGS` their values; says on stderr which of them the user had set otherwise."""
+    """Sets `SETTINGS`; names on stderr those that the user had set to other values."""
     for name, value in SETTINGS.items():
-        was = getattr(jax.config, name, None)  # None: not set, or not in this version of JAX
-        was = getattr(was, "value", was)  # of an enumeration
+        was = getattr(jax.config, name, None)  # None: not set, or unknown to this version of JAX
+        was = getattr(was, "value", was)  # an enumeration
         if was not in (None, value):
             jax.config.update(name, value)
             note = f"note: {name.upper()}={was} is ignored; every run uses {value}"
@@ -165,9 +164,9 @@ def fix_settings() -> None:
 
 
 def _check_plugins(platform: str) -> None:
-    """Refuses an Apple plugin that is absent, has a rival, or cannot run with this jax.
+    """Refuses an Apple plugin that is missing, conflicts with the other, or needs another jax.
 
-    Each would otherwise end in a message from deep within JAX, or in a silent run on the CPU.
+    Without this check JAX prints an obscure message, or runs silently on the CPU.
     """
     installed = [name for name, (package, _, _) in PLUGINS.items() if version(package)]
     if platform in PLUGINS:
@@ -192,7 +191,7 @@ def _check_plugins(platform: str) -> None:
 
 
 def version(package: str) -> str:
-    """The installed version of a package; "" where it is not installed."""
+    """Returns the installed version of a package; "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, then put into it."""
+"""Writes files atomically: into a temporary file, which then replaces the old one."""
 
 import contextlib
 import os
@@ -14,16 +14,16 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """An open file that takes the place of `path` at the end of the block.
+    """Yields an open file that replaces `path` at the end of the block.
 
-    It is on disk then, so that what is written later does not outlive it should the power fail.
-    An error within the block leaves `path` as it was.
+    The file is then synced to disk, so that a power failure cannot lose it and keep later files.
+    An error inside the block leaves `path` unchanged.
 
     Args:
-      path: of the file; its folder exists.
+      path: the file to replace; its folder must exist.
 
     Raises:
-      OSError: when it cannot be written.
+      OSError: if it cannot be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -42,10 +42,10 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Waits until no other process is in such a block for `folder`.
 
-    Where the system has no such locks (Windows, some network file systems) it does not.
+    Systems without file locks (Windows, some network file systems) do not wait.
 
     Raises:
-      OSError: when there is no such folder.
+      OSError: if the folder does not exist.
     """
     if fcntl is None:
         yield

@@ -1,4 +1,4 @@
-"""How the process holds the memory of the CPU's arrays: from step to step, and in large pages."""
+"""Keeps the memory of CPU arrays between steps, in huge pages."""
 
 import ctypes
 import functools
@@ -13,13 +13,12 @@ _keeping = threading.Event()  # set while this process keeps freed memory
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, and Linux to back it with huge pages; elsewhere nothing.
+    """Makes glibc keep freed memory and Linux use huge pages for it; does nothing elsewhere.
 
-    XLA on CPU allocates the temporaries of a step anew at each call. Returned to the system and
-    handed out again they cost a page fault per 4 KiB: a million in a step of `cifar10_tiny`.
-
-    To be called before NumPy or JAX is imported. Threads that are there by then have an arena of
-    their own, which large blocks do not fit into, and other threads come to share it.
+    XLA on CPU allocates the temporaries of each step anew. If glibc returns them to the system,
+    every step pays one page fault per 4 KiB: a million in a step of `cifar10_tiny`. Call this
+    before NumPy or JAX is imported: threads that exist earlier have arenas of their own, which are
+    too small for large blocks.
     """
     libc = _glibc()
     if libc is None:
@@ -31,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def stop_keeping_memory() -> None:
-    """Undoes `keep_freed_memory`: for a backend whose arrays are not in the machine's memory."""
+    """Undoes `keep_freed_memory`, for a backend with its own memory."""
     libc = _glibc()
     if libc is None or not _keeping.is_set():
         return
@@ -46,12 +45,15 @@ def stop_keeping_memory() -> None:
 
 
 def return_unused_memory(*, above: float = 0.0) -> None:
-    """Gives back free memory if it is kept, and the process holds over a share `above` of all.
+    """Returns kept memory to the system if the process holds more than a share of the machine.
 
-    What was allocated beside the temporaries of a step can keep the next ones from their place:
-    without this a process would come to hold them two or three times over.
+    Other allocations fragment the kept memory, so that the temporaries of the next step no longer
+    fit. Without this function a process would hold them two or three times.
+
+    Args:
+      above: share of the machine's memory, in [0, 1].
     """
-    if not _keeping.is_set():  # also where there is no /proc to read
+    if not _keeping.is_set():  # always so on systems without /proc
         return
     libc = _glibc()
     if libc is not None and resident_bytes() > above * machine_bytes():
@@ -59,14 +61,14 @@ def return_unused_memory(*, above: float = 0.0) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory that the process holds, on Linux."""
+    """Returns the memory that the process holds, on Linux."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * mmap.PAGESIZE
 
 
 @functools.cache
 def machine_bytes() -> int:
-    """Memory of the machine, or of the container where that has less."""
+    """Returns the memory of the machine, or of its container if that is smaller."""
     physical = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     try:
         return min(physical, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -75,7 +77,7 @@ def machine_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Returns the memory that the process can still have; outside Linux, all of the machine."""
+    """Returns the memory that is still available; outside Linux, all of the machine."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
@@ -87,7 +89,7 @@ def available_bytes() -> int:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or "max"
         return available
-    # The cache of files counts as used, and is given up where memory is needed.
+    # The file cache counts as used, but the system frees it on demand.
     return min(available, limit - used + int(stat.get("file", 0)))
 
 
@@ -107,10 +109,10 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
-    """Marks the next `num_bytes` of the heap; they are addresses only until somebody writes."""
+    """Asks for huge pages in the next `num_bytes` of the heap. They use no memory until written."""
     block = libc.malloc(num_bytes)
-    if block is None:  # a limit on addresses (ulimit -v): small pages then
+    if block is None:  # a limit on addresses (ulimit -v): keep small pages
         return
     start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
     libc.madvise(start, num_bytes - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-    libc.free(block)  # to the heap, as its trimming is off by now
+    libc.free(block)  # it stays in the heap, because trimming is off

@@ -1,4 +1,4 @@
-"""Paths as a user writes them: `~` is the home directory, and web addresses are refused."""
+"""Expands `~` in the paths that a user writes, and refuses web addresses."""
 
 import pathlib
 import re
@@ -6,27 +6,27 @@ from typing import Any
 
 from hjepa_jax.errors import InputError
 
-# Fields of a config that hold a path. TFDS reads data.dir, which may be an address such as gs://.
+# Config fields that hold a path. TFDS reads data.dir, so that it may be an address (gs://).
 PATH_FIELDS = ("data.class_list", "data.dir", "train.init_from")
-# Sources of images that are followed by a path.
+# Prefixes of `data.source` that are followed by a path.
 PATH_SOURCES = ("folder:", "npz:")
 
 
 def local_path(field: str, value: str) -> pathlib.Path:
-    """The path that `value` spells, with `~` expanded.
+    """Returns `value` as a path, with `~` expanded.
 
     Args:
       field: flag or field that holds the value, for the error.
-      value: what the user wrote.
+      value: the text of the user.
 
     Raises:
-      InputError: when it is empty, an address such as gs://bucket, or `~name` of no such user.
+      InputError: if it is empty, an address such as gs://bucket, or `~name` of an unknown user.
     """
     return pathlib.Path(expanded(field, value))
 
 
 def expanded(field: str, value: str) -> str:
-    """`value` with `~` expanded; see `local_path`."""
+    """Returns `value` with `~` expanded; see `local_path`."""
     if not value.strip():
         raise InputError(field, value, "must be a path, not empty")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
@@ -51,7 +51,7 @@ def expand_paths(config: Any) -> Any:
 
 
 def expand_source(field: str, source: str) -> str:
-    """A `data.source` in which `~` is expanded.
+    """Returns a `data.source` with `~` expanded.
 
     Raises:
       InputError: see `local_path`.

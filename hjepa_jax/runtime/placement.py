@@ -1,13 +1,13 @@
-"""Which device holds what: a mesh of all devices, and how arrays are laid out on it.
+"""A mesh of all devices, and the layout of arrays on it.
 
     placement = make_placement(jax.devices(), fsdp=4)
     state = placement.put(state, placement.state(state))     # parameters cut in four
     index = placement.put(index, placement.batches)          # rows of a batch on all devices
     params = placement.local(state.params)                   # whole, for this process alone
 
-The mesh has two axes. A batch is cut along both; a parameter, its EMA and its optimizer state along
-`fsdp` only, so that each group of `fsdp` devices holds them once. XLA partitions the training step
-by itself: means and statistics over a batch (VICReg) remain those of the whole batch.
+The mesh has two axes. A batch is sharded over both. Parameters, their EMA and the optimizer state
+are sharded over `fsdp` only, so that each group of `fsdp` devices holds them once. XLA partitions
+the training step: means and statistics over a batch (VICReg) still cover the whole batch.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.host_memory import machine_bytes
 
 AXES = ("data", "fsdp")
-# Elements. To bring a smaller array together costs more in latency than it saves in memory.
+# Elements. Gathering a smaller array costs more latency than sharding saves memory.
 MIN_SHARDED_SIZE = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Layouts over a mesh; a single device needs none, and they all are None.
+    """Layouts over a mesh. For a single device all layouts are None.
 
     Attributes:
       mesh: devices [num_devices / fsdp, fsdp] of all processes; None for a single device.
@@ -48,25 +48,25 @@ class Placement:
 
     @property
     def rows(self) -> Any:
-        """[B, ...], cut along B over all devices."""
+        """[B, ...], sharded along B over all devices."""
         return self._sharding(AXES)
 
     @property
     def batches(self) -> Any:
-        """[S, B, ...], cut along B over all devices."""
+        """[S, B, ...], sharded along B over all devices."""
         return self._sharding(None, AXES)
 
     @property
     def parts(self) -> Any:
-        """[S, parts, B / parts, ...], so cut that every device has images of every part."""
+        """[S, parts, B / parts, ...], sharded so that every device has images of every part."""
         return self._sharding(None, None, AXES)
 
     def batches_of(self, batch_shape: tuple[int, ...]) -> Any:
-        """The layout of batches of this shape: (B,), or (parts, B / parts) for accumulation."""
+        """Returns the layout of batches of shape (B,), or (parts, B / parts) for accumulation."""
         return self.batches if len(batch_shape) == 1 else self.parts
 
     def state(self, tree: Any) -> Any:
-        """How each array of a state, or of its parameters, is cut along `fsdp`; a like tree."""
+        """Returns a tree with the layout of each array of a state or of its parameters."""
         if self.mesh is None:
             return None
         fsdp = self.mesh.shape["fsdp"]
@@ -78,11 +78,11 @@ class Placement:
         return jax.tree.map(layout, tree)
 
     def put(self, tree: Any, shardings: Any) -> Any:
-        """Lays arrays of the host, the same in each process, out on the devices.
+        """Puts host arrays, the same in each process, on the devices.
 
         Args:
-          tree: arrays.
-          shardings: a tree like it, or one sharding for all.
+          tree: the arrays.
+          shardings: a tree of shardings, or one sharding for all.
         """
         if self.mesh is None or self.whole.is_fully_addressable:
             return jax.device_put(tree, shardings)
@@ -98,10 +98,10 @@ class Placement:
     def put_own_batches(
         self, x: Shaped[np.ndarray, "S b ..."], batch_shape: tuple[int, ...]
     ) -> Shaped[jax.Array, "S ..."]:
-        """Lays out batches of which each process has its own rows.
+        """Puts batches on the devices; each process passes its own rows.
 
         Args:
-          x: of each part of the batch, the rows of this process, one part after the other.
+          x: the rows of this process in each part of the batch, one part after the other.
           batch_shape: see `batches_of`.
         """
         x = x.reshape(len(x), *batch_shape[:-1], -1, *x.shape[2:])
@@ -110,13 +110,13 @@ class Placement:
         return jax.make_array_from_process_local_data(self.batches_of(batch_shape), x)
 
     def gathered(self, tree: Any) -> Any:
-        """Within a program: the arrays of `tree`, of which every device is to have all."""
+        """Inside jit: gathers the arrays of `tree`, so that every device has a full copy."""
         if self.mesh is None or self.mesh.shape["fsdp"] == 1:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.whole)
 
     def local(self, tree: Any) -> Any:
-        """Full copies on this process's first device; all processes must call it."""
+        """Returns full copies on this process's first device; all processes must call this."""
         if self.mesh is not None and not self.whole.is_fully_addressable:
             tree = jax.jit(_same, out_shardings=self.whole)(tree)
             tree = jax.tree.map(lambda x: x.addressable_data(0), tree)
@@ -126,11 +126,11 @@ class Placement:
 def check_resident(source: str, num_bytes: int) -> None:
     """Refuses training images that do not fit on each device, before they are decoded.
 
-    Every device holds all of them: the images of a batch are drawn from the whole set, so devices
-    that held a part each would have to exchange every batch.
+    Every device holds all of them. A batch is drawn from the whole set, so devices with only a part
+    each would have to exchange every batch.
 
     Raises:
-      InputError: when a device has less memory ("data.source").
+      InputError: if a device has less memory ("data.source").
     """
     device = jax.local_devices()[0]
     memory, what = _device_bytes(device), f"each {device.platform} device"
@@ -144,7 +144,7 @@ def check_resident(source: str, num_bytes: int) -> None:
 
 
 def _device_bytes(device: Any) -> int | None:
-    """Memory for arrays on one device of this process; None if the backend does not say."""
+    """Returns the memory for arrays on one device of this process; None if unknown."""
     if device.platform == "cpu":
         if not hasattr(os, "sysconf"):  # Windows
             return None
@@ -154,10 +154,10 @@ def _device_bytes(device: Any) -> int | None:
 
 
 def sharded_axis(shape: tuple[int, ...], fsdp: int) -> int | None:
-    """The dimension along which an array is cut in `fsdp` parts: the largest that it divides.
+    """Returns the axis to shard an array along: the largest one that `fsdp` divides.
 
-    None where there is none, or the array has less than `MIN_SHARDED_SIZE` elements: every device
-    then has all of it.
+    None if there is no such axis, or the array has fewer than `MIN_SHARDED_SIZE` elements: every
+    device then holds a full copy.
     """
     divisible = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
     if fsdp == 1 or not divisible or math.prod(shape) < MIN_SHARDED_SIZE:
@@ -170,12 +170,12 @@ def _same(tree: Any) -> Any:
 
 
 def make_placement(devices: list[Any], *, fsdp: int) -> Placement:
-    """A placement on `devices`, those of one process side by side.
+    """Returns a placement on `devices`, with the devices of one process side by side.
 
     Args:
-      devices: of all processes, in any order.
-      fsdp: over how many of them parameters are cut; it divides their number. Neighbours share
-        them, so that what is brought together in every step stays within a machine where it can.
+      devices: the devices of all processes, in any order.
+      fsdp: number of devices that share the parameters; it divides the number of devices. They are
+        neighbours, so that parameters are gathered within one machine if possible.
     """
     if len(devices) == 1:
         return Placement(None)

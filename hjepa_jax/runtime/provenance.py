@@ -1,4 +1,4 @@
-"""Which code and machine made a result: versions of packages, commit of the source, device."""
+"""Where a result comes from: package versions, commit of the source, device."""
 
 import functools
 import hashlib
@@ -14,13 +14,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a run computes, and on what.
+    """Returns the versions of Python and of the main packages, and the kind of device.
 
-    An accelerator also tells how much memory a run can have ("device memory", bytes); a CPU shares
-    that of the machine with everything else, and does not.
+    For an accelerator, "device memory" is the memory that a run can use, in bytes.
     """
     packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {name: version(name) or "not installed" for name in packages}  # run where it lies
+    found = {name: version(name) or "not installed" for name in packages}  # run from a checkout
     device = jax.local_devices()[0]
     found = {"python": python_platform.python_version(), **found, "device": device.device_kind}
     memory = (device.memory_stats() or {}).get("bytes_limit")
@@ -29,9 +28,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def source_digest(folder: str = "") -> str:
-    """16 hexadecimal digits over the package's source files, or over those in one of its folders.
+    """Returns 16 hexadecimal digits of the package's source files, or of one of its folders.
 
-    Results that are kept carry it if their code decides what they are.
+    Cached results carry them, so that a change of the code invalidates the cache.
     """
     root = PACKAGE / folder
     digest = hashlib.sha256()
@@ -44,7 +43,7 @@ def source_digest(folder: str = "") -> str:
 
 @functools.cache
 def source_commit() -> str | None:
-    """Commit of the package's own repository, marked when files differ; None where it has none."""
+    """Returns the commit of the package's repository ("-dirty" if changed); None without one."""
     repository = PACKAGE.parent
     if not (repository / ".git").exists():
         return None

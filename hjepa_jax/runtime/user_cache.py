@@ -1,7 +1,7 @@
-"""What a second start of the same run need not do again: compile, and decode images.
+"""Caches compiled programs and decoded images for the next start.
 
-Everything lies in `hjepa_jax` in the user's cache folder (`XDG_CACHE_HOME`, or ~/.cache), and may
-be deleted at any time. Where nothing can be written there, nothing is kept.
+The cache is the folder `hjepa_jax` in the user's cache folder (`XDG_CACHE_HOME`, or ~/.cache). It
+may be deleted at any time. If it cannot be written, nothing is cached.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ import numpy as np
 
 from hjepa_jax.runtime.files import replacing
 
-# Larger sets would fill a home directory.
+# Larger data sets would fill a home directory.
 MAX_KEPT_BYTES = 2 * 1024**3
-MADE_FROM = "made_from"  # name of the array that says what the others were made from
+MADE_FROM = "made_from"  # name of the array that identifies the origin of the others
 
 
 def cache_folder() -> Path:
-    """The project's folder in the user's cache; it need not exist."""
+    """Returns the project's folder in the user's cache; it need not exist."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "hjepa_jax"
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles, unless the user has told it where, or not to.
+    """Makes JAX cache compiled programs, unless the user has configured this cache.
 
-    The folder is that of this kind of processor: a program compiled for another may use
+    Each kind of processor has its own folder, because a program compiled for another kind may use
     instructions that this one lacks.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
@@ -46,14 +46,14 @@ def kept_arrays(
     made_from: str = "",
     folder: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """`create()`, or what it returned when it was last called with this key and `made_from`.
+    """Returns `create()`, or its cached result for this key and `made_from`.
 
     Args:
-      key: names the arrays; there is one file for each key.
-      create: makes them.
-      made_from: all that they depend on. If it differs from that of the file, the arrays are made
+      key: name of the arrays; each key has one file.
+      create: makes the arrays.
+      made_from: everything that they depend on. If it differs from the file, the arrays are made
         again and replace the old ones.
-      folder: where they are kept; None for the user's cache.
+      folder: cache folder; None = the user's cache.
     """
     folder = (folder or cache_folder()) / "data"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -80,7 +80,7 @@ def kept_arrays(
 
 
 def _processor() -> str:
-    """A few hexadecimal digits that two kinds of processors do not share."""
+    """Returns hexadecimal digits that differ between kinds of processors."""
     about = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
