@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Modules that the README of version 0.1 imported from here; they move out of reach in 0.3.
+# Old names of modules that the README of version 0.1 used. They go in 0.3.
 _MOVED = {"build": "config.build", "checkpoint": "runs.load", "run_dir": "runs.workdir"}
 
 
 def load(workdir: "str | os.PathLike[str]", step: int | str = "last") -> "Encoder":
-    """The target encoder of a run; see `hjepa_jax.api.load`."""
+    """Returns the target encoder of a run; see `hjepa_jax.api.load`."""
     import pathlib
 
     from hjepa_jax import api  # JAX and Orbax take seconds to import

@@ -1,4 +1,4 @@
-"""Features of images in Python, the same as those of `python -m hjepa_jax.embed`.
+"""Features of images in Python, equal to those of `python -m hjepa_jax.embed`.
 
 import hjepa_jax
 
@@ -30,7 +30,7 @@ class Encoder:
 
     Attributes:
       params: its parameters.
-      image_size: S, the side to which images are brought, pixels.
+      image_size: S, side of its input images, pixels.
       batch_size: images per call of the encoder.
       embed_fn: jitted `embed_fn(params, uint8 [B, S, S, 3])`.
     """
@@ -41,22 +41,22 @@ class Encoder:
     embed_fn: EmbedFn
 
     def embed(self, images: Any) -> Features:
-        """Returns the features of images, a row for each, also of a single image.
+        """Returns the features of images, one row per image, also for a single image.
 
-        Images of any size are brought to the encoder's: the shorter side is resized (bicubic), and
-        the centre cut out.
+        Images of another size than the encoder's are resized (bicubic, shorter side) and cropped at
+        the centre.
 
         Args:
-          images: uint8, or floats in [0, 1]: one image [H, W, 3] (grey: [H, W, 1] or [H, W]), a
-            batch of images [B, H, W, 3] (grey: [B, H, W, 1]), a path, or a list of
-            arrays and paths, whose sizes may differ.
+          images: one image [H, W, 3] (grey: [H, W, 1] or [H, W]), a batch of images [B, H, W, 3]
+            (grey: [B, H, W, 1]), a path, or a list of arrays and paths of any size. Arrays are
+            uint8, or floats in [0, 1].
 
         Returns:
           `level_{l}` [B, D] for each level and, if the encoder has summary tokens, `summary`
           [B, R * D], float32.
 
         Raises:
-          InputError: for another type, shape or range ("images"), or a file that is no image.
+          InputError: for another type, shape or range ("images"), or a file that is not an image.
         """
         records = GivenImages(images_of(images), self.image_size)
         if not len(records):
@@ -68,18 +68,18 @@ class Encoder:
     def embed_records(
         self, records: Images, *, what: str = "", stop_at_error: bool = False
     ) -> tuple[Features, Int[np.ndarray, " n"], list[InputError]]:
-        """Decodes records batch by batch, so that memory does not grow with their number.
+        """Returns the features of records, decoded in batches so that memory stays constant.
 
         Args:
           records: uint8 images of the encoder's size.
-          what: name of the work, for a progress bar; empty for none.
-          stop_at_error: whether a record that cannot be read is an error. Else it is left out.
+          what: title of a progress bar; "" for none.
+          stop_at_error: whether an unreadable record is an error. If not, it is skipped.
 
         Returns:
-          Features of the records that can be read, their rows, and what is wrong with the others.
+          Features of the readable records, their rows, and the errors of the other records.
         """
         decoded = Decoded(records, stop_at_error=stop_at_error)
-        # Few images in a small batch; powers of two, so that there are few programs.
+        # A small batch for few images. Powers of two, so that few programs are compiled.
         batch_size = min(self.batch_size, 2 ** (len(records) - 1).bit_length())
         features = extract_features(
             self.embed_fn, self.params, decoded, batch_size=batch_size, what=what
@@ -91,14 +91,14 @@ class Encoder:
 
 
 def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
-    """The target encoder of a run; see `Encoder.embed`.
+    """Returns the target encoder of a run; see `Encoder.embed`.
 
     Args:
-      workdir: the run's directory. The data set it was trained on is not needed.
+      workdir: the run's directory. Its data set is not needed.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
 
     Raises:
-      InputError: when the directory holds no run or no such checkpoint.
+      InputError: if the directory holds no run or no such checkpoint.
     """
     folder = local_path("workdir", str(workdir))
     config = load_config(folder)

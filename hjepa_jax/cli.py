@@ -1,4 +1,4 @@
-"""What the command-line entries share: output, errors in one line, exit status, common flags."""
+"""Shared by all commands: output, errors in one line, exit status, common flags."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from hjepa_jax.runtime.paths import local_path
 
 __all__ = ["config_name", "define_platform", "define_workdirs", "fail", "parse_flags", "run"]
 
-flags.disclaim_key_flags()  # flags that are defined here belong to the command that asks for them
+flags.disclaim_key_flags()  # the flags defined here belong to the calling command
 
 
 def run(main: Callable[[], None]) -> None:
@@ -28,8 +28,8 @@ def run(main: Callable[[], None]) -> None:
     Bad input of any kind becomes one line on stderr, without a traceback.
     """
     _prepare_output()
-    keep_freed_memory()  # before anything imports NumPy, whose threads settle how memory is had
-    # Orbax and TFDS narrate, and log with a traceback what they raise; --verbosity=0 shows it.
+    keep_freed_memory()  # before NumPy is imported
+    # Hides the messages and tracebacks that Orbax and TFDS log; --verbosity=0 shows them.
     logging.set_verbosity(logging.FATAL)
     try:
         try:
@@ -38,19 +38,19 @@ def run(main: Callable[[], None]) -> None:
             else:
                 app.run(lambda _: _start(main), flags_parser=parse_flags)
         finally:
-            sys.stdout.flush()  # here, where an error can still be told
+            sys.stdout.flush()  # here, because errors are still reported
     except InputError as error:
         fail(str(error))
-    except BrokenPipeError:  # of `... | head`; Python would complain again at its end
+    except BrokenPipeError:  # `... | head`; Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, as a shell says it; Windows has no signal of that name
-    except OSError as error:  # a full disk, too many open files: nothing in the program is wrong
+        sys.exit(141)  # 128 + SIGPIPE, which Windows does not define
+    except OSError as error:  # a full disk, too many open files: not a bug
         fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError, InputError):
             sys.stdout.flush()
-        os._exit(128 + signal.SIGINT)  # sys.exit would wait for a thread that saves
+        os._exit(128 + signal.SIGINT)  # sys.exit would wait for a save
 
 
 def _start(main: Callable[[], None]) -> None:
@@ -59,23 +59,25 @@ def _start(main: Callable[[], None]) -> None:
 
 
 def define_platform() -> flags.FlagHolder[str | None]:
-    """The flag `--platform`, of commands that look at a run, maybe on another machine."""
-    return flags.DEFINE_string("platform", None, "Backend to use, auto for any (that of the run).")
+    """Defines `--platform` for commands that read a run, maybe on another machine."""
+    return flags.DEFINE_string(
+        "platform", None, "Backend to use, or auto (default: the run's)."
+    )
 
 
 def define_workdirs() -> flags.FlagHolder[list[str]]:
-    """The flag `--workdir`, of commands that take one run or several; see `workdirs`."""
+    """Defines `--workdir` for commands that take one or several runs; see `workdirs`."""
     text = "The run's directory. Several runs: give it several times."
     return flags.DEFINE_multi_string("workdir", None, text, required=True)
 
 
 def workdirs(values: list[str]) -> list[pathlib.Path]:
-    """The directories that `--workdir` names, each once.
+    """Returns the directories that `--workdir` names.
 
-    A value with commas that is no directory is a list of them.
+    A value with commas is a list, unless a directory has that name.
 
     Raises:
-      InputError: for a value that is no path, or a directory that is given twice.
+      InputError: if a value is not a path, or a directory is given twice.
     """
     found: dict[pathlib.Path, str] = {}
     for value in values:
@@ -89,21 +91,21 @@ def workdirs(values: list[str]) -> list[pathlib.Path]:
 
 
 def config_name(path: str) -> str:
-    """configs/cifar10_tiny.py as "cifar10_tiny"."""
+    """Returns "cifar10_tiny" for configs/cifar10_tiny.py."""
     return pathlib.Path(path.partition(":")[0]).stem
 
 
 def _prepare_output() -> None:
-    """Makes stdout and stderr take any text, and say in one line why they cannot be written.
+    """Makes stdout and stderr accept any text and report write errors in one line.
 
-    A descriptor that the caller has closed (`>&-`) is opened on the null device: else the next file
-    that is opened would get its number, and the text that is meant for it.
+    A descriptor that the caller has closed (`>&-`) is opened on the null device. Otherwise the next
+    opened file would get its number, and receive the output.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
@@ -124,18 +126,18 @@ def _wrapped(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(descriptor, required=descriptor == 1)),
         encoding=stream.encoding,
-        errors="backslashreplace",  # a class name need not be of the terminal's character set
+        errors="backslashreplace",  # class names may contain any character
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
 
 
 class _Output(io.FileIO):
-    """Writes to stdout or stderr. From the first failure on, what is written is dropped.
+    """Writes to stdout or stderr. After the first failure all output is dropped.
 
     Args:
       descriptor: the number of the open file.
-      required: whether a failure is an error (stdout); else it is no reason to stop (stderr).
+      required: whether a failure is an error (stdout), or is ignored (stderr).
     """
 
     def __init__(self, descriptor: int, *, required: bool):
@@ -146,9 +148,9 @@ class _Output(io.FileIO):
         """See `io.RawIOBase.write`.
 
         Raises:
-          BrokenPipeError: when nobody reads a required output any more.
-          InputError: when a required output cannot be written. A terminal that has gone away is
-            no reason to stop: the system sends SIGHUP then, on which a run saves first.
+          BrokenPipeError: if nobody reads a required output any more.
+          InputError: if a required output cannot be written. A closed terminal is ignored: the
+            system sends SIGHUP, and the run saves before it stops.
         """
         try:
             return super().write(data)

@@ -1,4 +1,4 @@
-"""Flags of a command line: their help page, repeated flags, overrides of a config, its file."""
+"""Parses flags: help page, repeated flags, overrides of a config, config files."""
 
 import difflib
 import importlib.machinery
@@ -21,11 +21,11 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.paths import expanded
 
-# What config_flags raises, beside flags.Error, at an override that names no field or is no literal.
+# Errors of config_flags, besides flags.Error, for overrides with an unknown field or bad literal.
 CONFIG_FLAGS_ERRORS = (
     AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
 )  # fmt: skip
-# Characters of a message, which may quote thousands of what it was given, and of a flag's value.
+# Longest error message and longest value quoted in it, in characters.
 MAX_LINE, MAX_VALUE = 2000, 200
 HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
 WIDTH = 88  # of the help page, in characters
@@ -39,14 +39,14 @@ def fail(message: str) -> NoReturn:
 
 
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Sets the flags in `values` from a command line; one that cannot be set ends the program.
+    """Sets the flags in `values` from a command line; a bad flag ends the program.
 
     Args:
-      argv: the command line, the program's name first.
-      values: the flags that are defined.
+      argv: the command line, starting with the program's name.
+      values: the defined flags.
 
     Raises:
-      InputError: when a flag is given twice, or the config file cannot be used.
+      InputError: if a flag is given twice, or the config file cannot be used.
     """
     for name in values:
         if isinstance(values[name].parser, ConfigFileFlagParser):
@@ -55,9 +55,9 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
         notes = _check_repeated(values.read_flags_from_files(argv[1:], force_gnu=True), values)
         rest = values(argv)
     except flags.Error as error:
-        fail(_told(str(error)))
+        fail(_flag_message(str(error)))
     except CONFIG_FLAGS_ERRORS as error:
-        fail(_of_override(argv, error) or f"{type(error).__name__}: {error}")
+        fail(_override_message(argv, error) or f"{type(error).__name__}: {error}")
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")
     _reset_none(values)
@@ -70,7 +70,7 @@ def import_jax() -> None:
     """Imports JAX, which reads its settings from the environment.
 
     Raises:
-      InputError: when one of them has a value that JAX does not take.
+      InputError: if JAX refuses the value of one of them.
     """
     try:
         import jax  # noqa: F401
@@ -84,16 +84,16 @@ def import_jax() -> None:
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether one of the flags asks for the help page."""
+    """Returns whether one of the flags asks for the help page."""
     return any(a.startswith("-") and a.lstrip("-") in HELP_FLAGS for a in argv[1:])
 
 
 def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> str:
-    """The docstring of a command's module, and one paragraph for each of its flags.
+    """Returns the docstring of a command's module and one paragraph per flag.
 
     Args:
       main: the function of the command.
-      values: the flags that are defined.
+      values: the defined flags.
     """
     module = sys.modules[main.__module__]
     owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
@@ -117,10 +117,10 @@ def _plain(default: Any) -> str:
 def _check_repeated(given: list[str], values: flags.FlagValues) -> list[str]:
     """Refuses a flag that is given twice with different values.
 
-    Overrides of a config may be: a script appends its own, and the last one counts.
+    An override of a config may be repeated, because scripts append overrides. The last one counts.
 
     Returns:
-      A note for each override that a later one replaces.
+      One note per override that a later one replaces.
 
     Raises:
       InputError: naming the flag and its last value.
@@ -155,19 +155,19 @@ def _check_repeated(given: list[str], values: flags.FlagValues) -> list[str]:
 
 
 class _ConfigFile(ConfigFileFlagParser):
-    """Loads a config file. Whatever goes wrong in it becomes an InputError with file and line."""
+    """Loads a config file. Any error in it becomes an InputError with file and line."""
 
     def __init__(self, name: str):
         super().__init__(name, lock_config=True)
 
     def parse(self, path: str) -> ConfigDict:
-        """The locked config that `get_config` returns; what follows a colon is its argument."""
+        """Returns the locked config of `get_config`; the text after a colon is its argument."""
         file, _, argument = expanded(f"--{self.name}", path).partition(":")
         try:
             config = _load(file, argument)
         except (Exception, SystemExit) as error:
-            import_jax()  # which may be what failed, and not the file
-            rule = f"must be a config file ({_told_with_place(error)})"
+            import_jax()  # raises if JAX itself failed, not the file
+            rule = f"must be a config file ({_with_place(error)})"
             raise InputError(f"--{self.name}", path, rule) from error
         if not isinstance(config, ConfigDict):
             rule = "must be a config file (get_config must return an ml_collections.ConfigDict, "
@@ -176,20 +176,20 @@ class _ConfigFile(ConfigFileFlagParser):
 
 
 def _load(file: str, argument: str) -> Any:
-    """What `get_config` in the file returns."""
+    """Returns the result of `get_config` in the file."""
     loader = importlib.machinery.SourceFileLoader("config_config", file)
     spec = importlib.util.spec_from_file_location("config_config", file, loader=loader)
-    assert spec is not None  # as the loader is given
+    assert spec is not None  # because the loader is given
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # where dataclasses look up their module
     loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise ValueError("it has no function get_config")
     return module.get_config(*([argument] if argument else []))
 
 
-def _told_with_place(error: BaseException) -> str:
-    """An error in a config file, or in a module that it imports, with the line at fault."""
+def _with_place(error: BaseException) -> str:
+    """Returns an error in a config file, or in a module that it imports, with its file and line."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
     libraries = {
@@ -204,14 +204,14 @@ def _told_with_place(error: BaseException) -> str:
 
 
 class _OrNone(flags.ArgumentParser):
-    """Reads None, in any case, beside what another parser reads."""
+    """Adds None, in upper or lower case, to the values of another parser."""
 
     def __init__(self, parser: flags.ArgumentParser, *, any_case: bool = True):
         self._parser, self._any_case = parser, any_case
         self.syntactic_help = parser.syntactic_help
 
     def parse(self, argument: Any) -> Any:
-        """None, or the value; which fields may be None is checked with the whole config."""
+        """Returns None or the value. `validate` checks which fields may be None."""
         is_none = argument == "None"
         if self._any_case and isinstance(argument, str):
             is_none = argument.lower() == "none"
@@ -223,10 +223,10 @@ class _OrNone(flags.ArgumentParser):
 
 
 class _Tuple(flags.ArgumentParser):
-    """Reads a tuple. Unlike config_flags', of a flag that is given twice only the last counts."""
+    """Reads a tuple. If a flag is given twice, the last value counts, unlike in config_flags."""
 
     def parse(self, argument: Any) -> Any:
-        """The tuple; a default comes as one."""
+        """Returns the tuple; a default already is one."""
         return (
             argument if isinstance(argument, tuple) else tuple_parser.TupleParser().parse(argument)
         )
@@ -236,7 +236,7 @@ class _Tuple(flags.ArgumentParser):
         return "tuple"
 
 
-# A string may be "none", a value of loss.regularizer and others: see `_reset_none`.
+# "none" is also a value of loss.regularizer and other string fields: see `_reset_none`.
 for _kind, _parser in (
     (int, _OrNone(flags.IntegerParser())),
     (float, _OrNone(flags.FloatParser())),
@@ -247,7 +247,7 @@ for _kind, _parser in (
 
 
 def _reset_none(values: flags.FlagValues) -> None:
-    """Makes None of "none" in the string fields that may be None."""
+    """Replaces "none" by None in the string fields that may be None."""
     for name in values:
         if not isinstance(values[name].parser, _ConfigFile) or values[name].value is None:
             continue
@@ -263,23 +263,23 @@ def _optional(field: str) -> bool:
     return get_field(base_config(), field) is None
 
 
-def _told(message: str) -> str:
-    """What absl says of a flag, with the rule for its value."""
+def _flag_message(message: str) -> str:
+    """Returns absl's message on a flag, with the rule for its value."""
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
     if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
         from hjepa_jax.config.fields import RULES
 
         field, value = not_so[1], not_so[2]
-        value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # and leave room for the rule
+        value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # leaves room for the rule
         kind = float if "[" in field else _config_types().get(field)
         rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
         return str(InputError(field, value, rule))
     return message
 
 
-def _of_override(argv: list[str], error: BaseException) -> str:
-    """Of the first override that names no field of a config, or no element of one; else empty."""
+def _override_message(argv: list[str], error: BaseException) -> str:
+    """Returns the message for the first override of an unknown field or element; "" if none."""
     known = _config_types()
     matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
     overrides = [match[1] for match in matches if match]
@@ -292,7 +292,7 @@ def _of_override(argv: list[str], error: BaseException) -> str:
 
 
 def _config_types() -> dict[str, type]:
-    """The type of each field of a config; JAX is loaded for it."""
+    """Returns the type of each field of a config; loads JAX."""
     from hjepa_jax.config import base_config
     from hjepa_jax.config.fields import field_types
 

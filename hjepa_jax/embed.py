@@ -1,19 +1,19 @@
-"""Writes the features of images, from the target encoder of a run, into a file.
+"""Writes the features of images to a file, with the target encoder of a run.
 
   python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=FILE.npz
     [--step=last|best|N]
 
-The input is read like `data.source` folder:<path> or npz:<path>, but batch by batch: memory does
-not grow with the number of files. The output holds, for the train and the test split,
+The input is read like `data.source` folder:<path> or npz:<path>, but in batches: memory does not
+grow with the number of files. The output holds for the train and the test split:
 `<split>_level_<l>` [n, D], `<split>_summary` [n, R * D], `<split>_labels` and, for a folder,
-`<split>_files`: the name, within the folder, of the file of each row. A file that is no image is
-named on stderr and has no row.
+`<split>_files` (file names relative to the folder). A file that is not an image is named on stderr
+and has no row.
 
-If the input has no test split of its own, the rule of the runs chooses one. So if a run was
-trained on the input, `test_files` are the files that it never saw.
+If the input has no test split, one is drawn as in training. So if the run was trained on the input,
+`test_files` are the files that it never saw.
 
-`hjepa_jax.load(DIR).embed(images)` gives the same features in Python. Both bring an image of
-another size to that of the encoder in one way: shorter side resized (bicubic), centre cut out.
+`hjepa_jax.load(DIR).embed(images)` returns the same features in Python. Images of another size than
+the encoder's are resized (bicubic, shorter side) and cropped at the centre.
 """
 
 from absl import flags

@@ -25,7 +25,7 @@ class InputError(Exception):
 
     def __reduce__(
         self,
-    ) -> tuple[type, tuple[str, object, str]]:  # it may come from a worker process
+    ) -> tuple[type, tuple[str, object, str]]:  # to cross processes
         return InputError, (self.field, self.value, self.rule)
 
 

@@ -1,4 +1,4 @@
-"""Features of a folder of images, or of a .npz file, written into a file; see `hjepa_jax.embed`."""
+"""Writes the features of an image folder or a .npz file to a file; see `hjepa_jax.embed`."""
 
 import dataclasses
 import pathlib
@@ -32,16 +32,16 @@ def write_features(
     Args:
       workdir: the run's directory.
       source: a folder of images or a .npz file.
-      output: the .npz file to write; whether that is possible is checked before any work.
+      output: the .npz file to write; checked before any work.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
-      platform: backend to use; None for that of the run.
+      platform: backend to use; None = the run's.
 
     Returns:
       The shapes of the arrays in the file, by name.
 
     Raises:
-      InputError: for a path that cannot be read or written ("--input", "--output"), a folder that
-        holds no run, or no such checkpoint.
+      InputError: if a path cannot be read or written ("--input", "--output"), or the folder holds
+        no run or no such checkpoint.
     """
     path, kind = _input_path(source)
     target = _output_path(output, path)
@@ -57,7 +57,7 @@ def write_features(
 
 
 def _input_path(value: str) -> tuple[pathlib.Path, str]:
-    """The input and its kind, "folder" or "npz"."""
+    """Returns the input and its kind, "folder" or "npz"."""
     path = local_path("--input", value)
     if path.is_dir():
         return path, "folder"
@@ -68,7 +68,7 @@ def _input_path(value: str) -> tuple[pathlib.Path, str]:
 
 
 def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
-    """The output, which can be written; checked before hours of work."""
+    """Returns the path of the output, after a check that it can be written."""
     path = local_path("--output", value)
     if path.suffix.lower() != ".npz":
         raise InputError("--output", value, "must end in .npz, the format that is written")
@@ -77,7 +77,7 @@ def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
     if path.exists() and path.samefile(source):
         raise InputError("--output", value, "must be another file than --input")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):  # access rights alone do not tell
+        with tempfile.TemporaryFile(dir=path.parent):  # access rights alone are not enough
             pass
     except OSError as error:
         raise _not_writable(value, error) from error
@@ -90,12 +90,12 @@ def _not_writable(value: str, error: OSError) -> InputError:
 
 
 def _check_memory(value: str, path: pathlib.Path) -> None:
-    """Refuses a .npz file whose arrays do not fit in memory: they are read as a whole."""
+    """Refuses a .npz file with arrays that do not fit in memory, because they are read at once."""
     try:
         with zipfile.ZipFile(path) as archive:
             needed = sum(member.file_size for member in archive.infolist())
     except (OSError, zipfile.BadZipFile):
-        return  # the source says what is wrong with it
+        return  # opening the source reports the error
     available = host_memory.available_bytes()
     if needed > available:
         rule = (
@@ -106,7 +106,7 @@ def _check_memory(value: str, path: pathlib.Path) -> None:
 
 
 def _open(source: str, config: Config, value: str) -> Source:
-    """Opens the input as a run of this config would, so that it holds out the same test images."""
+    """Opens the input like a run of this config, so that the test images are the same."""
     when = (
         "always" if config.data.streaming == "always" and source.startswith("folder:") else "auto"
     )
@@ -127,7 +127,7 @@ def _open(source: str, config: Config, value: str) -> Source:
 
 
 def _embed(encoder: Encoder, source: Source) -> dict[str, np.ndarray]:
-    """The arrays of the output, by name."""
+    """Returns the arrays of the output, by name."""
     parts = source.parts or tuple(
         Labelled(GivenImages(split.images, encoder.image_size), split.labels, split.names)
         for split in source.load()
@@ -152,7 +152,7 @@ def _embed(encoder: Encoder, source: Source) -> dict[str, np.ndarray]:
 
 
 def _hold_out(source: str, arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Splits rows into train and test, as a run does with the images of these rows."""
+    """Splits rows into train and test, like a run that trains on these images."""
     splits = draw_test_rows(source, arrays["labels"])
     return [{name: array[rows] for name, array in arrays.items()} for rows in splits]
 

@@ -1,13 +1,13 @@
-"""Judges the encoder of a finished or running workdir; of several, over their seeds.
+"""Evaluates the encoder of a run, or of several runs with different seeds.
 
   python -m hjepa_jax.probe --workdir=DIR [--workdir=DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
     [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
     [--step=last|best|N] [--num_layers=1] [--data=SOURCE] [--seed=0]
 
-Of several runs that differ in nothing but their seed it prints means and standard deviations, too.
-Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. Raw pixels are always among
-the rows. Extracted features are kept in DIR/features, so that asking again is quick.
+Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. There are always rows for raw
+pixels. Runs that differ only in their seed also get means and standard deviations. Extracted
+features are cached in DIR/features. The run may still be training.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.paths import expand_source, expanded
 
-# An ml_collections.ConfigDict; to import the type would load JAX before the flags are checked.
+# An ml_collections.ConfigDict. Importing the type would load JAX before the flags are checked.
 Config = Any
 
 _WORKDIR = cli.define_workdirs()
@@ -63,14 +63,14 @@ def main() -> None:
         "fewshot_shots": _numbers("--fewshot_shots", _FEWSHOT.value),
         "seed": _SEED.value,
     }
-    configs = [load_config(workdir) for workdir in workdirs]  # all, before any work
+    configs = [load_config(workdir) for workdir in workdirs]  # check all before any work
     source = None if _DATA.value is None else expand_source("--data", _DATA.value)
     runs = [
         _judge(workdir, config, source, options)
         for workdir, config in zip(workdirs, configs, strict=True)
     ]
     if len(runs) > 1:
-        # The best step is each run's own; any other must be the same in all.
+        # Each run has its own best step. Any other step must be the same in all runs.
         steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
         records = [read_record(workdir) for workdir in workdirs]
         images = [record.fingerprint if record else None for record in records]
@@ -81,12 +81,12 @@ def main() -> None:
 def _judge(
     workdir: pathlib.Path, config: Config, data: str | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Judges one run: prints its tables and adds its rows to its probe.json.
+    """Evaluates one run: prints its tables, adds rows to its probe.json and returns them.
 
     Args:
       workdir: the run's directory.
       config: the run's config.
-      data: data source to judge on; None for that of the run.
+      data: data source to evaluate on; None = the run's.
       options: fields of `Protocol`.
     """
     from hjepa_jax.evaluation import results
@@ -140,7 +140,7 @@ def _check_names(flag: str, names: list[str], options: tuple[str, ...]) -> None:
 
 
 def _numbers(flag: str, values: list[str]) -> tuple[int | float, ...]:
-    """Whole numbers, and fractions where the flag takes them."""
+    """Returns whole numbers, or fractions if the flag allows them."""
     numbers = []
     for value in values or [""]:
         try:

@@ -1,10 +1,10 @@
-"""Writes the report of a run: finished, interrupted, or going on.
+"""Writes the report of a run that is finished, interrupted or still training.
 
   python -m hjepa_jax.report --workdir=DIR [--workdir=DIR2 ...] [--output=DIR] [--noimages]
 
-Writes report.md, report.html (one file that needs no other) and figures/ into DIR; of several
-workdirs, a comparison side by side into --output. Every number is from metrics.jsonl, probe.json,
-config.json or the newest checkpoint.
+Writes report.md, report.html (a single file) and figures/ to DIR. For several work directories it
+writes a comparison to --output. Every number comes from metrics.jsonl, probe.json, config.json or
+the newest checkpoint.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from hjepa_jax import cli
 from hjepa_jax.runtime.paths import local_path
 
 _WORKDIR = cli.define_workdirs()
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; of several, report).")
+_OUTPUT = flags.DEFINE_string("output", None, "Where to write (the workdir; for several, report).")
 _IMAGES = flags.DEFINE_bool("images", True, "Read checkpoint and images too, not only numbers.")
 _PLATFORM = cli.define_platform()
 

@@ -1,11 +1,11 @@
-"""Does this machine's accelerator compute what its CPU computes? One training step on each.
+"""Compares one training step on this machine's accelerator with the same step on its CPU.
 
   python -m hjepa_jax.selftest [--steps=50] [--output=selftest.json]
 
-The step is that of configs/cifar10_patches.py. From the same key, weights and synthetic images
-masks must be equal, loss and gradients agree. Then it measures speed, and by how much memory grows
-with each step. Exit status 0 when all agree, 1 when not, with the first quantity that is off. The
-file holds all of it, for a bug report.
+The step is the one of configs/cifar10_patches.py. With the same key, weights and synthetic images,
+masks must be equal, and loss and gradients must agree. The test also measures speed and the memory
+growth per step. Exit status: 0 if everything agrees; 1 if not, naming the first difference. The
+file holds all results, for a bug report.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_patches.py"
 
-# Float32 sums in another order differ in the sixth digit; through a network and back, less well.
-LOSS_TOLERANCE = 1e-4  # of the loss
-GRADIENT_TOLERANCE = 1e-3  # of a parameter's gradient, by Euclidean norm
-# A gradient that is zero but for rounding (that of attention's key bias) is compared with this
-# fraction of the gradient of all parameters together.
+# Float32 sums in another order differ in the sixth digit; gradients differ more.
+LOSS_TOLERANCE = 1e-4  # relative to the loss
+GRADIENT_TOLERANCE = 1e-3  # relative to the Euclidean norm of a parameter's gradient
+# The gradient of attention's key bias is zero except for rounding. Such a gradient is compared with
+# this fraction of the gradient norm of all parameters.
 NEGLIGIBLE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one training step computed, on the host.
+    """Results of one training step, on the host.
 
     Attributes:
       masks: the `Masks` of the batch.
       loss: the training loss.
-      grads: gradient after clipping, by the path of the parameter.
+      grads: gradients after clipping, by parameter path.
     """
 
     masks: Any
@@ -53,7 +53,7 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """How far a quantity is off: passes up to its tolerance, and never by a nan."""
+    """The error of a quantity. NaN never passes."""
 
     quantity: str
     error: float
@@ -66,10 +66,10 @@ class Check:
 
 
 def compare(expected: StepResult, found: StepResult) -> list[Check]:
-    """Every quantity of a step against the same step elsewhere.
+    """Compares every quantity of a step with the same step on another device.
 
-    Masks: the fraction of entries that differ. Loss: relative error. Gradients: norm of the
-    difference over the norm of the expected one.
+    Errors: the fraction of mask entries that differ; the relative error of the loss; for each
+    gradient, the norm of the difference over the norm of the expected gradient.
     """
     import jax
     import numpy as np
@@ -89,15 +89,15 @@ def compare(expected: StepResult, found: StepResult) -> list[Check]:
 
 
 def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
-    """Runs the test on the default backend, which `select_platform` has chosen.
+    """Runs the test on the default backend.
 
     Args:
-      config: what to train; its data is replaced by noise.
-      num_steps: steps to measure speed and memory by.
+      config: the config to train; noise replaces its data.
+      num_steps: number of steps for the measurement of speed and memory.
 
     Returns:
-      The report that is written as JSON: "verdict" ("pass" or what failed), "passed", versions,
-      every check, "images_per_sec", "memory_growth_bytes_per_step", "peak_memory_bytes".
+      The report, as plain JSON: "verdict" ("pass" or the first failure), "passed", versions, all
+      checks, "images_per_sec", "memory_growth_bytes_per_step", "peak_memory_bytes".
     """
     import jax
     import numpy as np
@@ -117,7 +117,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
     with jax.default_device(cpu):
         state = jax.jit(build.build_create_state(config, model, tx))()
 
-    # By default some accelerators multiply float32 with 8 or 11 significant bits.
+    # By default some accelerators multiply float32 numbers with 8 or 11 significant bits only.
     with jax.default_matmul_precision("highest"):
         expected, found = (
             run_step(config, train_step, *jax.device_put((state, images), d)) for d in (cpu, device)
@@ -131,7 +131,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
 
     step = jax.jit(train_step)
     state, images = jax.device_put((state, images), device)
-    for _ in range(3):  # compiles, and lets the allocator find its size
+    for _ in range(3):  # for compilation, and until the allocator has its final size
         state, _ = step(state, images)
     jax.block_until_ready(state)
     before, started = peak_memory_bytes(device), time.perf_counter()
@@ -158,7 +158,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
 
 
 def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResult:
-    """One training step where its arguments are, and the masks that it uses."""
+    """Runs one training step on the device of its arguments."""
     import jax
     import numpy as np
     import optax
@@ -172,7 +172,7 @@ def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResul
 
     masks = jax.jit(masks_of)(state.rng)
     new_state, outputs = jax.jit(train_step)(state, images)
-    # After one update Adam's first moment is (1 - b1) times the gradient, Muon's momentum 1 times.
+    # After one update, Adam's first moment is (1 - b1) times the gradient; Muon's momentum is it.
     grads = {}
     for name, factor in (("mu", 1 - config.optim.b1), ("momentum", 1.0)):
         moment = optax.tree_utils.tree_get(new_state.opt_state, name)

@@ -1,1 +1,1 @@
-"""A training run from its first line to its report."""
+"""Training: start, loop, alarms, warm start and final report."""

@@ -1,4 +1,4 @@
-"""What a run says when it goes wrong without failing: steps left out, features that collapse."""
+"""Warnings of a run that goes wrong without an error: skipped steps, collapsed features."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,17 +8,17 @@ from hjepa_jax.evaluation.collapse import PATIENCE, Spread, Untrained, find_limi
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.method.window import FEATURE_ROWS, LogWindow, collected_features, nonfinite_terms
 
-MIN_TARGETS = 0.5  # of a level, per image
+MIN_TARGETS = 0.5  # targets of a level per image; fewer give a warning
 
 
 class Alarms:
-    """Says each thing once, when it begins, and ends the run where the user wants that.
+    """Reports each problem once, when it begins, or ends the run if the config says so.
 
     Args:
-      max_nonfinite_steps: how many steps of a run may be left out.
+      max_nonfinite_steps: number of steps that a run may skip.
       on_collapse: "warn", "stop" or "ignore".
       say: prints a line.
-      newest_checkpoint: step of the newest checkpoint, None before the first.
+      newest_checkpoint: returns the step of the newest checkpoint, None before the first.
       batch_size: images per step.
     """
 
@@ -38,14 +38,14 @@ class Alarms:
         self._scarce: set[str] = set()
 
     def remember(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Takes from the log of a run that goes on what its untrained network was like."""
+        """Reads the spread of the untrained network from the log of a resumed run."""
         self._untrained.read(lines)
 
     def check_finite(self, window: LogWindow, step: int) -> None:
-        """Reports the steps left out since the last look.
+        """Reports the steps skipped since the last call.
 
         Raises:
-          InputError: when they are too many ("train.max_nonfinite_steps").
+          InputError: if there are too many ("train.max_nonfinite_steps").
         """
         count = int(window.nonfinite.count)
         if count == self._num_nonfinite:
@@ -64,11 +64,11 @@ class Alarms:
     def check_spread(self, verdict: Verdict, step: int) -> None:
         """Reports that the target features have collapsed, or are healthy again.
 
-        They have collapsed if they were so in `PATIENCE` calls in a row, beside the untrained
+        A collapse counts after `PATIENCE` calls in a row. The limits depend on the untrained
         network of the run (see `collapse`).
 
         Raises:
-          InputError: if they have, and the run is to end then ("train.on_collapse").
+          InputError: if they have collapsed and the config ends the run ("train.on_collapse").
         """
         if self._on_collapse == "ignore":
             return
@@ -97,7 +97,7 @@ class Alarms:
         self._say(f"WARNING: {what}")
 
     def check_targets(self, values: dict[str, float]) -> None:
-        """Reports levels that are hardly ever predicted, from the means of a line of the log."""
+        """Reports levels that are hardly ever predicted, from the means of a log line."""
         for name, count in values.items():
             if name.startswith("num_targets_level_") and count < MIN_TARGETS:
                 if name not in self._scarce:
@@ -115,9 +115,9 @@ class Alarms:
 
 
 def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
-    """The window's means by name, nan where no step was finite; rank and spread of its features.
+    """Returns the window's means, and rank and spread of its features if they are known.
 
-    The last two are left out where they are not known.
+    A mean is nan if no step of the window was finite.
     """
     values = {name: float(value) for name, value in window.averages.compute().items()}
     if verdict is None:
@@ -127,10 +127,10 @@ def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
 
 
 def spread(window: LogWindow, *, step: int, batch_size: int) -> Verdict | None:
-    """Whether the features collected have collapsed; None while there are fewer than two.
+    """Returns whether the collected features have collapsed; None for fewer than two images.
 
-    Computed on the host (Apple's plugins have no SVD), from at most 512 images; the rank cannot
-    exceed their number.
+    Computed on the host, because Apple's plugins have no SVD. It uses at most 512 images, and the
+    rank cannot exceed their number.
     """
     features = collected_features(window, step=step, batch_size=batch_size)
     return collapse_verdict(features) if len(features) > 1 else None

@@ -1,4 +1,4 @@
-"""The loop of a run: dispatches steps, and at their times logs, evaluates, shows and saves."""
+"""The training loop: runs steps, and regularly logs, evaluates, shows and saves."""
 
 import collections
 import contextlib
@@ -40,19 +40,18 @@ from hjepa_jax.runtime.backend import current_rules
 from hjepa_jax.runtime.host_memory import return_unused_memory, stop_keeping_memory
 from hjepa_jax.training.alarms import Alarms, spread, summarize
 
-# Calls that the device may have before it: enough that it never waits for the next, few enough that
-# who stops a run does not wait for more.
+# Maximum number of queued calls: keeps the device busy and Ctrl-C quick.
 MAX_CALLS_UNDER_WAY = 2
 
-# Share of the memory beyond which none is kept from call to call.
+# Share of the machine's memory. If the process holds more, freed memory is returned.
 _FULL = 0.5
 
-# Neighbours of the k-NN score during training; the protocol at the end chooses k by itself.
+# Number of neighbours of the k-NN score during training. The final probe chooses its own.
 ONLINE_KNN_K = 20
 
 
 class Loop:
-    """Dispatches steps, and at their times logs, evaluates and saves."""
+    """Runs steps, and regularly logs, evaluates and saves."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class Loop:
         self._run, self._config, self._schedules = run, c, run.schedules
         self._train, self._checkpoints, self._logger = train, checkpoints, logger
         self._workdir, self._records = workdir, records
-        self._unreadable: set[int] = set()  # rows of it, as far as this process has come across
+        self._unreadable: set[int] = set()  # unreadable rows that this process has met
         self._backend = backend
         num_images = len(train.images) if records is None else len(records)
         self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
@@ -85,7 +84,7 @@ class Loop:
         self._save_every = c.train.checkpoint_every_steps or max(
             1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
         )
-        # 0 for never; a fraction of a short epoch is still one step.
+        # 0 = never; rounded up to whole steps.
         self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
         shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
         self._show_every = math.ceil(shows_every * steps_per_epoch)
@@ -95,14 +94,14 @@ class Loop:
         """Runs from the state's step to the last one.
 
         Args:
-          state: to begin with.
-          window: metrics since the last line of the log.
-          begin: called in all processes when everything is compiled, before the first step.
+          state: the state to start from.
+          window: metrics since the last log line.
+          begin: called in all processes after compilation, before the first step.
 
         Raises:
-          Interrupted: when a signal asked for it.
-          InputError: when too many steps were not finite, the features collapsed, the images cannot
-            be read or the workdir cannot be written.
+          Interrupted: if a signal stops the run.
+          InputError: if too many steps are not finite, the features collapse, the images cannot be
+            read or the work directory cannot be written.
         """
         num_steps, step = self._schedules.num_steps, int(state.step)
         if step >= num_steps:
@@ -126,13 +125,13 @@ class Loop:
             flush=True,
         )
         begin()
-        cluster.meet()  # compiling takes each process its own time
+        cluster.meet()  # processes compile at different speeds
         with self._batches(step, size) as batches, _StopSignals() as stop:
             self._timer.restart()
             under_way: collections.deque[Any] = collections.deque()
             while step < num_steps:
                 count = min(size, self._next_stop(step) - step)
-                if self._records is not None:  # else batch after batch would queue on the device
+                if self._records is not None:  # or batches would pile up on the device
                     jax.block_until_ready(state)
                 elif len(under_way) == MAX_CALLS_UNDER_WAY:
                     jax.block_until_ready(under_way.popleft())
@@ -141,7 +140,9 @@ class Loop:
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, np.int32(count))
                 if self._records is None:
-                    under_way.append(state.step + 0)  # a copy: the next call is given the state
+                    under_way.append(
+                        state.step + 0
+                    )  # a copy: the next call donates it
                 step += count
                 self._timer.add_steps(count, data_wait)
                 return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
@@ -150,32 +151,32 @@ class Loop:
                     window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
-                if step == count:  # the run's first call, not that of a run resumed
+                if step == count:  # the first call of a new run, not of a resumed one
                     with writing(self._workdir):
                         self._introduce(state)
-            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
+            if signum := self._agreed(stop.signum, step):  # it came during the last save
                 raise Interrupted(signum, step)
         self._progress.end()
         return state
 
     def _remember(self, step: int) -> None:
-        """The log up to the step at which the run goes on: the same in all processes."""
+        """Passes the log up to `step` to the alarms; the same in all processes."""
         lines = read_lines(self._workdir / "metrics.jsonl")
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState) -> None:
-        """Behind the first call, not before it: TensorBoard's packages take seconds to load."""
+        """Sends the first pictures, after the first call: TensorBoard's packages load slowly."""
         jax.block_until_ready(state)
         paused = time.perf_counter()
         self._showcase.introduce(state)
-        cluster.meet()  # the first process writes, and the others would wait within a step
+        cluster.meet()  # the others wait here for process 0, not inside a step
         self._timer.add_pause(time.perf_counter() - paused)
 
     def _agreed(self, signum: int | None, step: int) -> int | None:
-        """The signal on which the run stops at this step, read once: what comes later can wait.
+        """Returns the signal that stops the run at this step, or None.
 
-        Of several processes some may have got it earlier than others. They ask each other where
-        they meet anyway, at the lines of the log.
+        Several processes may receive a signal at different steps. So they agree on it at log lines,
+        where they synchronise anyway.
         """
         if jax.process_count() > 1 and not self._logs_at(step):
             return None
@@ -186,7 +187,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _batches(self, step: int, size: int) -> Iterator[Any]:
-        """Where batches come from, from `step` on, `size` at most in one call of the program."""
+        """Yields the source of batches from `step` on, for calls of up to `size` steps."""
         place, records, c = self._run.placement, self._records, self._config
         shape = self._run.batch_shape
         if records is None:
@@ -198,7 +199,7 @@ class Loop:
             put = functools.partial(place.put, shardings=place.batches_of(shape))
             yield ResidentBatches(images, self._order, size=size, batch_shape=shape, put=put)
             return
-        from hjepa_jax.data import streaming  # grain takes its time to load
+        from hjepa_jax.data import streaming  # grain loads slowly
 
         decoded = streaming.read_batches(
             records,
@@ -229,7 +230,7 @@ class Loop:
             raise InputError("data.source", self._config.data.source, rule) from error
 
     def _next_stop(self, step: int) -> int:
-        """The next step after which the host has something to do."""
+        """Returns the next step after which the host logs, saves, evaluates or shows."""
         periods = (
             self._config.log.every_steps, self._save_every, self._eval_every, self._show_every,
         )  # fmt: skip
@@ -239,7 +240,7 @@ class Loop:
     def _end_call(
         self, state: TrainState, window: LogWindow, step: int, signum: int | None
     ) -> LogWindow:
-        """Logs, evaluates and saves where `step` asks for it; returns the window to go on with."""
+        """Logs, evaluates and saves if it is time; returns the next metrics window."""
         last = step == self._schedules.num_steps
         if self._logs_at(step):
             window = self._log(window, step)
@@ -247,8 +248,8 @@ class Loop:
         saves = step % self._save_every == 0 or last or evaluates or signum
         shows = self._show_every and (step % self._show_every == 0 or last)
         if evaluates or saves or shows:
-            jax.block_until_ready(state)  # the steps under way belong to training time
-            self._check_finite(window, step)  # before a save could replace a good one
+            jax.block_until_ready(state)  # queued steps count as training time
+            self._check_finite(window, step)  # before a save replaces a good checkpoint
         paused = time.perf_counter()
         scores = self._evaluate(state, step) if evaluates else {}
         self._logger.end_line()
@@ -262,12 +263,12 @@ class Loop:
         return window
 
     def _ema_momentum(self, step: int) -> dict[str, float]:
-        if self._config.model.target == "online":  # there is none
+        if self._config.model.target == "online":  # without an EMA
             return {}
         return {"train/ema_momentum": float(self._schedules.ema_momentum_fn(step))}
 
     def _check_finite(self, window: LogWindow, step: int) -> None:
-        """See `Alarms.check_finite`; a run that ends here leaves its count in the log."""
+        """Calls `Alarms.check_finite`; logs the count if this ends the run."""
         try:
             self._alarms.check_finite(window, step)
         except InputError:
@@ -275,7 +276,7 @@ class Loop:
             raise
 
     def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
-        # All decide alike, and before the parameters are gathered.
+        # All processes decide the same, before the parameters are gathered.
         if not cluster.largest(cluster.is_first() and self._showcase.can_show(step)):
             return
         state = self._run.placement.local(dataclasses.replace(state, opt_state=None))
@@ -283,7 +284,7 @@ class Loop:
             self._showcase.show(state, window)
 
     def _log(self, window: LogWindow, step: int) -> LogWindow:
-        """Writes the window's metrics, and says what is wrong with them."""
+        """Logs the window's metrics and checks them; returns an empty window."""
         batch_size = self._config.train.batch_size
         verdict = spread(window, step=step, batch_size=batch_size)
         values = summarize(window, verdict)
@@ -317,9 +318,9 @@ class Loop:
         return place.put(reset_averages(window), place.whole)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """k-NN accuracy of the target encoder on held-out training images.
+        """Returns the k-NN accuracy of the target encoder on held-out training images.
 
-        Of level 0 (mean pool), by which the best checkpoint is chosen, and of the summary tokens.
+        Features: level 0 (mean over patches) and the summary tokens.
         """
         c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
         bank, queries = hold_out(len(images), num_val=c.num_val)
@@ -335,7 +336,7 @@ class Loop:
 
         of_bank = cluster.divided(features, bank)
         own = queries[jax.process_index() :: jax.process_count()]
-        of_own = features(own) if len(own) else {}  # of few images, some processes have none
+        of_own = features(own) if len(own) else {}  # with few images, some processes have none
         scores = {}
         for name, metric in metric_of.items():
             num_right = 0
@@ -358,15 +359,15 @@ class Loop:
         return scores
 
 
-# Signals on which a run saves and stops, by name, as Windows lacks SIGHUP: that of a terminal which
-# is closed, or of a connection that is lost.
+# Names of the signals on which a run saves and stops. SIGHUP comes from a closed terminal or a lost
+# connection; Windows does not have it.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class _StopSignals:
-    """Within the context `STOP_SIGNALS` ask to stop, by `signum`; a second SIGINT kills.
+    """Inside the context, stop signals set `signum`; a second SIGINT kills.
 
-    SIGHUP keeps being ignored where the caller ignores it, as nohup does.
+    If the caller ignores SIGHUP, as nohup does, it stays ignored.
     """
 
     def __init__(self):
@@ -379,7 +380,7 @@ class _StopSignals:
                 continue
             try:
                 self._previous[signum] = signal.signal(signum, self._handle)
-            except ValueError:  # not the main thread: signals are not ours to handle
+            except ValueError:  # only the main thread can handle signals
                 break
         return self
 
@@ -391,6 +392,6 @@ class _StopSignals:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        # Not by print: the step may be in the middle of one, which cannot be entered again.
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        # Not print: the signal may interrupt a print, which is not reentrant.
+        with contextlib.suppress(OSError):  # nobody reads the output any more
             os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

@@ -1,4 +1,4 @@
-"""train_and_evaluate(config, workdir): build, restore, loop, probe, report."""
+"""Trains a run from start to report: build, restore, loop, probe, report."""
 
 import contextlib
 import dataclasses
@@ -43,22 +43,22 @@ from hjepa_jax.training.loop import Loop
 
 
 def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Trains, or goes on with, the run in `workdir`, and probes it at the end.
+    """Trains or resumes the run in `workdir`, and evaluates it at the end.
 
-    Of several processes (`cluster.member`) all call it; the first alone writes, and probes when the
-    others have left.
+    Several processes (`cluster.member`) all call this. Only process 0 writes files, and runs the
+    probes after the others have left.
 
     Args:
       config: a complete config.
-      workdir: the run's directory; made if need be.
+      workdir: the run's directory; made if it is missing.
 
     Returns:
-      The rows of probe.json; none when `eval.probe_at_end` is off, or not in the first process.
+      The rows of probe.json; none without `eval.probe_at_end`, or in the other processes.
 
     Raises:
       InputError: for input that the user can correct.
       Interrupted: on SIGINT or SIGTERM, after saving.
-      KeyboardInterrupt: on a second SIGINT, without waiting for that.
+      KeyboardInterrupt: on a second SIGINT, without waiting for the save.
     """
     validate(config)
     config = expand_paths(config)
@@ -71,12 +71,14 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
             saved = read_saved(workdir)
         check_workdir(config, workdir, saved=saved, data=data)
 
-    cluster.by_first(check)  # before minutes of downloading
-    with cluster.first_process_first():  # it downloads, and looks through
+    cluster.by_first(check)  # before a long download
+    with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
-        run = build_run(config, source)  # before much is read: it refuses what cannot work
+        run = build_run(
+            config, source
+        )  # it refuses bad configs before images are read
         train, test = source.load()
-    if len(train.images) != source.info.num_train:  # a folder's files that are no images
+    if len(train.images) != source.info.num_train:  # some files of the folder are not images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
         source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
         run = build_run(config, source)
@@ -85,21 +87,21 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     record = make_record(config, source, run.schedules, fingerprint=data)
     cluster.by_first(lambda: check(record))
     _check_same_everywhere(config, data)
-    if not checkpoint_sizes(workdir):  # a run that goes on needs it no more
+    if not checkpoint_sizes(workdir):  # a resumed run does not need it
         warm_start.check_source(config)
     with contextlib.ExitStack() as held:
-        claims: list[Callable[[], None]] = []  # of the first process
+        claims: list[Callable[[], None]] = []  # of process 0
         begun = []
 
         def claim() -> None:
             claims.append(held.enter_context(claimed(workdir)))
-            check(record)  # again: another run may have been here since
-            if config.eval.probe_at_end:  # refused before hours of training, too
+            check(record)  # again: another run may have started since
+            if config.eval.probe_at_end:  # before hours of training
                 with writing(workdir):
                     rows_to_add_to(workdir / "probe.json")
 
         def begin() -> None:
-            """Writes down how the run goes on, when nothing can refuse it any more."""
+            """Writes config.json and run.json, once nothing can refuse the run any more."""
 
             def write() -> None:
                 prepare_workdir(config, workdir, record, saved=read_saved(workdir))
@@ -114,12 +116,12 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         parts = _Parts(run, source, train, test, workdir, backend, record)
         try:
             rows = _train_and_judge(parts, begin)
-        except InputError as error:  # too many steps that are not finite, a collapse, a full disk
+        except InputError as error:  # too many non-finite steps, a collapse, a full disk
             cluster.leave(str(error))
             if begun:
                 _report(config, workdir, (train, test))
             raise
-        except Interrupted:  # an end that all agree on, though some may take long to close
+        except Interrupted:  # all processes stop, though some may close slowly
             cluster.leave()
             raise
         _report(config, workdir, (train, test))
@@ -128,7 +130,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """All that a run is made of."""
+    """The parts of a run."""
 
     run: Run
     source: Source
@@ -140,7 +142,7 @@ class _Parts:
 
 
 def _check_judgeable(config: Config, source: Source, train: Split) -> None:
-    """What probes refuse is refused before hours of training, not after."""
+    """Refuses data that the probes at the end would refuse, before hours of training."""
     if config.eval.probe_at_end:
         check_classes(source.name, train.labels, len(source.info.class_names))
     if (config.eval.probe_at_end or config.eval.every_epochs) and len(train.labels) < MIN_ROWS:
@@ -149,20 +151,20 @@ def _check_judgeable(config: Config, source: Source, train: Split) -> None:
 
 
 def _check_same_everywhere(config: Config, data: str) -> None:
-    """Processes that compute different things would wait for each other, or worse, would not."""
+    """Refuses processes with different configs or data."""
     shared = config.to_dict()
-    del shared["data"]["dir"]  # each machine may have its own
+    del shared["data"]["dir"]  # may differ between machines
     digest = zlib.crc32(json.dumps(shared).encode()) >> 1
     cluster.check_same("--config", "", digest)
     cluster.check_same("data.source", config.data.source, zlib.crc32(content(data).encode()) >> 1)
 
 
 def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
-    """Writes the run's report. Whatever goes wrong with it, the run has ended as it has."""
+    """Writes the run's report. An error in it does not change the result of the run."""
     if not config.log.report or not cluster.is_first():
         return
     try:
-        from hjepa_jax.reporting.publish import write_report  # matplotlib takes its time to load
+        from hjepa_jax.reporting.publish import write_report  # matplotlib loads slowly
 
         write_report([workdir], workdir, splits=splits)
     except Exception as error:
@@ -172,11 +174,11 @@ def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) 
 
 
 def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:
-    """What `train_and_evaluate` does once everything is built and the workdir is ours.
+    """Trains and evaluates a run that is built and holds its work directory.
 
     Args:
-      parts: of the run.
-      begin: called when nothing can refuse the run any more, before its first step.
+      parts: the parts of the run.
+      begin: called before the first step, once nothing can refuse the run any more.
     """
     run, workdir, train = parts.run, parts.workdir, parts.train
     config = run.config
@@ -208,7 +210,7 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
 
 
 def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow]:
-    """State and metrics window at which the run begins or goes on."""
+    """Returns the state and the metrics window from which the run starts or resumes."""
     run, workdir = parts.run, parts.workdir
     latest = checkpoints.latest_step()
     cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
@@ -223,7 +225,7 @@ def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWind
 def _judge(
     parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
 ) -> list[dict[str, Any]]:
-    """Probes the trained encoder and its baselines."""
+    """Runs the probes on the trained encoder and its baselines."""
     print("probes, chosen on held-out training images, scored on the test images:", flush=True)
     config = parts.run.config
     with writing(parts.workdir):
