@@ -60,9 +60,7 @@ def _start(main: Callable[[], None]) -> None:
 
 def define_platform() -> flags.FlagHolder[str | None]:
     """Defines `--platform` for commands that read a run, maybe on another machine."""
-    return flags.DEFINE_string(
-        "platform", None, "Backend to use, or auto (default: the run's)."
-    )
+    return flags.DEFINE_string("platform", None, "Backend to use, or auto (default: the run's).")
 
 
 def define_workdirs() -> flags.FlagHolder[list[str]]:
@@ -109,27 +107,24 @@ def _prepare_output() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8", closefd=False))
-        elif isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == descriptor:
-            setattr(sys, name, _wrapped(stream, descriptor))
+            stream = os.fdopen(descriptor, "w", encoding="utf-8", closefd=False)
+        if isinstance(stream, io.TextIOWrapper) and _is_open_on(stream, descriptor):
+            stream.flush()
+            output = io.TextIOWrapper(
+                io.BufferedWriter(_Output(descriptor, required=descriptor == 1)),
+                encoding=stream.encoding,
+                errors="backslashreplace",  # class names may contain any character
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, output)
 
 
-def _descriptor(stream: TextIO) -> int | None:
+def _is_open_on(stream: TextIO, descriptor: int) -> bool:
     try:
-        return stream.fileno()
+        return stream.fileno() == descriptor
     except (OSError, ValueError):
-        return None
-
-
-def _wrapped(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
-    stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(descriptor, required=descriptor == 1)),
-        encoding=stream.encoding,
-        errors="backslashreplace",  # class names may contain any character
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
-    )
+        return False
 
 
 class _Output(io.FileIO):

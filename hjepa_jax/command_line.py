@@ -105,8 +105,8 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
         parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
         if isinstance(flag.parser, ConfigFileFlagParser):
             fields = pathlib.Path(__file__).with_name("config") / "defaults.py"
-            text = f"Sets a field of the config. All fields and their meaning: {fields}"
-            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}")
+            text = "Sets a field of the config. All fields and their meaning:"
+            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}\n      {fields}")
     return "\n\n".join(parts)
 
 

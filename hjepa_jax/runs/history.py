@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-# If a file has more lines, about this many evenly spaced ones are read, and as many evaluations.
+# If a file has more lines, about this many evenly spaced ones are read, and all evaluations.
 MAX_LINES = 2000
 
 Line = dict[str, Any]
@@ -68,39 +68,24 @@ class History:
         return float(np.sum(np.diff(steps, prepend=0)[rates > 0] / rates[rates > 0]))
 
 
-class _Thinned:
-    """Keeps every s-th of the texts added; doubles s whenever there are too many."""
-
-    def __init__(self):
-        self.kept: list[tuple[int, bytes]] = []
-        self._stride, self._count = 1, 0
-
-    def add(self, number: int, text: bytes) -> None:
-        if self._count % self._stride == 0:
-            self.kept.append((number, text))
-            if len(self.kept) > MAX_LINES:
-                self.kept, self._stride = self.kept[::2], 2 * self._stride
-        self._count += 1
-
-
 def read_history(path: pathlib.Path) -> History:
-    """Reads a metrics.jsonl of any length in bounded memory; skips an incomplete last line."""
-    every, evaluations, number, text = _Thinned(), _Thinned(), -1, b""
-    if path.exists():
-        with path.open("rb") as file:
-            for number, text in enumerate(file):
-                every.add(number, text)
-                if b'"eval/' in text:
-                    evaluations.add(number, text)
-    chosen = dict(every.kept + evaluations.kept)
-    if number >= 0:
-        chosen[number] = text
-    parsed = {i: _parse(chosen[i]) for i in sorted(chosen)}
-    incomplete = number >= 0 and not text.endswith(b"\n") and parsed[number] is None
-    if incomplete:
-        del parsed[number]
-    good = [line for line in parsed.values() if line is not None]
-    num_lines = number + 1 - incomplete
+    """Reads a metrics.jsonl of any length; skips an incomplete last line."""
+    if not path.exists():
+        return History((), 0, 0, sampled=False)
+    with path.open("rb") as file:
+        num_lines = sum(1 for _ in file)
+        stride = max(1, -(-num_lines // MAX_LINES))
+        file.seek(0)
+        chosen = [
+            text
+            for i, text in enumerate(file)
+            if i % stride == 0 or i == num_lines - 1 or b'"eval/' in text
+        ]
+    parsed = [_parse(text) for text in chosen]
+    if parsed and parsed[-1] is None and not chosen[-1].endswith(b"\n"):
+        num_lines -= 1
+        parsed.pop()
+    good = [line for line in parsed if line is not None]
     return History(
         lines=tuple(_merged(good)),
         num_lines=num_lines,

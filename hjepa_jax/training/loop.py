@@ -140,9 +140,7 @@ class Loop:
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, np.int32(count))
                 if self._records is None:
-                    under_way.append(
-                        state.step + 0
-                    )  # a copy: the next call donates it
+                    under_way.append(state.step + 0)  # a copy: the next call donates it
                 step += count
                 self._timer.add_steps(count, data_wait)
                 return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)

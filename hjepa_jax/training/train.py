@@ -74,9 +74,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     cluster.by_first(check)  # before a long download
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
-        run = build_run(
-            config, source
-        )  # it refuses bad configs before images are read
+        run = build_run(config, source)  # it refuses bad configs before images are read
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # some files of the folder are not images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
