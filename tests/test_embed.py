@@ -143,7 +143,8 @@ def test_the_test_files_are_those_that_the_run_never_saw(
     config = load_config(workdir)
     with config.unlocked():
         config.seed, config.data.streaming = seed, streaming
-    monkeypatch.setattr(feature_file, "load_config", lambda _: config)
+    # The encoder does not matter.
+    monkeypatch.setattr("hjepa_jax.feature_file.load_config", lambda _: config)
     encoder = api.Encoder(None, 16, 64, first_pixel)
     monkeypatch.setattr(api, "load", lambda *_: encoder)
     found = write(workdir, photos, tmp_path / "features.npz")
