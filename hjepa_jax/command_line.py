@@ -28,7 +28,7 @@ CONFIG_FLAGS_ERRORS = (
 # Longest error message and longest value quoted in it, in characters.
 MAX_LINE, MAX_VALUE = 2000, 200
 HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
-WIDTH = 88  # of the help page, in characters
+WIDTH = 88  # characters in a line of the help page
 
 
 def fail(message: str) -> NoReturn:

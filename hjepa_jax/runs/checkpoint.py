@@ -32,7 +32,7 @@ from hjepa_jax.runs.checkpoint_meta import (
     read_meta,
 )
 
-MAX_DIGITS = 10  # of a step, which is an int32
+MAX_DIGITS = 10  # digits of a step, which is an int32
 
 
 class Checkpoints:

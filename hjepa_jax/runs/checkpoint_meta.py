@@ -124,14 +124,14 @@ def check_config(workdir: pathlib.Path, step: int, saved: Any, config: Config) -
         raise InputError("--step", step, f"has a config of another version: {error}") from error
     if other_networks_or_data(trained, config):
         rule = (
-            f"its config differs from that of the checkpoint at step {step} "
+            f"its config differs from the config of the checkpoint at step {step} "
             f"({changes(trained, config)})"
         )
         raise InputError("--workdir", str(workdir), rule)
 
 
 def check_shapes(step: int, tables: dict[str, ArrayTable], templates: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose arrays differ from the templates in path, type or shape.
+    """Refuses a checkpoint if its arrays differ from the templates in path, type or shape.
 
     Raises:
       InputError: naming up to three of them ("--step").
@@ -147,7 +147,7 @@ def check_arrays(name: str, table: ArrayTable, tree: Any) -> None:
     """Checks every bit of a tree that was read.
 
     Raises:
-      DamagedCheckpoint: naming the first array whose checksum differs.
+      DamagedCheckpoint: naming the first array with another checksum.
     """
     if bad := sorted(changed(_wanted_part(table, tree), describe_arrays(tree))):
         raise DamagedCheckpoint(f"the checksum of {name} {bad[0]} differs")

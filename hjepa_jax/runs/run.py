@@ -151,7 +151,7 @@ def open_config_source(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns what `--dry_run` prints: sizes and length of the run."""
+    """Returns sizes and length of the run, for `--dry_run`."""
     validate(config)
     config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)

@@ -40,8 +40,8 @@ def check_workdir(
         schedules and moved paths are not compared in that case.
 
     Raises:
-      InputError: if the directory holds a run whose config differs in a field that matters, or
-        results of an unknown config, or if it cannot be made or written.
+      InputError: if the directory holds a run that differs in a field that matters, or results of
+        an unknown config, or if it cannot be made or written.
     """
     with writing(workdir):
         past = _past(workdir, saved)

@@ -29,7 +29,7 @@ from jaxtyping import PyTree, Shaped
 
 from hjepa_jax.errors import InputError, Interrupted, first_line
 
-MIN_JAX = (0, 7, 1)  # the first version whose heartbeats can be set
+MIN_JAX = (0, 7, 1)  # the first version with a setting for heartbeats
 CONNECT_SEC = 300  # for all processes to join, including the slowest
 # A process that is silent for this long is lost. JAX's own limit is longer. It applies only if the
 # thread hangs, and JAX may report after half of it.

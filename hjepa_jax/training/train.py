@@ -88,7 +88,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     if not checkpoint_sizes(workdir):  # a resumed run does not need it
         warm_start.check_source(config)
     with contextlib.ExitStack() as held:
-        claims: list[Callable[[], None]] = []  # of process 0
+        claims: list[Callable[[], None]] = []  # only process 0 has one
         begun = []
 
         def claim() -> None:
