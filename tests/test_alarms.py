@@ -37,7 +37,7 @@ def window_with(bad_steps):
     return window
 
 
-def test_a_step_left_out_is_reported_once_with_its_number_and_its_term():
+def test_a_skipped_step_is_reported_once_with_its_number_and_term():
     alarms, said = make_alarms()
     alarms.check_finite(window_with([]), 10)
     assert said == []
@@ -49,7 +49,7 @@ def test_a_step_left_out_is_reported_once_with_its_number_and_its_term():
     assert "loss," not in said[0]
 
 
-def test_a_level_that_is_hardly_ever_predicted_is_said_once():
+def test_a_level_with_few_targets_is_reported_once():
     alarms, said = make_alarms()
     for _ in range(2):
         alarms.check_targets(
@@ -59,7 +59,7 @@ def test_a_level_that_is_hardly_ever_predicted_is_said_once():
     assert "level 2 has 0.02 targets per image" in said[0]
 
 
-def test_too_many_steps_left_out_end_the_run():
+def test_too_many_skipped_steps_end_the_run():
     alarms, _ = make_alarms(max_nonfinite_steps=1)
     with pytest.raises(
         InputError, match=r"max_nonfinite_steps=1: .*2 of 40 .*checkpoint is step 30"
@@ -85,7 +85,7 @@ def test_collapse_and_recovery_are_reported_when_they_have_lasted():
     assert said[0].endswith("for 3 lines of the log")
 
 
-def test_the_rank_of_an_untrained_network_is_no_collapse():
+def test_the_low_rank_of_an_untrained_network_is_not_a_collapse():
     """The first lines of experiments/m1_max_quick_val: 10 % of 192 is 19.2."""
     alarms, said = make_alarms(on_collapse="stop")
     for step, rank in enumerate([19.6, 18.8, 18.9, 18.7, 18.6, 18.8, 18.9, 19.4]):
@@ -98,7 +98,7 @@ def test_the_rank_of_an_untrained_network_is_no_collapse():
 
 
 @pytest.mark.parametrize("verdict", [NARROW, POINT, verdict_of(0.0, 0.0), verdict_of(190.0, 1e-7)])
-def test_features_that_are_constant_from_the_start_are_caught(verdict):
+def test_features_that_are_constant_from_the_start_are_a_collapse(verdict):
     alarms, said = make_alarms()
     for step in range(5):
         alarms.check_spread(verdict, step)
@@ -106,7 +106,7 @@ def test_features_that_are_constant_from_the_start_are_caught(verdict):
     assert said[0].startswith("WARNING: target features at step 2: ")
 
 
-def test_a_low_spread_that_the_untrained_network_has_as_well_is_no_collapse():
+def test_the_low_spread_of_an_untrained_network_is_not_a_collapse():
     alarms, said = make_alarms()
     for step, std in enumerate([0.006, 0.004, 0.005, 0.0035, 0.008]):
         alarms.check_spread(verdict_of(90.0, std), step)
@@ -116,7 +116,7 @@ def test_a_low_spread_that_the_untrained_network_has_as_well_is_no_collapse():
     assert "collapse; effective rank 90.0" in said[0]
 
 
-def test_a_run_that_goes_on_remembers_its_untrained_network():
+def test_a_resumed_run_remembers_its_untrained_network():
     """Of lines with few images the largest rank counts, up to the first of a whole window."""
     lines = [
         {"step": 2, "train/loss": 1.0},

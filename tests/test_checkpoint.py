@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, or it is refused by name."""
+"""Checkpoints: they restore exactly what was written, or are refused by name."""
 
 import json
 import pathlib
@@ -15,9 +15,10 @@ import pytest
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import empty_window, make_averages
-from hjepa_jax.runs import array_table, checkpoint, checkpoint_meta
+from hjepa_jax.runs import array_table, checkpoint_meta
 from hjepa_jax.runs.array_table import describe_arrays, differences, json_checksum
 from hjepa_jax.runs.best import BEST_METRIC
+from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.checkpoint_meta import read_saved
 
 
@@ -40,31 +41,44 @@ def make_window():
 @pytest.fixture
 def workdir(tmp_path: pathlib.Path, tiny_config) -> pathlib.Path:
     """Checkpoints at steps 1 and 2."""
-    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config, data="all-abc", owner=True)
-    for step in (1, 2):
-        checkpoints.save(make_state(step), make_window(), scores={})
-        checkpoints.wait()
-    checkpoints.close()
+    with Checkpoints(tmp_path, config=tiny_config, data="all-abc", owner=True) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), make_window(), scores={})
+            checkpoints.wait()
     return tmp_path
 
 
 def restore(workdir, config, *, data="all-abc", width=3) -> TrainState:
-    checkpoints = checkpoint.Checkpoints(workdir, config=config, data=data, owner=True)
-    try:
+    with Checkpoints(workdir, config=config, data=data, owner=True) as checkpoints:
         return checkpoints.restore(make_state(0, width=width), make_window())[0]
-    finally:
-        checkpoints.close()
+
+
+def restore_part(workdir, config, state: TrainState) -> TrainState:
+    with Checkpoints(workdir, config=config) as checkpoints:
+        return checkpoints.restore_state(state)
 
 
 def assert_same_tree(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_the_newest_checkpoint_comes_back_bit_for_bit(workdir, tiny_config):
-    assert_same_tree(restore(workdir, tiny_config), make_state(2))
+def read_meta_file(workdir, step) -> dict[str, Any]:
+    return json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
 
 
-def test_a_table_tells_every_leaf_by_type_shape_and_bits():
+def rewrite_meta(workdir, step, *, checksum: bool = False, **changes) -> None:
+    """Edits the meta of a checkpoint; `checksum` makes its checksum match the edit."""
+    meta = read_meta_file(workdir, step) | changes
+    if checksum:
+        del meta["checksum"]
+        meta["checksum"] = json_checksum(meta)
+    (workdir / f"checkpoints/{step}/meta/metadata").write_text(json.dumps(meta))
+
+
+# The table of arrays
+
+
+def test_the_table_shows_every_leaf_with_type_shape_and_checksum():
     state = make_state(1)
     table = json.loads(json.dumps(describe_arrays(state)))
     assert differences(table, state) == []
@@ -102,7 +116,7 @@ RNG = np.random.default_rng(0)
     ],
     ids=lambda x: f"{x.dtype}{list(x.shape)}",
 )
-def test_checksums_are_those_by_hand_on_host_and_device(x, monkeypatch):
+def test_checksums_equal_those_by_hand_on_host_and_device(x, monkeypatch):
     expected = checksum_by_hand(x)
     assert array_table.word_checksums([x]) == [expected]
     if x.size and x.dtype != np.float64:
@@ -110,7 +124,7 @@ def test_checksums_are_those_by_hand_on_host_and_device(x, monkeypatch):
         assert array_table.word_checksums([jnp.asarray(x)]) == [expected]
 
 
-def test_every_flipped_bit_and_every_exchange_changes_the_checksum():
+def test_every_flipped_bit_and_every_swap_changes_the_checksum():
     x = RNG.integers(0, 2**32, 40, np.uint32)
     (before,) = array_table.word_checksums([x])
     flipped = [x ^ (np.arange(40) == i).astype("u4") * (1 << np.uint32(b))
@@ -121,8 +135,7 @@ def test_every_flipped_bit_and_every_exchange_changes_the_checksum():
     assert array_table.word_checksums([zeros]) != array_table.word_checksums([zeros[:39]])
 
 
-def test_large_arrays_stay_on_the_device(monkeypatch):
-    """Only sums come to the host: 4 bytes of an array in one piece."""
+def test_only_the_sums_of_large_arrays_come_to_the_host(monkeypatch):
     x, fetched, copy = jnp.ones((256, 257)), [], np.asarray
     monkeypatch.setattr(
         np, "asarray", lambda a, *b, **k: fetched.append(np.size(a)) or copy(a, *b, **k)
@@ -133,182 +146,90 @@ def test_large_arrays_stay_on_the_device(monkeypatch):
     assert max(fetched) == 257
 
 
+# Restoring
+
+
+def test_the_newest_checkpoint_restores_bit_for_bit(workdir, tiny_config):
+    assert_same_tree(restore(workdir, tiny_config), make_state(2))
+
+
 def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_config):
     rule = r"does not fit this model: .*float32\[3, 4\] there, float32\[5, 4\] here"
     with pytest.raises(InputError, match=rule):
         restore(workdir, tiny_config, width=5)
     assert not (workdir / "damaged").exists()
+    target = TrainState(None, None, make_state(0, width=5).target_params, None, None)
+    with pytest.raises(InputError, match=r"does not fit this model: .target_params"):
+        restore_part(workdir, tiny_config, target)
 
 
-def test_other_training_images_warn(workdir, tiny_config, capsys):
+def test_other_training_images_print_a_warning(workdir, tiny_config, capsys):
     restore(workdir, tiny_config)
     assert "warning" not in capsys.readouterr().err
     restore(workdir, tiny_config, data="all-xyz")
     assert "fingerprint all-abc -> all-xyz" in capsys.readouterr().err
 
 
-def test_a_fingerprint_of_a_sample_of_the_images_is_compared_with_nothing(
-    tiny_config, tmp_path, capsys
-):
-    """Older versions looked at every (n // 256)-th image: a difference there means nothing."""
-    checkpoints = checkpoint.Checkpoints(
-        tmp_path, config=tiny_config, data="0123456789abcdef", owner=True
-    )
-    checkpoints.save(make_state(1), make_window(), scores={})
-    checkpoints.close()
-    assert_same_tree(restore(tmp_path, tiny_config, data="all-xyz"), make_state(1))
-    assert "warning" not in capsys.readouterr().err
-
-
 FIELDS = ("step", "params", "target_params", "opt_state", "rng")
 
 
 @pytest.mark.parametrize("wanted", [("target_params",), ("step", "params", "target_params")])
-def test_only_the_fields_asked_for_are_read(workdir, tiny_config, wanted, monkeypatch):
-    looked_at = []
+def test_only_the_requested_fields_are_read_and_checked(workdir, tiny_config, wanted, monkeypatch):
+    checked = []
     monkeypatch.setattr(
         checkpoint_meta,
         "describe_arrays",
-        lambda tree: looked_at.append(tree) or describe_arrays(tree),
+        lambda tree: checked.append(tree) or describe_arrays(tree),
     )
     whole = make_state(2)
-    asked = TrainState(
-        **{name: getattr(whole, name) if name in wanted else None for name in FIELDS}
-    )
-    with checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints:
-        found = checkpoints.restore_state(asked)
-    assert_same_tree(found, asked)
-    assert len(looked_at) == 1, "what was read is checked"
-    assert [name for name in FIELDS if getattr(looked_at[0], name) is not None] == [
-        name for name in FIELDS if name in wanted
-    ], "nothing else was brought into memory"
+    part = {name: getattr(whole, name) if name in wanted else None for name in FIELDS}
+    assert_same_tree(restore_part(workdir, tiny_config, TrainState(**part)), TrainState(**part))
+    (tree,) = checked
+    assert {name for name in FIELDS if getattr(tree, name) is not None} == {*wanted}
 
 
 def change_checksum(workdir, path):
     """Writes another checksum for an array of checkpoint 2, as if one of its bits had flipped."""
-    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
-    meta["arrays"]["state"][path][2] ^= 1
-    meta.pop("checksum")
-    rewrite_meta(workdir, 2, **meta, checksum=json_checksum(meta))
+    arrays = read_meta_file(workdir, 2)["arrays"]
+    arrays["state"][path][2] ^= 1
+    rewrite_meta(workdir, 2, arrays=arrays, checksum=True)
 
 
-def test_a_damaged_array_is_refused_if_it_is_asked_for(workdir, tiny_config):
-    asked = TrainState(None, None, make_state(0).target_params, None, None)
+def test_a_damaged_array_is_refused_if_it_is_requested(workdir, tiny_config):
+    target = TrainState(None, None, make_state(0).target_params, None, None)
     change_checksum(workdir, ".opt_state['mu']")
-    with checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints:
-        assert_same_tree(
-            checkpoints.restore_state(asked).target_params, make_state(2).target_params
-        )
-    with (
-        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
-        pytest.raises(InputError, match=r"checksum of state \.opt_state"),
-    ):
-        checkpoints.restore_state(make_state(0))
+    found = restore_part(workdir, tiny_config, target)
+    assert_same_tree(found.target_params, make_state(2).target_params)
+    with pytest.raises(InputError, match=r"checksum of state \.opt_state"):
+        restore_part(workdir, tiny_config, make_state(0))
     change_checksum(workdir, ".target_params['kernel']")
-    with (
-        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
-        pytest.raises(InputError, match=r"checksum of state \.target_params"),
-    ):
-        checkpoints.restore_state(asked)
-
-
-def test_fields_of_another_model_are_refused_leaf_by_leaf(workdir, tiny_config):
-    asked = TrainState(None, None, make_state(0, width=5).target_params, None, None)
-    rule = r"does not fit this model: .target_params.* is float32\[3, 4\] there, float32\[5, 4\]"
-    with (
-        checkpoint.Checkpoints(workdir, config=tiny_config) as checkpoints,
-        pytest.raises(InputError, match=rule),
-    ):
-        checkpoints.restore_state(asked)
+    with pytest.raises(InputError, match=r"checksum of state \.target_params"):
+        restore_part(workdir, tiny_config, target)
 
 
 def test_a_checkpoint_names_its_code_and_data(workdir, tiny_config):
-    meta = json.loads((workdir / "checkpoints/2/meta/metadata").read_text())
-    assert meta["format_version"] == 3
-    assert meta["data"] == "all-abc"
+    meta = read_meta_file(workdir, 2)
+    assert (meta["format_version"], meta["data"]) == (3, "all-abc")
     assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
     assert meta["config"]["train"]["batch_size"] == tiny_config.train.batch_size
     assert "commit" in meta
 
 
-def rewrite_meta(workdir, step, **changes):
-    path = workdir / f"checkpoints/{step}/meta/metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 @pytest.mark.parametrize("version", [1, 2, 4])
 def test_a_checkpoint_of_another_format_is_refused_and_stays(workdir, tiny_config, version):
-    path = workdir / "checkpoints/2/meta/metadata"
-    meta = json.loads(path.read_text()) | {"format_version": version}
+    meta = read_meta_file(workdir, 2) | {"format_version": version}
     del meta["checksum"]
-    if version > 1:  # format 1 had no checksum
-        meta["checksum"] = json_checksum(meta)
-    path.write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=f"is in format {version}; this version reads format 3"):
+    checksum = {"checksum": json_checksum(meta)} if version > 1 else {}  # format 1 had none
+    (workdir / "checkpoints/2/meta/metadata").write_text(json.dumps({**meta, **checksum}))
+    rule = f"--step=2: is in format {version}; this version reads format 3"
+    with pytest.raises(InputError, match=rule):
         restore(workdir, tiny_config)
-    with pytest.raises(InputError, match=f"--step=2: is in format {version}"):
+    with pytest.raises(InputError, match=rule):
         read_saved(workdir)
     assert (workdir / "checkpoints/2").is_dir()
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(workdir, tiny_config, capsys):
-    rewrite_meta(workdir, 2, data="all-abd")
-    assert_same_tree(restore(workdir, tiny_config), make_state(1))
-    assert "checkpoint 2 is damaged: the checksum of meta differs" in capsys.readouterr().err
-    assert (workdir / "damaged/2").is_dir()
-    assert not (workdir / "checkpoints/2").exists()
-
-
-def test_readers_leave_a_damaged_checkpoint_where_it_is(workdir, tiny_config):
-    rewrite_meta(workdir, 2, data="all-abd")
-    checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config)
-    with pytest.raises(InputError, match=r"--step=2: is damaged .*the others are \[1\]"):
-        checkpoints.restore_state(make_state(0))
-    assert int(checkpoints.restore_state(make_state(0), 1).step) == 1
-    checkpoints.close()
-
-
-def test_complaints_of_others_go_where_they_went_before(workdir, tiny_config, monkeypatch):
-    """TensorStore's, of damage that a reader knows of already, go nowhere while it is open."""
-    told = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
-    before = sys.unraisablehook
-    rewrite_meta(workdir, 2, data="all-abd")
-    checkpoints = checkpoint.Checkpoints(workdir, config=tiny_config, owner=True)
-    checkpoints.restore(make_state(0), make_window())
-    for text in ("Event loop is closed", "else"):
-        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
-    checkpoints.close()
-    assert [str(unraisable.exc_value) for unraisable in told] == ["else"]
-    assert sys.unraisablehook is before
-
-
-@pytest.mark.parametrize("which", ["last", "best"])
-def test_readers_make_nothing_where_there_is_no_checkpoint(tiny_config, tmp_path, which):
-    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config)
-    with pytest.raises(InputError, match=r"needs a checkpoint|holds no checkpoint"):
-        checkpoints.restore_state(make_state(0), checkpoints.find_step(which))
-    checkpoints.close()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format_version": "2"}', "{", ""])
-def test_meta_that_is_none_is_damage(workdir, tiny_config, content):
-    (workdir / "checkpoints/2/meta/metadata").write_text(content)
-    assert_same_tree(restore(workdir, tiny_config), make_state(1))
-
-
-def test_nothing_left_to_read_is_one_error(workdir, tiny_config):
-    for step in (1, 2):
-        rewrite_meta(workdir, step, data="all-abd")
-    for _ in range(2):  # the second time, too: nothing is moved away
-        with pytest.raises(InputError, match="holds no checkpoint that can be read"):
-            restore(workdir, tiny_config)
-    assert not (workdir / "damaged").exists()
-
-
-def test_another_config_reads_no_checkpoint_although_its_arrays_fit(workdir, tiny_config):
-    """As after an edit of config.json: features would be made in another way, without a word."""
+def test_another_config_is_refused_although_the_arrays_fit(workdir, tiny_config):
     for field, value in {"data.mean": (0.5, 0.5, 0.5), "mask.num_blocks": 3, "seed": 1}.items():
         other = tiny_config.copy_and_resolve_references()
         other.update_from_flattened_dict({field: value})
@@ -320,7 +241,65 @@ def test_another_config_reads_no_checkpoint_although_its_arrays_fit(workdir, tin
     assert_same_tree(restore(workdir, tiny_config), make_state(2))
 
 
-def test_the_newest_meta_that_can_be_read_says_whose_run_it_is(workdir, tiny_config):
+# Damage
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_restored(
+    workdir, tiny_config, capsys
+):
+    rewrite_meta(workdir, 2, data="all-abd")
+    assert_same_tree(restore(workdir, tiny_config), make_state(1))
+    assert "checkpoint 2 is damaged: the checksum of meta differs" in capsys.readouterr().err
+    assert (workdir / "damaged/2").is_dir()
+    assert not (workdir / "checkpoints/2").exists()
+
+
+def test_readers_do_not_move_a_damaged_checkpoint(workdir, tiny_config):
+    rewrite_meta(workdir, 2, data="all-abd")
+    with Checkpoints(workdir, config=tiny_config) as checkpoints:
+        with pytest.raises(InputError, match=r"--step=2: is damaged .*the others are \[1\]"):
+            checkpoints.restore_state(make_state(0))
+        assert int(checkpoints.restore_state(make_state(0), 1).step) == 1
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format_version": "2"}', "{", ""])
+def test_an_invalid_meta_is_damage(workdir, tiny_config, content):
+    (workdir / "checkpoints/2/meta/metadata").write_text(content)
+    assert_same_tree(restore(workdir, tiny_config), make_state(1))
+
+
+def test_if_all_checkpoints_are_damaged_none_is_moved(workdir, tiny_config):
+    for step in (1, 2):
+        rewrite_meta(workdir, step, data="all-abd")
+    with pytest.raises(InputError, match="holds no checkpoint that can be read"):
+        restore(workdir, tiny_config)
+    assert not (workdir / "damaged").exists()
+
+
+def test_only_late_errors_of_tensorstore_are_hidden(workdir, tiny_config, monkeypatch):
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    before = sys.unraisablehook
+    rewrite_meta(workdir, 2, data="all-abd")
+    with Checkpoints(workdir, config=tiny_config, owner=True) as checkpoints:
+        checkpoints.restore(make_state(0), make_window())
+        for text in ("Event loop is closed", "else"):
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert [str(unraisable.exc_value) for unraisable in reported] == ["else"]
+    assert sys.unraisablehook is before
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_readers_create_nothing_without_checkpoints(tiny_config, tmp_path, which):
+    with (
+        Checkpoints(tmp_path, config=tiny_config) as checkpoints,
+        pytest.raises(InputError, match=r"needs a checkpoint|holds no checkpoint"),
+    ):
+        checkpoints.restore_state(make_state(0), checkpoints.find_step(which))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_intact_meta_says_which_run_it_is(workdir, tiny_config):
     saved = read_saved(workdir)
     assert saved is not None
     assert (saved.step, saved.fingerprint) == (2, "all-abc")
@@ -335,40 +314,38 @@ def test_the_newest_meta_that_can_be_read_says_whose_run_it_is(workdir, tiny_con
     assert not (workdir / "nowhere").exists()
 
 
-def save(workdir, config, scores: dict[int, Any]) -> list[int]:
-    """Saves a checkpoint for each step, in a process of its own as it were; the steps then kept.
+# The best checkpoint
 
-    A score is that of level 0, a pair also has that of the summary tokens.
+
+def save(workdir, config, scores: dict[int, Any]) -> list[int]:
+    """Saves a checkpoint for each step with new `Checkpoints`; returns the steps that are kept.
+
+    A score is the score of level 0; a pair adds the score of the summary tokens.
     """
-    checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
-    names = (BEST_METRIC, f"{BEST_METRIC}_summary")
-    for step, score in scores.items():
-        values = score if isinstance(score, tuple) else (score,)
-        scored = {} if score is None else dict(zip(names, values, strict=False))
-        checkpoints.save(make_state(step), make_window(), scores=scored)
-    checkpoints.close()
+    with Checkpoints(workdir, config=config, owner=True) as checkpoints:
+        for step, score in scores.items():
+            values = score if isinstance(score, tuple) else (score,)
+            names = (BEST_METRIC, f"{BEST_METRIC}_summary")
+            scored = {} if score is None else dict(zip(names, values, strict=False))
+            checkpoints.save(make_state(step), make_window(), scores=scored)
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
 
 
 def best_step(workdir, config) -> int | None:
-    checkpoints = checkpoint.Checkpoints(workdir, config=config)
-    try:
+    with Checkpoints(workdir, config=config) as checkpoints:
         return checkpoints.find_step("best")
-    finally:
-        checkpoints.close()
 
 
-def test_the_best_checkpoint_outlives_every_resume(tiny_config, tmp_path):
+def test_the_best_checkpoint_survives_every_resume(tiny_config, tmp_path):
     tiny_config.train.keep_checkpoints = 1
     assert save(tmp_path, tiny_config, {1: 0.5, 2: 0.9, 3: 0.6, 4: None}) == [2, 4]
     assert save(tmp_path, tiny_config, {5: None, 6: 0.7}) == [2, 6]
     assert best_step(tmp_path, tiny_config) == 2
-    assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # of equals the newest
+    assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # a tie: the newest
     assert best_step(tmp_path, tiny_config) == 7
 
 
-def test_the_best_checkpoint_is_that_of_the_better_features(tiny_config, tmp_path, capsys):
-    """Level 0 falls while the summary tokens stand, as in experiments/cifar10_tiny_20."""
+def test_the_best_checkpoint_is_the_best_of_all_features(tiny_config, tmp_path, capsys):
     tiny_config.train.keep_checkpoints = 1
     falling = {1: (0.48, 0.40), 2: (0.47, 0.53), 3: (0.46, 0.52), 4: None}
     assert save(tmp_path, tiny_config, falling) == [2, 4]
@@ -380,8 +357,9 @@ def test_the_best_checkpoint_is_that_of_the_better_features(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize("field", ["num_val", "knn_bank_size"])
-def test_scores_of_another_protocol_are_not_compared(tiny_config, tmp_path, field):
-    """The best of each is kept; "best" is that by the protocol of the newest score."""
+def test_the_best_of_each_protocol_is_kept_and_the_newest_protocol_counts(
+    tiny_config, tmp_path, field
+):
     tiny_config.train.keep_checkpoints = 1
     assert save(tmp_path, tiny_config, {1: 0.9, 2: 0.8}) == [1, 2]
     tiny_config.eval[field] = 30
@@ -391,7 +369,7 @@ def test_scores_of_another_protocol_are_not_compared(tiny_config, tmp_path, fiel
     assert best_step(tmp_path, tiny_config) == 5
 
 
-def test_a_score_that_cannot_be_read_is_none(tiny_config, tmp_path):
+def test_a_damaged_score_is_ignored(tiny_config, tmp_path):
     tiny_config.train.keep_checkpoints = 4
     save(tmp_path, tiny_config, {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6})
     rewrite_meta(tmp_path, 1, data="all-abd")

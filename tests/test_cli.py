@@ -125,7 +125,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_pat
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(tiny_flags, tmp_path, run_module):
+def test_sigterm_saves_the_run(tiny_flags, tmp_path, run_module):
     workdir = tmp_path / "run"
     flags = [f for f in tiny_flags if "num_steps" not in f and "every_steps" not in f]
     flags += ["--config.log.every_steps=1", "--config.eval.probe_at_end=False"]
@@ -189,7 +189,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_has_gone_away_ends_the_command_without_a_word(tiny_flags, tmp_path):
+def test_a_closed_pipe_ends_the_command_silently(tiny_flags, tmp_path):
     """As in `... | head -1`; it is not the workdir that cannot be written."""
     command = [sys.executable, "-m", MAIN, *tiny_flags, f"--workdir={tmp_path}"]
     reader, writer = os.pipe()

@@ -38,7 +38,7 @@ def test_a_single_process_agrees_with_itself():
     np.testing.assert_array_equal(squares, [0, 1, 4, 9, 16])
 
 
-def test_what_the_first_process_refuses_is_refused():
+def test_an_error_of_process_0_is_raised():
     def refuse():
         raise InputError("--workdir", "x", "no")
 
@@ -56,7 +56,7 @@ def test_the_other_processes_log_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_coordinator_that_is_none_is_one_line(run_module):
+def test_an_invalid_coordinator_gives_one_line(run_module):
     arguments = ("hjepa_jax.main", "--config=configs/shapes_tiny.py")
     done = run_module(*arguments, "--coordinator=here")
     assert done.returncode == 2
@@ -66,7 +66,7 @@ def test_a_coordinator_that_is_none_is_one_line(run_module):
 
 
 @pytest.mark.parametrize("told", [{"num_processes": 2}, {"process_id": 1}])
-def test_one_of_several_processes_without_a_coordinator_is_refused(told):
+def test_several_processes_need_a_coordinator(told):
     refused = pytest.raises(InputError, match="--coordinator=None: must be given")
     with refused, cluster.member(None, **told):
         pass
@@ -133,7 +133,7 @@ def test_every_layout_reads_the_checkpoints_of_every_other(tiny_config, tmp_path
 @several
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_in_one(tiny_config, tmp_path, victim):
+def test_a_killed_process_ends_the_other_and_one_can_resume(tiny_config, tmp_path, victim):
     tiny_config.train.num_steps = 100_000
     tiny_config.log.every_steps = 1
     tiny_config.eval.every_epochs = 0.0
@@ -229,7 +229,7 @@ def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
 
 @several
 @pytest.mark.slow
-def test_processes_that_were_told_different_things_are_refused(tiny_config, tmp_path):
+def test_processes_with_different_configs_are_refused(tiny_config, tmp_path):
     address, both = processes.free_address(), []
     for index in range(2):
         tiny_config.optim.learning_rate = 0.1 * (1 + index)
@@ -261,7 +261,7 @@ def test_a_workdir_that_is_not_shared_is_refused(tiny_config, tmp_path):
 
 @several
 @pytest.mark.slow
-def test_a_run_in_two_processes_is_stopped_resumed_and_judged_like_any(tiny_config, tmp_path):
+def test_two_processes_stop_resume_and_evaluate_a_run(tiny_config, tmp_path):
     """A signal to both, at no common moment; then the rest, k-NN, probes and the report."""
     tiny_config.log.every_steps = 1
     tiny_config.log.report = tiny_config.eval.probe_at_end = True
@@ -291,7 +291,7 @@ def test_a_run_in_two_processes_is_stopped_resumed_and_judged_like_any(tiny_conf
 
 @several
 @pytest.mark.slow
-def test_fewer_held_out_images_than_processes_are_scored_all_the_same(tiny_config, tmp_path):
+def test_fewer_held_out_images_than_processes_are_scored(tiny_config, tmp_path):
     tiny_config.eval.num_val = 1
     assert processes.finish(tiny_config, tmp_path / "run", num=2) == 0
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval/knn_top1"] in (0, 1)

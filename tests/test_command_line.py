@@ -69,7 +69,7 @@ def test_none_is_refused_where_a_value_is_needed(field, rule):
         validate(config)
 
 
-def test_none_stays_a_word_where_it_is_one_of_the_choices():
+def test_none_stays_a_string_in_fields_that_allow_it():
     config = parse(SHAPES, "--config.model.pyramid=none", "--config.data.dir", "none").config
     assert (config.model.pyramid, config.data.dir) == ("none", None)
 
@@ -99,7 +99,7 @@ def test_a_flag_that_is_given_twice_is_refused(arguments, message):
         parse(*arguments, define=define_some)
 
 
-def test_of_an_override_given_twice_the_last_counts_and_is_named(capsys):
+def test_the_last_of_repeated_overrides_counts_with_a_note(capsys):
     overrides = ["--config.seed=1", "--config.mask.scale=(0.1,0.1)", "--config.seed=2"]
     config = parse(SHAPES, *overrides, "--config.mask.scale=(0.2,0.2)").config
     assert (config.seed, config.mask.scale) == (2, (0.2, 0.2))
@@ -120,7 +120,7 @@ def test_the_same_value_given_twice_and_repeatable_flags_are_accepted(capsys):
 # Several workdirs
 
 
-def test_workdirs_may_be_repeated_listed_and_hold_commas_spaces_and_quotes(tmp_path, monkeypatch):
+def test_workdirs_may_be_repeated_or_listed_and_contain_commas(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a", "b", "c,d", "it's here"):
         (tmp_path / name).mkdir()
@@ -140,7 +140,7 @@ def test_workdirs_may_be_repeated_listed_and_hold_commas_spaces_and_quotes(tmp_p
         (["~nobody-of-this-name/x"], "no user here"),
     ],
 )
-def test_a_workdir_that_is_none_is_refused(given, rule):
+def test_an_invalid_workdir_is_refused(given, rule):
     with pytest.raises(InputError, match=rf"^--workdir=.*{rule}"):
         cli.workdirs(given)
 
@@ -182,7 +182,7 @@ def test_an_error_in_a_config_file_keeps_its_file_and_line(tmp_path, monkeypatch
     assert words in str(refused.value)
 
 
-def test_a_config_file_may_be_below_home_and_hold_dataclasses(tmp_path, monkeypatch):
+def test_a_config_file_may_be_in_the_home_folder_and_use_dataclasses(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.py").write_text(
         "from __future__ import annotations\nimport dataclasses\n"
@@ -203,7 +203,7 @@ def run_python(code, **kwargs):
     return subprocess.run(command, text=True, capture_output=True, check=False, **kwargs)
 
 
-def test_names_that_the_terminal_lacks_are_printed_and_closed_output_is_not_reused(tmp_path):
+def test_unprintable_names_are_escaped_and_closed_output_is_not_reused(tmp_path):
     code = """
 def main():
     import sys, os
@@ -220,7 +220,7 @@ cli.run(main)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has this device")
-def test_a_full_disk_under_stdout_ends_in_one_line_and_under_stderr_does_not_matter():
+def test_a_full_disk_is_an_error_on_stdout_only():
     with open("/dev/full", "w") as full:
         output = cli._Output(os.dup(full.fileno()), required=True)
         with pytest.raises(InputError, match=r"^stdout=1: cannot be written \(No space left"):
@@ -229,7 +229,7 @@ def test_a_full_disk_under_stdout_ends_in_one_line_and_under_stderr_does_not_mat
         assert cli._Output(os.dup(full.fileno()), required=False).write(b"x") == 1
 
 
-def test_a_terminal_that_has_gone_away_stops_nothing():
+def test_a_closed_terminal_is_ignored():
     terminal, ours = pty.openpty()
     os.close(terminal)
     assert cli._Output(ours, required=True).write(b"x") == 1
@@ -243,7 +243,7 @@ def test_a_terminal_that_has_gone_away_stops_nothing():
         ("KeyboardInterrupt", 130, "interrupted"),
     ],
 )
-def test_what_ends_a_command_from_outside_is_one_line(error, status, line, capsys, monkeypatch):
+def test_errors_of_the_system_and_ctrl_c_give_one_line(error, status, line, capsys, monkeypatch):
     def main():
         raise eval(error)
 
@@ -262,7 +262,7 @@ def test_what_ends_a_command_from_outside_is_one_line(error, status, line, capsy
     assert told.count("\n") == 1
 
 
-def test_a_setting_that_jax_does_not_take_is_one_line():
+def test_a_setting_that_jax_refuses_gives_one_line():
     environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "high-ish"}
     done = run_python("cli.run(lambda: None)", env=environment)
     assert done.returncode == 2

@@ -120,7 +120,7 @@ def test_python_gives_the_features_of_the_command(workdir, photos, written):
     assert np.abs(expected["level_0"][0] - expected["level_0"][1]).max() > 0.01
 
 
-def test_an_npz_of_photos_has_the_features_of_the_files(workdir, photos, tmp_path):
+def test_an_npz_of_photos_has_the_same_features_as_the_files(workdir, photos, tmp_path):
     """Images of one size that is not the encoder's go the same way."""
     files = [photos / "ab"[i % 2] / f"{i:02}.png" for i in range(40) if SIZES[i % 8] == (30, 70)]
     images, labels = np.stack([np.asarray(Image.open(f)) for f in files]), np.zeros(5, np.int32)
@@ -136,9 +136,7 @@ def test_an_npz_of_photos_has_the_features_of_the_files(workdir, photos, tmp_pat
 
 @pytest.mark.parametrize("streaming", ["auto", "always"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_test_files_are_those_that_the_run_never_saw(
-    photos, workdir, tmp_path, seed, streaming, monkeypatch
-):
+def test_the_run_never_saw_the_test_files(photos, workdir, tmp_path, seed, streaming, monkeypatch):
     """Whatever the seed, with a file that is no image, and if the run streams."""
     config = load_config(workdir)
     with config.unlocked():
@@ -160,7 +158,7 @@ def test_the_test_files_are_those_that_the_run_never_saw(
         np.testing.assert_array_equal(found[f"{split}_x"], images[:, 0, 0, :1])
 
 
-def test_a_split_of_the_folders_own_stands(shapes_folder, workdir, tmp_path):
+def test_a_folder_with_its_own_split_keeps_it(shapes_folder, workdir, tmp_path):
     found = write(workdir, shapes_folder, tmp_path / "features.npz")
     assert (len(found["train_files"]), len(found["test_files"])) == (160, 40)
     assert all(name.startswith("test/") for name in found["test_files"])
@@ -195,7 +193,7 @@ def test_no_more_than_a_batch_is_decoded_at_a_time():
     assert (len(rows), errors) == (1000, [])
 
 
-def test_few_images_are_a_small_batch(workdir):
+def test_few_images_make_a_small_batch(workdir):
     sizes = []
 
     def embed(_, batch):
@@ -241,7 +239,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, output, r
     [("nowhere", "there is no such file"), ("x.csv", "this is another file"),
      ("nowhere.npz", "there is no such file")],
 )  # fmt: skip
-def test_an_input_that_is_none_is_refused_at_once(tmp_path, source, rule):
+def test_an_invalid_input_is_refused_at_once(tmp_path, source, rule):
     (tmp_path / "x.csv").write_text("")
     with pytest.raises(InputError, match=rf"^--input=.*must be a folder of images or .*{rule}"):
         feature_file.write_features("nowhere", f"{tmp_path}/{source}", f"{tmp_path}/out.npz")
@@ -255,14 +253,14 @@ def test_more_arrays_than_memory_are_refused_with_numbers(tmp_path, monkeypatch)
         feature_file.write_features("nowhere", f"{tmp_path}/in.npz", f"{tmp_path}/out.npz")
 
 
-def test_what_is_wrong_with_the_input_is_told_as_the_input(workdir, tmp_path):
+def test_errors_of_the_input_name_the_flag(workdir, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"^--input='.*empty': .*one sub-folder per class"):
         feature_file.write_features(str(workdir), f"{tmp_path}/empty", f"{tmp_path}/out.npz")
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_home_folders_are_understood_in_every_path(workdir, photos, tmp_path, monkeypatch):
+def test_home_is_expanded_in_every_path(workdir, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, target in (("run", workdir), ("photos", photos)):
         (tmp_path / name).symlink_to(target)
@@ -274,7 +272,7 @@ def test_home_folders_are_understood_in_every_path(workdir, photos, tmp_path, mo
 # The function for images of a data set
 
 
-def test_images_that_are_not_uint8_are_refused_where_nobody_can_check_them(workdir):
+def test_the_low_level_function_accepts_uint8_images_only(workdir):
     config = load_config(workdir)
     model, params = load_encoder(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
@@ -283,7 +281,7 @@ def test_images_that_are_not_uint8_are_refused_where_nobody_can_check_them(workd
             embed(params, np.zeros((2, 16, 16, 3), dtype))
 
 
-def test_images_of_the_encoders_size_have_the_same_features_there(workdir):
+def test_the_low_level_function_returns_the_same_features(workdir):
     images = create_shapes(8, 1, seed=0)[0].images[:, ::2, ::2]
     config = load_config(workdir)
     model, params = load_encoder(workdir)

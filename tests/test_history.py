@@ -11,7 +11,7 @@ def write(path, lines):
     return path
 
 
-def test_a_short_file_is_read_whole(tmp_path):
+def test_a_short_file_is_read_completely(tmp_path):
     lines = [{"step": s, "train/loss": 1.0 / s, "perf/steps_per_sec": 2.0} for s in (5, 10, 20)]
     found = read_history(write(tmp_path / "m", lines))
     assert list(found.lines) == lines
@@ -23,7 +23,7 @@ def test_a_short_file_is_read_whole(tmp_path):
     assert found.names("train/") == ["train/loss"]
 
 
-def test_of_a_long_file_the_ends_and_evaluations_are_kept_and_memory_bounded(tmp_path, monkeypatch):
+def test_a_long_file_is_sampled_with_its_ends_and_evaluations(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MAX_LINES", 50)
     lines = [{"step": s, "train/loss": 1.0} for s in range(1, 5001)]
     lines[1233]["eval/knn_top1"] = 0.5
@@ -37,7 +37,7 @@ def test_of_a_long_file_the_ends_and_evaluations_are_kept_and_memory_bounded(tmp
     assert found.series("eval/knn_top1")[0].tolist() == [1234]
 
 
-def test_what_is_no_line_of_metrics_is_counted_and_a_torn_end_is_not(tmp_path):
+def test_damaged_lines_are_counted_but_an_incomplete_last_one_is_not(tmp_path):
     path = tmp_path / "m"
     path.write_bytes(
         b'{"step": 1, "a": 1}\nnoise\n[1]\n{"step": "x"}\n{"step": 2, "a": NaN, "b": "text"}\n{"st'
@@ -48,7 +48,7 @@ def test_what_is_no_line_of_metrics_is_counted_and_a_torn_end_is_not(tmp_path):
     assert found.num_lines == 5
 
 
-def test_no_file_and_an_empty_one_are_a_history_without_lines(tmp_path):
+def test_no_file_and_an_empty_file_give_an_empty_history(tmp_path):
     (tmp_path / "m").touch()
     for path in (tmp_path / "m", tmp_path / "nowhere"):
         found = read_history(path)

@@ -60,7 +60,7 @@ def printed(code):
 
 
 @on_linux
-def test_memory_that_a_step_freed_is_there_for_the_next_one():
+def test_memory_freed_by_a_step_is_reused_by_the_next():
     (dropped,), (kept,) = (
         printed(FAULTS.format(keep=keep)) for keep in ("", "keep_freed_memory()")
     )
@@ -69,7 +69,7 @@ def test_memory_that_a_step_freed_is_there_for_the_next_one():
 
 
 @on_linux
-def test_free_memory_is_returned_where_there_is_little_and_it_is_kept():
+def test_free_memory_is_returned_if_the_machine_has_little():
     """With the memory of a GPU, nothing is kept, and no step reads /proc or trims the heap."""
     freed, roomy, scarce, num_reads = printed(RETURNED)
     assert num_reads == 0

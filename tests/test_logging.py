@@ -26,7 +26,7 @@ def test_values_of_one_step_share_a_line(tmp_path):
     ]
 
 
-def test_a_resumed_log_drops_later_steps_and_a_torn_line(tmp_path):
+def test_a_resumed_log_drops_later_steps_and_an_incomplete_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"ste')
     logger = RunLogger(tmp_path, tensorboard=False, resume_step=2)
@@ -35,7 +35,7 @@ def test_a_resumed_log_drops_later_steps_and_a_torn_line(tmp_path):
     assert [line["a"] for line in read_metrics(path)] == [1, 2, 4]
 
 
-def test_late_values_join_the_last_line_also_after_a_restart(tmp_path):
+def test_late_values_of_a_step_join_its_line(tmp_path):
     for values in ({"a": 1}, {"b": 2}):
         logger = RunLogger(tmp_path, tensorboard=False, resume_step=7)
         logger.scalars(7, values)
@@ -45,7 +45,7 @@ def test_late_values_join_the_last_line_also_after_a_restart(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 7, "a": 1, "c": 3, "b": 2}]
 
 
-def test_tensorflow_is_not_loaded_before_there_is_something_to_write(tmp_path):
+def test_tensorflow_is_loaded_on_first_use_only(tmp_path):
     code = """if True:
         import pathlib, sys
         from hjepa_jax.runs.logger import RunLogger
@@ -89,9 +89,7 @@ def tf_make_ndarray(proto):
     return tensor_util.make_ndarray(proto)
 
 
-def test_tensorboard_without_its_packages_is_one_line_before_anything_is_trained(
-    tmp_path, monkeypatch
-):
+def test_tensorboard_without_its_packages_is_refused(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorflow" else found(name)
@@ -106,11 +104,11 @@ def test_tensorboard_without_its_packages_is_one_line_before_anything_is_trained
 @pytest.mark.parametrize(
     ("seconds", "text"), [(5, "0:05"), (75, "1:15"), (3700, "1:01:40"), (59.6, "1:00")]
 )
-def test_durations_are_read_at_a_glance(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_the_summary_box_is_a_closed_frame_around_every_line():
+def test_the_summary_box_is_a_closed_frame():
     box = summary_box("done", {"report": "runs/a/report.html", "look": "tensorboard"}).splitlines()
     assert len({len(line) for line in box}) == 1
     assert box[0] == box[-1] == "+" + "-" * (len(box[0]) - 2) + "+"
@@ -130,7 +128,7 @@ progress.end()
 """
 
 
-def test_a_file_or_pipe_gets_a_line_every_n_seconds_and_that_of_the_last_step():
+def test_a_pipe_gets_a_line_every_n_seconds_and_the_last_one():
     for every_sec, steps in (("0", [1, 2, 3, 4]), ("1000", [1, 4])):
         command = [sys.executable, "-c", PROGRESS, every_sec]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -141,7 +139,7 @@ def test_a_file_or_pipe_gets_a_line_every_n_seconds_and_that_of_the_last_step():
         assert "\033" not in lines
 
 
-def test_a_terminal_gets_one_line_that_is_overwritten_and_never_wraps():
+def test_a_terminal_gets_one_line_that_never_wraps():
     controller, terminal = pty.openpty()
     columns = {**os.environ, "COLUMNS": "40"}
     command = [sys.executable, "-c", PROGRESS, "1000"]
@@ -162,7 +160,7 @@ def test_a_terminal_gets_one_line_that_is_overwritten_and_never_wraps():
     assert output.count("\n") == 2, "one after what stays, one at the end"
 
 
-def test_damaged_lines_are_left_out_and_those_after_them_are_kept(tmp_path):
+def test_damaged_lines_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = [f'{{"step": {step}}}\n'.encode() for step in (1, 2, 3)]
     path.write_bytes(

@@ -37,7 +37,7 @@ def test_home_is_expanded_in_every_path_field(field, home):
         ("folder:", "folder:"),
     ],
 )
-def test_home_is_expanded_in_sources_that_are_paths(source, found, home):
+def test_home_is_expanded_in_sources_with_a_path(source, found, home):
     assert expand_source("data.source", source) == found.replace("HOME", str(home))
 
 
@@ -62,7 +62,7 @@ def test_a_colon_does_not_make_an_address():
     assert str(local_path("--workdir", "a:b")) == "a:b"
 
 
-def test_a_run_in_a_folder_below_home_finds_its_data(tiny_config, home, shapes_npz):
+def test_a_run_finds_data_in_the_home_folder(tiny_config, home, shapes_npz):
     (home / "mine.npz").symlink_to(shapes_npz.removeprefix("npz:"))
     tiny_config.data.source = "npz:~/mine.npz"
     assert run.open_config_source(expand_paths(tiny_config)).info.num_train == 240

@@ -31,7 +31,7 @@ from tests import processes
         ((), 8, None),
     ],
 )
-def test_an_array_is_cut_along_its_largest_divisible_dimension(shape, fsdp, axis):
+def test_an_array_is_sharded_along_its_largest_divisible_axis(shape, fsdp, axis):
     assert placement.sharded_axis(shape, fsdp) == axis
 
 
@@ -48,7 +48,7 @@ def test_fsdp_that_does_not_divide_the_devices_is_refused(tiny_config):
         run.build_run(tiny_config, run.open_config_source(tiny_config))
 
 
-def test_images_that_no_device_has_room_for_are_refused_with_numbers(tiny_config, monkeypatch):
+def test_images_too_large_for_a_device_are_refused_with_numbers(tiny_config, monkeypatch):
     source = run.open_config_source(tiny_config)
     num_bytes = source.info.num_train * math.prod(source.info.image_shape)
     monkeypatch.setattr(placement, "machine_bytes", lambda: num_bytes - 1)
@@ -149,7 +149,7 @@ def test_accumulation_sends_no_image_between_devices(tmp_path, streamed):
     assert not [types for types in sent if "u8[" in types or ",32,32,3]" in types]
 
 
-def test_a_checksum_is_the_same_for_every_cut_and_sends_nothing(on_eight_devices):
+def test_checksums_do_not_depend_on_sharding_and_need_no_collective(on_eight_devices):
     values, sent = on_eight_devices["checksums"].values()
     assert len(values) == 6
     assert len(set(values)) == 1

@@ -102,7 +102,9 @@ def contents(folder):
         ),
     ],
 )  # fmt: skip
-def test_what_was_done_must_stay_as_it_was(tmp_path, config, num_updates, change, words):
+def test_a_resumed_config_must_not_change_past_updates(
+    tmp_path, config, num_updates, change, words
+):
     config = workdir_of(tmp_path, config, num_updates)
     saved = (tmp_path / "config.json").read_bytes()
     config.update_from_flattened_dict(change)
@@ -115,7 +117,7 @@ def test_what_was_done_must_stay_as_it_was(tmp_path, config, num_updates, change
         assert load_config(tmp_path).to_dict() == config.to_dict()
 
 
-def test_the_schedule_of_an_average_that_is_not_taken_may_change(tmp_path):
+def test_an_unused_ema_schedule_may_change(tmp_path):
     config = workdir_of(
         tmp_path,
         {
@@ -128,7 +130,7 @@ def test_the_schedule_of_an_average_that_is_not_taken_may_change(tmp_path):
     start(config, tmp_path)
 
 
-def test_how_a_run_goes_on_is_saved_and_other_schedules_are_said(tmp_path, capsys):
+def test_a_resumed_config_is_saved_and_its_changes_are_printed(tmp_path, capsys):
     config = workdir_of(tmp_path, {"optim.decay_epochs": 0.0}, 50)
     assert capsys.readouterr().out == ""
     config.train.num_epochs, config.log.every_steps = 30.0, 7
@@ -160,7 +162,7 @@ CASES = {  # what has happened to config.json -> how to do it, and what is said 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_checkpoint_says_which_config_goes_on(tmp_path, capsys, case):
+def test_the_checkpoint_decides_which_config_may_resume(tmp_path, capsys, case):
     config, other = with_changes({}), with_changes({"loss.kind": "mse"})
     start(config, tmp_path)
     harm, said = CASES[case]
@@ -215,7 +217,7 @@ def test_results_of_an_unknown_run_are_not_added_to(tmp_path, left):
         check_workdir(with_changes({}), tmp_path)
 
 
-def test_other_files_are_no_run(tmp_path):
+def test_other_files_do_not_make_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "metrics.jsonl").touch()
     start(with_changes({}), tmp_path)
@@ -234,7 +236,7 @@ def test_other_files_are_no_run(tmp_path):
         ("folder:d/x", "shapes", False),
     ],
 )
-def test_a_moved_data_path_is_the_same_data_if_its_fingerprint_is(tmp_path, capsys, old, new, same):
+def test_moved_data_is_accepted_if_its_fingerprint_is_the_same(tmp_path, capsys, old, new, same):
     start(with_changes({"data.source": old}), tmp_path)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     config, saved = with_changes({"data.source": new}), saved_by(with_changes({"data.source": old}))
@@ -255,7 +257,7 @@ def test_a_moved_data_path_is_the_same_data_if_its_fingerprint_is(tmp_path, caps
         assert f"goes on with data.source '{old}' -> '{new}'" in capsys.readouterr().out
 
 
-def test_a_moved_class_list_is_the_same_if_its_images_are(tmp_path):
+def test_a_moved_class_list_is_accepted_with_the_same_images(tmp_path):
     streamed = {"data.streaming": "always", "data.class_list": "a.txt"}
     start(with_changes(streamed), tmp_path)
     config = with_changes({**streamed, "data.class_list": "lists/a.txt"})
@@ -265,7 +267,7 @@ def test_a_moved_class_list_is_the_same_if_its_images_are(tmp_path):
 
 
 @pytest.mark.parametrize("num_images", [NUM_IMAGES - 1, NUM_IMAGES + 256])
-def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
+def test_a_run_does_not_resume_with_another_number_of_images(tmp_path, num_images):
     config = workdir_of(tmp_path, {}, 4)
     data = dataclasses.replace(RECORD, num_images=num_images)
     rule = f"was trained on 2560 images, and data.source has {num_images} now"
@@ -289,7 +291,7 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
     check_workdir(config, tmp_path, data=data)
 
 
-def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
+def test_a_run_that_cannot_become_longer_gives_advice(tmp_path):
     config = workdir_of(tmp_path, {}, 200)
     config.train.num_epochs = 40.0
     advice = r"with --config.train.init_from=\S+ to begin .*optim.decay_epochs=0"
@@ -298,7 +300,7 @@ def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
         check_workdir(config, tmp_path, data=RECORD)
 
 
-def test_init_from_need_not_be_repeated_and_may_be_spelt_differently(tmp_path, monkeypatch):
+def test_init_from_may_be_omitted_or_spelt_differently_on_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdir, config = tmp_path / "run", with_changes({"train.init_from": "runs/a"})
     start(config, workdir)
@@ -319,7 +321,7 @@ def test_init_from_need_not_be_repeated_and_may_be_spelt_differently(tmp_path, m
         check_workdir(config, plain, data=RECORD)
 
 
-def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_failed_start_removes_all_that_it_made(tmp_path):
     workdir = tmp_path / "runs" / "a"
 
     def fail(error):
@@ -336,7 +338,7 @@ def test_a_start_that_fails_leaves_nothing_behind(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_start_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_start_keeps_existing_files(tmp_path):
     start(with_changes({}), tmp_path)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "probe.json").write_text("{}")
@@ -347,7 +349,7 @@ def test_a_start_that_fails_leaves_what_was_there(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_run_that_fails_after_its_start_stays(tmp_path):
+def test_a_run_that_fails_after_its_start_is_kept(tmp_path):
     with contextlib.suppress(ZeroDivisionError), claimed(tmp_path / "run") as begin:
         start(with_changes({}), tmp_path / "run")
         begin()
@@ -356,7 +358,7 @@ def test_a_run_that_fails_after_its_start_stays(tmp_path):
     assert not lock_owner(tmp_path / "run")
 
 
-def test_a_lock_file_that_another_start_has_removed_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_file_removed_by_another_start_is_made_again(tmp_path, monkeypatch):
     flock = fcntl.flock
 
     def remove_and_lock(file, how):
@@ -381,7 +383,7 @@ def test_the_lock_holds_on_a_full_disk(tmp_path, monkeypatch):
         pass
 
 
-def test_run_json_comes_back_and_what_is_none_is_not_used(tmp_path):
+def test_run_json_round_trips_and_an_invalid_one_is_ignored(tmp_path):
     start(with_changes({}), tmp_path)
     assert read_record(tmp_path) == RECORD
     text = (tmp_path / "run.json").read_text()
@@ -415,14 +417,14 @@ def enter(workdir):
     ],
     ids=["check", "prepare", "check of a new one"],
 )
-def test_a_disk_without_room_is_one_line(tmp_path, no_room, use):
+def test_a_full_disk_gives_one_line(tmp_path, no_room, use):
     with pytest.raises(InputError, match=r"^--workdir=.*can be written \(File too large\)"):
         use(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["lock"])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
-def test_whatever_the_system_refuses_is_told_in_its_words(tmp_path, number):
+def test_errors_of_the_system_keep_their_words(tmp_path, number):
     with (
         pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)"),
         writing(tmp_path),
@@ -430,7 +432,7 @@ def test_whatever_the_system_refuses_is_told_in_its_words(tmp_path, number):
         raise OSError(number, os.strerror(number))
 
 
-def test_the_lock_file_of_another_character_set_is_read(tmp_path):
+def test_a_lock_file_in_another_encoding_is_read(tmp_path):
     (tmp_path / "lock").write_bytes(b"process 1 on caf\xe9")
     other = (tmp_path / "lock").open()
     fcntl.flock(other, fcntl.LOCK_EX)

@@ -43,13 +43,13 @@ def test_a_quantity_out_of_tolerance_is_named(changes, quantity):
     assert quantity in failure
 
 
-def test_rounding_passes_also_where_the_gradient_is_nothing_but_rounding():
+def test_rounding_passes_even_if_the_gradient_is_only_rounding():
     grads = {"['a']": np.full(4, 1.0 + 1e-5), "['b']": np.full(2, -1e-9)}
     assert failures(result(loss=2.0 * (1 + 1e-6), grads=grads)) == []
 
 
 @pytest.mark.slow
-def test_a_perturbed_weight_fails_with_the_first_quantity_that_is_off(tiny_config, monkeypatch):
+def test_a_perturbed_weight_fails_and_names_the_first_difference(tiny_config, monkeypatch):
     report = selftest.self_test(tiny_config, num_steps=1)
     assert report["passed"], report["verdict"]
     assert {check["quantity"] for check in report["checks"]} >= {"masks", "loss"}
@@ -72,7 +72,7 @@ def test_a_perturbed_weight_fails_with_the_first_quantity_that_is_off(tiny_confi
 
 
 @pytest.mark.slow
-def test_the_gradients_are_found_in_the_state_of_either_optimizer(tiny_config):
+def test_gradients_are_read_from_the_state_of_both_optimizers(tiny_config):
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     tiny_config.optim.clip_norm = 0.0
     found = []
@@ -130,6 +130,6 @@ selftest.run_step = spoiled
     assert "loss on cpu" in report["verdict"]
 
 
-def test_the_config_it_trains_is_there():
+def test_its_config_exists():
     assert selftest.CONFIG == REPOSITORY / "configs" / "cifar10_patches.py"
     assert selftest.CONFIG.exists()

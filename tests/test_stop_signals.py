@@ -10,7 +10,7 @@ from hjepa_jax.training.loop import STOP_SIGNALS, _StopSignals
 
 
 @pytest.mark.parametrize("name", STOP_SIGNALS)
-def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
+def test_each_stop_signal_stops_the_run_with_its_status(name, capfd):
     signum = getattr(signal, name)
     outside = signal.signal(signum, signal.default_int_handler)  # the tests may run under nohup
     try:
@@ -25,7 +25,7 @@ def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
     assert str(Interrupted(signum, 3)) == f"{name} at step 3"
 
 
-def test_a_hangup_that_nohup_has_switched_off_stays_so():
+def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with _StopSignals() as stop:

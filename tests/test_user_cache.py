@@ -35,7 +35,7 @@ def test_arrays_are_made_once_per_key(calls, capsys):
     assert other["y"][0] == 2
 
 
-def test_arrays_are_made_again_if_what_they_are_made_from_changes(tmp_path):
+def test_arrays_are_made_again_if_their_origin_changes(tmp_path):
     made = []
 
     def get(made_from):
@@ -50,7 +50,7 @@ def test_arrays_are_made_again_if_what_they_are_made_from_changes(tmp_path):
     assert len(list(tmp_path.glob("data/*"))) == 1, "new arrays replace the old"
 
 
-def test_a_prepared_file_that_changes_is_noticed_whatever_its_time(tmp_path):
+def test_a_changed_data_file_is_noticed_even_with_the_old_time(tmp_path):
     path = tmp_path / "set.tfrecord"
     path.write_bytes(b"1234")
     before, stat = files_of(tmp_path), path.stat()
@@ -62,7 +62,7 @@ def test_a_prepared_file_that_changes_is_noticed_whatever_its_time(tmp_path):
     assert after != before
 
 
-def test_code_that_decides_what_is_kept_is_part_of_its_key(tmp_path, monkeypatch):
+def test_the_source_code_is_part_of_the_cache_key(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
     digest = provenance.source_digest.__wrapped__
     (tmp_path / "data").mkdir()
@@ -80,7 +80,7 @@ def test_code_that_decides_what_is_kept_is_part_of_its_key(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_file_is_made_anew(calls, tmp_path, damage):
+def test_a_damaged_cache_file_is_made_again(calls, tmp_path, damage):
     get, made = calls
     get("a")
     (path,) = tmp_path.glob("data/*.npz")
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_made_anew(calls, tmp_path, damage):
     assert made == ["a", "a"]
 
 
-def test_where_nothing_can_be_written_nothing_is_kept(calls, tmp_path, capsys):
+def test_without_write_access_nothing_is_cached(calls, tmp_path, capsys):
     get, made = calls
     (tmp_path / "data").write_text("in the way")
     get("a"), get("a")
@@ -101,7 +101,7 @@ def test_where_nothing_can_be_written_nothing_is_kept(calls, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_more_than_the_limit_is_not_kept(calls, tmp_path, monkeypatch):
+def test_arrays_above_the_limit_are_not_cached(calls, tmp_path, monkeypatch):
     get, made = calls
     monkeypatch.setattr(user_cache, "MAX_KEPT_BYTES", 100)
     get("a"), get("a")
@@ -109,7 +109,7 @@ def test_more_than_the_limit_is_not_kept(calls, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*"))
 
 
-def test_the_users_own_choice_of_a_compilation_cache_stands(monkeypatch):
+def test_the_users_compilation_cache_is_respected(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     assert before  # tests/conftest.py names one
     user_cache.keep_compiled_programs()

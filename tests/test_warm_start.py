@@ -22,7 +22,7 @@ def trained(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "small")
 
 
-def test_positions_of_another_grid_lie_between_those_of_the_old_one():
+def test_positions_are_interpolated_to_another_grid():
     table = jnp.asarray([[0.0], [1.0], [10.0], [11.0]])  # 2x2: columns differ by 1, rows by 10
     wider = np.asarray(interpolate_positions(table, 16)).reshape(4, 4)
     np.testing.assert_allclose(wider[0], [0, 0.25, 0.75, 1], atol=1e-6)
@@ -31,7 +31,7 @@ def test_positions_of_another_grid_lie_between_those_of_the_old_one():
 
 
 @pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
-def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
+def test_a_run_can_start_from_one_at_a_lower_resolution(tiny_config, tmp_path, positions):
     with tiny_config.unlocked():
         tiny_config.model.positions = positions
     train.train_and_evaluate(tiny_config, tmp_path / "small")
@@ -63,7 +63,7 @@ def test_a_run_goes_on_at_a_higher_resolution(tiny_config, tmp_path, positions):
     assert np.any(kernel(initial) != kernel(after)), "the baseline stays random"
 
 
-def test_it_begins_there_once_and_then_goes_on_by_itself(
+def test_the_other_run_is_needed_only_at_the_first_start(
     tiny_config, trained, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -79,7 +79,7 @@ def test_it_begins_there_once_and_then_goes_on_by_itself(
 
 
 @pytest.mark.parametrize("damage", ["meta", "arrays"])
-def test_a_damaged_source_is_told_as_such(tiny_config, trained, tmp_path, damage):
+def test_a_damaged_source_is_refused_by_name(tiny_config, trained, tmp_path, damage):
     if damage == "meta":
         (trained / "checkpoints/6/meta/metadata").write_text("{}")
     else:
@@ -93,7 +93,7 @@ def test_a_damaged_source_is_told_as_such(tiny_config, trained, tmp_path, damage
     assert not (tmp_path / "next").exists()
 
 
-def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, trained):
+def test_the_targets_may_differ_between_the_runs(tiny_config, trained):
     """The networks are the same, whatever is made of the target encoder's tokens."""
     tiny_config.update_from_flattened_dict(
         {"train.init_from": str(trained), "model.global_target": "summary",
@@ -111,7 +111,7 @@ def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, traine
         ({"train.init_from": "/nowhere"}, r"'/nowhere': holds no run"),
     ],
 )
-def test_another_run_must_have_the_same_networks_and_nothing_is_written_before(
+def test_the_networks_must_be_equal_and_nothing_is_written_before(
     tiny_config, trained, tmp_path, overrides, rule
 ):
     with tiny_config.unlocked():
@@ -134,7 +134,7 @@ PARTS = {  # fields that decide which parameters there are
 
 
 @pytest.mark.parametrize("field", PARTS)
-def test_other_parameters_are_refused_by_the_field_or_by_themselves(
+def test_other_parameters_are_refused_by_field_or_by_path(
     tiny_config, tiny_run, monkeypatch, field
 ):
     tiny_config.update_from_flattened_dict({"train.init_from": str(tiny_run), field: PARTS[field]})
@@ -167,7 +167,7 @@ def begin(config, workdir):
     return warm_start.start_from(str(workdir), built, state), state, window
 
 
-def test_a_projection_head_that_one_of_the_runs_lacks_begins_anew_or_is_left_out(
+def test_a_projection_head_in_one_run_only_is_initialised_or_dropped(
     tiny_config, tiny_run, tmp_path, capsys
 ):
     _, theirs, _ = load_state(tiny_run)
@@ -190,7 +190,7 @@ def test_a_projection_head_that_one_of_the_runs_lacks_begins_anew_or_is_left_out
     jax.tree.map(np.testing.assert_array_equal, state.params, theirs.params)
 
 
-def test_a_head_of_another_size_begins_anew(capsys):
+def test_a_projection_head_of_another_size_is_initialised(capsys):
     there = {"encoder": {"a": np.zeros(3)}, "projection": {"b": np.zeros((2, 3))}}
     here = {"encoder": {"a": np.ones(3)}, "projection": {"b": np.ones((2, 4))}}
     place = make_placement(jax.devices(), fsdp=1)
@@ -203,7 +203,7 @@ def test_a_head_of_another_size_begins_anew(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_head_that_neither_run_has_may_be_described_differently(tiny_config, tiny_run):
+def test_an_unused_projection_head_may_differ(tiny_config, tiny_run):
     tiny_config.update_from_flattened_dict(
         {"train.init_from": str(tiny_run), "model.projection": (6, 2)}
     )

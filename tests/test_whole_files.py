@@ -3,7 +3,7 @@ import pytest
 from hjepa_jax.runtime.files import replacing
 
 
-def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
+def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
     with replacing(path) as file:
@@ -20,7 +20,7 @@ def write_a_part(path):
         raise OSError("no room")
 
 
-def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+def test_an_error_keeps_the_old_file_and_removes_the_temporary_one(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
     with pytest.raises(OSError, match="no room"):

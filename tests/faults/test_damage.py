@@ -45,7 +45,7 @@ def restored_step(workdir: pathlib.Path, config) -> int:
     return step
 
 
-def test_no_damage_to_any_file_is_read_as_truth(tmp_path, tiny_config, capsys):
+def test_damage_to_any_file_is_detected_or_harmless(tmp_path, tiny_config, capsys):
     original = tmp_path / "original"
     checkpoints = checkpoint.Checkpoints(original, config=tiny_config, owner=True)
     for step in (1, 2):

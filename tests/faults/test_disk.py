@@ -76,7 +76,7 @@ def long_run(config):
     config.eval.every_epochs = 0.0
 
 
-def test_a_full_disk_ends_the_run_and_a_freed_one_lets_it_finish(
+def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
     tiny_config, small_disk, tmp_path, monkeypatch
 ):
     long_run(tiny_config)
@@ -95,7 +95,7 @@ def test_a_full_disk_ends_the_run_and_a_freed_one_lets_it_finish(
     assert steps == list(range(1, 21))
 
 
-def test_a_read_only_disk_is_one_line_and_nothing_is_lost(
+def test_a_read_only_disk_gives_one_line_and_loses_nothing(
     tiny_config, small_disk, tmp_path, monkeypatch, run_module
 ):
     """The kernel lets no disk turn read-only under open files, so it does between two starts."""
@@ -121,9 +121,7 @@ def test_a_read_only_disk_is_one_line_and_nothing_is_lost(
     assert int(state_of(tiny_config, workdir).step) == 20
 
 
-def test_data_that_vanish_during_a_run_do_not_matter_until_it_is_resumed(
-    tiny_config, tmp_path, monkeypatch
-):
+def test_data_deleted_during_a_run_matter_only_on_resume(tiny_config, tmp_path, monkeypatch):
     long_run(tiny_config)
     data = tmp_path / "data.npz"
     shutil.copy(tiny_config.data.source.removeprefix("npz:"), data)

@@ -65,7 +65,7 @@ def whole_runs(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(save_every=st.sampled_from([2, 5]), stop=st.integers(1, NUM_STEPS - 4))
-def test_a_run_in_two_parts_is_the_run_in_one(
+def test_a_run_in_two_parts_equals_the_run_in_one(
     tiny_config, tmp_path_factory, whole_runs, program, save_every, stop
 ):
     workdir: pathlib.Path = tmp_path_factory.mktemp("parts")
