@@ -103,7 +103,6 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
     import numpy as np
 
     from hjepa_jax.config import build
-    from hjepa_jax.runs.progress import peak_memory_bytes
     from hjepa_jax.runtime import provenance
     from hjepa_jax.runtime.backend import PLUGINS, current_rules, version
 
@@ -129,16 +128,6 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
         f"more than {wrong.tolerance:g}"
     )  # fmt: skip
 
-    step = jax.jit(train_step)
-    state, images = jax.device_put((state, images), device)
-    for _ in range(3):  # for compilation, and until the allocator has its final size
-        state, _ = step(state, images)
-    jax.block_until_ready(state)
-    before, started = peak_memory_bytes(device), time.perf_counter()
-    for _ in range(num_steps):
-        state, _ = step(state, images)
-    jax.block_until_ready(state)
-    seconds, after = time.perf_counter() - started, peak_memory_bytes(device)
     plugins = {package: version(package) for package, _, _ in PLUGINS.values() if version(package)}
     return {
         "verdict": verdict,
@@ -150,8 +139,28 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
         "versions": {**provenance.versions(), **plugins},
         "checks": [dataclasses.asdict(check) for check in checks],
         "batch_size": batch_size,
+        **_measure(jax.jit(train_step), *jax.device_put((state, images), device), num_steps),
+    }
+
+
+def _measure(step: Any, state: Any, images: Any, num_steps: int) -> dict[str, float]:
+    """Measures speed and memory of a compiled training step on the device of its arguments."""
+    import jax
+
+    from hjepa_jax.runs.progress import peak_memory_bytes
+
+    (device,) = images.devices()
+    for _ in range(3):  # for compilation, and until the allocator has its final size
+        state, _ = step(state, images)
+    jax.block_until_ready(state)
+    before, started = peak_memory_bytes(device), time.perf_counter()
+    for _ in range(num_steps):
+        state, _ = step(state, images)
+    jax.block_until_ready(state)
+    seconds, after = time.perf_counter() - started, peak_memory_bytes(device)
+    return {
         "steps": num_steps,
-        "images_per_sec": num_steps * batch_size / seconds,
+        "images_per_sec": num_steps * len(images) / seconds,
         "memory_growth_bytes_per_step": (after - before) / num_steps,
         "peak_memory_bytes": after,
     }

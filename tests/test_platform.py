@@ -52,9 +52,7 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
         ("auto", {"jax": "0.10.2"}, "cpu", None),
     ],
 )
-def test_a_plugin_with_its_version_of_jax_is_accepted(
-    pretend, choice, versions, name, jax_platforms
-):
+def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, name, jax_platforms):
     settings = pretend(name, **versions)
     assert backend.select_platform(choice) == name.lower()
     assert settings.get("jax_platforms") == jax_platforms

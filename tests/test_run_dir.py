@@ -102,9 +102,7 @@ def contents(folder):
         ),
     ],
 )  # fmt: skip
-def test_a_resumed_config_must_not_change_past_updates(
-    tmp_path, config, num_updates, change, words
-):
+def test_a_config_must_not_change_past_updates(tmp_path, config, num_updates, change, words):
     config = workdir_of(tmp_path, config, num_updates)
     saved = (tmp_path / "config.json").read_bytes()
     config.update_from_flattened_dict(change)

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hjepa_jax.config import Config
@@ -65,64 +65,30 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     with writing(workdir):
         config = with_recorded_start(config, workdir, read_saved(workdir))
-
-    def check(data: RunRecord | None = None) -> None:
-        with writing(workdir):
-            saved = read_saved(workdir)
-        check_workdir(config, workdir, saved=saved, data=data)
-
-    cluster.by_first(check)  # before a long download
-    with cluster.first_process_first():  # process 0 downloads and scans the data
-        source = open_config_source(config, quiet=not cluster.is_first())
-        run = build_run(config, source)  # it refuses bad configs before images are read
-        train, test = source.load()
-    if len(train.images) != source.info.num_train:  # some files of the folder are not images
-        counts = {"num_train": len(train.images), "num_test": len(test.images)}
-        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
-        run = build_run(config, source)
-    _check_judgeable(config, source, train)
-    data = fingerprint(train, source.records)
-    record = make_record(config, source, run.schedules, fingerprint=data)
-    cluster.by_first(lambda: check(record))
-    _check_same_everywhere(config, data)
+    cluster.by_first(lambda: _check(config, workdir))  # before a long download
+    parts = _load(config, workdir, backend)
+    cluster.by_first(lambda: _check(config, workdir, parts.record))
+    _check_same_everywhere(config, parts.record)
     if not checkpoint_sizes(workdir):  # a resumed run does not need it
         warm_start.check_source(config)
-    with contextlib.ExitStack() as held:
-        claims: list[Callable[[], None]] = []  # only process 0 has one
-        begun = []
-
-        def claim() -> None:
-            claims.append(held.enter_context(claimed(workdir)))
-            check(record)  # again: another run may have started since
-            if config.eval.probe_at_end:  # before hours of training
-                with writing(workdir):
-                    rows_to_add_to(workdir / "probe.json")
+    begun = []
+    with _claimed(parts) as record_start:
 
         def begin() -> None:
-            """Writes config.json and run.json, once nothing can refuse the run any more."""
-
-            def write() -> None:
-                prepare_workdir(config, workdir, record, saved=read_saved(workdir))
-                claims[0]()
-
-            cluster.by_first(write)
+            record_start()
             begun.append(True)
 
-        cluster.by_first(claim)
-        if cluster.largest(not is_claimed(workdir)):
-            raise InputError("--workdir", str(workdir), "must be shared by all processes")
-        parts = _Parts(run, source, train, test, workdir, backend, record)
         try:
             rows = _train_and_judge(parts, begin)
         except InputError as error:  # too many non-finite steps, a collapse, a full disk
             cluster.leave(str(error))
             if begun:
-                _report(config, workdir, (train, test))
+                _report(parts)
             raise
         except Interrupted:  # all processes stop, though some may close slowly
             cluster.leave()
             raise
-        _report(config, workdir, (train, test))
+        _report(parts)
         return rows
 
 
@@ -139,6 +105,58 @@ class _Parts:
     record: RunRecord
 
 
+def _check(config: Config, workdir: pathlib.Path, data: RunRecord | None = None) -> None:
+    """See `check_workdir`."""
+    with writing(workdir):
+        saved = read_saved(workdir)
+    check_workdir(config, workdir, saved=saved, data=data)
+
+
+def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
+    """Loads the images and builds the run."""
+    with cluster.first_process_first():  # process 0 downloads and scans the data
+        source = open_config_source(config, quiet=not cluster.is_first())
+        run = build_run(config, source)  # it refuses bad configs before images are read
+        train, test = source.load()
+    if len(train.images) != source.info.num_train:  # some files of the folder are not images
+        counts = {"num_train": len(train.images), "num_test": len(test.images)}
+        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
+        run = build_run(config, source)
+    _check_judgeable(config, source, train)
+    data = fingerprint(train, source.records)
+    record = make_record(config, source, run.schedules, fingerprint=data)
+    return _Parts(run, source, train, test, workdir, backend, record)
+
+
+@contextlib.contextmanager
+def _claimed(parts: _Parts) -> Iterator[Callable[[], None]]:
+    """Holds the work directory, in process 0 (see `claimed`).
+
+    Yields:
+      A function that writes config.json and run.json. To be called in all processes once nothing
+      can refuse the run any more.
+    """
+    config, workdir, record = parts.run.config, parts.workdir, parts.record
+    with contextlib.ExitStack() as held:
+        claims: list[Callable[[], None]] = []  # only process 0 has one
+
+        def claim() -> None:
+            claims.append(held.enter_context(claimed(workdir)))
+            _check(config, workdir, record)  # again: another run may have started since
+            if config.eval.probe_at_end:  # before hours of training
+                with writing(workdir):
+                    rows_to_add_to(workdir / "probe.json")
+
+        def write() -> None:
+            prepare_workdir(config, workdir, record, saved=read_saved(workdir))
+            claims[0]()
+
+        cluster.by_first(claim)
+        if cluster.largest(not is_claimed(workdir)):
+            raise InputError("--workdir", str(workdir), "must be shared by all processes")
+        yield lambda: cluster.by_first(write)
+
+
 def _check_judgeable(config: Config, source: Source, train: Split) -> None:
     """Refuses data that the probes at the end would refuse, before hours of training."""
     if config.eval.probe_at_end:
@@ -148,23 +166,25 @@ def _check_judgeable(config: Config, source: Source, train: Split) -> None:
         raise InputError("data.source", source.name, rule)
 
 
-def _check_same_everywhere(config: Config, data: str) -> None:
+def _check_same_everywhere(config: Config, record: RunRecord) -> None:
     """Refuses processes with different configs or data."""
     shared = config.to_dict()
     del shared["data"]["dir"]  # may differ between machines
     digest = zlib.crc32(json.dumps(shared).encode()) >> 1
     cluster.check_same("--config", "", digest)
-    cluster.check_same("data.source", config.data.source, zlib.crc32(content(data).encode()) >> 1)
+    images = zlib.crc32(content(record.data["fingerprint"]).encode()) >> 1
+    cluster.check_same("data.source", config.data.source, images)
 
 
-def _report(config: Config, workdir: pathlib.Path, splits: tuple[Split, Split]) -> None:
+def _report(parts: _Parts) -> None:
     """Writes the run's report. An error in it does not change the result of the run."""
-    if not config.log.report or not cluster.is_first():
+    workdir = parts.workdir
+    if not parts.run.config.log.report or not cluster.is_first():
         return
     try:
         from hjepa_jax.reporting.publish import write_report  # matplotlib loads slowly
 
-        write_report([workdir], workdir, splits=splits)
+        write_report([workdir], workdir, splits=(parts.train, parts.test))
     except Exception as error:
         command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
         message = f"warning: no report could be written: {first_line(error)}; try {command}"
