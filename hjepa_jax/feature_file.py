@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import tempfile
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from hjepa_jax.data.sources import open_source
 from hjepa_jax.data.test_split import draw_test_rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.runs.workdir import load_config
-from hjepa_jax.runtime import host_memory
 from hjepa_jax.runtime.backend import select_platform
 from hjepa_jax.runtime.files import replacing
 from hjepa_jax.runtime.paths import local_path
@@ -45,8 +43,6 @@ def write_features(
     """
     path, kind = _input_path(source)
     target = _output_path(output, path)
-    if kind == "npz":
-        _check_memory(source, path)
     folder = local_path("--workdir", workdir)
     config = load_config(folder)
     select_platform(platform or config.platform)
@@ -87,22 +83,6 @@ def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
 def _not_writable(value: str, error: OSError) -> InputError:
     rule = f"must be a file that can be written ({error.strerror})"
     return InputError("--output", value, rule)
-
-
-def _check_memory(value: str, path: pathlib.Path) -> None:
-    """Refuses a .npz file with arrays that do not fit in memory, because they are read at once."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            needed = sum(member.file_size for member in archive.infolist())
-    except (OSError, zipfile.BadZipFile):
-        return  # opening the source reports the error
-    available = host_memory.available_bytes()
-    if needed > available:
-        rule = (
-            f"its arrays need {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} GiB "
-            "are available; put the images into a folder, which is read file by file"
-        )
-        raise InputError("--input", value, rule)
 
 
 def _open(source: str, config: Config, value: str) -> Source:
