@@ -74,6 +74,26 @@ def test_none_stays_a_string_in_fields_that_allow_it():
     assert (config.model.pyramid, config.data.dir) == ("none", None)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.optimizer.kind=adamw", "--config.optimizer.kind: is not a field of a config"),
+        ("--noconfig.log.raport", "--config.log.raport: is not a field of a config; did you mean "
+         "--config.log.report?"),
+        ("--config.optim.learning_rate=fast", "optim.learning_rate='fast': must be a number"),
+        ("--config.train.batch_size=2.5", "train.batch_size='2.5': must be a whole number"),
+        ("--config.mask.scale=(1,", "mask.scale='(1,': must be a tuple of numbers"),
+        ("--config.model=1", "model='1': is a group of fields"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_gives_one_line(argument, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(SHAPES, argument)
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {message}")
+    assert told.count("\n") == 1
+
+
 # Repeated flags
 
 
