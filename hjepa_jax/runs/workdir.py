@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from hjepa_jax.config import Config, base_config
+from hjepa_jax.config.defaults import REMOVED_FIELDS, Config, base_config
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.fingerprint import other_content
@@ -203,7 +203,7 @@ def load_config(workdir: str | pathlib.Path) -> Config:
 def parse_config(saved: Any) -> Config:
     """Returns the locked and checked config that plain JSON describes.
 
-    A field that `saved` lacks takes its default.
+    A field that `saved` lacks takes its default. A removed field is ignored if it had no effect.
 
     Raises:
       ValueError: naming unknown fields, or the first value that is not allowed.
@@ -211,10 +211,15 @@ def parse_config(saved: Any) -> Config:
     if not isinstance(saved, dict):
         raise ValueError("not an object")
     config = base_config().lock()
-    if unknown := flatten(saved).keys() - flatten(config.to_dict()).keys():
+    fields = {
+        field: value
+        for field, value in flatten(saved).items()
+        if field not in REMOVED_FIELDS or value != REMOVED_FIELDS[field]
+    }
+    if unknown := fields.keys() - flatten(config.to_dict()).keys():
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     try:
-        config.update(saved)
+        config.update_from_flattened_dict(fields)
         validate(config)
     except (ValueError, TypeError, LookupError, AttributeError, InputError) as error:
         raise ValueError(first_line(error)) from error
