@@ -1,4 +1,4 @@
-"""Alarms: each thing is said once, and ends the run only where the user wants that."""
+"""Alarms: each problem is reported once, and ends the run only if the config says so."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,7 @@ def test_too_many_skipped_steps_end_the_run():
 
 
 def verdict_of(rank, std, max_rank=192):
-    """As `collapse_verdict` would give it for such features."""
+    """Returns the verdict of `collapse_verdict` on such features."""
     return Verdict("healthy", std, rank, max_rank)
 
 
@@ -117,7 +117,7 @@ def test_the_low_spread_of_an_untrained_network_is_not_a_collapse():
 
 
 def test_a_resumed_run_remembers_its_untrained_network():
-    """Of lines with few images the largest rank counts, up to the first of a whole window."""
+    """The largest rank counts, up to the first line with a full window of images."""
     lines = [
         {"step": 2, "train/loss": 1.0},
         {"step": 4, "train/effective_rank": 12.0, "train/relative_std": 0.5},

@@ -1,4 +1,4 @@
-"""The commands, in processes of their own, as a user starts them."""
+"""The commands, each in its own process, as a user starts them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHAPES = "--config=configs/shapes_tiny.py"
 
 
 def tiny_overrides(shapes_npz: str) -> dict[str, object]:
-    """What shrinks shapes_tiny to seconds."""
+    """Returns overrides that shrink shapes_tiny to seconds."""
     return {
         "data.source": shapes_npz,
         "data.image_size": 16,
@@ -49,10 +49,10 @@ def tiny_flags(shapes_npz):
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Status 2 and one line on stderr that holds all the words."""
+    """Expects status 2 and one line on stderr with all the words."""
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
-    if len(lines) > 1 and ": train " in lines[0]:  # the images of the run were opened before
+    if len(lines) > 1 and ": train " in lines[0]:  # the line about the images of the run
         lines = lines[1:]
     assert len(lines) == 1, result.stderr
     for word in words:
@@ -181,7 +181,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, t
 
 
 def test_a_closed_pipe_ends_the_command_silently(tiny_flags, tmp_path):
-    """As in `... | head -1`; it is not the workdir that cannot be written."""
+    """As in `... | head -1`; the work directory is not to blame."""
     command = [sys.executable, "-m", MAIN, *tiny_flags, f"--workdir={tmp_path}"]
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,4 +1,4 @@
-"""Several processes: what they agree on, and what becomes of the others when one is gone."""
+"""Several processes: agreement, and the end of the others if one is lost."""
 
 import contextlib
 import json
@@ -80,7 +80,7 @@ LAYOUTS = {"one": (1, 1, 1), "four": (1, 4, 2), "eight": (1, 8, 8), "processes":
 def move_checkpoints(
     folder: pathlib.Path, config, name: str, coordinator: str | None, index: int, saves: bool
 ) -> None:
-    """In layout `name`: saves a state of its own, or reads those of all layouts."""
+    """Saves a state in the layout `name`, or reads the states of all layouts in it."""
     num, devices, fsdp = LAYOUTS[name]
     with cluster.member(coordinator, num_processes=num, process_id=index):
         backend.select_platform("cpu", cpu_devices=devices)
@@ -111,7 +111,7 @@ def move_checkpoints(
 @several
 @pytest.mark.slow
 def test_every_layout_reads_the_checkpoints_of_every_other(tiny_config, tmp_path):
-    """One device, four, eight, two processes: bit for bit, each parameter cut as it is there."""
+    """One, four and eight devices, two processes: bit for bit, with the sharding of the reader."""
     for saves in (True, False):
         for name, (num, _, _) in LAYOUTS.items():
             (tmp_path / name).mkdir(exist_ok=True)
@@ -165,7 +165,7 @@ def test_a_killed_process_ends_the_other_and_one_can_resume(tiny_config, tmp_pat
 
 
 def give_up(path: pathlib.Path, coordinator: str, index: int) -> None:
-    """Process 0 ends with an error; the other works on."""
+    """Process 0 ends with an error; the other one continues."""
     os.dup2(os.open(path / f"{index}.err", os.O_WRONLY | os.O_CREAT), 2)
     member = cluster.member(coordinator, num_processes=2, process_id=index)
     with contextlib.suppress(InputError), member:
@@ -194,7 +194,7 @@ def test_the_reason_of_process_0_ends_the_other_in_one_line(tmp_path):
 
 
 def run_out_of_memory(path: pathlib.Path, coordinator: str, index: int) -> None:
-    """Process 1 asks for more memory than there is; the other works on."""
+    """Process 1 runs out of memory; the other one continues."""
     os.dup2(os.open(path / f"{index}.err", os.O_WRONLY | os.O_CREAT), 2)
     with cluster.member(coordinator, num_processes=2, process_id=index):
         cluster.meet()
@@ -207,7 +207,7 @@ def run_out_of_memory(path: pathlib.Path, coordinator: str, index: int) -> None:
 @several
 @pytest.mark.slow
 def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
-    """It used to be held back for 35 seconds, in which another process could have been lost."""
+    """It must not wait the 35 seconds that detect a lost process."""
     address = processes.free_address()
     both = [
         processes.CONTEXT.Process(target=run_out_of_memory, args=(tmp_path, address, index))
@@ -262,7 +262,7 @@ def test_a_workdir_that_is_not_shared_is_refused(tiny_config, tmp_path):
 @several
 @pytest.mark.slow
 def test_two_processes_stop_resume_and_evaluate_a_run(tiny_config, tmp_path):
-    """A signal to both, at no common moment; then the rest, k-NN, probes and the report."""
+    """Signals reach the two processes at different steps; the resumed run has all results."""
     tiny_config.log.every_steps = 1
     tiny_config.log.report = tiny_config.eval.probe_at_end = True
     workdir = tmp_path / "run"

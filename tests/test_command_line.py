@@ -1,4 +1,4 @@
-"""Flags as a user writes them: None, repeated, several workdirs, config files with errors, help."""
+"""Flags: None, repeated flags, several workdirs, config files with errors, help."""
 
 import os
 import pty
@@ -20,7 +20,7 @@ OPTIONAL = [f for f, value in flatten(base_config().to_dict()).items() if value 
 
 
 def parse(*arguments, define=lambda values: None):
-    """The values of flags after `--config` and others are parsed."""
+    """Returns the values of `--config` and other flags after parsing."""
     values, argv = flags.FlagValues(), ["main", *arguments]
     config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
     define(values)

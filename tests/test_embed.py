@@ -1,4 +1,4 @@
-"""Features of images, by the command and in Python: the same, and of the split of the run."""
+"""Features of images: the command and Python agree, and keep the split of the run."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ SIZES = [(16, 16), (40, 20), (30, 70), (64, 48), (300, 200), (15, 33), (16, 17),
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> pathlib.Path:
-    """Photos of several sizes in two classes without a test split, and a file that is none."""
+    """Photos of several sizes in two classes without a test split, and a file that is not an image."""
     root = tmp_path_factory.mktemp("photos")
     for i in range(40):
         height, width = SIZES[i % len(SIZES)]
@@ -44,7 +44,7 @@ def random_like(leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def make_run(workdir: pathlib.Path, source: str, seed: int = 0, **fields: object) -> Config:
-    """A run with one checkpoint, of random numbers: nothing is trained, nothing compiled."""
+    """Makes a run with one checkpoint of random numbers, without training."""
     c = base_config()
     c.seed, c.data.source, c.data.image_size = seed, source, 16
     c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
@@ -75,7 +75,7 @@ def workdir(tmp_path_factory, photos) -> pathlib.Path:
 
 
 def first_pixel(_, images):
-    """In place of an encoder."""
+    """A function in place of an encoder."""
     return {"x": images[:, 0, 0, :1].astype(np.float32)}
 
 
@@ -93,7 +93,7 @@ def written(workdir, photos, tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 def test_python_gives_the_features_of_the_command(workdir, photos, written):
-    """Photos of several sizes, as files, as uint8 and as floats, one by one and together."""
+    """Photos of several sizes as files, uint8 and floats, alone and in a list."""
     encoder = hjepa_jax.load(workdir)
     files = [*written["train_files"], *written["test_files"]]
     assert len(files) == 40
@@ -119,7 +119,7 @@ def test_python_gives_the_features_of_the_command(workdir, photos, written):
 
 
 def test_an_npz_of_photos_has_the_same_features_as_the_files(workdir, photos, tmp_path):
-    """Images of one size that is not the encoder's go the same way."""
+    """All images have one size, but not the size of the encoder."""
     files = [photos / "ab"[i % 2] / f"{i:02}.png" for i in range(40) if SIZES[i % 8] == (30, 70)]
     images, labels = np.stack([np.asarray(Image.open(f)) for f in files]), np.zeros(5, np.int32)
     arrays = {"train_images": images, "train_labels": labels}
@@ -135,7 +135,7 @@ def test_an_npz_of_photos_has_the_same_features_as_the_files(workdir, photos, tm
 @pytest.mark.parametrize("streaming", ["auto", "always"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_run_never_saw_the_test_files(photos, workdir, tmp_path, seed, streaming, monkeypatch):
-    """Whatever the seed, with a file that is no image, and if the run streams."""
+    """For several seeds, with a broken file, and for streamed runs."""
     config = load_config(workdir)
     with config.unlocked():
         config.seed, config.data.streaming = seed, streaming
@@ -205,7 +205,7 @@ def test_few_images_make_a_small_batch(workdir):
     assert sizes == [-(-size // devices) * devices for size in (1, 4, 64, 64, 64)]
 
 
-# What cannot be done is said before any work: the workdir of these does not even exist
+# Refused before any work: the work directory in these tests does not even exist
 
 
 @pytest.mark.parametrize(

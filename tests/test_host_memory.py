@@ -1,4 +1,4 @@
-"""The memory of a process: kept when freed, whichever thread of XLA frees it; returned if asked."""
+"""The memory of a process: kept when freed, and returned on request."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from hjepa_jax.runtime.host_memory import keep_freed_memory
 import jax, jax.numpy as jnp
 
 def f(x):
-    y = jnp.sin(x[:, None] + x[None])  # [4096, 4096]: as it is used twice, it is there in full
+    y = jnp.sin(x[:, None] + x[None])  # [4096, 4096]: materialised, because it is used twice
     return jnp.sum(jax.lax.optimization_barrier(y), axis=0) @ y
 
 f, x = jax.jit(f), jnp.ones(4096)
@@ -26,15 +26,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-# Prints what the process holds of 256 MiB: after it freed them, then while it has memory to spare,
-# then not.
+# Prints how much of 256 MiB the process holds after freeing them: at once, with memory to spare, and
+# with too little memory.
 RETURNED = """
 from hjepa_jax.runtime import host_memory
 host_memory.keep_freed_memory()
 import numpy as np
 
 before, block = host_memory.resident_bytes(), np.ones(1 << 25)
-small = [bytearray(2000) for _ in range(100)]  # behind it: the heap's end does not come down
+small = [bytearray(2000) for _ in range(100)]  # above it, so that the heap cannot shrink
 del block
 print(host_memory.resident_bytes() - before)
 host_memory.return_unused_memory(above=1.0)
@@ -44,7 +44,7 @@ print(host_memory.resident_bytes() - before)
 
 host_memory.stop_keeping_memory()
 trimmed = []
-host_memory.resident_bytes = lambda: trimmed.append(1) or 2**60  # as of a full machine
+host_memory.resident_bytes = lambda: trimmed.append(1) or 2**60  # as on a full machine
 host_memory.return_unused_memory()
 print(len(trimmed))
 """
@@ -70,7 +70,7 @@ def test_memory_freed_by_a_step_is_reused_by_the_next():
 
 @on_linux
 def test_free_memory_is_returned_if_the_machine_has_little():
-    """With the memory of a GPU, nothing is kept, and no step reads /proc or trims the heap."""
+    """After `stop_keeping_memory`, no step reads /proc or trims the heap."""
     freed, roomy, scarce, num_reads = printed(RETURNED)
     assert num_reads == 0
     assert min(freed, roomy) > 200 << 20

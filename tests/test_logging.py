@@ -58,7 +58,7 @@ def test_tensorflow_is_loaded_on_first_use_only(tmp_path):
 
 @pytest.mark.slow  # it loads TensorFlow
 def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
-    """Steps 3 and 4 were written by a run that was killed after its checkpoint at step 2."""
+    """A run wrote steps 3 and 4 and was killed; its last checkpoint is step 2."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     def write(steps, value, **options):
@@ -73,7 +73,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
     write(range(3, 6), 2.0, resume_step=2)
     write(range(5, 7), 3.0, resume_step=4)
     write_tensorboard_scalars(tmp_path, 6, {"probe": 1.0})
-    write([], 4.0, resume_step=1)  # a start that comes to nothing forgets nothing
+    write([], 4.0, resume_step=1)  # a start without events purges nothing
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()
     for name in ("loss", "weights"):
@@ -115,7 +115,7 @@ def test_the_summary_box_is_a_closed_frame():
     assert "report  runs/a/report.html" in box[2]
 
 
-# Four times "where the run is", and one line that stays, as the loop prints them.
+# Prints four progress lines and one line that stays, like the loop.
 PROGRESS = """
 import sys
 from hjepa_jax.runs.progress import Progress

@@ -1,4 +1,4 @@
-"""What lies where: cuts of parameters by hand, and their bytes on eight devices."""
+"""Layouts: sharded axes by hand, and bytes on eight devices."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests import processes
     ("shape", "fsdp", "axis"),
     [
         ((384, 1536), 8, 1),  # the largest dimension
-        ((384, 384), 8, 0),  # the first, of equals
+        ((384, 384), 8, 0),  # the first of equal ones
         ((1000, 1024), 16, 1),
         ((1030, 1000), 8, 1),  # the largest that 8 divides
         ((1030, 1001), 8, None),  # it divides none
@@ -66,7 +66,7 @@ def test_images_too_large_for_a_device_are_refused_with_numbers(tiny_config, mon
 
 
 def in_a_process(fn, path: pathlib.Path, *args) -> dict:
-    """What `fn(*args)` returns in a process with 8 devices."""
+    """Returns `fn(*args)`, called in a process with 8 devices."""
     process = processes.CONTEXT.Process(target=write_json, args=(fn, path, *args))
     process.start()
     process.join()
@@ -88,7 +88,7 @@ def on_eight_devices(tmp_path_factory) -> dict:
 
 
 def measure_bytes() -> dict:
-    """ViT-Small at 224 pixels: bytes of each device, and of everything."""
+    """Returns the bytes of ViT-Small at 224 pixels on each device, and in total."""
     c = base_config()
     c.model.name, c.data.image_size, c.model.patch_size = "vit_small", 224, 16
     c.parallel.fsdp = 8
@@ -106,11 +106,11 @@ def measure_bytes() -> dict:
 
 
 def measure_checksums() -> dict:
-    """Checksums of one array in several layouts, and the collectives that they take."""
+    """Returns checksums of one array in several layouts, and their collectives."""
     x = np.random.default_rng(0).normal(size=(512, 4, 64)).astype(np.float32)
     places = {n: placement.make_placement(jax.devices(), fsdp=n) for n in (1, 2, 8)}
     arrays = [x, jax.device_put(x), *(p.put(x, p.state(x)) for p in places.values())]
-    arrays.append(places[2].put(x, places[2].rows))  # as no state is: cut over both axes
+    arrays.append(places[2].put(x, places[2].rows))  # sharded over both axes
     cut = arrays[-2]
     program = array_table.block_sums_fn(cut.sharding, cut.sharding.shard_shape(x.shape))
     text = program.lower(cut).compile().as_text()
@@ -121,7 +121,7 @@ COLLECTIVE = re.compile(r"= (.*) (?:all-|collective-|reduce-scatter)[a-z-]*\(")
 
 
 def collectives(streamed: bool) -> list[str]:
-    """Types that devices exchange in a program with accumulation: "u8[4,8,32,32,3]{...}"."""
+    """Returns the types that devices exchange in a program: "u8[4,8,32,32,3]{...}"."""
     c = base_config()
     c.data.image_size, c.model.patch_size = 32, 8
     c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2

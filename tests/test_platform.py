@@ -1,4 +1,4 @@
-"""The rules of backends that this machine has not: their names and versions are pretended."""
+"""The rules of backends that this machine does not have: names and versions are faked."""
 
 import importlib.metadata
 import subprocess
@@ -18,7 +18,7 @@ from hjepa_jax.training import train
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Pretends a default backend, and which packages of which version are installed."""
+    """Fakes a default backend and the versions of installed packages."""
 
     def pretend(name: str, **versions: str) -> dict[str, object]:
         def version(package: str) -> str:
@@ -46,7 +46,7 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
         ("metal", METAL, "METAL", "METAL,cpu"),  # parameters are made on the CPU beside it
         ("mps", MPS, "mps", "mps,cpu"),
         ("cpu", METAL, "cpu", "cpu"),
-        ("cpu", METAL | MPS, "cpu", "cpu"),  # plugins that are not asked for do no harm
+        ("cpu", METAL | MPS, "cpu", "cpu"),  # an installed plugin does not matter
         ("auto", METAL, "METAL", None),
         ("auto", MPS | {"jax": "0.11.2"}, "mps", None),
         ("auto", {"jax": "0.10.2"}, "cpu", None),
@@ -87,7 +87,7 @@ def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions)
 
 
 def test_a_silent_fallback_to_the_cpu_is_refused():
-    """As of "cuda,cpu", where there is no NVIDIA GPU or no plugin for it."""
+    """JAX falls back to the CPU if there is no NVIDIA GPU or no plugin."""
     code = (
         "import jax; from hjepa_jax import errors; from hjepa_jax.runtime import backend\n"
         "try: print(backend.select_platform('cuda'), jax.default_backend())\n"
@@ -110,7 +110,7 @@ def test_a_backend_that_does_not_start_is_an_input_error(pretend, monkeypatch):
 
 
 def test_metal_without_the_cpu_backend_is_refused(pretend, monkeypatch):
-    """As with JAX_PLATFORMS=METAL: then nothing could make the parameters."""
+    """As with JAX_PLATFORMS=METAL: the CPU must make the parameters."""
     pretend("METAL", **METAL)
 
     def devices(backend):

@@ -1,4 +1,4 @@
-"""Which configs may go on in the directory of a run, and what a start leaves there."""
+"""Which configs may resume a run, and the files that a start leaves in its directory."""
 
 import contextlib
 import dataclasses
@@ -41,13 +41,13 @@ def with_changes(overrides):
 
 
 def start(config, workdir, saved=None, record=RECORD):
-    """What training does in the directory before the first step."""
+    """Does the same in the directory as training before its first step."""
     check_workdir(config, workdir, saved=saved, data=record)
     prepare_workdir(config, workdir, record, saved=saved)
 
 
 def workdir_of(tmp_path, overrides, num_updates):
-    """A directory as a run leaves it that has made so many updates, and its config."""
+    """Makes the directory of a run after some updates; returns its config."""
     config = with_changes(overrides)
     start(config, tmp_path)
     (tmp_path / "checkpoints" / str(num_updates)).mkdir(parents=True)
@@ -55,7 +55,7 @@ def workdir_of(tmp_path, overrides, num_updates):
 
 
 def saved_by(config, step=4, fingerprint="all-abc"):
-    """What a checkpoint of the run says: plain JSON."""
+    """Returns the facts in a checkpoint of the run."""
     return Saved(step, json.loads(json.dumps(config.to_dict())), fingerprint)
 
 
@@ -66,7 +66,7 @@ def contents(folder):
 @pytest.mark.parametrize(
     ("config", "num_updates", "change", "words"),
     [
-        # Far into a cosine, and right after it began.
+        # Late in a cosine schedule, and at its start.
         ({}, 100, {"train.num_epochs": 40.0}, "made update 100 at learning_rate 0.000541"),
         ({}, 12, {"train.num_epochs": 40.0}, "made update 12 at learning_rate 0.00099972"),
         ({}, 10, {"train.num_epochs": 40.0}, ""),
@@ -144,7 +144,7 @@ def test_a_resumed_config_is_saved_and_its_changes_are_printed(tmp_path, capsys)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
 
 
-CASES = {  # what has happened to config.json -> how to do it, and what is said of it
+CASES = {  # damage to config.json -> how to make it, and the message
     "missing": (lambda path, other: path.unlink(), "config.json is missing"),
     "empty": (lambda path, other: path.write_text(""), "no config of this version"),
     "damaged": (lambda path, other: path.write_text('{"seed": '), "no config of this version"),
@@ -272,7 +272,7 @@ def test_a_run_does_not_resume_with_another_number_of_images(tmp_path, num_image
     for saved in (None, saved_by(config)):
         with pytest.raises(InputError, match=rule):
             check_workdir(config, tmp_path, saved=saved, data=data)
-    # run.json is of other images than the checkpoint, so that it does not say how many those were.
+    # run.json belongs to other images than the checkpoint, so their number is unknown.
     saved = saved_by(config, fingerprint="all-old")
     with pytest.raises(InputError, match=r"other images \(fingerprint all-old.* -> all-abc"):
         check_workdir(config, tmp_path, saved=saved, data=data)
@@ -280,10 +280,10 @@ def test_a_run_does_not_resume_with_another_number_of_images(tmp_path, num_image
     with pytest.raises(InputError, match=r"other images .*no usable run.json"):
         check_workdir(config, tmp_path, saved=saved, data=data)
     images = "all-0123456789abcdef"
-    touched = saved_by(config, fingerprint=f"{images}-1")  # only times of files have changed
+    touched = saved_by(config, fingerprint=f"{images}-1")  # only the file times differ
     now = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": f"{images}-2"})
     check_workdir(config, tmp_path, saved=touched, data=now)
-    os.rmdir(tmp_path / "checkpoints" / "4")  # nothing was made yet
+    os.rmdir(tmp_path / "checkpoints" / "4")  # nothing was trained yet
     check_workdir(config, tmp_path, data=data)
 
 
@@ -391,7 +391,7 @@ def test_run_json_round_trips_and_an_invalid_one_is_ignored(tmp_path):
 
 @pytest.fixture
 def no_room():
-    """Until its end this process can make files, and write no byte into them, as on a full disk."""
+    """Lets this process create files but not write into them, as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))

@@ -1,4 +1,4 @@
-"""Of which runs the probe command gives a mean: of those that differ in their seed alone."""
+"""The probe command gives a mean only for runs that differ in their seed alone."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_runs_that_differ_in_more_than_the_seed_get_no_mean(changes, steps, told
     [
         ("folder:x", ("all-a", "all-b"), "the runs differ in training images ('all-a', 'all-b')"),
         ("folder:x", ("all-a", "all-a"), ""),
-        ("folder:x", ("all-a", None), ""),  # a run of an older version does not say
+        ("folder:x", ("all-a", None), ""),  # unknown
         ("shapes", ("all-a", "all-b"), ""),  # drawn by the seed
     ],
 )

@@ -1,4 +1,4 @@
-"""The self-test that a Mac owner runs: here the CPU against itself, and against a spoiled copy."""
+"""The self-test: here the CPU against itself, and against a modified copy."""
 
 import json
 import subprocess

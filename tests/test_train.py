@@ -1,4 +1,4 @@
-"""The loop: what a run leaves behind, and that it goes on exactly where it stopped."""
+"""The training loop: the files of a run, and exact resume."""
 
 import collections
 import json
@@ -118,7 +118,7 @@ def test_a_run_logs_every_metric_at_increasing_steps(tiny_config, tmp_path):
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path, monkeypatch):
-    """Here in one case; tests/faults/test_resume.py does it for every setting."""
+    """One case; tests/faults/test_resume.py has many settings."""
     stop_step, remembered = 2, []
     tiny_config.log.every_steps = 1
     monkeypatch.setattr(
@@ -145,13 +145,13 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_
 
 
 def test_few_calls_are_queued_at_a_time(tiny_config, tmp_path, monkeypatch):
-    """So that who stops a run waits for a few steps, not for all until the log's next line."""
+    """So a stopped run ends after a few steps, not after all steps up to the next log line."""
     tiny_config.train.num_steps = tiny_config.train.checkpoint_every_steps = 40
     tiny_config.log.every_steps = 40
     tiny_config.eval.every_epochs = 0.0
     marks, under_way, take = [], [], Loop._take
 
-    class Marks(collections.deque):  # the loop's own: another would be ready a little later
+    class Marks(collections.deque):  # observes the loop's own marks
         def append(self, mark):
             marks.append(mark)
             super().append(mark)
@@ -193,7 +193,7 @@ def test_a_run_stopped_at_its_last_step_probes_only_after_resume(
 
 
 def save_for_ever(config, workdir: pathlib.Path) -> None:
-    """A command that gets a Ctrl-C in step 2, and another one in the save after it, which hangs."""
+    """Runs a command that gets a Ctrl-C in step 2, and a second one in a save that hangs."""
 
     def hang(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -259,7 +259,7 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
 def test_checkpoints_resume_only_under_their_own_config(
     tiny_config, tiny_run, tmp_path, capsys, harm
 ):
-    """Nothing that a refused command did is left: the right one goes on."""
+    """A refused command changes nothing, and the right one still resumes."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     if harm == "edited config.json":
         path = workdir / "config.json"
@@ -289,7 +289,7 @@ def contents(folder: pathlib.Path) -> dict[pathlib.Path, int]:
 
 
 def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path, monkeypatch):
-    """Here when all checkpoints are damaged, and when the step does not compile."""
+    """Cases: all checkpoints are damaged; the step does not compile."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     (workdir / "config.json").unlink()
     for folder in (workdir / "checkpoints").iterdir():
@@ -343,7 +343,7 @@ def test_a_run_resumes_with_moved_data_but_not_with_other_images(
 
 
 def test_a_run_with_a_constant_rate_may_become_longer(tiny_config, tmp_path):
-    """It is then what a run of that length is, bit for bit; what it did may not change."""
+    """It equals a run of that length bit for bit; past updates must not change."""
     c = tiny_config
     c.optim.warmup_epochs, c.optim.decay_epochs, c.train.num_steps = 0.0, 0.0, 2
     train.train_and_evaluate(c, tmp_path / "parts")
@@ -377,7 +377,7 @@ def test_a_workdir_is_locked_until_its_process_is_gone(tmp_path):
         owner = f"in use by process {first.pid} on .*, since "
         with pytest.raises(InputError, match=owner), locked(tmp_path):
             pass
-        first.kill()  # without a chance to tidy up: the lock must be gone all the same
+        first.kill()  # without clean-up: the lock must be released all the same
         first.wait()
     with (
         locked(tmp_path),
@@ -433,7 +433,7 @@ def test_too_many_nonfinite_steps_end_the_run(tiny_config, tmp_path):
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monkeypatch, capsys):
-    """Thresholds that no features meet: every run has collapsed."""
+    """The thresholds are so high that every run has collapsed."""
     monkeypatch.setattr(quality, "MIN_RANK_FRACTION", 2.0)
     monkeypatch.setattr(collapse, "UNTRAINED_SHARE", 100.0)
     tiny_config.log.every_steps = 1
@@ -495,7 +495,7 @@ def test_tensorboard_gets_scalars_hparams_texts_and_pictures(tiny_config, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_skips_unreadable_images(tiny_config, tmp_path, capsys):
-    """Shapes are static: the run is built again for the images that are left."""
+    """Shapes are static, so the run is built again for the remaining images."""
     for i in range(24):
         path = tmp_path / "photos" / "x" / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,8 +511,6 @@ def test_a_run_skips_unreadable_images(tiny_config, tmp_path, capsys):
 
 @pytest.mark.slow  # it loads TensorFlow
 def test_pictures_do_not_change_the_metrics(tiny_config, tmp_path):
-    """What is logged of the steps is the same with and without them, which so short a run shows
-    at its end only."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tiny_config.unlock()
@@ -576,7 +574,7 @@ def test_a_run_that_ends_before_a_save_logs_its_nonfinite_steps(tiny_config, tmp
 
 
 def test_labels_unusable_for_probes_are_refused_before_training(tiny_config, tmp_path):
-    """Class 0 is missing, as where labels count from 1; then there is next to nothing at all."""
+    """Cases: class 0 is missing, as if labels count from 1; there are too few images."""
     tiny_config.eval.probe_at_end = True
     images = np.zeros((40, 16, 16, 3), np.uint8)
     save_npz(tmp_path / "gap.npz", *[Split(images, np.arange(40, dtype=np.int32) % 3 + 1)] * 2)

@@ -1,4 +1,4 @@
-"""What is kept between runs: never anything else than what would be made anew."""
+"""The cache between runs: it never differs from a fresh result."""
 
 import os
 
@@ -12,7 +12,7 @@ from hjepa_jax.runtime import provenance, user_cache
 
 @pytest.fixture
 def calls(tmp_path):
-    """`get(key)`, and the keys for which the arrays were made."""
+    """Returns `get(key)`, and the keys whose arrays were made."""
     made = []
 
     def get(key):

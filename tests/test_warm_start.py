@@ -1,4 +1,4 @@
-"""A run that begins where another one ended, at its resolution or another."""
+"""A run that starts with the parameters of another one, maybe at another resolution."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ def test_a_damaged_source_is_refused_by_name(tiny_config, trained, tmp_path, dam
 
 
 def test_the_targets_may_differ_between_the_runs(tiny_config, trained):
-    """The networks are the same, whatever is made of the target encoder's tokens."""
+    """The networks are the same for all targets."""
     tiny_config.update_from_flattened_dict(
         {"train.init_from": str(trained), "model.global_target": "summary",
          "model.target_layers": 2, "model.level_depths": (2, 2)}
@@ -159,7 +159,7 @@ def with_head(config, sizes):
 
 
 def begin(config, workdir):
-    """The state with which a run of `config` begins from the one in `workdir`."""
+    """Returns the first state of a run that starts from the one in `workdir`."""
     config.train.init_from = str(workdir)
     warm_start.check_source(config)
     built = run.build_run(config, run.open_config_source(config))

@@ -1,4 +1,4 @@
-"""Damaged checkpoint files: detected and set aside, or of no consequence; never read as truth."""
+"""Damaged checkpoint files: detected, or harmless; never restored as if intact."""
 
 import pathlib
 import shutil
@@ -34,7 +34,7 @@ def flip_bits(content: bytes) -> bytes:
 
 
 def restored_step(workdir: pathlib.Path, config) -> int:
-    """The step restored; checks that all its arrays are those that were saved at that step."""
+    """Returns the restored step, after a check of all its arrays."""
     checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
     try:
         state, _ = checkpoints.restore(make_state(0), make_window())
@@ -68,7 +68,7 @@ def test_damage_to_any_file_is_detected_or_harmless(tmp_path, tiny_config, capsy
             step = restored_step(copy, tiny_config)
             outcomes[file.relative_to(original), damage] = step
             assert (copy / "damaged/2").exists() == (step == 1)
-    # Some files hold a second copy of what others hold: those may go. Our own account may not.
+    # Some files are second copies, so that their damage is harmless. Damage to meta never is.
     assert 1 in {step for (file, _), step in outcomes.items() if "/d/" in str(file)}
     account = pathlib.Path("checkpoints/2/meta/metadata")
     assert [step for (file, _), step in outcomes.items() if file == account] == [1] * 4

@@ -1,4 +1,4 @@
-"""Disks that fill up or turn read-only under a run, and data that vanish."""
+"""Disks that fill up or become read-only during a run, and deleted data."""
 
 import os
 import pathlib
@@ -87,7 +87,7 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
         with pytest.raises(InputError, match=r"--workdir=.*(No space left|RESOURCE_EXHAUSTED)"):
             train.train_and_evaluate(tiny_config, workdir)
     (small_disk / "ballast").unlink()
-    assert int(state_of(tiny_config, workdir).step) >= 3  # the save of 6 may have been under way
+    assert int(state_of(tiny_config, workdir).step) >= 3  # the save of step 6 may be incomplete
     train.train_and_evaluate(tiny_config, workdir)
     once, twice = (state_of(tiny_config, place) for place in (tmp_path / "whole", workdir))
     jax.tree.map(np.testing.assert_array_equal, once.params, twice.params)
@@ -98,7 +98,7 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
 def test_a_read_only_disk_gives_one_line_and_loses_nothing(
     tiny_config, small_disk, tmp_path, monkeypatch, run_module
 ):
-    """The kernel lets no disk turn read-only under open files, so it does between two starts."""
+    """The disk changes between two starts, because the kernel refuses it with open files."""
     long_run(tiny_config)
     workdir = small_disk / "run"
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Thousands of inputs that nobody meant: each ends in a result or in one InputError, and in time.
+"""Thousands of random inputs: each ends in a result or in one InputError, in limited time.
 
 Mutations of valid inputs, drawn from fixed seeds: a failure names the draw, and comes again.
 """
@@ -26,14 +26,14 @@ from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 
 NUM_OVERRIDES, NUM_NPZ, NUM_IMAGES = 4_000, 4_000, 3_000  # 10,000 inputs and more
-LIMIT_SEC = 60  # a thousand times what an input takes: what is slower hangs
+LIMIT_SEC = 60  # a thousand times the usual time
 IMAGE_SIZE = 8
 
 pytestmark = pytest.mark.slow
 
 
 class Hangs(BaseException):
-    """No Exception: those the readers take for corrupt data."""
+    """Not an Exception, because the readers treat those as corrupt data."""
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def in_time():
 
 
 def is_refused(check, what):
-    """Whether `check` ends in one line; anything but that, or nothing at all, is a bug."""
+    """Returns whether `check` ends with a one-line error; any other error is a bug."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr), in_time():
@@ -141,7 +141,7 @@ def test_any_override_is_a_valid_config_or_one_line():
 
 
 def random_arrays(rng, image_shape):
-    """Images and labels: mostly as they should be, and each property at times not."""
+    """Returns images and labels that are mostly valid; each property is sometimes wrong."""
     shape = (int(rng.integers(1, 6)), *image_shape)
     if rng.random() < 0.05:
         shape = tuple(int(n) for n in rng.integers(0, 4, size=rng.integers(0, 6)))
@@ -176,7 +176,7 @@ HEADERS = [
 
 
 def edit_headers(rng, data):
-    """Rewrites the archive, so that its sums are right and only its arrays lie."""
+    """Edits headers of arrays and writes the archive again, with correct checksums."""
     old, new = HEADERS[rng.integers(len(HEADERS))]
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(file, "w") as after:
@@ -192,7 +192,7 @@ def edit_headers(rng, data):
 
 
 def mutate(rng, data):
-    """Bits flipped, bytes drawn anew, the end cut off, a stretch removed or repeated."""
+    """Flips bits, replaces bytes, cuts the end, removes or repeats a part."""
     data = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(data) + 1))
@@ -247,7 +247,7 @@ def test_any_npz_is_as_declared_or_refused(tmp_path):
 
 
 def valid_images():
-    """One small file of each kind that cameras, browsers and programs leave behind."""
+    """Returns one small file of each common image format and mode."""
     pixels = np.random.default_rng(0).integers(256, size=(11, 13, 4), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"

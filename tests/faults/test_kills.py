@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of training and saving: nothing is lost but the steps since a save."""
+"""SIGKILL at random moments: a run loses only the steps since its last checkpoint."""
 
 import json
 import pathlib
@@ -31,11 +31,11 @@ def newest_checkpoint(workdir: pathlib.Path) -> int:
 
 
 def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
-    """Starts or resumes the run, kills it at a random moment; "killed" or "finished"."""
+    """Starts or resumes the run and kills it at random; returns "killed" or "finished"."""
     process = processes.start(config, workdir)
-    if rng.random() < 0.2:  # anywhere from the first import on
+    if rng.random() < 0.2:  # at any time, from the first import on
         time.sleep(rng.uniform(0, 2))
-    else:  # among the steps and the saves beside them; 2 * SAVE_EVERY steps on, one is done
+    else:  # during steps and saves
         goal = newest_checkpoint(workdir) + rng.randint(1, 5 * SAVE_EVERY)
         while process.is_alive() and newest_line(workdir) < min(goal, NUM_STEPS):
             time.sleep(0.001)
@@ -47,7 +47,7 @@ def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
 
 
 def state_and_lines(config, workdir: pathlib.Path):
-    """All arrays of the newest checkpoint by their paths, and the log without timings."""
+    """Returns all arrays of the newest checkpoint by path, and the log without timings."""
     built = run.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     trees = jax.device_get(checkpoints.restore(*built.create()))
@@ -88,8 +88,8 @@ def test_forty_kills_change_nothing(tiny_config, tmp_path, record_property):
             else:
                 assert processes.finish(tiny_config, workdir) == 0, processes.printed(workdir)
                 outcome = "finished"
-            assert newest_checkpoint(workdir) >= before  # what was saved is never lost
-            # No step is further from its checkpoint than one save under way and one to come.
+            assert newest_checkpoint(workdir) >= before  # a saved checkpoint is never lost
+            # At most one save is running and one is still to come.
             assert newest_line(workdir) - newest_checkpoint(workdir) <= 2 * SAVE_EVERY
         arrays, lines = state_and_lines(tiny_config, workdir)
         jax.tree.map(np.testing.assert_array_equal, arrays, whole_arrays)

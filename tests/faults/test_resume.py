@@ -1,4 +1,4 @@
-"""N steps in one go and in two parts are the same run, wherever it stops, saves and logs."""
+"""A run in two parts equals the run in one, wherever it stops, saves and logs."""
 
 import pathlib
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS = 17  # beyond the 15 steps of an epoch
 
-# Two programs that differ in all that a step depends on; each is compiled once, then found again.
+# Two programs that differ in everything that a step depends on. Each is compiled once.
 PROGRAMS = {
     "one_part": {
         "optim.accumulation_steps": 1,
@@ -44,7 +44,7 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory):
-    """What the runs in one go came to, by program: arrays, and lines of the log."""
+    """Arrays and log lines of the runs in one part, by program."""
     found = {}
 
     def whole_run(program: str, config):
@@ -87,7 +87,7 @@ def test_a_run_in_two_parts_equals_the_run_in_one(
 
 
 def test_a_run_may_move_between_one_device_and_four(tiny_config, tmp_path):
-    """One device, four, one again: the curve of one device throughout, to float32 rounding."""
+    """One device, four, one again: the same curve, up to float32 rounding."""
     tiny_config.log.every_steps = 1
     lines = {}
     for name, parts in {"one": [(1, None)], "moved": [(1, 2), (4, 4), (1, None)]}.items():
