@@ -25,7 +25,7 @@ SIZES = [(16, 16), (40, 20), (30, 70), (64, 48), (300, 200), (15, 33), (16, 17),
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> pathlib.Path:
-    """Photos of several sizes in two classes without a test split, and a file that is not an image."""
+    """Photos of several sizes in two classes without a test split, and one broken file."""
     root = tmp_path_factory.mktemp("photos")
     for i in range(40):
         height, width = SIZES[i % len(SIZES)]

@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-# Prints how much of 256 MiB the process holds after freeing them: at once, with memory to spare, and
+# Prints how much of 256 MiB the process holds after it freed them: at once, with spare memory, and
 # with too little memory.
 RETURNED = """
 from hjepa_jax.runtime import host_memory
