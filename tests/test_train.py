@@ -255,7 +255,7 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("harm", ["no config.json", "damaged newest", "edited config.json"])
+@pytest.mark.parametrize("harm", ["damaged newest", "edited config.json"])
 def test_checkpoints_resume_only_under_their_own_config(
     tiny_config, tiny_run, tmp_path, capsys, harm
 ):
