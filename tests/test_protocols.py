@@ -15,7 +15,12 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.features import FeatureCache, extract_features, representations
 from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
-from hjepa_jax.runs.scores import read_probe_json, rows_to_add_to, write_probe_json
+from hjepa_jax.runs.scores import (
+    read_probe_json,
+    rows_to_add_to,
+    steps_if_outdated,
+    write_probe_json,
+)
 from tests import report_numbers
 
 NUM_CLASSES = 4
@@ -223,6 +228,13 @@ def test_rows_about_images_that_have_changed_stay_but_are_not_shown(tmp_path):
     assert rows_to_add_to(path) == [*old, elsewhere, new]
     write_probe_json(path, [old[0]])  # the images are what they were again
     assert read_probe_json(path) == [*old, elsewhere]
+
+
+def test_scores_are_outdated_if_the_run_has_trained_on():
+    rows = [as_row(step=4), as_row(step=6, encoder="online"), as_row(step=2)]
+    assert steps_if_outdated(rows, "knn", 8) == "step 4 of 8"
+    assert steps_if_outdated(rows, "knn", 4) == ""
+    assert steps_if_outdated(rows, "linear", 8) == ""
 
 
 def test_constant_encoder_gets_a_verdict_and_no_crash():
