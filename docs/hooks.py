@@ -70,7 +70,8 @@ def formulas(markdown: str) -> str:
         block, inline = match.groups()
         if block:
             return convert(block.strip(), display="block")
-        return convert(inline) if inline else match[0]
+        # A span, as Markdown takes a line that begins with <math> for a block.
+        return f"<span>{convert(inline)}</span>" if inline else match[0]
 
     return re.sub(
         r"```.*?```|`[^`\n]*`|\$\$(.+?)\$\$|\$([^$\n]+?)\$", replace, markdown, flags=re.S
