@@ -1,7 +1,7 @@
 """Options that change the learned features, one at a time, on shapes_tiny.
 
-One epoch (312 steps of 64) in bfloat16 on one core: two and a half minutes a row. shapes.csv also has
-rows of options that are gone; their commits made them.
+One epoch (312 steps of 64) in bfloat16 on one core: two and a half minutes a row. shapes.csv also
+has rows of options that are gone; their commits made them.
 """
 
 CONFIG = "shapes_tiny"
