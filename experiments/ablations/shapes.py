@@ -29,7 +29,7 @@ ROWS = {
     # are targets. Three levels compare with `half_covered`.
     "half_covered": {"mask.min_coverage": 0.5},
     "levels_3": {"model.num_levels": 3, "mask.min_coverage": 0.5},
-    # The level weights add up to those of the baseline, beside the same regularizer.
+    # The level weights have the same sum as in the baseline, beside the same regularizer.
     "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
     "levels_3_same_sum": {
         "model.num_levels": 3, "mask.min_coverage": 0.5, "loss.level_weights": (0.67, 0.67, 0.67),
