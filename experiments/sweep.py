@@ -5,8 +5,8 @@
 
 A sweep is a Python file with these names: CONFIG, a file in configs/; ROWS, overrides by the name
 of a row; optionally SHARED, overrides of every row; SEEDS; NUM_FIT, the number of training images
-that the probes fit. Its results are in a csv file beside it, with the same name. If `train.init_from`
-names another row, a row starts from that row's parameters, with the same seed.
+that the probes fit. Its results are in a csv file beside it, with the same name. A row may name
+another row in `train.init_from`, and then starts from its parameters, with the same seed.
 
 A row is appended when its run is done; an interrupted run continues from its newest checkpoint.
 Rows are scored on training images chosen by a fixed seed. The probes neither fit these images nor

@@ -69,7 +69,7 @@ def crops(image: np.ndarray, num: int) -> np.ndarray:
 
 
 def panel(x: float, y: float, size: float, image: np.ndarray, seen: np.ndarray, theme: dict) -> str:
-    """An image whose unseen patches are holes; `seen` is bool [cells, cells]."""
+    """Returns an image with holes for unseen patches; `seen` is bool [cells, cells]."""
     alpha = 255 * np.kron(seen, np.ones((SIDE // len(seen),) * 2)).astype(np.uint8)
     rgba = np.concatenate([image, alpha[..., None]], axis=-1).repeat(8, 0).repeat(8, 1)
     file = io.BytesIO()
