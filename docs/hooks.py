@@ -33,9 +33,12 @@ def config_tables() -> str:
     for name, default, comment in config_fields():
         comment = re.sub(r"[|<>]", lambda m: f"&#{ord(m[0])};", comment)
         group = name.rpartition(".")[0] or "The run"
-        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {comment} |")
+        groups.setdefault(group, []).append(f"| `{name}` | `{default}` | {comment} |\n")
     head = "| field | default | meaning |\n|---|---|---|\n"
-    return "\n\n".join(f"## {name}\n\n{head}" + "\n".join(rows) for name, rows in groups.items())
+    return "\n\n".join(
+        f'## {name}\n\n<div class="fields" markdown="1">\n\n{head}{"".join(rows)}\n</div>'
+        for name, rows in groups.items()
+    )
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -69,7 +72,7 @@ def formulas(markdown: str) -> str:
     def replace(match: re.Match[str]) -> str:
         block, inline = match.groups()
         if block:
-            return convert(block.strip(), display="block")
+            return f'<div class="formula">{convert(block.strip(), display="block")}</div>'
         # A span, as Markdown takes a line that begins with <math> for a block.
         return f"<span>{convert(inline)}</span>" if inline else match[0]
 
