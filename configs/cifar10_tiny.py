@@ -2,13 +2,14 @@
 
   python -m hjepa_jax.main --config=configs/cifar10_tiny.py
 
-Hidden patches are predicted, as in `cifar10_patches`, and the views of an image agree: the masked
-one and seven further crops, of each of which the encoder sees a quarter. Views and colours follow
-a forerunner that was scored on held-out training images, optimizer and rate two epochs of half as
-deep an encoder (experiments/recipes); batch and the weights of the loss were not compared. Masks
-are those of `cifar10_patches`. The longest run so far (experiments/cifar10_tiny_agreement) was made
-with AdamW at 7e-4; the longest with Muon (experiments/cifar10_tiny_muon) has four epochs, three
-further views and VICReg.
+Hidden patches are predicted as in `cifar10_patches`, and the views of an image agree: the masked
+view and seven further crops. The encoder sees a quarter of each crop. Views and colours follow a
+forerunner that was scored on held-out training images. Optimizer and rate follow runs of two
+epochs with half as many blocks (experiments/recipes). Batch size and loss weights were not
+compared.
+
+The longest run with AdamW has fifteen epochs (experiments/cifar10_tiny_agreement). The longest with
+Muon has four epochs, three further views and VICReg (experiments/cifar10_tiny_muon).
 """
 
 from configs import cifar10_patches
@@ -26,7 +27,7 @@ def get_config() -> Config:
 
     c.loss.agreement_weight = 2.0
     c.loss.spread_weight = 0.5
-    c.loss.regularizer = "none"  # of the summary tokens themselves
+    c.loss.regularizer = "none"
     c.loss.regularizer_weight = 0.0
 
     c.optim.kind = "muon"

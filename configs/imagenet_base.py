@@ -2,9 +2,9 @@
 
   python -m hjepa_jax.main --config=configs/imagenet_base.py
 
-As imagenet100_small on all 1.28 million training images; probes see 50,000 labelled images of the
-training set, chosen once by seed, and all 50,000 of the validation set: 15 GB of memory in each
-process. Not trained to its end yet.
+Like imagenet100_small, with all 1.28 million training images. Probes use 50,000 labelled training
+images, chosen once by seed, and all 50,000 validation images: 15 GB of memory in each process. Not
+trained to its end yet.
 """
 
 from configs import imagenet100_small

@@ -12,7 +12,7 @@ def get_config() -> Config:
     c.model.name = "vit_small"
     c.model.num_levels = 3
     c.model.predictor_num_heads = 6
-    c.mask.scale = (0.15, 0.35)  # whole level-2 cells, 4x4 patches, exist in few sizes
+    c.mask.scale = (0.15, 0.35)  # blocks of whole level-2 cells (4x4 patches) have few sizes
     c.train.batch_size = 24
     c.train.num_epochs = 100.0
     c.train.checkpoint_every_epochs = 10.0

@@ -1,12 +1,12 @@
-"""What a run's curve predicts of a longer run: a power law fitted to its scores.
+"""Predicts the score of a longer run by a power law fitted to a run's scores.
 
   PYTHONPATH=. python experiments/fitted_curve.py runs/X 100 --field=eval/knn_top1_summary
 
-prints the fit and what it says of epoch 100; with `--until=6` from the scores of the first six
-epochs alone, which says what such a prediction is worth where the rest is known. The curve is
-top-1 = a - b epoch^-c, 0 < c <= 2, by least squares: a is where it would end. The range is that of
-the predictions of fits that leave out one score each, which says how much hangs on a single one and
-nothing of what a longer schedule or overfitting would change. It is a prediction, not a result.
+prints the fit and its prediction for epoch 100. `--until=6` uses the scores of the first six epochs
+alone, to test a prediction against known scores. The curve is top-1 = a - b epoch^-c, 0 < c <= 2,
+by least squares; a is its limit. The range covers the predictions of all fits without one score: it
+shows the weight of single scores. It says nothing about a longer schedule or overfitting. It is a
+prediction, not a result.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def scores(workdir: pathlib.Path, field: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and scores (percent) in a run's log, [n] each.
 
     Raises:
-      InputError: for a workdir without a run, or one whose training images are not to be had.
+      InputError: for a workdir without a run, or if its training images cannot be read.
     """
     config = load_config(workdir)
     schedules = build_schedules(config, _num_images(workdir, config))
@@ -74,7 +74,7 @@ def predict(law: tuple[float, float, float], epoch: float) -> float:
 
 
 def predictions(epochs: np.ndarray, top1: np.ndarray, epoch: float) -> tuple[float, float, float]:
-    """What all scores predict, and the least and most of what they do without one."""
+    """Returns the prediction of all scores, and the range of predictions without one."""
     without = [
         predict(fit(np.delete(epochs, i), np.delete(top1, i)), epoch) for i in range(len(epochs))
     ]

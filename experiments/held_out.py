@@ -2,8 +2,8 @@
 
   PYTHONPATH=. python experiments/held_out.py runs/X      # prints it, writes runs/X/held_out.json
 
-The protocol is that of `hjepa_jax.probe`, with the sweeps' split (`sweep.py`): probes fit, and
-choose on, some training images, and are scored on `eval.num_val` others; never on test images.
+The protocol of `hjepa_jax.probe`, with the split of `sweep.py`: probes fit and choose on some
+training images, and are scored on `eval.num_val` others, never on test images.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from hjepa_jax.runtime.backend import select_platform
 
 
 def held_out_rows(workdir: pathlib.Path, num_fit: int | None) -> list[Row]:
-    """A row per probe and representation: of the newest target encoder, random-init and pixels."""
+    """Returns a row per probe and representation: newest target encoder, random-init and pixels."""
     config = load_config(workdir)
     select_platform(config.platform)
     model, state, initial = load_state(workdir)

@@ -3,15 +3,14 @@
   python experiments/sweep.py experiments/ablations/shapes.py --row=sigreg --seed=0   # one row, or
   python experiments/sweep.py experiments/ablations/shapes.py       # all that are not there yet
 
-A sweep is a Python file that sets CONFIG, the name of a file in configs/; ROWS, overrides by the
-name of a row; and, where it likes, SHARED, overrides of every row; SEEDS; NUM_FIT, how many
-training images the probes fit. Its results are in a csv file beside it, of the same name. A row
-whose `train.init_from` is the name of another starts from that one, of the same seed.
+A sweep is a Python file with these names: CONFIG, a file in configs/; ROWS, overrides by the name
+of a row; optionally SHARED, overrides of every row; SEEDS; NUM_FIT, the number of training images
+that the probes fit. Its results are in a csv file beside it, with the same name. A row may name
+another row in `train.init_from`, and then starts from its parameters, with the same seed.
 
-A row is appended when its run is done; a run that was cut short goes on from its newest checkpoint.
-Rows are scored on training images that the probes do not fit, chosen by a fixed seed and held out
-of each probe's own choice of hyper-parameters too: options are compared here, so the test images
-are never looked at.
+A row is appended when its run is done; an interrupted run continues from its newest checkpoint.
+Rows are scored on training images chosen by a fixed seed. The probes neither fit these images nor
+choose hyper-parameters on them. Test images are never looked at, because options are compared here.
 """
 
 import argparse
@@ -42,17 +41,17 @@ from hjepa_jax.runs.run import open_config_source
 from hjepa_jax.runtime.provenance import source_commit, versions
 from hjepa_jax.training.train import train_and_evaluate
 
-# The first five say what a row is.
+# The first five identify a row.
 COLUMNS = (
     "row", "seed", "config", "overrides", "num_fit", "linear", "knn", "linear_level_0",
     "knn_level_0", "effective_rank", "images_per_sec", "commit", "hardware",
 )  # fmt: skip
-START = "train.init_from"  # in a sweep the name of a row, where the program takes a directory
+START = "train.init_from"  # in a sweep the name of a row, in the program a directory
 Sweep = dict[str, Any]
 
 
 def read_sweep(path: pathlib.Path) -> Sweep:
-    """The constants of a sweep's file, with defaults where it says nothing."""
+    """Returns the constants of a sweep's file, with defaults."""
     return {"SHARED": {}, "SEEDS": (0, 1, 2), "NUM_FIT": None, **runpy.run_path(str(path))}
 
 
@@ -86,7 +85,7 @@ def measure(config: Config, workdir: pathlib.Path, num_fit: int | None) -> dict[
     source = open_config_source(config)
     train, _ = source.load()
     fit, scored = fitted_and_scored(len(train.labels), config.eval.num_val, num_fit)
-    # Only what a probe reads is embedded: the rows it fits, then those it is scored on.
+    # Embeds only the rows that a probe fits, then the rows that score it.
     rows = np.concatenate([fit, scored])
     embed = jax.jit(build.build_embed_fn(config, model))
     found = extract_features(embed, params, train.images[rows], batch_size=config.eval.batch_size)
@@ -121,7 +120,7 @@ def hardware() -> str:
 
 
 def done_rows(results: pathlib.Path) -> set[tuple[str, ...]]:
-    """(row, seed, config, overrides, num_fit) of what a csv file of results has.
+    """Returns (row, seed, config, overrides, num_fit) of each row in a csv file.
 
     Raises:
       ValueError: for a file with other columns.
@@ -136,7 +135,7 @@ def done_rows(results: pathlib.Path) -> set[tuple[str, ...]]:
 
 
 def append(results: pathlib.Path, row: dict[str, str]) -> None:
-    """Adds a line to the results, with headings where it is the first."""
+    """Adds a line to the results; a new file gets headings first."""
     new = not results.exists()
     with results.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -146,14 +145,14 @@ def append(results: pathlib.Path, row: dict[str, str]) -> None:
 
 
 def described(sweep: Sweep, overrides: dict[str, Any]) -> str:
-    """The overrides as a results file has them, with those of the row that this one starts from."""
+    """Returns the overrides as text, with the overrides of the row that this one starts from."""
     text = " ".join(f"{field}={value}" for field, value in overrides.items())
     first = overrides.get(START)
     return text if first is None else f"{text} ({described(sweep, sweep['ROWS'][first])})"
 
 
 def row_workdir(sweep: Sweep, name: str, seed: int, overrides: dict[str, Any]) -> pathlib.Path:
-    """Where a row is trained; another config is another directory."""
+    """Returns the work directory of a row; another config is another directory."""
     digest = hashlib.sha256(described(sweep, overrides).encode()).hexdigest()[:8]
     return pathlib.Path("runs/sweeps") / f"{sweep['CONFIG']}_{name}_{seed}_{digest}"
 
@@ -161,7 +160,7 @@ def row_workdir(sweep: Sweep, name: str, seed: int, overrides: dict[str, Any]) -
 def train_first(
     sweep: Sweep, overrides: dict[str, Any], seed: int, changed: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains the row that this one starts from, if there is one, after its own; says where."""
+    """Trains the rows that this one starts from, and returns the override that names the last."""
     name = overrides.get(START)
     if name is None:
         return {}
@@ -183,7 +182,7 @@ def make_row(
         "config": sweep["CONFIG"],
         "overrides": described(sweep, overrides),
         "num_fit": str(sweep["NUM_FIT"] or "all"),
-        "commit": source_commit() or "",  # of the code that runs, not of what it is by then
+        "commit": source_commit() or "",  # before training: the code on disk may change meanwhile
     }
     if tuple(about[column] for column in COLUMNS[:5]) in done_rows(results):
         print(f"{name} {seed}: {results} has it; --results=OTHER.csv makes it again", flush=True)

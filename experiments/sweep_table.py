@@ -3,10 +3,9 @@
   PYTHONPATH=. python experiments/sweep_table.py experiments/ablations/shapes.csv
 
 writes it between the marks `<!-- shapes.csv -->` and `<!-- end of shapes.csv -->`. Scores are means
-over seeds, with +- their standard deviation (n - 1) where there are several; speeds are medians, as
-seeds may have run on different machines. The first row of the results is what others are compared
-with: above or below it where Welch's t-test gives p < 0.05 is bold or in italics; with a single
-seed nothing is.
+over seeds, with +- the standard deviation (n - 1) of several. Speeds are medians, as seeds may have
+run on different machines. The first row of the results is the baseline. Scores above it are bold
+and scores below it in italics, if Welch's t-test gives p < 0.05. A single seed is never marked.
 """
 
 import collections
@@ -50,7 +49,7 @@ def sweep_table(results: pathlib.Path) -> str:
 
 
 def _score(values: list[float], compared: list[float]) -> str:
-    """Mean and spread, marked where it differs from what it is compared with."""
+    """Returns mean and spread, marked if it differs from the baseline."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.1f}"

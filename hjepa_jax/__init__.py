@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hjepa_jax.api import Encoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Old names of modules that the README of version 0.1 used. They go in 0.3.
 _MOVED = {"build": "config.build", "checkpoint": "runs.load", "run_dir": "runs.workdir"}

@@ -1,6 +1,6 @@
-"""The options that matter most, on CIFAR-10: masks, levels, summary pass, regularizer, targets.
+"""The options that matter most, on CIFAR-10: masks, levels, summary pass, regularizer.
 
-A smaller encoder than that of the config, for one epoch: rows compare with each other only.
+The encoder is smaller than in the config, for one epoch: rows compare with each other only.
 """
 
 CONFIG = "cifar10_patches"
@@ -21,11 +21,11 @@ ROWS = {
     "mask_hierarchical": {"mask.kind": "hierarchical", "mask.progression": ("geometric", 1.5)},
     "mask_random": {"mask.kind": "random", "mask.scale": (0.5, 0.6)},
     "levels_1": {"model.num_levels": 1},
-    # Hardly one of the four cells of level 2 is hidden as a whole. Where half of it is enough,
-    # there are targets, and `half_covered` is what three levels compare with.
+    # Hardly one of the four cells of level 2 is hidden as a whole. If half of it is enough, there
+    # are targets. Three levels compare with `half_covered`.
     "half_covered": {"mask.min_coverage": 0.5},
     "levels_3": {"model.num_levels": 3, "mask.min_coverage": 0.5},
-    # The sum of the levels' weights is then that of the baseline, whose regularizer it meets.
+    # The level weights have the same sum as in the baseline, beside the same regularizer.
     "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
     "levels_3_same_sum": {
         "model.num_levels": 3, "mask.min_coverage": 0.5, "loss.level_weights": (0.67, 0.67, 0.67),
@@ -40,14 +40,7 @@ ROWS = {
         "loss.regularizer": "sigreg", "loss.regularizer_weight": 0.02, "loss.regularized": "both",
         "model.target": "online",
     },
-    # Two that gain on `shapes`.
-    "masks_4": {"mask.num_masks": 4},
     "layer_scale": {"model.layer_scale": 0.1},
     "positions_sincos2d": {"model.positions": "sincos2d"},
     "stronger_augmentation": STRONGER,
-    "cross_view": {"model.global_level": True, "loss.cross_view": 1.0, **STRONGER},
-    "local_views": {"model.global_level": True, "data.local_views": 2, **STRONGER},
-    "local_views_cross_view": {
-        "model.global_level": True, "loss.cross_view": 0.5, "data.local_views": 2, **STRONGER,
-    },
 }  # fmt: skip

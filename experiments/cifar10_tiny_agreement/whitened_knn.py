@@ -2,9 +2,9 @@
 
   PYTHONPATH=. python experiments/cifar10_tiny_agreement/whitened_knn.py WORKDIR [--num_bank=20000]
 
-Whitening is of the bank's features, and knows no labels: it shows how much of what separates the
-classes lies in directions of little variance, which cosine similarity hardly sees and a linear
-probe does. It is not the protocol of the probes, which takes features as they are.
+Whitening uses the features of the bank and no labels. Cosine similarity hardly sees directions of
+little variance; a linear probe does. So the gain by whitening shows how well these directions
+separate the classes. The protocol of the probes takes features as they are.
 """
 
 import argparse

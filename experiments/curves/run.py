@@ -25,7 +25,7 @@ from hjepa_jax.training.train import train_and_evaluate
 HERE = pathlib.Path(__file__).parent
 PICTURES = HERE.parent.parent / "docs" / "curves"
 
-# The regularizer holds this model up (see `regularized`), so what is to fall goes without it.
+# The regularizer holds this model up (see `regularized`), so runs that must collapse go without it.
 BARE = {"loss.regularizer": "none", "loss.summary_weight": 0.0, "optim.learning_rate": 1e-2}
 CASES: dict[str, dict[str, Any]] = {
     "healthy": {},
@@ -90,7 +90,7 @@ def write_csv(name: str, rows: list[list[Any]]) -> None:
 
 
 def draw(histories: dict[str, History]) -> None:
-    """The healthy run by itself, each spoilt one beside what it is to be compared with."""
+    """Draws the healthy run by itself, and each spoilt run beside its comparison."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name in ("healthy", *BESIDE):
         shown = dict.fromkeys((BESIDE.get(name, name), name))

@@ -1,8 +1,8 @@
-"""Views that agree: what the prediction of patches adds, batches, views and weights; two epochs.
+"""Views that agree: patch prediction, batches, views and weights compared over two epochs.
 
-ViT 128 x 4 on CIFAR-10, products in bfloat16; 15 minutes a row on one core. Each image has, beside
-the masked view from which patches are predicted, further crops of which 16 of 64 patches are seen;
-the projected summary tokens of all of them agree.
+ViT 128 x 4 on CIFAR-10, products in bfloat16; 15 minutes a row on one core. Each image has the
+masked view, from which patches are predicted, and further crops. The encoder sees 16 of 64 patches
+of each crop. The projected summary tokens of all views agree.
 """
 
 CONFIG = "cifar10_patches"

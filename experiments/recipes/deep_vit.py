@@ -1,4 +1,4 @@
-"""Recipes on CIFAR-10 with an encoder as deep as ViT-Tiny, two epochs: what holds a deep one back.
+"""Recipes on CIFAR-10 with an encoder as deep as ViT-Tiny, two epochs.
 
 ViT 128 x 12, products in bfloat16; 15 to 20 minutes a row on one core of a Xeon with AMX.
 """
@@ -8,7 +8,7 @@ SHARED = {
     "model.width": 128, "model.depth": 12, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
     "optim.warmup_epochs": 0.1, "eval.num_val": 10_000,
-    # What the config had then.
+    # The values of the config at that time.
     "model.positions": "sincos2d", "optim.learning_rate": 1e-3,
 }  # fmt: skip
 SEEDS = (0,)

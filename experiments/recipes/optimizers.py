@@ -1,4 +1,4 @@
-"""AdamW and Muon, and what keeps the summary tokens apart under Muon; two epochs.
+"""AdamW and Muon, and VICReg on the summary tokens beside Muon; two epochs.
 
 ViT 192 x 6 on CIFAR-10, products in bfloat16, three further views instead of seven; 35 minutes a
 row on one core.

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its HLO text."""
+"""Exchanges between devices in a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -13,11 +13,11 @@ ARRAY = re.compile(r"(?P<type>[a-z]+\d*)\[(?P<shape>[\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """By kind of collective: how many there are, and the bytes of their results on one device.
+    """Returns number and bytes of the results on one device, for each kind of collective.
 
-    Results, not traffic: of n devices in a ring each sends 2 (n - 1) / n of an all-reduce's result,
-    (n - 1) / n of an all-gather's, n - 1 times that of a reduce-scatter. A collective within a loop
-    is counted once.
+    Results are not traffic. In a ring of n devices, each sends 2 (n - 1) / n of the result of an
+    all-reduce, (n - 1) / n of an all-gather, and n - 1 times the result of a reduce-scatter. A
+    collective within a loop is counted once.
     """
     found: dict[str, dict[str, int]] = {}
     for operation in OPERATION.finditer(hlo):

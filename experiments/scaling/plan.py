@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/scaling/plan.py
 
-FLOPs and parameters are those of the lowered training step of this code; everything under
-`Assumptions` is taken from data sheets or assumed, and is not measured here.
+FLOPs and parameters come from the lowered training step of this code. Everything under
+`Assumptions` comes from data sheets or is assumed, and is not measured here.
 """
 
 import csv
@@ -47,14 +47,14 @@ class Assumptions:
 def exchange_sec(
     params: float, targets: float, num: int, *, fsdp: int, given: Assumptions
 ) -> float:
-    """Seconds of all collectives of a step, one after the other.
+    """Returns the seconds of all collectives of a step, one after the other.
 
     Args:
-      params: bytes of the trained parameters, whose gradients are as large.
+      params: bytes of the trained parameters; gradients are as large.
       targets: bytes of the EMA.
       num: accelerators.
-      fsdp: over how many a copy is cut; 1, or those of a host.
-      given: what is assumed.
+      fsdp: accelerators that share a copy; 1, or all of a host.
+      given: the assumptions.
     """
     inside, between = given.inside * given.reached, given.between * given.reached
     num_hosts = max(1, num // given.per_host)

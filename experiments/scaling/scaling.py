@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python experiments/scaling/scaling.py [--rounds=3]
 
-Every layout runs in processes of its own, one layout after the other; the rounds go through all of
-them, so that what else runs on the machine meets all alike. Ratios are of the fastest step of any
-round to that of one device: of the time of a step, other work can only add to it.
+Every layout runs in processes of its own, one layout after the other. The rounds go through all
+layouts, so that other work on the machine meets all alike. Ratios compare the fastest steps of any
+round, because other work can only make a step slower.
 """
 
 import csv

@@ -57,7 +57,7 @@ def build(model: str, *, fsdp: int, batch_size: int) -> run.Run:
 
 
 def measure() -> dict:
-    """Seconds of each step after the warm-up, and what devices exchange in it."""
+    """Returns seconds of each step after the warm-up, and the exchanges in it."""
     built = build(_MODEL.value, fsdp=_FSDP.value, batch_size=_BATCH_SIZE.value)
     run_steps = built.lower(steps_per_call=1, donate=True).compile()
     result = {"collectives": collectives(run_steps.as_text())}

@@ -1,4 +1,4 @@
-"""What streaming delivers and what it keeps in memory.
+"""Speed of streaming, and its memory.
 
   python experiments/streaming/run.py feed   --set=DIR   # images/s: two workers, and the step
   python experiments/streaming/run.py memory --set=DIR   # over 20,000 batches
@@ -78,9 +78,9 @@ def open_records(folder: pathlib.Path):
 
 
 def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
-    """Images/s that the workers bring to the device, and that the step of stl10_small takes.
+    """Returns images/s that the workers deliver, and that the step of stl10_small takes.
 
-    In turns, so that what else runs on the machine falls on both.
+    In turns, so that other work on the machine falls on both.
     """
     import jax
 
@@ -166,7 +166,7 @@ def memory(folder: pathlib.Path, batch_size: int, num_workers: int, num: int) ->
 
 
 def children(pid: int) -> list[int]:
-    """Of all its threads."""
+    """Returns the child processes of all threads of a process."""
     lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for each in lists for child in each.read_text().split()]
 

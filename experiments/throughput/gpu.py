@@ -3,18 +3,17 @@
   python experiments/throughput/gpu.py --compile_only --seconds=300  # fills the caches
   python experiments/throughput/gpu.py --seconds=150 --commit=$(git rev-parse --short HEAD)
 
-Every model has a process of ours and one of PyTorch. All start together and compile (from the
-caches, where they are filled); then they are told to time one case after the other, so that the
-device has one thing to do. Batch sizes: the first is PyTorch's too. A step's seconds are those of
-a group of steps enqueued one behind the other, of which the last is waited for. What fails has an
-`error`; gpu.csv is written anew after every case, rows of earlier runs are kept.
+Every model has a process of ours and one of PyTorch. All start together and compile, from filled
+caches if there are any. Then they time one case after the other, so that the device has one thing
+to do. The first batch size is PyTorch's too. Steps are timed in groups: a group is enqueued as a
+whole, and the program waits for its last step. A case that fails has an `error`. gpu.csv is written
+anew after every case; rows of earlier runs are kept.
 
-Columns: `masks`: where PyTorch samples them, see torch_baseline.py. `flops_per_image`: as lowered
-for the CPU, before the compiler. `program_bytes`: of this program's arguments, results and
-temporaries.
-`peak_memory_bytes`: of the process so far, so also of batches before (in the order of the rows).
-`compile_sec`: while the others compiled, or from the cache. `compiling`: how many processes still
-did while this case was timed; other than 0, distrust it.
+Columns: `masks`: how PyTorch samples them, see torch_baseline.py. `flops_per_image`: as lowered
+for the CPU, before the compiler. `program_bytes`: arguments, results and temporaries of this
+program. `peak_memory_bytes`: of the process so far, including earlier batches (in the order of the
+rows). `compile_sec`: while the others compiled, or from the cache. `compiling`: processes that
+still compiled while this case was timed; if it is not 0, distrust the case.
 """
 
 import argparse
@@ -54,7 +53,7 @@ KERNEL_COLUMNS = [
 
 
 class Child:
-    """A process that serves; `ready` is what it said of itself, None until then."""
+    """A process that serves; `ready` is its description of itself, None until it comes."""
 
     def __init__(self, who: str, model: str, batches: list[int]) -> None:
         environment = os.environ | {
@@ -133,7 +132,7 @@ class Table:
         self.rows[self._key(row)] = row
 
     def get(self, row: dict) -> dict:
-        """The row with the same key; empty where there is none."""
+        """Returns the row with the same key, or an empty one."""
         return self.rows.get(self._key(row), {})
 
     def write(self) -> None:
@@ -176,7 +175,7 @@ def add_ratios(table: Table) -> None:
 
 
 class Measurement:
-    """Asks the children for one case after the other, and writes down what they answer."""
+    """Asks the children for one case after the other, and writes their answers."""
 
     def __init__(self, args, children: dict, deadline: float) -> None:
         self.args, self.children, self.deadline = args, children, deadline
@@ -196,7 +195,7 @@ class Measurement:
                 print(f"bfloat16 products: {answer}", flush=True)
 
     def ask(self, who: str, model: str, what: str, request: dict) -> dict | None:
-        """The answer of a child; None where no time is left."""
+        """Returns the answer of a child; None if no time is left."""
         left, child = self.deadline - time.monotonic(), self.children[who, model]
         if left < 2 + 2.5 * self.args.case_seconds:
             print(f"{what}: skipped: no time", flush=True)

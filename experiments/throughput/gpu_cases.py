@@ -1,6 +1,6 @@
-"""What a process of gpu.py does: compiles one model's steps, and times or profiles them when told.
+"""A process of gpu.py: compiles the steps of one model, and times or profiles them on request.
 
-Not to be called by hand: gpu.py starts it with what it should compile, as JSON, and then writes
+Not to be called by hand: gpu.py starts it with a JSON description of the model, and then writes
 requests, one line of JSON each, to its stdin.
 """
 
@@ -22,7 +22,7 @@ MARK = "@@"  # begins a line of an answer; libraries print too
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A row of the table; `size` and `predictor` (width, heads) where not the config's."""
+    """A row of the table; `size` and `predictor` (width, heads) override the config."""
 
     config: str
     batches: tuple[int, ...]  # the first is PyTorch's too
@@ -61,7 +61,7 @@ def time_groups(step, wait, request) -> dict:
 
 
 def prepare_ours(spec):
-    """Compiles our programs of one model; what is known of them, and what answers requests."""
+    """Compiles our programs of one model; returns their facts, and a function for requests."""
     import jax
     import jax.numpy as jnp
 
@@ -177,7 +177,7 @@ def kernels(planes) -> dict:
 
 
 def prepare_torch(spec):
-    """Runs two compiled steps of PyTorch; nothing to tell, and what answers requests."""
+    """Runs two compiled steps of PyTorch; returns no facts, and a function for requests."""
     import torch
     import torch_baseline
 

@@ -1,6 +1,6 @@
 """Memory of a training step by batch size, with and without `model.remat`, as compiled.
 
-Nothing is trained: the compiler says what the program will need. ViT-S/16 at 224 x 224, otherwise
+Nothing is trained: the compiler states the needs of the program. ViT-S/16 at 224 x 224, otherwise
 `m1_max_quick_val`, in bfloat16; on CPU its activations are float32 all the same. Writes memory.csv
 beside this file.
 
@@ -21,7 +21,7 @@ BATCH_SIZES = (32, 64, 128, 256)
 
 
 def measure(batch_size: int, *, remat: bool) -> dict:
-    """GiB of the state (with a batch of images), and of what the step keeps meanwhile."""
+    """Returns GiB of the state (with a batch of images), and of the step's temporaries."""
     config = m1_max_quick_val.get_config()
     config.update_from_flattened_dict(
         {

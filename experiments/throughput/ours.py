@@ -2,7 +2,7 @@
 
   python experiments/throughput/ours.py --kind=step --config=configs/cifar10_patches.py --steps=20
 
-The images are noise: what they show changes nothing about speed.
+The images are noise: the content changes nothing about speed.
 """
 
 import json
@@ -74,8 +74,8 @@ def time_step(config, num_steps: int, warmup: int) -> dict:
 def time_loop(config, num_steps: int, warmup: int) -> dict:
     """Seconds per step between log lines of `train_and_evaluate`, as it logs them itself.
 
-    Lines are as far apart as the config says, or by `num_steps` where that is more: what a line
-    costs belongs to the loop. The steps before the first line, `warmup` at least, do not count.
+    Lines are as far apart as the config says, at least `num_steps`: the cost of a line belongs to
+    the loop. The steps before the first line, `warmup` at least, do not count.
     """
     every_steps = max(config.log.every_steps, num_steps, warmup)
     config.train.num_steps = 2 * every_steps

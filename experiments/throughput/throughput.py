@@ -1,7 +1,7 @@
 """Images per second of our training loop, our bare step, and PyTorch, measured in turns.
 
-Each contender runs in a process of its own; in every round each has its turn, so that what else
-the machine does falls on all alike. Writes results.csv and throughput.png beside this file.
+Each contender runs in a process of its own; in every round each has its turn, so that other work
+on the machine falls on all alike. Writes results.csv and throughput.png beside this file.
 
   pip install -r experiments/throughput/requirements.txt
   python experiments/throughput/throughput.py --rounds=3
@@ -62,7 +62,7 @@ def measure(command: list[str]) -> dict:
 
 
 def hardware() -> str:
-    """The processor, or the GPU where jax has one."""
+    """Returns the name of the GPU if jax has one, or of the processor."""
     import jax
 
     if jax.default_backend() != "cpu":

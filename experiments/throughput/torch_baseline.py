@@ -1,13 +1,13 @@
-"""The same training job in PyTorch, written the usual way: what our step is compared with.
+"""The same training job in PyTorch, written the usual way, to compare with our step.
 
-A timm-style ViT without our optimisations: the context encoder keeps all tokens and multiplies
-hidden ones by zero, masks come from a Python loop over the images in NumPy, attention is
+A timm-style ViT without our optimisations. The context encoder keeps all tokens and multiplies
+hidden ones by zero. Masks come from a Python loop over the images in NumPy. Attention is
 `scaled_dot_product_attention`, the optimizer the fused AdamW, the EMA a `_foreach_lerp_`. In its
-favour: augmentation is one batched crop and flip (ours adds colour jitter where the config has
-it), and the images are in memory.
+favour, augmentation is one batched crop and flip (ours adds the config's colour jitter), and the
+images are in memory.
 
-With --masks_ahead the masks come from a pool sampled before the first step, and pool and images
-are on the device already: what it could do at best, without the loop in NumPy.
+With --masks_ahead the masks come from a pool that was sampled before the first step. Pool and
+images are on the device already. This is its best case, without the loop in NumPy.
 
   python experiments/throughput/torch_baseline.py --config=cifar10_patches --mode=float32 --steps=5
 """
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Those of configs/<name>.py.
+# The same sizes as in configs/<name>.py.
 CONFIGS = {
     "m1_max_quick_val": {
         "image": 224, "patch": 16, "width": 192, "depth": 12, "heads": 3, "levels": 2, "summary": 1,
@@ -164,7 +164,7 @@ def vicreg(x):
 
 
 def make_step(c, batch, *, mode, compiled):
-    """Returns `step(masks_ahead)`, one update, whose loss (a tensor) it returns."""
+    """Returns `step(masks_ahead)`, which makes one update and returns the loss, a tensor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU by default
