@@ -40,44 +40,24 @@ SCHEDULE_FIELDS = (
     "optim.final_learning_rate",
     "optim.final_weight_decay",
     "optim.learning_rate",
-    "optim.max_ema_momentum",
     "optim.warmup_epochs",
     "optim.weight_decay",
     "train.num_epochs",
     "train.num_steps",
 )
 
-# Fields that came later than others. A run without them did what their defaults do, so that its
-# config.json may lack them.
-ADDED_FIELDS = (
-    "data.local_crop_scale",
-    "data.local_patches",
-    "data.local_size",
-    "data.local_views",
-    "loss.agreement_weight",
-    "loss.cross_view",
-    "loss.local_weight",
-    "loss.spread_weight",
-    "mask.num_masks",
-    "model.drop_path",
-    "model.global_level",
-    "model.global_target",
-    "model.layer_scale",
-    "model.level_depths",
-    "model.num_registers",
-    "model.predictor_mode",
-    "model.projection",
-    "model.pyramid",
-    "model.target",
-    "model.target_layers",
-    "optim.decay_epochs",
-    "optim.kind",
-    "optim.muon_momentum",
-    "train.init_from",
-)
-
-# Fields that are gone, with the value at which they did nothing: a config.json may have them so.
-REMOVED_FIELDS = {"model.expander_width": 0}
+# Removed fields, with the value at which they did nothing: a config.json may hold this value.
+REMOVED_FIELDS = {
+    "loss.cross_view": 0.0,
+    "loss.local_weight": 1.0,
+    "mask.num_masks": 1,
+    "model.expander_width": 0,
+    "model.global_level": False,
+    "model.global_target": "patches",
+    "model.level_depths": None,
+    "model.target_layers": 1,
+    "optim.max_ema_momentum": 1.0,
+}
 
 
 def base_config() -> Config:
@@ -101,7 +81,7 @@ def base_config() -> Config:
     c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # its width / height
-    c.data.local_views = 0  # V, further crops of each image: they predict the global level, agree
+    c.data.local_views = 0  # V, further crops of each image, which agree with the masked view
     c.data.local_size = 16  # pixels per side of such a crop, as the model sees it
     c.data.local_crop_scale = (0.1, 0.4)  # its area, fraction of the image
     c.data.local_patches = placeholder(int)  # of each, what is seen, at random; None: all
@@ -136,23 +116,16 @@ def base_config() -> Config:
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
-    c.model.global_level = False  # one query more, for the whole image
-    c.model.global_target = "patches"  # what that is the mean of: patches | summary (tokens)
     # Hidden width and width of the features in which the views of an image agree, if they must.
     c.model.projection = (512, 256)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
-    # Of each level, the block of the target encoder (from 1) that its targets come from; None: the
-    # last, as for the global level. They are the mean of that block and the k - 1 before it.
-    c.model.level_depths = placeholder(tuple)
-    c.model.target_layers = 1  # k
 
     c.mask = ConfigDict()
     # What is hidden. multiblock: M blocks of whole cells of align_level; hierarchical: block m of
     # whole cells of level m mod L, larger by progression; random: scattered cells of align_level.
     c.mask.kind = "multiblock"
     c.mask.num_blocks = 4  # M, target blocks per image; random: always one set of cells
-    c.mask.num_masks = 1  # per image and step, whose targets are computed once
     c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
     c.mask.progression = ("geometric", 1.5)  # hierarchical: geometric | linear, level 1 / level 0
     c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block; random: not read
@@ -167,15 +140,13 @@ def base_config() -> Config:
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
-    c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
-    c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
     # Of what pulls the projected summary tokens of an image's views together (0: no projection),
     # and of what keeps those of different images, of a part of a batch, apart.
     c.loss.agreement_weight = 0.0
     c.loss.spread_weight = 0.5
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
-    # of a batch (optim.accumulation_steps) times mask.num_masks.
+    # of a batch (optim.accumulation_steps).
     c.loss.regularizer_weight = 0.05
     c.loss.variance_weight = 25.0  # of vicreg
     c.loss.covariance_weight = 1.0  # of vicreg
@@ -197,7 +168,6 @@ def base_config() -> Config:
     c.optim.b2 = 0.95
     c.optim.clip_norm = 3.0  # global gradient norm; 0: no clipping
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
-    c.optim.max_ema_momentum = 1.0  # where that schedule is above, this
     c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
 
     c.train = ConfigDict()
