@@ -18,6 +18,7 @@ from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
+from hjepa_jax.reporting.snapshot import build_snapshot_fn
 from hjepa_jax.runs import run
 from hjepa_jax.runs.workdir import load_config
 
@@ -102,7 +103,9 @@ def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config):
 def test_every_field_has_a_reader():
     """An option that no code reads would be a promise not kept; a rule for it is no reader."""
     files = pathlib.Path("hjepa_jax").rglob("*.py")
-    package = "".join(p.read_text() for p in files if p.name not in {"config.py", "validation.py"})
+    package = "".join(
+        p.read_text() for p in files if p.name not in {"defaults.py", "validation.py"}
+    )
     package += inspect.getsource(config_module.encoder_size)
     unread = [
         field
@@ -623,6 +626,6 @@ def test_every_kind_of_mask_is_built_shown_and_trained_with(kind, tiny_config):
     state, window = jax.eval_shape(built.create)
     assert "loss_sigreg" in window.averages.__annotations__
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), "uint8")
-    snapshot = build.build_snapshot_fn(tiny_config, built.model)
+    snapshot = build_snapshot_fn(tiny_config, built.model)
     shown = jax.eval_shape(snapshot, state.params, state.target_params, images)
     assert shown.states[0].shape == (2, 4, 4)
