@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from hjepa_jax.method import losses
-from hjepa_jax.method.keys import image_rngs, more_rngs, some_patches, view_rngs
-from hjepa_jax.method.objective import LossWeights
+from hjepa_jax.method.keys import image_rngs, some_patches, view_rngs
+from hjepa_jax.method.objective import Objective
 from hjepa_jax.method.optimizer import decay_mask
+from hjepa_jax.method.step import LocalViews
 from hjepa_jax.models.projection import EPSILON, Projection
 from tests.test_options import init_params, jitted, losses_of, make_model, make_step
 from tests.test_steps import BATCH, IMAGES, MASK, PATCH, RANDOM
@@ -91,22 +92,15 @@ def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
     assert np.abs(counts - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 4_000)
 
 
-@pytest.mark.parametrize(
-    ("shown", "num_masks"),
-    [
-        (None, 1),
-        (4, 2),
-        pytest.param(None, 2, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
+WEIGHTS = {"level_0": 1, "level_1": 0.5, "summary": 1, "agreement": 2.0, "spread": 0.25}
+
+
+@pytest.mark.parametrize("shown", [None, 4])
+def test_the_masked_view_and_the_local_ones_agree(shown):
     model = make_model(projection=Projection(*SIZES))
-    weights = LossWeights(level_weights=(1, 0.5), agreement_weight=2.0, spread_weight=0.25)
-    local = {"augment_local": LOCAL, "num_local_views": 2, "num_local_patches": shown}
-    step, state = make_step(model, weights=weights, num_masks=num_masks, **local)
-    terms_found = losses_of(step, state)
-    assert "loss_local" not in terms_found
+    views = LocalViews(2, LOCAL, shown)
+    step, state = make_step(model, objective=Objective(WEIGHTS), local_views=views)
+    terms = losses_of(step, state)
 
     augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     params = state.params
@@ -115,19 +109,16 @@ def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
         variables = {"params": {"context_encoder": params["context_encoder"]}}
         return jitted(model)(variables, views, *seen, method="encode")[1]
 
-    views = jnp.repeat(jax.jit(RANDOM)(augment_rngs, IMAGES), num_masks, axis=0)
-    masks = jax.jit(MASK)(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
-    masked = summarize(views, masks.context_index, masks.context_valid)
-    summaries = [masked[m::num_masks] for m in range(num_masks)]  # image by image
-    for view in (2, 3):
-        rngs = view_rngs(augment_rngs, view)
+    masks = jax.jit(MASK)(mask_rngs)
+    view = jax.jit(RANDOM)(augment_rngs, IMAGES)
+    summaries = [summarize(view, masks.context_index, masks.context_valid)]
+    for number in (2, 3):
+        rngs = view_rngs(augment_rngs, number)
         index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
         summaries.append(summarize(jax.jit(LOCAL)(rngs, IMAGES), index))
-    joined = jnp.stack(summaries, axis=1).reshape(BATCH, num_masks + 2, -1)
+    joined = jnp.stack(summaries, axis=1).reshape(BATCH, 3, -1)
     projected = jax.jit(model.projection.apply)({"params": params["projection"]}, joined)
     for name, loss in (("agreement", losses.agreement_loss), ("spread", losses.spread_loss)):
-        np.testing.assert_allclose(terms_found[f"loss_{name}"], loss(projected), rtol=1e-3)
-    terms = {"loss_level_0": 1, "loss_level_1": 0.5, "loss_summary": 1}
-    terms |= {"loss_agreement": 2.0, "loss_spread": 0.25}
-    total = sum(weight * terms_found[name] for name, weight in terms.items())
-    np.testing.assert_allclose(terms_found["loss"], total, rtol=1e-5)
+        np.testing.assert_allclose(terms[f"loss_{name}"], loss(projected), rtol=1e-3)
+    total = sum(weight * terms[f"loss_{name}"] for name, weight in WEIGHTS.items())
+    np.testing.assert_allclose(terms["loss"], total, rtol=1e-5)

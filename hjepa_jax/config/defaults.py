@@ -40,44 +40,24 @@ SCHEDULE_FIELDS = (
     "optim.final_learning_rate",
     "optim.final_weight_decay",
     "optim.learning_rate",
-    "optim.max_ema_momentum",
     "optim.warmup_epochs",
     "optim.weight_decay",
     "train.num_epochs",
     "train.num_steps",
 )
 
-# Fields that came later than others. A run without them did what their defaults do, so that its
-# config.json may lack them.
-ADDED_FIELDS = (
-    "data.local_crop_scale",
-    "data.local_patches",
-    "data.local_size",
-    "data.local_views",
-    "loss.agreement_weight",
-    "loss.cross_view",
-    "loss.local_weight",
-    "loss.spread_weight",
-    "mask.num_masks",
-    "model.drop_path",
-    "model.global_level",
-    "model.global_target",
-    "model.layer_scale",
-    "model.level_depths",
-    "model.num_registers",
-    "model.predictor_mode",
-    "model.projection",
-    "model.pyramid",
-    "model.target",
-    "model.target_layers",
-    "optim.decay_epochs",
-    "optim.kind",
-    "optim.muon_momentum",
-    "train.init_from",
-)
-
-# Fields that are gone, with the value at which they did nothing: a config.json may have them so.
-REMOVED_FIELDS = {"model.expander_width": 0}
+# Removed fields, with the value at which they did nothing: a config.json may hold this value.
+REMOVED_FIELDS = {
+    "loss.cross_view": 0.0,
+    "loss.local_weight": 1.0,
+    "mask.num_masks": 1,
+    "model.expander_width": 0,
+    "model.global_level": False,
+    "model.global_target": "patches",
+    "model.level_depths": None,
+    "model.target_layers": 1,
+    "optim.max_ema_momentum": 1.0,
+}
 
 
 def base_config() -> Config:
@@ -140,16 +120,10 @@ def base_config() -> Config:
     c.model.predictor_num_heads = 3  # attention heads
     # self (all tokens attend to all) | blocks (per target block) | cross
     c.model.predictor_mode = "self"
-    c.model.global_level = False  # one more query, for the whole image
-    # target of the global level, a mean of: patches | summary (tokens)
-    c.model.global_target = "patches"
     # hidden and output width of the projection, used if views agree
     c.model.projection = (512, 256)
     c.model.pyramid = "none"  # feature pyramid, predictions and targets: none | add | concat
     c.model.target = "ema"  # ema | online (no EMA, gradient through both sides; needs sigreg)
-    # encoder block (1-based) that gives the targets of each level; None = last
-    c.model.level_depths = placeholder(tuple)
-    c.model.target_layers = 1  # k, targets are the mean of that block and the k - 1 before it
 
     c.mask = ConfigDict()
     # multiblock | hierarchical | random
@@ -157,7 +131,6 @@ def base_config() -> Config:
     # level m mod L. random: scattered cells of align_level.
     c.mask.kind = "multiblock"
     c.mask.num_blocks = 4  # M, target blocks per image; random always has one set
-    c.mask.num_masks = 1  # masks per image and step; the targets are computed once
     # area of a block (hierarchical: of level 0; random: of all cells); fraction
     c.mask.scale = (0.15, 0.25)
     # area of a level / area of the level below; only hierarchical
@@ -175,8 +148,6 @@ def base_config() -> Config:
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None = 1 each
     # weight of the prediction from summary tokens alone; 0 = no such pass
     c.loss.summary_weight = 1.0
-    c.loss.cross_view = 0.0  # share of the global loss with a second view as target; in [0, 1]
-    c.loss.local_weight = 1.0  # weight of the predictions from local views
     c.loss.agreement_weight = 0.0  # pulls the views of one image together; 0 = no projection
     c.loss.spread_weight = 0.5  # keeps different images apart; used if agreement_weight > 0
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (towards a standard normal) | none
@@ -205,7 +176,6 @@ def base_config() -> Config:
     c.optim.b2 = 0.95  # decay of AdamW's second moment; in [0, 1)
     c.optim.clip_norm = 3.0  # largest global gradient norm; 0 = no clipping
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
-    c.optim.max_ema_momentum = 1.0  # upper limit of that schedule
     c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
 
     c.train = ConfigDict()

@@ -1,4 +1,6 @@
-"""What a training step says of its health, beside its loss, which alone says little."""
+"""Scalars that tell whether a training step is healthy; the loss alone says little."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -9,36 +11,34 @@ from hjepa_jax.models.hjepa import Prediction
 
 def health(
     prediction: Prediction,
-    targets: tuple[Float[Array, "K _ D"], ...],
-    tokens: Float[Array, "B N D"],
-    *,
-    num_levels: int,
+    targets: Mapping[int, Float[Array, "B _ D"]],
+    tokens: Float[Array, "B N D"] | None,
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars of a step by metric name.
+    """Scalars of a step by metric name. They need no computation that the loss does not need.
 
     Args:
       prediction: output of the online networks.
-      targets: aligned with `prediction.levels`, of each of K masks.
-      tokens: of the target encoder, in the order of the grid.
-      num_levels: L; of the global level, if there is one, nothing is said.
+      targets: by level, aligned with `prediction.levels`.
+      tokens: patch tokens of the target encoder; None if no term of the loss needs them.
     """
-    aligned = (prediction.levels, targets, prediction.query_valid)
-    queries = [*zip(*(x[:num_levels] for x in aligned), strict=True)]
-    finest_prediction, finest, finest_valid = queries[0]
-    cosine = losses.cosine_similarity(finest_prediction, finest)
-    scalars = {
-        "context_std": _mean_std(prediction.context_mean),
-        "target_std": _mean_std(jnp.mean(tokens, axis=1)),
-        "pred_target_cosine": losses.masked_mean(cosine, finest_valid),
-        "position_share": position_share(tokens),
-        "image_share": image_share(tokens),
-    }
-    for level, query in enumerate(queries):
-        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(tokens)
-        scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
-    if prediction.summary_levels:
-        share = explained_variance(prediction.summary_levels[0], finest, finest_valid)
-        scalars["explained_variance_summary"] = share
+    scalars = {"context_std": _mean_std(prediction.context_mean)}
+    if tokens is not None:
+        scalars["target_std"] = _mean_std(jnp.mean(tokens, axis=1))
+        scalars["position_share"] = position_share(tokens)
+        scalars["image_share"] = image_share(tokens)
+    for level, predicted in prediction.levels.items():
+        valid = prediction.query_valid[level]
+        scalars[f"num_targets_level_{level}"] = jnp.sum(valid) / len(valid)
+        share = explained_variance(predicted, targets[level], valid)
+        scalars[f"explained_variance_level_{level}"] = share
+    if prediction.levels:
+        finest = min(prediction.levels)
+        target, valid = targets[finest], prediction.query_valid[finest]
+        cosine = losses.cosine_similarity(prediction.levels[finest], target)
+        scalars["pred_target_cosine"] = losses.masked_mean(cosine, valid)
+        if prediction.summary_levels:
+            share = explained_variance(prediction.summary_levels[finest], target, valid)
+            scalars["explained_variance_summary"] = share
     return scalars
 
 

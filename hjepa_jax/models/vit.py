@@ -139,7 +139,7 @@ class VisionTransformer(nn.Module):
                 layer_scale=self.layer_scale,
                 name=f"block_{i}",
             )
-            x = block(x, allowed, turns)
+            x = block(x, allowed=allowed, turns=turns)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)

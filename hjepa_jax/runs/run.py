@@ -14,9 +14,8 @@ from hjepa_jax.data.base import Source, check_size
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
-from hjepa_jax.method.step import make_run_steps
 from hjepa_jax.method.train_state import TrainState
-from hjepa_jax.method.window import LogWindow, empty_window, make_averages
+from hjepa_jax.method.window import LogWindow, empty_window, make_averages, make_run_steps
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runtime.backend import initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
