@@ -73,8 +73,9 @@ $(VENV_DOCS)/.ready: pyproject.toml
 
 install-docs: $(VENV_DOCS)/.ready
 
+# Not --quiet, which would silence the count of warnings that makes strict fail.
 docs: $(VENV_DOCS)/.ready  ## The site, in site/; strict: a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build
 
 check: lint types test  ## Before a commit (CI also runs docs, test-slow and test-jax050)
 
