@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hjepa_jax.data import sources
-from hjepa_jax.data.folder_files import EMPTY, IMAGE_SUFFIXES, list_folder
+from hjepa_jax.data.folder_files import EMPTY, list_folder
+from hjepa_jax.data.image_file import IMAGE_SUFFIXES
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 
@@ -196,11 +197,10 @@ def test_a_folder_that_is_a_work_directory_too_keeps_its_classes(tmp_path, capsy
     assert "2 work directory of a run (checkpoints/, figures/)" in line
 
 
-@pytest.mark.parametrize("spelling", ["{0}/d/x/", "{0}//d/../d/x", "d/x/", "./d/x", "~/d/x/"])
+@pytest.mark.parametrize("spelling", ["{0}/d/x/", "{0}//d/../d/x", "d/x/", "./d/x"])
 def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch, spelling):
     write(tmp_path / "d" / "x", "train/a/0.png", "test/a/1.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert names_of(spelling.format(tmp_path)) == [["train/a/0.png"], ["test/a/1.png"]]
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out, spread_rows
+from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out
 
 
 def test_hold_out_is_a_sorted_partition_fixed_by_its_seed():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from hjepa_jax.data.rows import draw_rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import check_features
 
@@ -69,8 +70,7 @@ def hold_out(
     num_val = min(num_val, n // MIN_ROWS)
     if num_val < 1:
         raise InputError("train_x", f"{n} rows", f"must have at least {MIN_ROWS}, to hold some out")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[num_val:]), np.sort(order[:num_val])
+    return draw_rows(n, num_val, seed=seed)
 
 
 def choose(
@@ -101,11 +101,3 @@ def edge_note(name: str, value: float, tried: Sequence[float]) -> str:
     """Says that the chosen value is an end of those tried: "l2 1e-10 is the smallest tried"."""
     which = "smallest" if value == min(tried) else "largest"
     return f"{name} {value:g} is the {which} tried, a better one may lie beyond"
-
-
-def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
-    """At most `count` of the rows, at even distances from the first to the last.
-
-    Folders and many files hold one class after the other: the first rows would lack the last.
-    """
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
