@@ -38,7 +38,7 @@ from hjepa_jax.training import train
 from tests import processes
 from tests.conftest import REPOSITORY
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
-from tests.test_sources import define_tiny_set
+from tests.test_tfds_source import define_tiny_set
 
 
 class Numbers:
