@@ -24,7 +24,7 @@ import json, pathlib, sys
 import jax
 from hjepa_jax import checkpoint, run, run_dir, train
 from hjepa_jax.config import base_config
-from hjepa_jax.evaluation.features import params_digest
+from hjepa_jax.evaluation.feature_cache import params_digest
 
 workdir = pathlib.Path(sys.argv[1])
 def show():

@@ -12,8 +12,9 @@ import pytest
 
 from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation import protocols, results
-from hjepa_jax.evaluation.features import FeatureCache, extract_features, representations
+from hjepa_jax.evaluation import extraction, quality_rows, results
+from hjepa_jax.evaluation.feature_cache import FeatureCache
+from hjepa_jax.evaluation.features import extract_features, representations
 from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
 from hjepa_jax.runs.scores import read_probe_json, rows_to_add_to, write_probe_json
 from tests import report_numbers
@@ -107,7 +108,7 @@ def test_features_are_extracted_once_per_checkpoint_and_data(tmp_path, monkeypat
         calls.extend([what] if what else [])  # raw pixels are not worth keeping
         return extract_features(fn, params, images, *extra, **options)
 
-    monkeypatch.setattr(protocols, "extract_features", spy)
+    monkeypatch.setattr(extraction, "extract_features", spy)
 
     def rows(step, train=TRAIN, seed=2):
         calls.clear()
@@ -264,8 +265,8 @@ def test_a_missing_class_and_an_unknown_protocol_are_refused():
 
 def test_quality_looks_at_images_of_all_classes_of_a_sorted_source(monkeypatch):
     """A folder lists its images class by class: the first rows would be of one class only."""
-    monkeypatch.setattr(protocols, "QUALITY_ROWS", 50)
-    monkeypatch.setattr(protocols, "LIDAR_IMAGES", 20)
+    monkeypatch.setattr(quality_rows, "QUALITY_ROWS", 50)
+    monkeypatch.setattr(extraction, "LIDAR_IMAGES", 20)
     order = np.argsort(TRAIN.labels, kind="stable")
     sorted_train = Split(TRAIN.images[order], TRAIN.labels[order])
     one_hot = lambda params, images: {"level_0": jnp.eye(4)[images[:, 0, 0, 0]]}
@@ -475,7 +476,7 @@ def test_knn_leaves_out_numbers_of_neighbours_that_the_data_cannot_give():
 
 def test_quality_reports_what_the_functions_of_the_module_say():
     x = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
-    row = protocols.judge_quality(x)
+    row = quality_rows.judge_quality(x)
     assert row["verdict"] == "healthy"
-    assert row["rankme"] == protocols.quality.rankme(x)
+    assert row["rankme"] == quality_rows.quality.rankme(x)
     assert sum(row["spectrum"]) == pytest.approx(1.0)
