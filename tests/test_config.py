@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli
-from hjepa_jax.config import base_config, build, differing_fields, flatten
+from hjepa_jax.config import base_config, build
 from hjepa_jax.config import defaults as config_module
+from hjepa_jax.config.defaults import differing_fields, flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
