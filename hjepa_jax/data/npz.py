@@ -189,7 +189,7 @@ def _parse_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _check_length(member: _Member) -> None:
-    """Refuses an array whose header promises more data: NumPy would allocate all of it."""
+    """Refuses an array with less data than its header says: NumPy would allocate all of it."""
     info, shape, dtype = member
     if math.prod(shape) * dtype.itemsize > info.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{info.filename} is shorter than its shape {shape}")

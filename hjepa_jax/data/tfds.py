@@ -96,7 +96,7 @@ def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, 
 
 
 def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
-    """Returns a source whose images are decoded into memory, once: the arrays are kept on disk."""
+    """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
     candidates = test_splits(builder)
 
     def decode() -> dict[str, np.ndarray]:

@@ -114,7 +114,7 @@ class TfdsRecords:
 def open_streamed(
     source: str, builder: Any, image_shape: tuple[int, int, int], streaming: Streaming
 ) -> Source:
-    """Returns a source whose training images are read during training.
+    """Returns a source that reads its training images during training.
 
     Args:
       source: value of `data.source`.

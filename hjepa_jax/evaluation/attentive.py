@@ -1,6 +1,6 @@
 """Attentive probe: learned queries pool the patch tokens, a linear layer classifies the result.
 
-For features whose patches hold more information than their mean. One vmapped program trains all
+Useful if patches hold more information than their mean. One vmapped program trains all
 settings of a grid.
 
     result = attentive_probe(train_tokens, train_y, test_tokens, test_y, num_classes=10)

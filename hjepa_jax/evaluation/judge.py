@@ -47,17 +47,16 @@ def judge_run(
       config: config of the run.
       model: the networks.
       encoders: parameters by name, see `evaluate_encoders`.
-      train: training images of `source`.
-      test: test images of `source`.
+      train, test: labelled images of `source`.
       source: the data source.
       step: checkpoint step of the trained encoders.
-      protocol: what to run; its protocols may be any of `PROTOCOLS`.
-      num_layers: number of last blocks whose outputs are averaged into features.
+      protocol: the settings; its protocols may be any of `PROTOCOLS`.
+      num_layers: number of last blocks that give features.
       keep_features: whether extracted features are stored for the next time.
       finetune_epochs: length of a fine-tuning.
     """
     images = fingerprint(train, test=test)
-    _check_rows(workdir / "probe.json", source.name, images)
+    _warn_of_other_images(workdir / "probe.json", source.name, images)
     num_classes, rows = len(source.info.class_names), list[Row]()
     protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
@@ -69,8 +68,7 @@ def judge_run(
         print(results.format_row(row), flush=True)
         write_probe_json(workdir / "probe.json", [row])
 
-    pooled = tuple(name for name in protocol.protocols if name in protocols.PROTOCOLS)
-    if pooled:
+    if pooled := tuple(name for name in protocol.protocols if name in protocols.PROTOCOLS):
         protocols.evaluate_encoders(
             build.build_embed_fn(config, model, num_layers=num_layers),
             encoders, train, test, num_classes=num_classes, step=step,
@@ -91,7 +89,7 @@ def judge_run(
     return rows
 
 
-def _check_rows(path: pathlib.Path, data: str, images: str) -> None:
+def _warn_of_other_images(path: pathlib.Path, data: str, images: str) -> None:
     """Refuses a probe.json that cannot be extended; warns about rows on other images."""
     others = [row for row in rows_to_add_to(path) if not may_be_of(row, data, images)]
     if others:

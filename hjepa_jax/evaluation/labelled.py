@@ -8,7 +8,7 @@ from hjepa_jax.data.rows import Rows, draw_rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import check_features
 
-MIN_ROWS = 5  # of a training set with a hold-out, which takes at most a fifth
+MIN_ROWS = 5  # minimum size of a training set: a fifth is held out
 
 
 def check_labelled(

@@ -7,7 +7,7 @@ from hjepa_jax.evaluation.features import POOLS, Features, Representation, repre
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is evaluated, and how: the same for every encoder.
+    """Settings of an evaluation, the same for every encoder.
 
     Attributes:
       protocols: some of `protocols.PROTOCOLS`.

@@ -57,7 +57,7 @@ def evaluate_encoders(
       test: the test set, which is scored once per row.
       num_classes: number of classes.
       step: checkpoint step of the trained encoders.
-      protocol: what to run.
+      protocol: the settings.
       embed_views: `embed_views(encoder_params, uint8 images, keys)`, features of augmented views
         for LiDAR; None = no LiDAR.
       cache: storage for features; None = none.

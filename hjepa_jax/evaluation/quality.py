@@ -19,7 +19,7 @@ MIN_RELATIVE_STD = 0.01
 MIN_RANK_FRACTION = 0.1
 
 ALPHA_RANKS = (4, 100)  # first and last rank of the spectrum that `alpha_req` fits
-ALPHA_FLOOR = 1e-6  # of the largest eigenvalue
+ALPHA_FLOOR = 1e-6  # fraction of the largest eigenvalue
 
 # Features are float32: a spread below this fraction of their size is rounding, not information.
 _RESOLUTION = float(np.finfo(np.float32).eps)

@@ -1,7 +1,7 @@
-"""What a model makes of a few images: masks, features, predictions and attention, in one program.
+"""Masks, features, predictions and attention of a model on a few images, in one program.
 
-`make_snapshot_fn` returns a function to jit, and `image_figures.snapshot_figures` draws what that
-returns. Neither is part of the training step, which stays the very program it was.
+`make_snapshot_fn` returns a function to jit; `image_figures.snapshot_figures` draws its result.
+Neither is part of the training step.
 """
 
 import functools
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax.config import Config
 from hjepa_jax.config.build import build_masks, build_preprocess, build_target_spec
 from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method import losses
@@ -24,25 +25,25 @@ from hjepa_jax.method.targets import TargetSpec, encode_targets
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 
-# Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
+# Number of images, and seed of their masks: constant, so that snapshots can be compared.
 NUM_IMAGES = 6
 MASK_SEED = 0
 
-# What a patch or cell is in training.
+# Role of a patch or cell in training.
 CONTEXT, TARGET, DROPPED = 0, 1, 2
 
 
 @struct.dataclass
 class Snapshot:
-    """What `make_snapshot_fn` computes of B images.
+    """Result of `make_snapshot_fn` for B images.
 
     Attributes:
       pixels: float32 [B, S, S, 3] in [0, 1].
       states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
-      tokens: per level float32 [B, N_l, D], the target features (`targets`).
-      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN where not predicted.
-      attention: float32 [B, h, G, G], of the target encoder's last block, from the summary tokens
-        (without: from all patches) to the patches, per head.
+      tokens: per level float32 [B, N_l, D], the target features.
+      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN = not predicted.
+      attention: float32 [B, h, G, G], of the target encoder's last block, per head, from
+        the summary tokens (or, without any, from all patches) to the patches.
       rollout: float32 [B, G, G], the same through all blocks.
     """
 
@@ -55,12 +56,12 @@ class Snapshot:
 
 
 def fixed_images(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "B H W C"]:
-    """The images of a snapshot: `NUM_IMAGES` at even distances."""
-    return images[:: max(1, len(images) // NUM_IMAGES)][:NUM_IMAGES]
+    """Returns the images of a snapshot: `NUM_IMAGES`, evenly spaced."""
+    return images[spread_rows(np.arange(len(images)), NUM_IMAGES)]
 
 
 def as_unit(images: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
-    """Stored images with pixels in [0, 1]."""
+    """Returns stored images with pixels in [0, 1]."""
     return images.astype(np.float32) / 255.0
 
 
@@ -76,10 +77,10 @@ def make_snapshot_fn(
 
     Args:
       model: the networks.
-      sample_masks: the masks of training.
-      preprocess: stored images to normalised pixels, nothing random.
-      as_pixels: the same, to [0, 1].
-      target_spec: what the targets are made of.
+      sample_masks: samples the masks of training.
+      preprocess: converts stored images to normalised pixels, without randomness.
+      as_pixels: converts stored images to pixels in [0, 1].
+      target_spec: definition of the targets.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     encoder = model.context_encoder
@@ -118,7 +119,7 @@ def make_snapshot_fn(
 
 
 def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
-    """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
+    """Returns per level whether a cell is a target, or holds a context patch, or is dropped."""
     patches = jnp.arange(grid_size**2)
     seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
     seen = jnp.any(seen, axis=1)
@@ -131,7 +132,7 @@ def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[
 
 
 def _cosine(prediction: Any, levels: tuple[Array, ...], masks: Masks) -> list[Float[Array, "B _"]]:
-    """Per level and cell; of a patch in several blocks, the mean of its predictions."""
+    """Returns the cosine per level and cell; the mean for a patch in several target blocks."""
     b, n = len(levels[0]), levels[0].shape[1]
     index = masks.target_index.reshape(b, -1)
     values = losses.cosine_similarity(prediction.levels[0], gather_tokens(levels[0], index))
@@ -146,7 +147,7 @@ def _cosine(prediction: Any, levels: tuple[Array, ...], masks: Masks) -> list[Fl
 
 
 def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
-    """Attention through all blocks: the product of (A + I) / 2, with A the mean over heads.
+    """Returns attention through all blocks: the product of (A + I) / 2, A the mean over heads.
 
     References:
       Abnar and Zuidema 2020, arXiv 2005.00928, section 3 (attention rollout).
@@ -161,7 +162,7 @@ def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
 def _seen(
     attention: Float[Array, "B h T T"], num_summary: int, num_prefix: int
 ) -> Float[Array, "B h N"]:
-    """From the summary tokens, or else from all patches, to the patches."""
+    """Returns attention to the patches, from the summary tokens or else from all patches."""
     rows = attention[:, :, :num_summary] if num_summary else attention[:, :, num_prefix:]
     return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_prefix:]
 
@@ -172,7 +173,7 @@ def _square(x: Shaped[Array, "*B n"]) -> Shaped[Array, "*B G G"]:
 
 
 def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
-    """`snapshot(params, target_params, uint8 images)`, see `snapshot.Snapshot`."""
+    """Returns `snapshot(params, target_params, uint8 images)`, see `Snapshot`."""
     c = config.data
     as_pixels = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3
