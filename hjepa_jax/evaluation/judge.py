@@ -1,6 +1,7 @@
 """Evaluates the encoders of a run: every protocol, printed and added to its work directory."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -47,7 +48,8 @@ def judge_run(
       config: config of the run.
       model: the networks.
       encoders: parameters by name, see `evaluate_encoders`.
-      train, test: labelled images of `source`.
+      train: training images of `source`.
+      test: test images of `source`.
       source: the data source.
       step: checkpoint step of the trained encoders.
       protocol: the settings; its protocols may be any of `PROTOCOLS`.
@@ -61,13 +63,7 @@ def judge_run(
     protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
 
-    def add(row: Row) -> None:
-        layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
-        row["num_layers"] = num_layers if layered else 1
-        rows.append(row)
-        print(results.format_row(row), flush=True)
-        write_probe_json(workdir / "probe.json", [row])
-
+    add = functools.partial(_add, rows, workdir / "probe.json", num_layers)
     if pooled := tuple(name for name in protocol.protocols if name in protocols.PROTOCOLS):
         protocols.evaluate_encoders(
             build.build_embed_fn(config, model, num_layers=num_layers),
@@ -87,6 +83,15 @@ def judge_run(
             add(_finetune(workdir, config, model, encoder, params, train, test, settings) | common)
     print(results.format_tables(rows))
     return rows
+
+
+def _add(rows: list[Row], path: pathlib.Path, num_layers: int, row: Row) -> None:
+    """Adds a row to `rows` and to probe.json, and prints it."""
+    layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
+    row["num_layers"] = num_layers if layered else 1
+    rows.append(row)
+    print(results.format_row(row), flush=True)
+    write_probe_json(path, [row])
 
 
 def _warn_of_other_images(path: pathlib.Path, data: str, images: str) -> None:
