@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hjepa_jax.data.sources import open_source
-from hjepa_jax.reporting import facts
+from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
 from hjepa_jax.reporting.facts import read_facts
 from hjepa_jax.runs.scores import write_probe_json
 
@@ -119,12 +119,14 @@ def test_a_collapse_has_lasted(tiny_run, tmp_path, ranks, found):
     assert facts.signs_of_collapse() == found
 
 
-def test_the_verdict_on_a_checkpoint_is_beside_the_untrained_network():
+def test_the_verdict_on_features_is_beside_the_untrained_network():
     rng = np.random.default_rng(0)
     narrow = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 64))  # 2 directions of 64
     wide = rng.normal(size=(200, 64))
-    assert facts._verdict(narrow, wide).label == "partial collapse"
-    assert facts._verdict(narrow, narrow).label == "healthy"
     point = 1 + 1e-4 * wide
-    assert facts._verdict(point, point).label == "collapse"
-    assert facts._verdict(wide, narrow).label == "healthy"
+    label = lambda x, untrained: verdict_beside(x, measure_spread(untrained)).label
+    assert label(narrow, wide) == "partial collapse"
+    assert label(narrow, narrow) == "healthy"
+    assert label(point, point) == "collapse"
+    assert label(wide, narrow) == "healthy"
+    assert verdict_beside(narrow, None).label == "partial collapse"

@@ -268,7 +268,7 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
     assert newest_line(tmp_path / "run") == 22
     write_report([tmp_path / "run"], tmp_path / "run", images=False)
     report = (tmp_path / "run" / "report.md").read_text()
-    assert re.search(r"- step \d+: training images: 1 unreadable in all", report)
+    assert re.search(r"- step \d+: training images: 1 unreadable so far", report)
 
 
 def test_images_that_can_no_longer_be_read_are_not_blamed_on_the_workdir(
