@@ -1,4 +1,4 @@
-"""The report: its main numbers, recomputed from the files of a run, and work directories of every kind."""
+"""The report: its main numbers, recomputed, and work directories of every kind."""
 
 import dataclasses
 import json
@@ -198,6 +198,15 @@ def test_a_run_without_checkpoint_has_a_report(finished, tmp_path):
     assert "Loss" in found
     assert "not probed" in found["What was reached"]
     assert not (workdir / "checkpoints").exists(), "reading leaves no trace"
+
+
+def test_an_unreadable_checkpoint_leaves_a_report_without_pictures(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path)
+    (workdir / "checkpoints/8/meta/metadata").write_text("{")
+    facts = read_facts(workdir, images=True)
+    assert facts.look is None
+    assert "checkpoint" in facts.no_look
+    assert facts.history.last_step() == 8
 
 
 def test_interrupted_and_running_are_told_apart(finished, tmp_path):
