@@ -86,14 +86,11 @@ def test_weak_features_choose_a_penalty_inside_the_grid():
     # 200 of 220 columns are noise and the rows are few: both ends of the grid must lose.
     x, y = correlated(400)
     noise = np.random.default_rng(3).normal(size=(400, 200)).astype(np.float32)
-    chosen = linear.choose_l2(np.hstack([x, noise]), y, num_classes=NUM_CLASSES)
-    assert chosen.grid == tuple(reversed(linear.DEFAULT_L2_GRID))
-    best = [
-        l2 for l2, v in zip(chosen.grid, chosen.val_top1, strict=True) if v == max(chosen.val_top1)
-    ]
-    assert chosen.l2 == max(best)
-    assert chosen.grid[-1] < chosen.l2 < chosen.grid[0]
-    assert chosen.at_edge == ()
+    l2, scores, at_edge = linear.choose_l2(np.hstack([x, noise]), y, num_classes=NUM_CLASSES)
+    assert tuple(scores) == tuple(reversed(linear.DEFAULT_L2_GRID))
+    assert l2 == max(l2 for l2, score in scores.items() if score == max(scores.values()))
+    assert min(scores) < l2 < max(scores)
+    assert at_edge == ()
 
 
 def scores_by_penalty(monkeypatch, score):
@@ -119,19 +116,20 @@ def test_the_grid_grows_while_its_end_is_best(monkeypatch, peak, chosen, at_edge
     scores_by_penalty(monkeypatch, lambda l2: 1 - abs(np.log10(l2 / peak)) / 40)
     x, y = correlated(5000)
     grid = linear.DEFAULT_L2_GRID[::every]
-    found = linear.choose_l2(x, np.ones_like(y), num_classes=NUM_CLASSES, l2_grid=grid)
-    assert found.l2 == pytest.approx(chosen)
-    assert found.at_edge == at_edge
-    assert len(found.grid) <= len(grid) + 8
+    y = np.ones_like(y)
+    l2, scores, found = linear.choose_l2(x, y, num_classes=NUM_CLASSES, l2_grid=grid)
+    assert l2 == pytest.approx(chosen)
+    assert found == at_edge
+    assert len(scores) <= len(grid) + 8
 
 
 def test_equal_scores_choose_the_largest_inner_penalty(monkeypatch):
     scores_by_penalty(monkeypatch, lambda l2: 0.5)
     x, y = correlated(50)
-    found = linear.choose_l2(x, np.ones_like(y), num_classes=NUM_CLASSES)
-    assert found.l2 == linear.DEFAULT_L2_GRID[-2]
-    assert found.at_edge == ()
-    assert len(found.grid) == len(linear.DEFAULT_L2_GRID)
+    l2, scores, at_edge = linear.choose_l2(x, np.ones_like(y), num_classes=NUM_CLASSES)
+    assert l2 == linear.DEFAULT_L2_GRID[-2]
+    assert at_edge == ()
+    assert len(scores) == len(linear.DEFAULT_L2_GRID)
 
 
 def test_test_labels_do_not_influence_a_choice():

@@ -73,10 +73,6 @@ class _Folder(NamedTuple):
 def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
     """Lists the images of a folder by split and class, and everything that is not used.
 
-    Args:
-      source: value of `data.source`, for errors.
-      root: the folder.
-
     Raises:
       InputError: there is no sub-folder per class, a class has no image, or train and test do not
         have the same classes.

@@ -30,11 +30,7 @@ def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"
 
 
 def num_held_out(source: str, num_examples: int) -> int:
-    """Returns the number of images that are held out for the test: a tenth, at least one.
-
-    Raises:
-      InputError: there are fewer than two images.
-    """
+    """Returns the number of images that are held out for the test: a tenth, at least one."""
     if num_examples < 2:
         raise InputError("data.source", source, "one image cannot be split into train and test")
     return max(1, num_examples // 10)
@@ -48,13 +44,6 @@ def draw_test_rows(source: str, labels: Int[np.ndarray, " n"]) -> Rows:
     class is kept. Images with a negative label (no label) are kept.
 
     The seed of a run plays no part: scores of all seeds are comparable.
-
-    Args:
-      source: value of `data.source`, for the error.
-      labels: label of each image.
-
-    Raises:
-      InputError: no class has two images.
     """
     total = num_held_out(source, len(labels))
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)

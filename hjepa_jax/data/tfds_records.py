@@ -114,17 +114,7 @@ class TfdsRecords:
 def open_streamed(
     source: str, builder: Any, image_shape: tuple[int, int, int], streaming: Streaming
 ) -> Source:
-    """Returns a source that reads its training images during training.
-
-    Args:
-      source: value of `data.source`.
-      builder: TFDS builder of the prepared set.
-      image_shape: (H, W, 3) of the returned images.
-      streaming: see `Streaming`.
-
-    Raises:
-      InputError: the set is not prepared as array_record, or lacks a class of the list.
-    """
+    """Returns a source that reads its training images during training."""
     if "array_record" not in (formats := formats_of(builder)):
         rule = (
             f"is prepared as {', '.join(sorted(formats))} in {builder.data_path}, which cannot be "

@@ -30,16 +30,7 @@ def usage_line(
     *,
     note: str = "",
 ) -> str:
-    """Returns the line.
-
-    Args:
-      source: value of `data.source`.
-      train: number and origin of the training images.
-      test: number and origin of the test images.
-      class_names: names of the classes.
-      unused: everything else in the source.
-      note: one more thing to say.
-    """
+    """Returns the line; `train` and `test` give number and origin of the images."""
     count = f"{len(class_names)} class" + ("es" if len(class_names) != 1 else "")
     line = f"{source}: train {train}; test {test}; {count} ({_first_names(class_names)})"
     if unused:

@@ -26,31 +26,22 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import map_batches, progress
-from hjepa_jax.evaluation.labelled import check_labelled, choose, edge_note, hold_out
+from hjepa_jax.evaluation.labelled import ProbeResult, check_labelled, choose, edge_note, hold_out
 
 DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 DEFAULT_WEIGHT_DECAYS = (1e-3, 1e-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentiveResult:
-    """Outcome of the attentive probe; accuracies are fractions in [0, 1].
+class AttentiveResult(ProbeResult):
+    """Outcome of the attentive probe.
 
-    Attributes:
-      top1: accuracy on the test set.
-      chosen_learning_rate, chosen_weight_decay: the setting with the best held-out score.
-      val_top1: held-out scores, in the order of the grid (weight decays within learning rates).
-      test_predictions: predicted classes `[num_test]`.
-      at_edge: notes if the chosen values are ends of the grid. The smallest weight decay does not
-        count as an end: it is close to none.
+    `val_top1` has weight decays within learning rates. The smallest weight decay does not count as
+    an end of its grid: it is close to none.
     """
 
-    top1: float
     chosen_learning_rate: float
     chosen_weight_decay: float
-    val_top1: tuple[float, ...]
-    test_predictions: Int32[np.ndarray, " num_test"]
-    at_edge: tuple[str, ...] = ()
 
 
 def attentive_probe(
@@ -96,8 +87,14 @@ def attentive_probe(
 
     model = train(train_tokens, train_y, [chosen], batch_size=min(batch_size, len(train_y)))
     predictions = _predict(model, test_tokens, batch_size)[0]
-    top1 = float((predictions == test_y).mean())
-    return AttentiveResult(top1, *chosen, tuple(val_top1), predictions, notes)
+    return AttentiveResult(
+        top1=float((predictions == test_y).mean()),
+        val_top1=tuple(val_top1),
+        test_predictions=predictions,
+        at_edge=notes,
+        chosen_learning_rate=chosen[0],
+        chosen_weight_decay=chosen[1],
+    )
 
 
 def _choose(

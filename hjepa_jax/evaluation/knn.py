@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_splits, choose, edge_note, hold_out
+from hjepa_jax.evaluation.labelled import ProbeResult, check_splits, choose, edge_note, hold_out
 from hjepa_jax.evaluation.quality import unit_rows
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
@@ -27,22 +27,14 @@ TEMPERATURE = 0.07
 
 
 @dataclasses.dataclass(frozen=True)
-class KnnResult:
+class KnnResult(ProbeResult):
     """Outcome of the k-NN probe.
 
-    Attributes:
-      top1: accuracy on the test set at the chosen k, fraction in [0, 1].
-      chosen_k: the k with the best held-out score; among equal scores the smallest.
-      val_top1: held-out scores, one per k in the given order.
-      test_predictions: predicted classes `[num_test]` at the chosen k.
-      at_edge: a note if the chosen k is the largest of the grid, and there are rows for a larger k.
+    `chosen_k` has the best held-out score; among equal scores it is the smallest. It is an end of
+    the grid only if there are rows for a larger k.
     """
 
-    top1: float
     chosen_k: int
-    val_top1: tuple[float, ...]
-    test_predictions: Int32[np.ndarray, " num_test"]
-    at_edge: tuple[str, ...] = ()
 
 
 def knn_probe(
@@ -79,11 +71,15 @@ def knn_probe(
         [val_top1[i] for i in order], open_start=min(ks) > 1, open_end=max(ks) < len(fit)
     )
     chosen_k = ks[order[best]]
-    notes = (edge_note("k", chosen_k, ks),) if at_edge else ()
 
     (predictions,) = knn_predict(train_x, train_y, test_x, ks=[chosen_k], **options)
-    top1 = float((predictions == test_y).mean())
-    return KnnResult(top1, chosen_k, tuple(val_top1), predictions, notes)
+    return KnnResult(
+        top1=float((predictions == test_y).mean()),
+        val_top1=tuple(val_top1),
+        test_predictions=predictions,
+        at_edge=(edge_note("k", chosen_k, ks),) if at_edge else (),
+        chosen_k=chosen_k,
+    )
 
 
 def knn_predict(

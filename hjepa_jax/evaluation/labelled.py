@@ -1,8 +1,10 @@
 """Labelled features as probes take them: checks, the hold-out, and the choice from a grid."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 from hjepa_jax.data.rows import Rows, draw_rows
 from hjepa_jax.errors import InputError
@@ -11,20 +13,29 @@ from hjepa_jax.evaluation.quality import check_features
 MIN_ROWS = 5  # minimum size of a training set: a fifth is held out
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """Outcome of a probe; accuracies are fractions in [0, 1].
+
+    Attributes:
+      top1: accuracy on the test set, with the chosen setting.
+      val_top1: held-out scores of all settings, in the order of the grid.
+      test_predictions: predicted classes `[num_test]`.
+      at_edge: notes if a chosen value is an end of its grid.
+    """
+
+    top1: float
+    val_top1: tuple[float, ...]
+    test_predictions: Int32[np.ndarray, " num_test"]
+    at_edge: tuple[str, ...]
+
+
 def check_labelled(
     split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
 ) -> None:
-    """Refuses features and labels that do not match.
+    """Refuses features `[n, D]` and labels `[n]` that do not match.
 
-    Args:
-      split: "train" or "test", for the field in the error.
-      x: features `[n, D]`.
-      y: labels `[n]`.
-      num_classes: labels must lie in [0, num_classes).
-      width: the required D; None = any.
-
-    Raises:
-      InputError: naming `{split}_x` or `{split}_y`.
+    Errors name `{split}_x` or `{split}_y`. `width` is the required D; None = any.
     """
     check_features(f"{split}_x", x)
     if width is not None and x.shape[1] != width:

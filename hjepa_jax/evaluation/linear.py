@@ -11,11 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int32, Integer
+from jaxtyping import Float, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_splits, choose, edge_note, hold_out
+from hjepa_jax.evaluation.labelled import ProbeResult, check_splits, choose, edge_note, hold_out
 from hjepa_jax.evaluation.logistic import Problem, fit, predict
 
 # Half-decades. While the best penalty is an end of the grid, more are tried, up to `L2_LIMITS`.
@@ -25,43 +25,18 @@ _MORE_PENALTIES = 2  # tried at a time beyond an end: a single one might lose by
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """A penalty that was chosen on held-out rows.
+class LinearProbeResult(ProbeResult):
+    """Outcome of the linear probe.
 
     Attributes:
-      l2: the penalty with the best score. Among equal scores the largest that is not an end of the
-        grid.
-      grid: the penalties that were tried, descending.
-      val_top1: their held-out scores.
-      at_edge: a note if the chosen penalty is an end of the grid.
-    """
-
-    l2: float
-    grid: tuple[float, ...]
-    val_top1: tuple[float, ...]
-    at_edge: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearProbeResult:
-    """Outcome of the linear probe; accuracies are fractions in [0, 1].
-
-    Attributes:
-      top1: accuracy on the test set.
-      chosen_l2, l2_grid, val_top1, at_edge: see `Choice`.
+      chosen_l2: the penalty. Among equal scores the largest that is not an end of the grid.
+      l2_grid: the penalties that were tried, descending; `val_top1` has their scores.
       converged: whether the final fit reached `logistic.TOLERANCE`.
-      train_top1: accuracy of the final model on its training rows.
-      test_predictions: predicted classes `[num_test]`.
     """
 
-    top1: float
     chosen_l2: float
     l2_grid: tuple[float, ...]
-    val_top1: tuple[float, ...]
-    at_edge: tuple[str, ...]
     converged: bool
-    train_top1: float
-    test_predictions: Int32[np.ndarray, " num_test"]
 
 
 def linear_probe(
@@ -97,20 +72,19 @@ def linear_probe(
     """
     check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
     options = {"num_classes": num_classes, "num_iterations": num_iterations}
-    chosen = choose_l2(
+    l2, scores, at_edge = choose_l2(
         train_x, train_y, l2_grid=l2_grid, num_val=num_val, seed=seed, what=what, **options
     )
-    model = fit(train_x, train_y, l2=chosen.l2, **options)
+    model = fit(train_x, train_y, l2=l2, **options)
     predictions = predict(model, test_x)
     return LinearProbeResult(
         top1=float((predictions == test_y).mean()),
-        chosen_l2=chosen.l2,
-        l2_grid=chosen.grid,
-        val_top1=chosen.val_top1,
-        at_edge=chosen.at_edge,
-        converged=model.converged,
-        train_top1=float((predict(model, train_x) == train_y).mean()),
+        val_top1=tuple(scores.values()),
         test_predictions=predictions,
+        at_edge=at_edge,
+        chosen_l2=l2,
+        l2_grid=tuple(scores),
+        converged=model.converged,
     )
 
 
@@ -124,11 +98,14 @@ def choose_l2(
     seed: int = 0,
     num_iterations: int = 1000,
     what: str = "",
-) -> Choice:
+) -> tuple[float, dict[float, float], tuple[str, ...]]:
     """Chooses the penalty with the best accuracy on held-out training rows.
 
     While the best penalty is an end of the grid, more are tried beyond it, at the distance of the
     last two, up to `L2_LIMITS`. Arguments as in `linear_probe`.
+
+    Returns:
+      The penalty, all held-out scores by penalty (descending), and a note if it is an end.
     """
     if not l2_grid or min(l2_grid) <= 0:
         raise InputError("l2_grid", tuple(l2_grid), "needs penalties, all > 0")
@@ -150,8 +127,7 @@ def choose_l2(
         weakest = score(sorted(l2_grid, reverse=True), problem.zeros)
         while True:
             grid = sorted(scores, reverse=True)
-            val_top1 = [scores[l2] for l2 in grid]
-            best, at_edge = choose(val_top1)
+            best, at_edge = choose([scores[l2] for l2 in grid])
             more = _beyond(grid, best) if at_edge else []
             if not more:
                 break
@@ -160,7 +136,7 @@ def choose_l2(
             else:
                 weakest = score(more, weakest)
     notes = (edge_note("l2", grid[best], grid),) if at_edge else ()
-    return Choice(grid[best], tuple(grid), tuple(val_top1), notes)
+    return grid[best], {l2: scores[l2] for l2 in grid}, notes
 
 
 def _beyond(grid: Sequence[float], end: int) -> list[float]:

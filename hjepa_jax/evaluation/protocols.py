@@ -100,14 +100,7 @@ def origin(
 ) -> Row:
     """Returns the fields of a row that describe the encoder and the data.
 
-    Args:
-      encoder: name of the encoder.
-      step: step of the checkpoint.
-      seed: seed of the protocol.
-      data: name of the data set.
-      train: training images.
-      test: test images.
-      images: fingerprint of both.
+    `images` is the fingerprint of train and test.
     """
     return {
         "encoder": encoder,

@@ -42,7 +42,7 @@ class Facts:
       status: "finished", "running", "interrupted", "stopped" (by a rule of the config), "not
         started", or "unknown" if the number of steps is not known.
       stopped_by: the rule that ended the run, with its numbers; "" if none did.
-      num_steps, steps_per_epoch: None if neither run.json nor the data is there.
+      num_steps, steps_per_epoch: None if run.json is missing and the config does not tell.
       params: number of parameters by part.
       checkpoints: bytes by step.
       meta: origin of the newest checkpoint; empty without a checkpoint.
@@ -150,14 +150,13 @@ def read_facts(
     record = read_record(workdir)
     if record and other_content(meta.get("data"), record.fingerprint):
         record = None  # belongs to another run, or to other images
-    num_images, look = (record.num_images if record else None), None
-    if images:
+    look = None
+    if images and sizes:
         try:
-            found, look = _see(workdir, config, model, record, splits, look=bool(sizes))
-            num_images = num_images or found
+            look = _see(workdir, config, model, record, splits)
         except InputError as error:
             reason = str(error)
-    num_steps, steps_per_epoch = _length(config, record, num_images, history, probes)
+    num_steps = record.num_steps if record else config.train.num_steps
     facts = Facts(
         name=workdir.resolve().name,
         workdir=workdir,
@@ -167,7 +166,7 @@ def read_facts(
         status=_status(workdir, history, num_steps),
         stopped_by="",
         num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=record.steps_per_epoch if record else None,
         params={**params, "target_encoder": num_params(state.target_params)},
         checkpoints=sizes,
         meta=meta,
@@ -197,64 +196,20 @@ def _see(
     model: Any,
     record: RunRecord | None,
     splits: tuple[Split, Split] | None,
-    *,
-    look: bool,
-) -> tuple[int, Look | None]:
-    """Returns the number of training images and, if there is a checkpoint (`look`), the `Look`.
+) -> Look:
+    """Applies the newest checkpoint to training images.
 
     Raises:
       InputError: images or checkpoint cannot be read, or the run used other images.
     """
     source = open_config_source(config, may_download=False)
-    if not look:
-        return source.num_images, None
     train, _ = splits or source.load()
     if record and splits is None:
         images = fingerprint(train, source.records)
         if not same_content(images, record.fingerprint):
             rule = "holds other images than the run was trained on"
             raise InputError("data.source", config.data.source, rule)
-    # `train` lacks the unreadable files of a folder.
-    num_images = len(train.images) if source.records is None else source.num_images
-    return num_images, look_at(workdir, config, model, train, source.info.class_names)
-
-
-def _length(
-    config: Config,
-    record: RunRecord | None,
-    num_images: int | None,
-    history: History,
-    probes: list[Row],
-) -> tuple[int | None, int | None]:
-    """Returns the steps of the run and of an epoch; None if unknown.
-
-    run.json holds both. Without it, the data or the probes may tell the number of images. If they
-    do not, the scores that a run logs after its last step tell where it ended.
-    """
-    if record:
-        return record.num_steps, record.steps_per_epoch
-    if num_images is None:
-        num_images = _probed_size(config, rows_on(config.data.source, probes))
-    if num_images:
-        try:
-            schedules = build.build_schedules(config, num_images)
-            return schedules.num_steps, schedules.steps_per_epoch
-        except InputError:  # the data has changed since
-            pass
-    ended = bool(history.lines) and "eval/linear_top1" in history.lines[-1]
-    return config.train.num_steps or (history.last_step() if ended else None), None
-
-
-def _probed_size(config: Config, probes: list[Row]) -> int | None:
-    """Returns the number of training images of the probes on the run's data.
-
-    None if the run may be streamed: then probes use `max_labelled` images, or another split.
-    """
-    c = config.data
-    size = next((row["train_size"] for row in probes if "train_size" in row), None)
-    streamed = c.streaming == "always" or c.train_split is not None
-    may_be = c.streaming == "auto" and size == c.max_labelled
-    return None if streamed or may_be else size
+    return look_at(workdir, config, model, train, source.info.class_names)
 
 
 def _status(workdir: pathlib.Path, history: History, num_steps: int | None) -> str:

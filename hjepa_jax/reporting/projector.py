@@ -20,14 +20,7 @@ def write_projector(
     class_names: Sequence[str],
     images: UInt8[np.ndarray, "n H W C"],
 ) -> None:
-    """Writes projector_config.pbtxt, which TensorBoard reads, and the files that it names.
-
-    Args:
-      logdir: the work directory, which holds the event files.
-      features: feature matrices by name.
-      class_names: class of each image.
-      images: images of the features.
-    """
+    """Writes projector_config.pbtxt, which TensorBoard reads, and the files that it names."""
     folder = logdir / "projector"
     folder.mkdir(exist_ok=True)
     labels = "".join(f"{' '.join(printable(name).split())}\n" for name in class_names)

@@ -73,15 +73,7 @@ def make_snapshot_fn(
     as_pixels: Callable[..., Float[Array, "B S S C"]],
     target_spec: TargetSpec,
 ) -> Callable[..., Snapshot]:
-    """Returns `snapshot(params, target_params, images)`.
-
-    Args:
-      model: the networks.
-      sample_masks: samples the masks of training.
-      preprocess: converts stored images to normalised pixels, without randomness.
-      as_pixels: converts stored images to pixels in [0, 1].
-      target_spec: definition of the targets.
-    """
+    """Returns `snapshot(params, target_params, images)`, without randomness but for fixed masks."""
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     encoder = model.context_encoder
     num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
