@@ -27,7 +27,7 @@ def test_ridge_matches_a_case_worked_by_hand():
     np.testing.assert_allclose(biases[0], [0.5, 0.5], atol=1e-12)
 
 
-def test_a_draw_has_what_was_asked_for_of_each_class_and_nothing_held_out():
+def test_draws_have_the_right_counts_and_no_held_out_row():
     y = np.repeat([0, 1, 2], [50, 100, 250])
     rows = np.arange(0, 400, 2)
     per_class = draw_labels(y, rows, 5, num_classes=3, seed=0)
@@ -68,7 +68,7 @@ def test_a_class_with_too_few_images_is_refused_by_name():
         lowshot_probe(x, y, x, y, num_classes=4, shots=(50,))
 
 
-def test_a_penalty_at_an_end_of_those_tried_is_named():
+def test_a_penalty_at_an_end_of_the_grid_is_noted():
     train, test = blobs(500, noise=2.0), blobs(100, noise=2.0, seed=1)
     inside, ends = (
         lowshot_probe(*train, *test, num_classes=4, shots=(50,), alphas=alphas)[0]
