@@ -73,7 +73,15 @@ def make_snapshot_fn(
     as_pixels: Callable[..., Float[Array, "B S S C"]],
     target_spec: TargetSpec,
 ) -> Callable[..., Snapshot]:
-    """Returns `snapshot(params, target_params, images)`, without randomness but for fixed masks."""
+    """Returns `snapshot(params, target_params, images)`.
+
+    Args:
+      model: the networks.
+      sample_masks: the masks of training.
+      preprocess: stored images to normalised pixels, nothing random.
+      as_pixels: the same, to [0, 1].
+      target_spec: what the targets are made of.
+    """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     encoder = model.context_encoder
     num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
@@ -111,7 +119,7 @@ def make_snapshot_fn(
 
 
 def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
-    """Returns per level whether a cell is a target, or holds a context patch, or is dropped."""
+    """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
     patches = jnp.arange(grid_size**2)
     seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
     seen = jnp.any(seen, axis=1)
@@ -124,7 +132,7 @@ def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[
 
 
 def _cosine(prediction: Any, levels: tuple[Array, ...], masks: Masks) -> list[Float[Array, "B _"]]:
-    """Returns the cosine per level and cell; the mean for a patch in several target blocks."""
+    """Per level and cell; of a patch in several blocks, the mean of its predictions."""
     b, n = len(levels[0]), levels[0].shape[1]
     index = masks.target_index.reshape(b, -1)
     values = losses.cosine_similarity(prediction.levels[0], gather_tokens(levels[0], index))
