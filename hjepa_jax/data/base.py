@@ -71,11 +71,7 @@ class Source:
 
 
 def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
-    """Refuses an array of more than `MAX_RESIDENT_BYTES`, before memory is allocated.
-
-    Raises:
-      InputError: the array is too large.
-    """
+    """Refuses an array of more than `MAX_RESIDENT_BYTES`, before memory is allocated."""
     num_bytes = math.prod(shape) * itemsize
     if num_bytes > MAX_RESIDENT_BYTES:
         limit = f"{MAX_RESIDENT_BYTES / 2**30:.0f} GiB"
@@ -84,11 +80,7 @@ def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
 
 
 def check_memory(source: str, num_bytes: int) -> None:
-    """Refuses data that does not fit the host's free memory, before it is read.
-
-    Raises:
-      InputError: fewer than `num_bytes` are available.
-    """
+    """Refuses data that does not fit the host's free memory, before it is read."""
     available = available_bytes()
     if available is not None and num_bytes > available:
         needed, there = (f"{size / 2**30:.1f} GiB" for size in (num_bytes, available))

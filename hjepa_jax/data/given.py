@@ -55,8 +55,7 @@ class GivenImages:
 def images_of(images: Any) -> Sequence[Any] | np.ndarray:
     """Returns a sequence of single images.
 
-    Args:
-      images: an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
+    `images` is an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
 
     Raises:
       InputError: for anything else ("images").

@@ -44,9 +44,7 @@ def why_no_image(path: str) -> str:
 def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
     """Reads one file: upright by its EXIF tag, RGB, shorter side resized, centre crop.
 
-    Args:
-      path: a file in one of `IMAGE_FORMATS`. If it holds several images, the first is read.
-      image_size: S, the side of the result in pixels.
+    The first image is read if a file holds several.
 
     Raises:
       InputError: the file cannot be decoded.

@@ -212,10 +212,7 @@ def unreadable_errors(records: Records, rows: Iterable[int]) -> list[InputError]
 def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None:
     """Prints one line on stderr about skipped records, if there are any.
 
-    Args:
-      source: origin of the records.
-      errors: one per skipped record; the first few are named.
-      what: number and kind of all records, such as "200 files".
+    `what` is the number and kind of all records, such as "200 files".
     """
     if not errors:
         return

@@ -39,12 +39,8 @@ class FeatureCache:
     ) -> Features:
         """Returns stored features, or extracts and stores them.
 
-        Args:
-          name: encoder and split; the name of the file is this and a digest of the arrays.
-          make: extracts the features.
-          embed: the jitted function that `make` calls.
-          encoder_params: its first argument.
-          *arrays: its other arguments, one row per image.
+        `name` is encoder and split; the name of the file also has a digest of the arrays. `make`
+        extracts the features by calling the jitted `embed(encoder_params, *arrays)`.
         """
         images = digest_arrays(*arrays)
         program = program_digest(embed, encoder_params, *arrays)
@@ -83,10 +79,7 @@ def program_digest(
     and only if a change of config or code changes the computation. Compiler version and backend
     count too, because they round differently.
 
-    Args:
-      embed: a jitted function `embed(encoder_params, *arrays)`.
-      encoder_params: only types and shapes count.
-      *arrays: types and shapes of their rows count, the number of rows does not.
+    Only types and shapes of `encoder_params` and of the rows of `arrays` count.
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), encoder_params)
     rows = [jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for array in arrays]

@@ -64,11 +64,7 @@ def map_batches(
 
     The last batch is padded, so that `fn` compiles once.
 
-    Args:
-      fn: takes `batch_size` rows of each array; returns a dict of arrays with as many rows.
-      *arrays: arrays of equal length.
-      batch_size: rows per call.
-      what: title of the progress bar; empty = none.
+    `fn` takes `batch_size` rows of each array, and returns a dict of arrays with as many rows.
     """
     n, found = len(arrays[0]), {}
     with progress(what, n, unit=" images") as bar:
@@ -90,12 +86,7 @@ def map_batches(
 def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: Any = None) -> Any:
     """Returns a progress bar that appears after 5 seconds; a log file gets few updates.
 
-    Args:
-      what: title of the bar; empty = no bar.
-      total: number of items.
-      unit: name of the items.
-      initial: number of items that are already done.
-      iterable: items to loop over; None = the caller calls `update`.
+    No bar appears if `what` is empty. Without an `iterable`, the caller calls `update`.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(

@@ -99,11 +99,6 @@ def layer_scales(params: Any, *, depth: int, layer_decay: float) -> Any:
 
     1 for the head, `layer_decay` for the final norm and the last block of the encoder, one more
     factor per block before it, and one more for patch embedding, positions and summary tokens.
-
-    Args:
-      params: parameters of the classifier.
-      depth: number of blocks of its encoder.
-      layer_decay: factor per layer, in (0, 1].
     """
 
     def scale(path: Any, _: Any) -> float:

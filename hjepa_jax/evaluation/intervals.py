@@ -12,12 +12,7 @@ Z95 = 1.959964  # a standard normal number lies between -Z95 and Z95 with a prob
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Returns the lower and upper end of Wilson's 95 % interval of a share, both in [0, 1].
-
-    Args:
-      share: fraction of successes among n independent trials.
-      n: number of trials, at least 1.
-    """
+    """Returns the lower and upper end of Wilson's 95 % interval of a share, both in [0, 1]."""
     z2 = Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
@@ -34,11 +29,7 @@ def difference(ours: float, theirs: float, num_ours: int, num_theirs: int) -> tu
     then too wide, and never claims more than a paired test would. A paired interval needs the
     predictions for each image, which results do not store.
 
-    Args:
-      ours: first accuracy, fraction in [0, 1].
-      theirs: second accuracy.
-      num_ours: test images of the first, at least 1.
-      num_theirs: test images of the second, at least 1.
+    `num_ours` and `num_theirs` are the numbers of test images, at least 1.
     """
     our_low, our_high = wilson(ours, num_ours)
     their_low, their_high = wilson(theirs, num_theirs)

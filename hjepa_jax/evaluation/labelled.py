@@ -63,10 +63,7 @@ def check_splits(
 def hold_out(n: int, *, num_val: int, seed: int = 0) -> Rows:
     """Splits training rows into rows to fit and rows to choose a hyper-parameter on.
 
-    Args:
-      n: number of training rows, at least `MIN_ROWS`.
-      num_val: rows to hold out; at most a fifth of `n` is taken.
-      seed: the same seed holds out the same rows.
+    At most a fifth of the rows is held out; the same seed holds out the same rows.
 
     Raises:
       InputError: no row could be held out.

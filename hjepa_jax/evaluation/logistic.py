@@ -52,13 +52,7 @@ def fit(
     Features are standardised by their own mean and standard deviation; the bias is not penalised.
     scikit-learn's `C` is 1 / (n * l2). Memory: about two copies of `x`, plus 16 * n * C bytes.
 
-    Args:
-      x: training features.
-      y: classes in [0, num_classes).
-      num_classes: C.
-      l2: penalty, > 0.
-      num_iterations: upper limit. A fit ends earlier if every component of the gradient is below
-        `TOLERANCE`.
+    A fit ends if every component of the gradient is below `TOLERANCE`, or after `num_iterations`.
     """
     problem = Problem(x, y, num_classes, num_iterations)
     return problem.model(*problem.minimize(l2, problem.zeros))

@@ -175,11 +175,7 @@ def fit_ridge(
     One eigendecomposition, of the smaller of X^T X and X X^T, serves all penalties. The bias is not
     penalised.
 
-    Args:
-      x: features.
-      y: classes in [0, num_classes).
-      num_classes: C.
-      alphas: the A penalties, > 0, in squared units of the features.
+    The A penalties `alphas` are > 0, in squared units of the features.
 
     Returns:
       Kernels and biases: class scores are `x @ kernel + bias`.

@@ -182,11 +182,6 @@ def best_row(rows: Iterable[Row], protocol: str, encoder: str) -> Row | None:
 
     Test scores never decide, ties included. Among equal held-out scores the order is: fewer
     dimensions, "mean" before "summary" before "concat", finer level, fewer blocks.
-
-    Args:
-      rows: rows on one data set.
-      protocol: "linear" or "knn".
-      encoder: name of the encoder.
     """
     judged = [row for row in rows if (row["protocol"], row["encoder"]) == (protocol, encoder)]
     return min(judged, key=_preference, default=None)
@@ -210,10 +205,7 @@ def _preference(row: Row) -> tuple[Any, ...]:
 def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
     """Returns whether `ours` beats `theirs` by more than `margin`, and the numbers.
 
-    Args:
-      ours: a row.
-      theirs: the row to compare with.
-      margin: difference of top-1, fraction in [0, 1].
+    `margin` is a difference of top-1, a fraction in [0, 1].
 
     Returns:
       True if the whole 95 % interval of the difference is above the margin, False if the difference

@@ -96,12 +96,7 @@ def bars(
 ) -> Figure:
     """Returns bars in groups (such as representations), one bar per name (such as encoders).
 
-    Args:
-      groups: labels of the groups.
-      scores: values per group, by name; NaN leaves a gap.
-      title: title above the axes.
-      ylabel: unit of the y axis.
-      limits: horizontal lines by label.
+    `scores` has a value per group, by name; NaN leaves a gap. `limits` are horizontal lines.
     """
     figure = new_figure(max(5.4, 1.1 * len(groups) + 2.0), 3.4)
     axes, width = figure.add_subplot(), 0.8 / len(scores)

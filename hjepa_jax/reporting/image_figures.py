@@ -60,9 +60,7 @@ def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
 def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figure:
     """Returns the images with context, targets and dropped patches, at every level.
 
-    Args:
-      images: in [0, 1].
-      states: per level [B, G_l, G_l], `CONTEXT`, `TARGET` or `DROPPED` for each patch or cell.
+    `images` are in [0, 1]; `states` per level, [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
     """
     orange = np.array([0.9, 0.6, 0.0])
     rows = [Row("image", images)]
@@ -85,10 +83,6 @@ def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> 
     """Returns the first three principal components of the features, as red, green and blue.
 
     All images share one basis per level: similar colours are similar features.
-
-    Args:
-      images: in [0, 1].
-      tokens: per level [B, N_l, D].
     """
     rows = [Row("image", images)]
     for level, x in enumerate(tokens):
@@ -103,9 +97,7 @@ def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> 
 def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) -> Figure:
     """Returns the cosine of prediction and target, for hidden patches and cells.
 
-    Args:
-      images: in [0, 1].
-      cosine: per level [B, G_l, G_l], in [-1, 1]; NaN = not predicted.
+    `cosine` per level, [B, G_l, G_l], in [-1, 1]; NaN = not predicted.
     """
     rows = [Row("image", images)]
     for level, values in enumerate(cosine):
@@ -116,13 +108,7 @@ def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) 
 def similarity_maps(
     images: Pictures, tokens: Float[np.ndarray, "B N D"], patches: Sequence[int]
 ) -> Figure:
-    """Returns the cosine between the features of one patch, which is framed, and all patches.
-
-    Args:
-      images: in [0, 1].
-      tokens: features of all patches.
-      patches: patches to compare with, one row each.
-    """
+    """Returns the cosine between the features of one patch, which is framed, and all patches."""
     side = round(tokens.shape[1] ** 0.5)
     unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
     rows = [Row("image", images)]
@@ -140,12 +126,7 @@ def similarity_maps(
 
 
 def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B G G"]]) -> Figure:
-    """Returns attention over the patches, each map in percent of its sum.
-
-    Args:
-      images: in [0, 1].
-      maps: non-negative attention by name: a head, or the rollout.
-    """
+    """Returns attention over the patches, each map in percent of its sum."""
     rows = [Row("image", images)]
     for name, values in maps.items():
         share = 100 * values / np.maximum(values.sum(axis=(1, 2), keepdims=True), 1e-12)
@@ -159,14 +140,7 @@ def neighbours(
     query_names: Sequence[str],
     same_class: Sequence[Sequence[bool]],
 ) -> Figure:
-    """Returns images and their nearest neighbours, framed by whether the class is the same.
-
-    Args:
-      queries: in [0, 1].
-      found: the k nearest images of each query, nearest first.
-      query_names: class of each query.
-      same_class: whether a found image has the class of its query.
-    """
+    """Returns images and their nearest neighbours, framed by whether the class is the same."""
     rows = [Row("query", queries)]
     rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
     figure = picture_table(rows, heads=query_names)

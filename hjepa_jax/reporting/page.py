@@ -68,10 +68,8 @@ def code(value: object) -> str:
 def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     """Returns a page that loads no other file.
 
-    Args:
-      markdown: text; HTML in it is shown literally.
-      title: title of the window.
-      pictures: PNG files for light and dark pages, by their address in the text.
+    HTML in `markdown` is shown literally. `pictures` are PNG files for light and dark pages, by
+    their address in the text.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for address, (light, dark) in pictures.items():

@@ -36,9 +36,6 @@ def write_report(
       images: whether to read checkpoint and training images; never for several runs.
       splits: images of the run, if they are in memory.
 
-    Returns:
-      The written files to open.
-
     Raises:
       InputError: a work directory holds no run of this version.
     """
