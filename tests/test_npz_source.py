@@ -141,23 +141,6 @@ def test_grey_values_fill_three_channels(tmp_path, shape):
     np.testing.assert_array_equal(train.images, np.stack([grey] * 3, axis=-1))
 
 
-def test_every_seed_holds_out_the_same_tenth(tmp_path):
-    split = random_split(50)
-    split.images[:, 0, 0, 0] = np.arange(50)  # each image carries its index
-    np.savez(tmp_path / "data.npz", train_images=split.images, train_labels=split.labels)
-    held = []
-    for seed in (0, 1):
-        train, test = open_here(f"npz:{tmp_path}/data.npz", seed=seed).load()
-        train_index, test_index = train.images[:, 0, 0, 0], test.images[:, 0, 0, 0]
-        assert len(test_index) == 5
-        assert sorted([*train_index, *test_index]) == list(range(50))
-        np.testing.assert_array_equal(train.labels, split.labels[train_index])
-        np.testing.assert_array_equal(test.labels, split.labels[test_index])
-        assert set(test.labels) == {0, 1, 2, 3}
-        held.append(test_index.tolist())
-    assert held[0] == held[1]
-
-
 GOOD = {"train_images": np.zeros((4, 6, 5, 3), np.uint8), "train_labels": np.array([0, 1, 0, 1])}
 
 

@@ -169,27 +169,6 @@ def test_stored_features_depend_on_program_params_and_images(tmp_path):
     assert not get(first_pixels(2.0), ZERO + 1, TRAIN.images.copy())
 
 
-def test_features_of_the_old_images_are_not_served(tmp_path):
-    """A reported bug: 600 images, red and blue swapped in every second one."""
-    labels = np.arange(700, dtype=np.int32) % 2
-    images = np.zeros((700, 4, 4, 3), np.uint8)
-    images[labels == 0, ..., 0] = images[labels == 1, ..., 2] = 200  # red, and blue
-    images = images + np.random.default_rng(0).integers(50, size=images.shape, dtype=np.uint8)
-    swapped = images.copy()
-    swapped[1::2] = swapped[1::2, ..., ::-1]  # now all are red
-
-    def top1(images):
-        train, test = Split(images[:600], labels[:600]), Split(images[600:], labels[600:])
-        rows = evaluate_encoders(
-            embed, {"target": encoders()["target"]}, train, test, num_classes=2, step=0,
-            protocol=Protocol(("knn",), num_val=100), cache=FeatureCache(tmp_path),
-        )  # fmt: skip
-        return max(row["top1"] for row in rows if row["encoder"] == "target")
-
-    assert top1(images) == 1.0
-    assert top1(swapped) < 0.7
-
-
 def test_a_broken_cache_file_is_replaced(tmp_path):
     cache, embed = FeatureCache(tmp_path), first_pixels(2.0)
     make = lambda: {"level_0": np.ones((200, 2), np.float32)}

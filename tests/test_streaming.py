@@ -77,13 +77,6 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         assert found == (replaced.tolist(), bad_rows)
 
 
-def test_shards_of_processes_make_up_the_batch():
-    order = BatchOrder(20, 6, seed=1)
-    whole, _ = read(Numbers(20), order, 1, 5)
-    parts = [read(Numbers(20), order, 1, 5, shard_index=i, shard_count=3)[0] for i in range(3)]
-    assert np.concatenate(parts, axis=1).tolist() == whole
-
-
 def test_processes_share_every_part_of_an_accumulated_batch():
     order = BatchOrder(24, 12, seed=1)
     (whole,), _ = read(Numbers(24), order, 1, 2, num_parts=2)
