@@ -97,7 +97,8 @@ def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, 
 
 def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
     """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
-    candidates = test_splits(builder)
+    splits, candidates = builder.info.splits, test_splits(builder)
+    test_name = candidates[0] if candidates else None
 
     def decode() -> dict[str, np.ndarray]:
         arrays = {}
@@ -126,7 +127,6 @@ def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> So
             return hold_out_test(source, train)
         return train, Split(arrays[f"{found}_images"], arrays[f"{found}_labels"])
 
-    splits, test_name = builder.info.splits, candidates[0] if candidates else None
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test

@@ -25,7 +25,7 @@ from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
 from hjepa_jax.evaluation.logistic import TOLERANCE
 from hjepa_jax.evaluation.lowshot import DEFAULT_ALPHAS, DEFAULT_SHOTS, draw_labels, lowshot_probe
 from hjepa_jax.evaluation.protocol import Protocol
-from hjepa_jax.evaluation.quality_rows import QualityOf
+from hjepa_jax.evaluation.quality_rows import QualityRows
 from hjepa_jax.runs.scores import Row
 
 PROTOCOLS = ("linear", "knn", "lowshot", "fewshot", "quality")
@@ -73,19 +73,19 @@ def evaluate_encoders(
     check_classes(data, train.labels, num_classes)
     _check_shots(protocol, train, test, num_classes)
     extract = Extractor(embed, protocol.batch_size, cache)
-    quality_of = QualityOf(extract, protocol, train, embed_views)
-    early = quality_of.measure_untrained(encoders)
+    quality = QualityRows(extract, protocol, train, embed_views)
+    early = quality.measure_untrained(encoders)
     images, rows = fingerprint(train, test=test), []
     for encoder, params in {**encoders, "pixels": None}.items():
         features = early.pop(encoder, None) or extract.features(encoder, params, "train", train)
         train_x = protocol.representations(features)
         test_x = protocol.representations(extract.features(encoder, params, "test", test))
-        quality_of.extract_views(encoder, params)
+        quality.extract_views(encoder, params)
         source = origin(encoder, step, protocol.seed, data, train, test, images)
         for (pool, level, x), (_, _, y) in zip(train_x, test_x, strict=True):
             for name in protocol.protocols:
                 if name == "quality":
-                    scores = [quality_of(encoder, pool, level, x)]
+                    scores = [quality.row(encoder, pool, level, x)]
                 else:
                     scores = _PROBES[name]((x, train.labels, y, test.labels), num_classes, protocol)
                 for scored in scores:

@@ -20,8 +20,8 @@ QUALITY_ROWS = 10_000  # training images that are used
 Place = tuple[str, int | str]  # pool and level
 
 
-class QualityOf:
-    """Label-free numbers of representations; does nothing if they are not asked for."""
+class QualityRows:
+    """Makes the rows of the protocol; does nothing if it is not asked for."""
 
     def __init__(
         self, extract: Extractor, protocol: Protocol, train: Split, embed_views: EmbedFn | None
@@ -55,7 +55,8 @@ class QualityOf:
             )
             self._views = {(p, lv): x for p, lv, x in self._protocol.representations(features)}
 
-    def __call__(self, encoder: str, pool: str, level: int | str, x: np.ndarray) -> Row:
+    def row(self, encoder: str, pool: str, level: int | str, x: np.ndarray) -> Row:
+        """Returns the numbers of one representation, `x` with one row per training image."""
         untrained = None if encoder == "pixels" else self._untrained.get((pool, level))
         x = x[sample(len(x), QUALITY_ROWS)]
         return judge_quality(x, self._views.get((pool, level)), untrained)
