@@ -82,7 +82,7 @@ def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, 
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features)
-    keys = builder.info.supervised_keys or ()
+    keys: Any = builder.info.supervised_keys or ()
     kinds = [type(features.get(key)) for key in keys]
     wanted = [tfds.features.Image, tfds.features.ClassLabel]
     if kinds != wanted or "train" not in builder.info.splits:
