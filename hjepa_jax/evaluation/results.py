@@ -77,12 +77,17 @@ def format_tables(rows: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def _format_scores(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(column(row) for row in rows))
+def scores_by(rows: Sequence[Row], where: Sequence[str]) -> dict[tuple[Any, ...], dict[str, str]]:
+    """Returns formatted scores by column heading, for each combination of the fields `where`."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
-        key = (row["encoder"], row["pool"], row["level"], row["dim"])
-        cells.setdefault(key, {})[column(row)] = format_score(row)
+        cells.setdefault(tuple(map(row.get, where)), {})[column(row)] = format_score(row)
+    return cells
+
+
+def _format_scores(rows: list[Row]) -> str:
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    cells = scores_by(rows, ("encoder", "pool", "level", "dim"))
     widths = [max(map(len, [name, *(c.get(name, "") for c in cells.values())])) for name in columns]
     heads = "".join(f"  {name:>{w}}" for name, w in zip(columns, widths, strict=True))
     lines = [

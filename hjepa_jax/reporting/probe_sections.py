@@ -1,7 +1,6 @@
 """Sections of the report about the representation: probes, pictures, features."""
 
 import contextlib
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,7 +9,7 @@ from hjepa_jax.evaluation.results import (
     QUALITY_COLUMNS,
     column,
     differing,
-    format_score,
+    scores_by,
     tested_on,
     warnings,
 )
@@ -50,10 +49,7 @@ def probes_section(facts: Facts) -> Section | None:
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
         where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
-        cells: dict[tuple[Any, ...], dict[str, str]] = {}
-        for row in scored:
-            key = tuple(row.get(name) for name in where)
-            cells.setdefault(key, {})[column(row)] = format_score(row)
+        cells = scores_by(scored, where)
         rows = [[*key, *(scores.get(n, "-") for n in names)] for key, scores in cells.items()]
         parts += [
             f"Top-1 in percent on {tested_on(scored)}, with its 95 % interval; each protocol on "
