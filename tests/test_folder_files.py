@@ -235,7 +235,7 @@ KINDS = ["image"] * 5 + ["text", "empty", "inner link", "outer link", "broken li
 
 @st.composite
 def folders(draw):
-    """A data set: name and kind of each file. Most are sound; some mix up splits and classes."""
+    """Draws a data set: kind of each file by name. Most are valid; some mix splits and classes."""
     layout = draw(st.sampled_from(LAYOUTS))
     splits = layout + (draw(st.sampled_from([[], [], [], SPLITS])))
     entry = st.tuples(*map(st.sampled_from, (splits, FOLDERS, FILES, KINDS)))
@@ -289,7 +289,7 @@ def check_every_file_is_used_or_named(files):
         make(root, outside, files)
         try:
             listing = list_folder("folder:x", root)
-        except InputError as error:  # it names what is wrong with the layout
+        except InputError as error:  # it names the fault of the layout
             message = str(error)
             return message.startswith("data.source=") and "\n" not in message
         used = [os.path.relpath(path, root) for split in listing.splits for path in split.files]

@@ -49,7 +49,7 @@ def test_ties_go_to_the_lower_row_and_the_lower_class():
     far = np.random.default_rng(0).integers(2, size=64)
     bank_x, bank_y = directions(0, 90)[far], np.arange(64)[::-1]
     (near,) = np.nonzero(far == 0)
-    # Of the first k equals, one vote each, the last in the bank has the lowest class.
+    # The first k equals have one vote each. The last of them in the bank has the lowest class.
     for ks in ([1, 5], [1, 5, len(near)]):  # the largest k cuts through the equals, or takes all
         predicted = knn_predict(bank_x, bank_y, directions(0, 30), ks=ks, num_classes=64)
         for row, k in zip(predicted, ks, strict=True):

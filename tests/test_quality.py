@@ -74,7 +74,7 @@ def test_alpha_req_by_hand():
     """Eigenvalues 1, 1/2, 1/4 at ranks 4, 5, 6 of weights 1/4, 1/5, 1/6.
 
     In sixtieths the weights are 15, 12, 10. The weighted mean of log 4, log 5, log 6 is 1.568251,
-    that of 0, -log 2, -2 log 2 is -0.599479. The products about these means sum to -3.441082 and
+    of 0, -log 2, -2 log 2 it is -0.599479. The products about these means sum to -3.441082 and
     the squares to 1.016540: the slope is -3.385092.
     """
     x = centred_basis(64, 6) * np.sqrt([90, 40, 7, 1, 0.5, 0.25])  # the first three do not count

@@ -247,7 +247,7 @@ def parts_of(workdir):
 def test_collapse_and_skipped_steps_are_reported_with_their_rules(finished, tmp_path):
     workdir = copy_of(finished, tmp_path)
     lines = read_metrics(workdir)
-    lines[0]["train/effective_rank"] = 8.0  # of the untrained network
+    lines[0]["train/effective_rank"] = 8.0  # as for the untrained network
     for line, rank in zip(lines[1:], (1.3, 1.2, 1.1), strict=True):
         line |= {"train/nonfinite_steps": 2, "train/effective_rank": rank}
     write_metrics(workdir, lines)

@@ -39,7 +39,7 @@ from tests.test_tfds_source import define_tiny_set
 
 
 class Numbers:
-    """Records whose image `row` is filled with `row`; some cannot be read."""
+    """Records: image `row` has the value `row`; some cannot be read."""
 
     image_shape = (2, 3, 3)
 
@@ -59,7 +59,7 @@ class Numbers:
 
 
 def read(records, order, *steps, num_workers=0, **shard):
-    """Values of the images of each batch, and the rows that could not be read."""
+    """Returns the image values of each batch, and the unreadable rows."""
     batches = list(streaming.read_batches(records, order, *steps, num_workers=num_workers, **shard))
     return [images[:, 0, 0, 0].tolist() for images, _ in batches], [
         row for _, rows in batches for row in rows.tolist()
@@ -199,7 +199,7 @@ def test_sources_that_cannot_be_streamed_are_refused(source, streaming, message)
 
 @pytest.mark.slow
 def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
-    """Beside the same data resident: losses and state are equal bit for bit."""
+    """Losses and state equal a run on resident data bit for bit."""
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
@@ -207,10 +207,10 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     process = processes.start(streamed_config, tmp_path / "killed")
     while process.is_alive() and newest_checkpoint(tmp_path / "killed") == 0:
         time.sleep(0.001)
-    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # of each thread
+    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # one file per thread
     workers = []
     for each in lists:
-        with contextlib.suppress(OSError):  # a thread that has just ended
+        with contextlib.suppress(OSError):  # the thread has just ended
             workers += each.read_text().split()
     assert workers or sys.platform != "linux"
     process.kill()
@@ -246,7 +246,7 @@ def test_a_run_counts_corrupt_files_once(streamed_config, shapes_folder, tmp_pat
         streamed_config.data.source = f"folder:{damaged}"
         streamed_config.data.num_workers = 0
         streamed_config.data.max_labelled = 40
-        streamed_config.train.num_steps = 22  # two epochs: the file comes twice
+        streamed_config.train.num_steps = 22  # two epochs: the file is read twice
         streamed_config.train.steps_per_call = 4
     train.train_and_evaluate(streamed_config, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
@@ -331,7 +331,7 @@ def test_corrupt_records_are_skipped_with_a_class_list(tfds_dir, tmp_path, capsy
     (path,) = pathlib.Path(tfds_dir).glob("*/*/*train*array_record*")
     folder = tmp_path / "tiny_streamed" / path.parent.name
     shutil.copytree(path.parent, folder)
-    # Records that are no examples, in a file that is sound: a damaged one is not opened at all.
+    # Invalid records in a valid file: a damaged file could not be opened at all.
     records = array_record_module.ArrayRecordReader(str(path)).read_all()
     writer = array_record_module.ArrayRecordWriter(str(folder / path.name), "group_size:1")
     for i, record in enumerate(records):
@@ -348,7 +348,9 @@ def test_corrupt_records_are_skipped_with_a_class_list(tfds_dir, tmp_path, capsy
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert "1 of 20 records of split train (their class is unknown) skipped: train[0] can" in said
     assert len(source.load()[0].labels) == 19
-    open_tfds(str(tmp_path), class_list=str(classes))  # the labels are kept: it is said once more
+    open_tfds(
+        str(tmp_path), class_list=str(classes)
+    )  # labels come from the cache; the line is printed again
     assert "skipped: train[0] can" in capsys.readouterr().err
 
 
@@ -357,7 +359,7 @@ def test_a_class_list_restricts_a_set_and_its_labels(tfds_dir, tmp_path):
     path.write_text("y\nz\n")
     source = open_tfds(tfds_dir, class_list=str(path))
     assert source.info.class_names == ("y", "z")
-    assert source.num_images == 10  # of x and y, in turn
+    assert source.num_images == 10  # x and y alternate
     train_set, test_set = source.load()
     assert (train_set.labels.tolist(), len(test_set.labels)) == ([0] * 10, 3)
     assert set(train_set.images[:, 0, 0, 0] // 10 % 2) == {1}
@@ -390,9 +392,11 @@ def test_a_class_list_is_found_beside_config_or_in_repository(tmp_path, monkeypa
         assert resolve(path) == path
     assert class_list.find_class_list(shipped) == REPOSITORY / shipped
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
-    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # refused later
+    class_list.resolve_class_list(
+        ConfigDict({"other": 1}), "configs/own.py"
+    )  # an invalid config is refused later
 
-    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # called like the shipped one
+    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # same name as the shipped list
     own.parent.mkdir(parents=True)
     own.write_text("x\n")
     config = base_config()
