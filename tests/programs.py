@@ -16,7 +16,7 @@ import pytest
 
 from hjepa_jax.config import build
 from hjepa_jax.evaluation import protocols
-from hjepa_jax.reporting import facts, showcase, snapshot
+from hjepa_jax.reporting import look, showcase, snapshot
 from hjepa_jax.runs import run
 from hjepa_jax.training import train
 
@@ -60,7 +60,7 @@ def share(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "build_run", sharing_runs(run.build_run))
     patch.setattr(build, "build_embed_fn", sharing_functions(build.build_embed_fn))
     shared = sharing_functions(snapshot.build_snapshot_fn)
-    for module in (snapshot, facts, showcase):  # the last two have it by name
+    for module in (snapshot, look, showcase):  # the last two have it by name
         patch.setattr(module, "build_snapshot_fn", shared)
 
 

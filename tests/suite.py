@@ -26,7 +26,7 @@ ON_ONE_JAX = {
     "test_protocols", "test_quality", "test_report", "test_results_table", "test_run_dir",
     "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_sources",
     "test_stop_signals", "test_streaming", "test_suite", "test_sweep", "test_test_split",
-    "test_user_cache", "test_whole_files",
+    "test_tfds_source", "test_user_cache", "test_whole_files",
 }  # fmt: skip
 
 TESTS = pathlib.Path(__file__).parent

@@ -9,9 +9,9 @@ OPTIONS = {"num_classes": 4, "num_epochs": 12, "batch_size": 50, "learning_rates
 
 
 def needles(n, *, num_tokens=16, d=8, seed=0):
-    """Tokens of which one, marked in a direction of its own and placed anywhere, tells the class.
+    """Returns tokens and classes; one marked token at a random place has the class of its row.
 
-    The others carry a class as well, at random, so that their mean says little.
+    The other tokens have random classes, so that the mean holds little information.
     """
     rng = np.random.default_rng(seed)
     y = rng.integers(4, size=n)
@@ -24,7 +24,7 @@ def needles(n, *, num_tokens=16, d=8, seed=0):
     return tokens.astype(np.float16), y
 
 
-def test_finds_the_token_that_matters_where_the_mean_does_not():
+def test_finds_the_token_that_the_mean_hides():
     (x, y), (test_x, test_y) = needles(1500), needles(400, seed=1)
     attentive = attentive_probe(x, y, test_x, test_y, **OPTIONS)
     means = (t.astype(np.float32).mean(axis=1) for t in (x, test_x))
@@ -34,7 +34,7 @@ def test_finds_the_token_that_matters_where_the_mean_does_not():
     assert attentive.top1 == pytest.approx(np.mean(attentive.test_predictions == test_y))
 
 
-def test_the_setting_is_chosen_on_held_out_rows_and_no_test_label_changes_it():
+def test_the_choice_does_not_depend_on_test_labels():
     (x, y), (test_x, test_y) = needles(300), needles(100, seed=1)
     noise = np.random.default_rng(5).permutation(test_y)
     options = OPTIONS | {"learning_rates": (1e-6, 1e-2), "weight_decays": (1e-3,)}
@@ -46,7 +46,7 @@ def test_the_setting_is_chosen_on_held_out_rows_and_no_test_label_changes_it():
     np.testing.assert_array_equal(true.test_predictions, false.test_predictions)
 
 
-def test_training_settings_together_equals_training_each_alone():
+def test_settings_trained_together_equal_settings_alone():
     (x, y), (test_x, test_y) = needles(200), needles(50, seed=1)
     rates = (1e-5, 3e-2)  # one that learns next to nothing, and one that does
     options = OPTIONS | {"weight_decays": (1e-3,)}

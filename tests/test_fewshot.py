@@ -6,7 +6,7 @@ from hjepa_jax.evaluation.fewshot import fewshot_probe
 from tests.test_knn import blobs
 
 
-def test_classes_in_opposite_corners_are_told_apart_from_one_example():
+def test_distant_classes_need_one_example():
     x, y = blobs(400, num_classes=6, noise=0.01)
     result = fewshot_probe(x, x, y, num_shots=1, num_episodes=20)
     assert (result.top1, result.interval, result.num_episodes) == (1.0, 0.0, 20)
@@ -20,7 +20,7 @@ def test_pure_noise_is_at_chance_within_its_interval():
     assert abs(result.top1 - 0.2) < 3 * result.interval
 
 
-def test_one_episode_equals_nearest_prototypes_worked_separately():
+def test_one_episode_equals_an_independent_computation():
     x, y = blobs(200, num_classes=3, noise=2.0)
     train_x, _ = blobs(100, num_classes=3, noise=2.0, seed=3)
     result = fewshot_probe(

@@ -1,4 +1,4 @@
-"""Figures: that they show the numbers they are given, and can be read."""
+"""Figures show the given numbers, readably."""
 
 import io
 
@@ -27,7 +27,7 @@ def read(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def test_curves_draw_the_values_with_units_and_limits():
+def test_curves_show_values_units_and_limits():
     x, y = np.arange(20), np.linspace(3.0, 1.0, 20)
     panels = [
         Panel("Loss", "nats", {"a": (x, y), "b": (x, 2 * y)}, log=True),
@@ -49,21 +49,21 @@ def test_lines_differ_in_colour_and_in_dash():
     assert len({line.get_linestyle() for line in axes.lines}) == 4
 
 
-def test_a_log_axis_is_not_asked_of_values_that_have_no_logarithm():
+def test_values_without_logarithm_have_a_linear_axis():
     line = (np.arange(3), np.array([1.0, 0.0, 2.0]))
     (axes,) = figures.curves([Panel("t", "u", {"a": line}, log=True)]).axes
     assert axes.get_yscale() == "linear"
 
 
 @pytest.mark.parametrize(("ink", "paper"), [(INK, PAPER), (DARK_INK, DARK_PAPER)])
-def test_text_stands_out_and_lines_can_be_seen_on_light_and_dark(ink, paper):
+def test_text_and_lines_have_contrast_on_light_and_dark(ink, paper):
     assert contrast(ink, paper) >= 7
     assert contrast(figures.GREY, paper) >= 3
     distinct = [colour for colour in figures.COLOURS[:3] if contrast(colour, paper) >= 3]
     assert len(distinct) == 3
 
 
-def test_the_dark_png_is_dark_and_the_light_one_afterwards_as_it_was():
+def test_a_dark_png_leaves_the_light_one_unchanged():
     figure = figures.curves([Panel("t", "u", {"a": (np.arange(3), np.arange(3.0))})])
     light, dark = figures.png(figure), figures.png(figure, dark=True)
     assert tuple(read(light)[0, 0]) == (255, 255, 255)
@@ -72,11 +72,11 @@ def test_the_dark_png_is_dark_and_the_light_one_afterwards_as_it_was():
     np.testing.assert_array_equal(read(figures.png(figure)), read(light))
 
 
-def test_no_pixel_of_a_png_is_far_from_its_colour():
+def test_png_colours_are_close_to_the_drawing():
     noise = np.random.default_rng(0).random((6, 32, 32, 3)).astype(np.float32)
     figure = image_figures.neighbours(noise, noise[:, None], ["cat"] * 6, [[True]] * 6)
     figures.pixels(figure)
-    figure.set_layout_engine("none")  # which may move by a pixel from one drawing to the next
+    figure.set_layout_engine("none")  # it may shift by a pixel between drawings
     shown = read(figures.png(figure)).astype(int)
     exact = (figures.pixels(figure)[0] * 255).round().astype(int)
     assert len(np.unique(exact.reshape(-1, 3), axis=0)) > 5_000
@@ -98,7 +98,7 @@ def test_pixels_are_those_of_the_figure():
     assert pixels.shape[1:] == (int(height), int(width), 3)
 
 
-def test_bars_are_as_high_as_the_scores_and_a_missing_one_leaves_a_gap():
+def test_bars_have_the_height_of_scores_and_gaps():
     scores = {"target": [50.0, np.nan], "random-init": [40.0, 30.0]}
     figure = figures.bars(["a", "b"], scores, title="t", ylabel="%", limits={"pixels": 20.0})
     (axes,) = figure.axes
@@ -125,7 +125,7 @@ def test_histograms_integrate_to_one():
     assert area == pytest.approx(1.0, abs=0.02)
 
 
-def test_rows_of_the_confusion_matrix_are_percent_of_the_true_class():
+def test_confusion_rows_are_percent_of_the_true_class():
     labels, predictions = np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1])
     axes = figures.confusion_matrix(labels, predictions, ["cat", "dog"]).axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), [[75, 25], [0, 100]])
@@ -142,7 +142,7 @@ def test_maps_show_every_image_under_its_class():
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
 
 
-def test_masks_leave_context_as_it_is_tint_targets_and_darken_the_rest():
+def test_masks_tint_targets_and_darken_dropped_patches():
     images = np.full((1, 4, 4, 3), 0.8, np.float32)
     state = np.array([[[CONTEXT, TARGET], [DROPPED, DROPPED]]])
     shown = np.asarray(image_figures.masks(images, [state]).axes[1].images[0].get_array())
@@ -152,7 +152,7 @@ def test_masks_leave_context_as_it_is_tint_targets_and_darken_the_rest():
     assert shown[2:].max() < 0.15
 
 
-def test_pca_maps_give_like_features_like_colours_and_unlike_ones_others():
+def test_pca_maps_show_similar_features_in_similar_colours():
     images = np.zeros((1, 8, 8, 3), np.float32)
     features = np.random.default_rng(0).normal(size=(2, 6))
     tokens = features[[0, 0, 1, 1]][None]
@@ -161,7 +161,7 @@ def test_pca_maps_give_like_features_like_colours_and_unlike_ones_others():
     assert np.abs(shown[0, 0] - shown[1, 0]).max() > 0.5
 
 
-def test_principal_components_are_those_of_the_covariance():
+def test_principal_components_match_an_svd():
     x = np.random.default_rng(0).normal(size=(50, 5)) * [5, 3, 1, 0.1, 0.1]
     projected = image_figures.principal_components(x, 2)
     _, sigma, axes = np.linalg.svd(x - x.mean(0))
@@ -169,7 +169,7 @@ def test_principal_components_are_those_of_the_covariance():
     np.testing.assert_allclose(np.abs(projected), np.abs((x - x.mean(0)) @ axes[:2].T), atol=1e-9)
 
 
-def test_cosine_maps_leave_out_what_was_not_predicted():
+def test_cosine_maps_omit_unpredicted_patches():
     cosine = np.array([[[0.5, np.nan], [-1.0, 1.0]]])
     figure = image_figures.cosine_maps(np.zeros((1, 4, 4, 3), np.float32), [cosine])
     shown = figure.axes[1].images[0]
@@ -178,7 +178,7 @@ def test_cosine_maps_leave_out_what_was_not_predicted():
     assert "cosine" in [axes.get_ylabel() for axes in figure.axes]
 
 
-def test_similarity_is_one_at_the_patch_itself_which_is_framed():
+def test_similarity_is_one_at_the_framed_patch():
     tokens = np.random.default_rng(0).normal(size=(2, 9, 5))
     figure = image_figures.similarity_maps(np.zeros((2, 9, 9, 3), np.float32), tokens, [4, 7])
     for i in range(2):

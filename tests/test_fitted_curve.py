@@ -1,4 +1,4 @@
-"""The power law of a run's curve: found where it is known, and its range."""
+"""The power law of a run's curve is recovered, with a range."""
 
 import json
 
@@ -12,9 +12,9 @@ from hjepa_jax.runs.scores import write_probe_json
 
 
 def write_run(workdir, lines):
-    """What is read of a run: how many steps an epoch has, ten, and its log."""
+    """Writes the config and log of a run with ten steps per epoch."""
     config = base_config()
-    config.data.source, config.train.batch_size = "shapes", 2000  # of 20,000 images
+    config.data.source, config.train.batch_size = "shapes", 2000  # shapes has 20,000 images
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -29,7 +29,7 @@ def test_a_power_law_is_found_again():
     assert low <= middle <= high < low + 0.5
 
 
-def test_the_range_is_that_of_leaving_out_one_score():
+def test_the_range_comes_from_leaving_out_one_score():
     epochs = np.arange(1.0, 7.0)
     top1 = 60.0 - 25.0 * epochs**-0.5
     top1[-1] += 3.0
@@ -43,7 +43,7 @@ def test_a_falling_curve_predicts_no_fall():
     assert (a, b) == pytest.approx((48.0, 0.0))
 
 
-def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys):
+def test_a_fit_until_an_epoch_ignores_later_scores(tmp_path, capsys):
     top1 = [0.6 - 0.25 * epoch**-0.5 for epoch in range(1, 6)] + [0.1, 0.1]
     lines = [{"step": 10 * (i + 1), "eval/knn_top1": score} for i, score in enumerate(top1)]
     write_run(tmp_path, lines)
@@ -64,7 +64,7 @@ def test_a_fit_of_the_first_scores_does_not_know_the_later_ones(tmp_path, capsys
         (True, "nan", "epoch=nan: must be above 0"),
     ],
 )
-def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, run, epoch, words):
+def test_runs_without_a_curve_are_refused_in_one_line(tmp_path, capsys, run, epoch, words):
     if run:
         write_run(tmp_path, [{"step": i, "eval/knn_top1": 0.1 * i} for i in range(1, 6)])
     with pytest.raises(SystemExit, match="2"):
@@ -72,7 +72,7 @@ def test_what_has_no_curve_is_refused_in_one_line(tmp_path, capsys, run, epoch, 
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_images_that_were_not_kept_are_counted_by_the_probe_table(tmp_path, capsys):
+def test_missing_images_are_counted_from_the_probe_table(tmp_path, capsys):
     write_run(tmp_path, [{"step": 10, "eval/knn_top1": 0.3}])
     config = json.loads((tmp_path / "config.json").read_text())
     config["data"]["source"] = "npz:gone.npz"
@@ -92,7 +92,7 @@ def test_images_that_were_not_kept_are_counted_by_the_probe_table(tmp_path, caps
         fitted_curve.scores(tmp_path, "eval/knn_top1")
 
 
-def test_epochs_and_scores_are_those_of_the_log(tmp_path):
+def test_epochs_and_scores_come_from_the_log(tmp_path):
     lines = [{"step": 10, "eval/knn_top1": 0.3}, {"step": 15, "train/loss": 1.0}]
     lines += [{"step": 20, "eval/knn_top1": 0.4}, {"step": 40, "train/loss": 0.9}]
     write_run(tmp_path, lines)

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hjepa_jax.data.folder_files import EMPTY, IMAGE_SUFFIXES, list_folder
+from hjepa_jax.data.folder_files import EMPTY, list_folder
+from hjepa_jax.data.image_file import IMAGE_SUFFIXES
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 
@@ -67,7 +68,7 @@ def test_folders_inside_a_class_belong_to_it(tmp_path):
 
 @pytest.mark.parametrize("suffix", [*sorted(IMAGE_SUFFIXES), ".dib", ".mpo", "", ".img", ".tmp~"])
 @pytest.mark.parametrize("upper", [False, True])
-def test_an_image_is_read_whatever_its_suffix(tmp_path, suffix, upper):
+def test_images_of_all_suffixes_are_read(tmp_path, suffix, upper):
     suffix = suffix.upper() if upper else suffix
     write(tmp_path, f"train/x/0{suffix}", "test/x/0.png")
     train, _ = load(tmp_path)
@@ -79,7 +80,7 @@ def test_an_image_is_read_whatever_its_suffix(tmp_path, suffix, upper):
 @pytest.mark.parametrize(
     "test_name", ["test", "Testing", "test-set", "val", "VALID", "Validation", "dev", "val_images"]
 )
-def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path, capsys, train_name, test_name):
+def test_common_names_of_splits_are_known(tmp_path, capsys, train_name, test_name):
     write(tmp_path, f"{train_name}/x/0.png", f"{test_name}/x/1.png")
     assert line_of(tmp_path, capsys) == (
         f"train 1 files in {train_name}/; test 1 files in {test_name}/; 1 class (x)"
@@ -87,7 +88,7 @@ def test_the_usual_names_of_splits_are_known_in_any_case(tmp_path, capsys, train
     assert names_of(tmp_path) == [[f"{train_name}/x/0.png"], [f"{test_name}/x/1.png"]]
 
 
-def test_test_takes_precedence_over_val_which_is_named(tmp_path, capsys):
+def test_a_test_split_has_precedence_over_val(tmp_path, capsys):
     write(tmp_path, "train/x/0.png", "val/x/1.png", "val/x/2.png", "test/x/3.png", "extra/4.png")
     (tmp_path / "valid").mkdir()
     assert line_of(tmp_path, capsys) == (
@@ -97,14 +98,14 @@ def test_test_takes_precedence_over_val_which_is_named(tmp_path, capsys):
     )
 
 
-def test_a_folder_of_unlabelled_test_images_gives_place_to_val(tmp_path, capsys):
+def test_val_replaces_unlabelled_test_images(tmp_path, capsys):
     write(tmp_path, "train/x/0.png", "valid/x/1.png", "test/2.png")
     line = line_of(tmp_path, capsys)
     assert "test 1 files in valid/; " in line
     assert "1 folder of 1 file beside train/ and valid/ (test/)" in line
 
 
-def test_an_empty_test_folder_is_named_and_images_are_held_out(tmp_path, capsys):
+def test_images_are_held_out_if_the_test_folder_is_empty(tmp_path, capsys):
     write(tmp_path, "train/x/0.png", "train/x/1.png")
     (tmp_path / "test").mkdir()
     assert line_of(tmp_path, capsys) == (
@@ -123,12 +124,12 @@ def test_an_empty_test_folder_is_named_and_images_are_held_out(tmp_path, capsys)
         (["Train/x/0.png", "VAL/y/0.png"], "Train and VAL must have the same classes"),
     ],
 )
-def test_a_layout_that_would_mix_up_classes_is_refused(tmp_path, names, rule):
+def test_layouts_that_mix_up_classes_are_refused(tmp_path, names, rule):
     write(tmp_path, *names)
     refused(tmp_path, rule)
 
 
-def test_what_is_not_used_is_counted_and_named_by_reason(tmp_path, capsys):
+def test_unused_files_are_counted_and_named_by_reason(tmp_path, capsys):
     write(tmp_path, "x/0.png", "x/1.png", "y/2.png", "y/3.png", "stray.png", "y/.hidden.png")
     write(tmp_path, ".DS_Store", "x/notes.txt", "README.md", "x/Thumbs.db", content=b"text")
     (tmp_path / "x" / "none").mkdir()
@@ -161,7 +162,7 @@ def make_workdir(path, *names):
     (path / "config.json").write_text("{}")
 
 
-def test_a_folder_does_not_look_into_work_directories(tmp_path, monkeypatch, capsys):
+def test_work_directories_are_not_classes(tmp_path, monkeypatch, capsys):
     write(tmp_path, "x/0.png", "x/1.png", "y/0.png", "y/1.png")
     make_workdir(tmp_path / "runs" / "first")
     make_workdir(tmp_path / "runs" / "sweep" / "second")
@@ -179,7 +180,7 @@ def test_a_folder_does_not_look_into_work_directories(tmp_path, monkeypatch, cap
     [("report.html", "report.md"), ("report.md",), ("config.json", "metrics.jsonl"),
      ("config.json", "run.json")],
 )  # fmt: skip
-def test_pictures_of_a_report_are_no_class(tmp_path, capsys, files):
+def test_pictures_of_a_report_are_not_a_class(tmp_path, capsys, files):
     write(tmp_path, "x/0.png", "x/1.png", "y/0.png", "y/1.png", "runs/a_and_b/figures/loss.png")
     for name in files:
         (tmp_path / "runs" / "a_and_b" / name).touch()
@@ -188,18 +189,17 @@ def test_pictures_of_a_report_are_no_class(tmp_path, capsys, files):
     assert "1 work directory of a run (runs/a_and_b/)" in line
 
 
-def test_a_folder_that_is_a_work_directory_too_keeps_its_classes(tmp_path, capsys):
+def test_a_data_folder_that_is_a_work_directory_keeps_classes(tmp_path, capsys):
     make_workdir(tmp_path, "x/0.png", "x/1.png", "runs/0.png", "runs/1.png")  # a class "runs"
     line = line_of(tmp_path, capsys)
     assert "2 classes (runs, x)" in line
     assert "2 work directory of a run (checkpoints/, figures/)" in line
 
 
-@pytest.mark.parametrize("spelling", ["{0}/d/x/", "{0}//d/../d/x", "d/x/", "./d/x", "~/d/x/"])
-def test_a_path_may_be_spelt_in_many_ways(tmp_path, monkeypatch, spelling):
+@pytest.mark.parametrize("spelling", ["{0}/d/x/", "{0}//d/../d/x", "d/x/", "./d/x"])
+def test_all_spellings_of_a_path_work(tmp_path, monkeypatch, spelling):
     write(tmp_path / "d" / "x", "train/a/0.png", "test/a/1.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert names_of(spelling.format(tmp_path)) == [["train/a/0.png"], ["test/a/1.png"]]
 
 
@@ -207,7 +207,7 @@ NAMES = [b"caf\xe9", b"\xff\xfe", b"a\nb\x1b[31m", "日本".encode(), b"$x_1$"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_in_any_bytes_are_read_and_can_be_printed(tmp_path, capsys, name):
+def test_names_of_any_bytes_can_be_read_and_printed(tmp_path, capsys, name):
     name = os.fsdecode(name)
     write(tmp_path, f"train/{name}/{name}.png", f"train/{name}/{name}/0.jpg", f"test/{name}/0.gif")
     write(tmp_path, f"{name}.txt", f"train/{name}/{name}.txt", f"test/{name}/bad.png", content=b"x")
@@ -219,11 +219,6 @@ def test_names_in_any_bytes_are_read_and_can_be_printed(tmp_path, capsys, name):
         text.encode()  # UTF-8
     assert len(texts[-1].splitlines()) == 2
     assert all(text.isprintable() for text in texts[:-1])
-
-
-def test_latin_1_bytes_are_written_as_escapes(tmp_path):
-    write(tmp_path, *(os.fsdecode(b"%s/caf\xe9/0.png" % split) for split in (b"train", b"test")))
-    assert names_of(tmp_path)[0] == [r"train/caf\xe9/0.png"]
 
 
 # Random folders
@@ -240,7 +235,7 @@ KINDS = ["image"] * 5 + ["text", "empty", "inner link", "outer link", "broken li
 
 @st.composite
 def folders(draw):
-    """A data set: name and kind of each file. Most are sound; some mix up splits and classes."""
+    """Draws a data set: kind of each file by name. Most are valid; some mix splits and classes."""
     layout = draw(st.sampled_from(LAYOUTS))
     splits = layout + (draw(st.sampled_from([[], [], [], SPLITS])))
     entry = st.tuples(*map(st.sampled_from, (splits, FOLDERS, FILES, KINDS)))
@@ -294,7 +289,7 @@ def check_every_file_is_used_or_named(files):
         make(root, outside, files)
         try:
             listing = list_folder("folder:x", root)
-        except InputError as error:  # it names what is wrong with the layout
+        except InputError as error:  # it names the fault of the layout
             message = str(error)
             return message.startswith("data.source=") and "\n" not in message
         used = [os.path.relpath(path, root) for split in listing.splits for path in split.files]
@@ -336,7 +331,7 @@ def test_every_file_of_many_folders_is_used_or_named(files):
     assert check_every_file_is_used_or_named(files)
 
 
-def test_memory_that_there_is_not_is_asked_for_in_numbers(tmp_path, monkeypatch):
+def test_missing_memory_is_stated_in_numbers(tmp_path, monkeypatch):
     write(tmp_path, "train/x/0.png", "test/x/0.png")
     source = open_source(f"folder:{tmp_path}", data_dir=None, image_size=4)
     monkeypatch.setattr("hjepa_jax.data.base.available_bytes", lambda: 95)

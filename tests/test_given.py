@@ -1,4 +1,4 @@
-"""Images as users have them: one way to the encoder, or a refusal that names what is wrong."""
+"""Images from users: one path to the encoder, or an error that names the fault."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def read(item, size=8):
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_files_and_arrays_of_either_type_become_the_same_pixels(tmp_path, height, width):
+def test_files_and_arrays_give_the_same_pixels(tmp_path, height, width):
     image = photo(height, width)
     Image.fromarray(image).save(tmp_path / "photo.png")
     expected = read(tmp_path / "photo.png")
@@ -31,7 +31,7 @@ def test_files_and_arrays_of_either_type_become_the_same_pixels(tmp_path, height
         np.testing.assert_array_equal(read(item), expected)
 
 
-def test_a_photo_is_cropped_and_not_squashed():
+def test_a_photo_is_cropped_not_squeezed():
     """A disk stays round: a square in the middle, with two bars beside it that are cut off."""
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 200
@@ -44,7 +44,7 @@ def test_grey_images_fill_three_channels():
         np.testing.assert_array_equal(read(item), np.repeat(grey[..., None], 3, axis=2))
 
 
-def test_the_type_decides_and_not_the_values():
+def test_the_type_decides_not_the_values():
     dark = np.ones((8, 8, 3), np.uint8)
     assert as_stored(dark).max() == 1
     assert as_stored(dark.astype(np.float32)).min() == 255
@@ -66,14 +66,14 @@ def test_the_type_decides_and_not_the_values():
         (np.zeros((0, 8, 3), np.uint8), ["uint8[0, 8, 3]", "must not be empty"]),
     ],
 )
-def test_other_arrays_are_refused_by_name(array, words):
+def test_other_arrays_are_refused(array, words):
     with pytest.raises(InputError, match=r"^images=") as caught:
         read(array)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_batch_an_image_and_a_path_are_told_apart():
+def test_batch_image_and_path_are_told_apart():
     batch = RNG.integers(256, size=(5, 8, 9, 3), dtype=np.uint8)
     shapes = lambda images: [np.shape(item) for item in images_of(images)]
     assert shapes(batch) == [(8, 9, 3)] * 5
@@ -90,25 +90,25 @@ def test_a_batch_an_image_and_a_path_are_told_apart():
      *(np.zeros(shape, np.uint8) for shape in ((8, 8, 4), (3, 8, 9), (1, 8, 9), (5, 8, 9))),
      [[[1, 2], [3]]], Image.new("RGB", (4, 4)), [Image.new("P", (4, 4))], b"a.png", {"a": 1}],
 )  # fmt: skip
-def test_what_is_no_image_is_refused(images):
+def test_other_values_than_images_are_refused(images):
     with pytest.raises(InputError, match=r"^images="):
         images_of(images)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
+def test_a_file_without_an_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no")
     for path in (tmp_path / "a.png", tmp_path / "nowhere.png"):
         with pytest.raises(InputError, match=rf"^images='{path}': cannot be decoded"):
             read(path)
 
 
-def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(photo(8, 8)).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read("~/a.png"), read(tmp_path / "a.png"))
 
 
-def test_images_are_decoded_when_they_are_taken(tmp_path):
+def test_images_are_decoded_on_access(tmp_path):
     (tmp_path / "broken.png").write_text("no")
     items = [photo(8, 8), str(tmp_path / "broken.png"), photo(9, 9)]
     decoded = Decoded(GivenImages(items, 8))

@@ -1,4 +1,4 @@
-"""Probes on held-out training images: the sweeps' split, every encoder, no test image."""
+"""Probes on held-out training images: same split as the sweeps, all encoders, no test image."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ NUM_FIT = 120
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run of one step on images that show their class, with test images that show another."""
+    """A run of one step on images that show their class; the test images show another class."""
     folder = tmp_path_factory.mktemp("held_out")
     rng = np.random.default_rng(0)
     labels = np.arange(240, dtype=np.int32) % 4
@@ -41,7 +41,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "run"
 
 
-def test_every_encoder_is_scored_on_the_rows_that_sweeps_hold_out(workdir):
+def test_all_encoders_are_scored_on_the_rows_of_the_sweeps(workdir):
     rows = held_out.held_out_rows(workdir, NUM_FIT)
     assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
     assert {row["protocol"] for row in rows} == {"linear", "knn"}
@@ -52,7 +52,7 @@ def test_every_encoder_is_scored_on_the_rows_that_sweeps_hold_out(workdir):
     assert pixels > 0.9, "the labels of the test images would make it 0"
 
 
-def test_the_command_writes_its_rows_and_refuses_what_is_no_run(workdir, tmp_path, run_module):
+def test_the_command_writes_rows_and_refuses_other_folders(workdir, tmp_path, run_module):
     command = functools.partial(run_module, "experiments.held_out", f"--num_fit={NUM_FIT}")
     done = command(str(workdir))
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from hjepa_jax.evaluation.intervals import difference, wilson
-from tests import report_numbers
 
 
 def test_intervals_of_differences_match_published_values():
@@ -17,17 +16,20 @@ def test_intervals_of_differences_match_published_values():
         assert difference(a / n, b / m, n, m) == pytest.approx(expected, abs=1e-4)
 
 
-def test_wilson_by_hand():
+def test_wilson_matches_cases_worked_by_hand():
     """All of n: z^2 p = n (1 - p), so the lower end is n / (n + z^2); at 1/2 it is symmetric."""
     assert wilson(1.0, 8) == pytest.approx((8 / (8 + 1.959964**2), 1.0))
     assert wilson(0.0, 8) == pytest.approx((0.0, 1 - 8 / (8 + 1.959964**2)))
     low, high = wilson(0.5, 100)
     assert low + high == pytest.approx(1.0)
     for share, n in ((0.3, 10), (0.95, 40), (0.613, 2000)):
-        assert wilson(share, n) == pytest.approx(report_numbers.interval(share, n))
+        # The quadratic equation that Wilson solved: (p - share)^2 = z^2 p (1 - p) / n.
+        z2 = 1.959964**2
+        roots = np.roots([1 + z2 / n, -(2 * share + z2 / n), share**2]).real
+        assert wilson(share, n) == pytest.approx((min(roots), max(roots)))
 
 
-def test_two_encoders_of_equal_worth_rarely_differ_beyond_the_interval():
+def test_equal_encoders_rarely_differ_beyond_the_interval():
     """On one test set: 30 % of images both get right, 30 % both wrong, others by chance."""
     rng, beyond = np.random.default_rng(0), 0
     for _ in range(2000):

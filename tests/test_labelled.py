@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out, spread_rows
+from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out
 
 
 def test_hold_out_is_a_sorted_partition_fixed_by_its_seed():
@@ -25,8 +26,7 @@ def test_nothing_to_hold_out_is_refused():
         hold_out(4, num_val=5000)
 
 
-def test_rows_are_spread_from_the_first_to_the_last_so_that_no_class_is_left_out():
-    """Of 16,000 images in 10 classes, one after the other, as a folder has them."""
+def test_spread_rows_reach_every_class():
     labels = np.repeat(np.arange(10), 1600)
     for count in (10, 5_000, 10_000, 15_999):
         rows = spread_rows(np.arange(16_000), count)
@@ -51,7 +51,7 @@ def test_rows_are_spread_from_the_first_to_the_last_so_that_no_class_is_left_out
         ([5], {}, (0, False)),  # given, not chosen
     ],
 )
-def test_the_best_setting_is_the_first_of_equals_that_is_no_open_end(scores, options, expected):
+def test_the_best_setting_is_the_first_inner_of_equals(scores, options, expected):
     assert choose(scores, **options) == expected
 
 

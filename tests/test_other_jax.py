@@ -23,7 +23,7 @@ PRELUDE = """
 import json, pathlib, sys
 import jax
 from hjepa_jax.config import base_config
-from hjepa_jax.evaluation.features import params_digest
+from hjepa_jax.evaluation.feature_cache import params_digest
 from hjepa_jax.runs import checkpoint, run, workdir as directory
 from hjepa_jax.training import train
 

@@ -6,7 +6,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from hjepa_jax.reporting.projector import THUMBNAIL, write_projector
 
 
-def test_tensorboard_finds_every_feature_with_its_class_and_picture(tmp_path):
+def test_tensorboard_finds_features_classes_and_pictures(tmp_path):
     rng = np.random.default_rng(0)
     features = {"level_0": rng.normal(size=(5, 4)), "summary": rng.normal(size=(5, 8))}
     images = np.zeros((5, 64, 64, 3), np.uint8)

@@ -74,7 +74,7 @@ def test_alpha_req_by_hand():
     """Eigenvalues 1, 1/2, 1/4 at ranks 4, 5, 6 of weights 1/4, 1/5, 1/6.
 
     In sixtieths the weights are 15, 12, 10. The weighted mean of log 4, log 5, log 6 is 1.568251,
-    that of 0, -log 2, -2 log 2 is -0.599479. The products about these means sum to -3.441082 and
+    of 0, -log 2, -2 log 2 it is -0.599479. The products about these means sum to -3.441082 and
     the squares to 1.016540: the slope is -3.385092.
     """
     x = centred_basis(64, 6) * np.sqrt([90, 40, 7, 1, 0.5, 0.25])  # the first three do not count
@@ -82,7 +82,7 @@ def test_alpha_req_by_hand():
 
 
 @pytest.mark.parametrize("width", [16, 64, 128])
-def test_features_given_twice_with_noise_change_no_metric(width):
+def test_duplicated_features_change_no_metric(width):
     """The second copy adds a floor of noise 1e-4, which counts as no direction."""
     rng = np.random.default_rng(0)
     x = np.sqrt(3000) * centred_basis(3000, width) * np.arange(1, width + 1) ** -0.5
@@ -98,13 +98,13 @@ def test_features_given_twice_with_noise_change_no_metric(width):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_metrics_of_the_spectrum_do_not_depend_on_the_unit_of_the_features(scale):
+def test_metrics_do_not_depend_on_the_unit_of_features(scale):
     x = features() * np.arange(1, 17) ** -0.5
     for metric in (quality.alpha_req, quality.effective_rank, quality.rankme, quality.uniformity):
         assert metric(scale * x) == pytest.approx(metric(x), rel=1e-5)
 
 
-def test_alpha_req_of_features_without_a_spectrum_is_nan():
+def test_alpha_req_without_a_spectrum_is_nan():
     assert np.isnan(quality.alpha_req(np.ones((20, 4), np.float32)))
     assert np.isnan(quality.alpha_req(features(d=8, rank=1)))
     assert np.isnan(quality.alpha_req(features(d=4)))  # rank 4 alone is no slope
@@ -134,7 +134,7 @@ def test_lidar_matches_an_independent_discriminant_analysis():
     assert quality.lidar(views, delta=0.3) == pytest.approx(entropy_rank(p), rel=1e-5)
 
 
-def test_lidar_tells_directions_of_images_from_directions_of_views():
+def test_lidar_counts_directions_of_images_not_of_views():
     rng = np.random.default_rng(2)
     image = np.zeros((60, 1, 16))
     image[:, :, :3] = rng.normal(size=(60, 1, 3))

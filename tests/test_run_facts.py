@@ -1,4 +1,4 @@
-"""What is known of a run from its workdir alone."""
+"""Facts about a run from its work directory alone."""
 
 import json
 import shutil
@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from hjepa_jax.data.sources import open_source
-from hjepa_jax.reporting import facts
+from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
 from hjepa_jax.reporting.facts import read_facts
-from hjepa_jax.runs.scores import write_probe_json
 
 
 @pytest.fixture
 def copied(tiny_run, tmp_path, monkeypatch):
-    """A workdir on another machine: its data is not there, and nothing may be downloaded."""
+    """A work directory that was copied: its data is missing, and nothing may be downloaded."""
 
     def open_local(*args, may_download, **options):
         assert not may_download
@@ -26,11 +25,11 @@ def copied(tiny_run, tmp_path, monkeypatch):
     return workdir
 
 
-def edit(workdir, *, source=None, num_steps=None, num_epochs=0.4, max_labelled=240):
-    """Leaves the length to num_epochs: 6 of 15 steps an epoch, if there are 240 images."""
+def edit(workdir, *, source=None, num_steps=None, num_epochs=0.4):
+    """Changes the source, and leaves the length to num_epochs: 6 of 15 steps per epoch."""
     path = workdir / "config.json"
     config = json.loads(path.read_text())
-    config["data"] |= {"max_labelled": max_labelled, "source": source or config["data"]["source"]}
+    config["data"]["source"] = source or config["data"]["source"]
     config["train"] |= {"num_steps": num_steps, "num_epochs": num_epochs}
     path.write_text(json.dumps(config))
 
@@ -42,40 +41,21 @@ def test_a_copied_run_is_known_to_have_finished(copied, images):
     assert ("nowhere" if images else "--noimages") in facts.no_look
 
 
-def test_a_workdir_without_run_json_is_described_by_what_is_left(copied):
+def test_without_run_json_the_length_is_unknown(copied):
     (copied / "run.json").unlink()
-    assert read_facts(copied, images=True).status == "unknown"
-    assert read_facts(copied, images=False).num_steps is None
-    rows = [
-        {"protocol": "linear", "encoder": "target", "step": 6, "pool": "mean", "level": 0,
-         "dim": 8, "data": "npz:/nowhere/shapes.npz", "top1": 0.5, "chosen": {"val_top1": 0.5},
-         "train_size": 240},
-    ]  # fmt: skip
-    write_probe_json(copied / "probe.json", rows)
-    assert read_facts(copied, images=False).status == "unknown", "maybe streamed"
-    edit(copied, max_labelled=20_000)
-    facts = read_facts(copied, images=False)
-    assert (facts.status, facts.num_steps) == ("finished", 6)
-    edit(copied, num_epochs=1.0, max_labelled=20_000)
-    assert read_facts(copied, images=False).status == "interrupted"
+    facts = read_facts(copied, images=True)
+    assert (facts.status, facts.num_steps, facts.steps_per_epoch) == ("unknown", None, None)
+    edit(copied, num_steps=6)
+    assert read_facts(copied, images=False).status == "finished"
 
 
-def test_scores_that_a_run_logs_at_its_end_say_that_it_has_ended(copied):
-    (copied / "run.json").unlink()
-    lines = (copied / "metrics.jsonl").read_text().splitlines()
-    lines[-1] = lines[-1][:-1] + ', "eval/linear_top1": 0.5}'
-    (copied / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    facts = read_facts(copied, images=False)
-    assert (facts.status, facts.num_steps) == ("finished", 6)
-
-
-def test_a_run_json_of_another_run_is_not_believed(copied):
+def test_run_json_of_another_run_is_ignored(copied):
     path = copied / "run.json"
     path.write_text(path.read_text().replace('"fingerprint": "all-', '"fingerprint": "all-0'))
     assert read_facts(copied, images=False).status == "unknown"
 
 
-def test_pictures_are_of_the_images_that_were_trained_on(tiny_run, tmp_path, shapes_npz):
+def test_other_images_than_in_training_give_no_pictures(tiny_run, tmp_path, shapes_npz):
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     with np.load(shapes_npz.removeprefix("npz:")) as arrays:
         changed = dict(arrays)
@@ -99,7 +79,7 @@ def facts_with(tiny_run, tmp_path, ranks, stds=None):
     return read_facts(workdir, images=False)
 
 
-def test_a_rank_as_low_as_before_training_is_no_collapse(tiny_run, tmp_path):
+def test_a_rank_as_low_as_untrained_is_no_collapse(tiny_run, tmp_path):
     facts = facts_with(tiny_run, tmp_path, [1.55, 1.5, 1.52, 1.5])  # 10 % of 16 is 1.6
     assert facts.limits.effective_rank == pytest.approx(1.5)
     assert facts.signs_of_collapse() == []
@@ -114,17 +94,19 @@ def test_a_rank_as_low_as_before_training_is_no_collapse(tiny_run, tmp_path):
         ([1.2, 1.2, 1.2], ["effective rank 1.2 is below 1.5"]),  # nearly constant from the start
     ],
 )
-def test_a_collapse_has_lasted(tiny_run, tmp_path, ranks, found):
+def test_a_collapse_must_last_for_three_lines(tiny_run, tmp_path, ranks, found):
     facts = facts_with(tiny_run, tmp_path, ranks)
     assert facts.signs_of_collapse() == found
 
 
-def test_the_verdict_on_a_checkpoint_is_beside_the_untrained_network():
+def test_the_verdict_on_features_is_beside_the_untrained_network():
     rng = np.random.default_rng(0)
     narrow = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 64))  # 2 directions of 64
     wide = rng.normal(size=(200, 64))
-    assert facts._verdict(narrow, wide).label == "partial collapse"
-    assert facts._verdict(narrow, narrow).label == "healthy"
     point = 1 + 1e-4 * wide
-    assert facts._verdict(point, point).label == "collapse"
-    assert facts._verdict(wide, narrow).label == "healthy"
+    label = lambda x, untrained: verdict_beside(x, measure_spread(untrained)).label
+    assert label(narrow, wide) == "partial collapse"
+    assert label(narrow, narrow) == "healthy"
+    assert label(point, point) == "collapse"
+    assert label(wide, narrow) == "healthy"
+    assert verdict_beside(narrow, None).label == "partial collapse"

@@ -1,4 +1,4 @@
-"""What a snapshot holds is what the model computes, one piece at a time."""
+"""A snapshot equals the model's own results, part by part."""
 
 import functools
 
@@ -26,7 +26,7 @@ from tests.conftest import make_tiny_config
 
 @pytest.fixture(scope="module")
 def seen(shapes_npz):
-    """A snapshot of an untrained model with two blocks, and what it was made from."""
+    """Returns a snapshot of an untrained model with two blocks, and its inputs."""
     tiny_config = make_tiny_config(shapes_npz)
     tiny_config.model.depth = 2
     model = build.build_model(tiny_config)
@@ -40,7 +40,7 @@ def seen(shapes_npz):
     return tiny_config, model, state, images, masks, found
 
 
-def test_states_are_those_of_the_masks(seen):
+def test_states_match_the_masks(seen):
     _, _, _, _, masks, found = seen
     hidden = np.asarray(target_union(masks, 16)).reshape(3, 4, 4)
     np.testing.assert_array_equal(found.states[0] == TARGET, hidden)
@@ -54,7 +54,7 @@ def test_states_are_those_of_the_masks(seen):
     }  # fmt: skip
 
 
-def test_cosine_is_that_of_prediction_and_target_where_one_is(seen):
+def test_cosine_compares_predictions_and_targets(seen):
     config, model, state, images, masks, found = seen
     views = build.build_preprocess(config)(jnp.asarray(images))
     variables = {"params": {"context_encoder": state.target_params}}
@@ -81,7 +81,7 @@ def test_cosine_is_that_of_prediction_and_target_where_one_is(seen):
     assert found.cosine[0][b, r, c] == pytest.approx(np.mean(cosines), abs=1e-4)
 
 
-def test_attention_and_rollout_are_weights_from_the_summary_tokens(seen):
+def test_attention_and_rollout_start_at_summary_tokens(seen):
     config, model, state, images, _, found = seen
     views = build.build_preprocess(config)(jnp.asarray(images))
     variables = {"params": {"context_encoder": state.target_params}}
@@ -105,7 +105,7 @@ def test_all_figures_of_a_snapshot_are_drawn(seen):
     assert {"head 0", "head 1", "rollout", "percent"} <= set(rows)
 
 
-def test_the_images_of_a_snapshot_are_few_fixed_and_spread():
+def test_the_images_of_a_snapshot_are_evenly_spaced():
     images = np.arange(100, dtype=np.uint8).reshape(100, 1, 1, 1)
     chosen = fixed_images(images).ravel().tolist()
     assert len(chosen) == NUM_IMAGES

@@ -1,9 +1,8 @@
-"""Streamed data: the order of resident data, whoever reads it and whatever is killed or corrupt."""
+"""Streamed data: same batches as resident data, also after kills and with corrupt files."""
 
 import contextlib
 import errno
 import importlib
-import json
 import multiprocessing
 import os
 import pathlib
@@ -31,18 +30,16 @@ from hjepa_jax.data.records import (
 )
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
-from hjepa_jax.reporting.facts import read_facts
 from hjepa_jax.reporting.publish import write_report
-from hjepa_jax.runs.scores import write_probe_json
 from hjepa_jax.training import train
 from tests import processes
 from tests.conftest import REPOSITORY
 from tests.faults.test_kills import newest_checkpoint, newest_line, state_and_lines
-from tests.test_sources import define_tiny_set
+from tests.test_tfds_source import define_tiny_set
 
 
 class Numbers:
-    """Records whose image `row` is filled with `row`; some cannot be read."""
+    """Records: image `row` has the value `row`; some cannot be read."""
 
     image_shape = (2, 3, 3)
 
@@ -62,14 +59,14 @@ class Numbers:
 
 
 def read(records, order, *steps, num_workers=0, **shard):
-    """Values of the images of each batch, and the rows that could not be read."""
+    """Returns the image values of each batch, and the unreadable rows."""
     batches = list(streaming.read_batches(records, order, *steps, num_workers=num_workers, **shard))
     return [images[:, 0, 0, 0].tolist() for images, _ in batches], [
         row for _, rows in batches for row in rows.tolist()
     ]
 
 
-def test_order_is_that_of_resident_data_for_any_number_of_workers_with_or_without_corruption():
+def test_batches_do_not_depend_on_the_number_of_workers():
     order, unreadable = BatchOrder(23, 4, seed=5), (0, 7, 8, 22)
     rows = order.batches(3, 9, size=9)
     assert read(Numbers(23), order, 3, 12) == (rows.tolist(), [])
@@ -78,13 +75,6 @@ def test_order_is_that_of_resident_data_for_any_number_of_workers_with_or_withou
     for num_workers in (0, 2):
         found = read(Numbers(23, unreadable), order, 3, 12, num_workers=num_workers)
         assert found == (replaced.tolist(), bad_rows)
-
-
-def test_parts_of_a_batch_for_several_processes_make_up_the_whole():
-    order = BatchOrder(20, 6, seed=1)
-    whole, _ = read(Numbers(20), order, 1, 5)
-    parts = [read(Numbers(20), order, 1, 5, shard_index=i, shard_count=3)[0] for i in range(3)]
-    assert np.concatenate(parts, axis=1).tolist() == whole
 
 
 def test_processes_share_every_part_of_an_accumulated_batch():
@@ -100,7 +90,7 @@ def test_processes_share_every_part_of_an_accumulated_batch():
     assert parts.reshape(-1).tolist() == whole
 
 
-def test_a_set_of_which_nothing_can_be_read_ends_in_one_line():
+def test_a_wholly_unreadable_set_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"number 1': nor can any of the 4 before it be read"):
         read(Numbers(5, tuple(range(5))), BatchOrder(5, 2, seed=0), 0, 2)
     image, is_own = read_or_next(Numbers(3, (2,)), 2)
@@ -109,7 +99,7 @@ def test_a_set_of_which_nothing_can_be_read_ends_in_one_line():
     assert (str(error), error.value) == ("a.b=3: rule", 3)
 
 
-def test_what_was_corrupt_is_named_in_one_line(capsys):
+def test_corrupt_records_are_named_in_one_line(capsys):
     errors = unreadable_errors(Numbers(9, (1, 3, 5, 7)), {7, 5, 3, 1})
     report_skipped("folder:x", errors, "9 images")
     assert capsys.readouterr().err == (
@@ -118,7 +108,7 @@ def test_what_was_corrupt_is_named_in_one_line(capsys):
     )
 
 
-def test_batches_wait_on_the_device_and_are_padded_to_the_size_of_a_call():
+def test_batches_on_the_device_are_padded_to_a_call():
     order = BatchOrder(12, 4, seed=0)
     batches = streaming.read_batches(Numbers(12, (3,)), order, 0, 10_000, num_workers=0)
     streamed = streaming.StreamedBatches(batches, size=3, put=jax.device_put)
@@ -170,7 +160,7 @@ def streamed_config(tiny_config, shapes_folder):
     return c
 
 
-def test_a_folder_is_streamed_as_it_would_be_loaded(shapes_folder, monkeypatch):
+def test_a_streamed_folder_equals_a_resident_one(shapes_folder, monkeypatch):
     options = {"data_dir": None, "image_size": 16}
     resident = open_source(f"folder:{shapes_folder}", **options)
     streamed = open_source(f"folder:{shapes_folder}", **options, streaming=Streaming("always"))
@@ -202,14 +192,14 @@ def test_a_folder_is_streamed_as_it_would_be_loaded(shapes_folder, monkeypatch):
         ("folder:.", Streaming("always", class_list="y"), r"data.class_list='y': needs .* tfds"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused(source, streaming, message):
+def test_sources_that_cannot_be_streamed_are_refused(source, streaming, message):
     with pytest.raises(InputError, match=message):
         open_source(source, data_dir=None, image_size=8, streaming=streaming)
 
 
 @pytest.mark.slow
-def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed_config, tmp_path):
-    """Beside the same data resident: losses and state are equal bit for bit."""
+def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
+    """Losses and state equal a run on resident data bit for bit."""
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
@@ -217,10 +207,10 @@ def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed
     process = processes.start(streamed_config, tmp_path / "killed")
     while process.is_alive() and newest_checkpoint(tmp_path / "killed") == 0:
         time.sleep(0.001)
-    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # of each thread
+    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # one file per thread
     workers = []
     for each in lists:
-        with contextlib.suppress(OSError):  # a thread that has just ended
+        with contextlib.suppress(OSError):  # the thread has just ended
             workers += each.read_text().split()
     assert workers or sys.platform != "linux"
     process.kill()
@@ -243,9 +233,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_a_run_counts_corrupt_files_once_and_goes_on(
-    streamed_config, shapes_folder, tmp_path, capsys
-):
+def test_a_run_counts_corrupt_files_once(streamed_config, shapes_folder, tmp_path, capsys):
     damaged = tmp_path / "damaged"
     for path in shapes_folder.glob("*/*/*"):
         copy = damaged / path.relative_to(shapes_folder)
@@ -258,7 +246,7 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
         streamed_config.data.source = f"folder:{damaged}"
         streamed_config.data.num_workers = 0
         streamed_config.data.max_labelled = 40
-        streamed_config.train.num_steps = 22  # two epochs: the file comes twice
+        streamed_config.train.num_steps = 22  # two epochs: the file is read twice
         streamed_config.train.steps_per_call = 4
     train.train_and_evaluate(streamed_config, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
@@ -268,12 +256,10 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
     assert newest_line(tmp_path / "run") == 22
     write_report([tmp_path / "run"], tmp_path / "run", images=False)
     report = (tmp_path / "run" / "report.md").read_text()
-    assert re.search(r"- step \d+: training images: 1 unreadable in all", report)
+    assert re.search(r"- step \d+: training images: 1 unreadable so far", report)
 
 
-def test_images_that_can_no_longer_be_read_are_not_blamed_on_the_workdir(
-    streamed_config, tmp_path, monkeypatch
-):
+def test_a_failing_disk_is_reported_as_the_data_source(streamed_config, tmp_path, monkeypatch):
     def read(records, row):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -282,41 +268,6 @@ def test_images_that_can_no_longer_be_read_are_not_blamed_on_the_workdir(
     rule = r"^data.source='folder:.*': can no longer be read \(.*Input/output error"
     with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(streamed_config, tmp_path / "run")
-
-
-def test_a_report_counts_the_images_that_are_trained_on_and_not_the_labelled_ones(
-    streamed_config, shapes_folder, tmp_path
-):
-    few = tmp_path / "few"
-    for split in ("train", "test"):
-        for path in sorted((shapes_folder / split).glob("*/*"))[:: 8 if split == "train" else 1]:
-            copy = few / path.relative_to(shapes_folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, copy)
-    with streamed_config.unlocked():
-        c = streamed_config
-        c.data.source, c.data.max_labelled = f"folder:{few}", 8
-        c.train.batch_size, c.train.num_steps, c.train.num_epochs = 10, None, 3.0
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(streamed_config.to_dict()))
-    (workdir / "metrics.jsonl").write_text('{"step": 6, "train/loss": 1.0}\n')
-    facts = read_facts(workdir, images=True)
-    assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (2, 6, "finished")
-
-    row = {
-        "protocol": "linear", "encoder": "target", "step": 6, "pool": "mean", "level": 0, "dim": 8,
-        "data": f"folder:{few}", "top1": 0.5, "chosen": {"val_top1": 0.5}, "train_size": 8,
-    }  # fmt: skip
-    write_probe_json(workdir / "probe.json", [row])
-    facts = read_facts(workdir, images=False)
-    assert (facts.steps_per_epoch, facts.num_steps, facts.status) == (None, None, "unknown")
-    for path in sorted(few.glob("train/*/*"))[1::2]:
-        path.unlink()
-    for path in sorted(few.glob("train/*/*"))[1:3]:
-        path.unlink()  # fewer than a batch
-    facts = read_facts(workdir, images=True)
-    assert (facts.steps_per_epoch, facts.status) == (None, "unknown")
 
 
 # TensorFlow Datasets
@@ -337,7 +288,7 @@ def open_tfds(data_dir, when="always", **options):
     return open_source("tfds:tiny_streamed", data_dir=data_dir, image_size=8, streaming=streaming)
 
 
-def test_tfds_records_are_read_one_by_one_in_the_order_of_the_files(tfds_dir, tmp_path):
+def test_streamed_tfds_records_equal_resident_ones(tfds_dir, tmp_path):
     source = open_tfds(tfds_dir, train_split="unlabelled")
     assert (source.num_images, source.info.num_train, source.info.num_test) == (24, 20, 6)
     assert source.info.image_shape == (4, 6, 3)
@@ -365,7 +316,7 @@ def test_tfds_records_are_read_one_by_one_in_the_order_of_the_files(tfds_dir, tm
         open_tfds(tfds_dir, train_split="x")
 
 
-def test_what_may_be_streamed_is_prepared_for_it_before_its_size_is_known(tmp_path, monkeypatch):
+def test_a_set_of_unknown_size_is_prepared_for_streaming(tmp_path, monkeypatch):
     define_tiny_set("TinyAuto", [("train", 20), ("test", 6)], (4, 6, 3))
     options = {"data_dir": str(tmp_path), "image_size": 8, "streaming": Streaming("auto")}
     resident = open_source("tfds:tiny_auto", **options)
@@ -376,13 +327,11 @@ def test_what_may_be_streamed_is_prepared_for_it_before_its_size_is_known(tmp_pa
 
 
 @pytest.mark.parametrize("num_corrupt", [1, 20])
-def test_a_corrupt_record_of_a_list_of_classes_is_counted_and_skipped(
-    tfds_dir, tmp_path, capsys, num_corrupt
-):
+def test_corrupt_records_are_skipped_with_a_class_list(tfds_dir, tmp_path, capsys, num_corrupt):
     (path,) = pathlib.Path(tfds_dir).glob("*/*/*train*array_record*")
     folder = tmp_path / "tiny_streamed" / path.parent.name
     shutil.copytree(path.parent, folder)
-    # Records that are no examples, in a file that is sound: a damaged one is not opened at all.
+    # Invalid records in a valid file: a damaged file could not be opened at all.
     records = array_record_module.ArrayRecordReader(str(path)).read_all()
     writer = array_record_module.ArrayRecordWriter(str(folder / path.name), "group_size:1")
     for i, record in enumerate(records):
@@ -399,16 +348,16 @@ def test_a_corrupt_record_of_a_list_of_classes_is_counted_and_skipped(
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert "1 of 20 records of split train (their class is unknown) skipped: train[0] can" in said
     assert len(source.load()[0].labels) == 19
-    open_tfds(str(tmp_path), class_list=str(classes))  # the labels are kept: it is said once more
+    open_tfds(str(tmp_path), class_list=str(classes))  # labels from the cache
     assert "skipped: train[0] can" in capsys.readouterr().err
 
 
-def test_a_list_of_classes_restricts_a_tfds_set_and_renumbers_its_labels(tfds_dir, tmp_path):
+def test_a_class_list_restricts_a_set_and_its_labels(tfds_dir, tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("y\nz\n")
     source = open_tfds(tfds_dir, class_list=str(path))
     assert source.info.class_names == ("y", "z")
-    assert source.num_images == 10  # of x and y, in turn
+    assert source.num_images == 10  # x and y alternate
     train_set, test_set = source.load()
     assert (train_set.labels.tolist(), len(test_set.labels)) == ([0] * 10, 3)
     assert set(train_set.images[:, 0, 0, 0] // 10 % 2) == {1}
@@ -420,7 +369,7 @@ def test_a_list_of_classes_restricts_a_tfds_set_and_renumbers_its_labels(tfds_di
         open_tfds(tfds_dir, class_list=str(tmp_path / "none.txt"))
 
 
-def test_a_list_is_found_from_the_folder_of_the_config_or_the_repository(tmp_path, monkeypatch):
+def test_a_class_list_is_found_beside_config_or_in_repository(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     for name in ("here.txt", "configs/here.txt", "configs/beside.txt"):
         (tmp_path / name).write_text("x\ny\n")
@@ -440,11 +389,10 @@ def test_a_list_is_found_from_the_folder_of_the_config_or_the_repository(tmp_pat
     for path in ("here.txt", "~/here.txt", "configs/here.txt", "none.txt", shipped, None):
         assert resolve(path) == path
     assert class_list.find_class_list(shipped) == REPOSITORY / shipped
-    assert class_list.find_class_list("~/here.txt") == tmp_path / "here.txt"
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
-    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # refused later
+    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # no error here
 
-    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # called like the shipped one
+    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # same name as the shipped list
     own.parent.mkdir(parents=True)
     own.write_text("x\n")
     config = base_config()
@@ -453,7 +401,7 @@ def test_a_list_is_found_from_the_folder_of_the_config_or_the_repository(tmp_pat
     assert config.data.class_list == str(own)
 
 
-def test_splits_of_a_tfds_set_that_are_not_used_are_named(tfds_dir, tmp_path, capsys):
+def test_unused_splits_of_a_tfds_set_are_named(tfds_dir, tmp_path, capsys):
     counts = "train 20 images in split train; test 6 images in split test; 3 classes (x, y, z)"
     other = "; not used: 1 other splits (unlabelled)\n"
     open_tfds(tfds_dir, "never")
@@ -465,7 +413,7 @@ def test_splits_of_a_tfds_set_that_are_not_used_are_named(tfds_dir, tmp_path, ca
     assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}\n"
 
 
-def test_a_streamed_set_without_test_images_holds_out_a_tenth_by_class(tmp_path, capsys):
+def test_a_streamed_set_without_test_split_holds_out_a_tenth(tmp_path, capsys):
     define_tiny_set("TinyUntested", [("train", 25)], (4, 6, 3))
     options = {"data_dir": str(tmp_path), "image_size": 8}
     for seed in (0, 1):
@@ -480,7 +428,7 @@ def test_a_streamed_set_without_test_images_holds_out_a_tenth_by_class(tmp_path,
         assert len(streamed.records) == 23
 
 
-def test_the_shipped_list_names_a_hundred_classes_of_imagenet():
+def test_the_shipped_list_has_100_classes_of_imagenet():
     config = importlib.import_module("configs.imagenet100_small").get_config()
     names = class_list.find_class_list(config.data.class_list).read_text().split()
     tfds_file = "datasets/imagenet2012/labels.txt"

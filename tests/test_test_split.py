@@ -1,4 +1,4 @@
-"""The held-out test images: a stratified tenth that depends on nothing but the labels."""
+"""The held-out test images: a stratified tenth that depends on the labels alone."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_each_class_gives_its_share_and_keeps_an_image(counts, num_unlabelled):
     assert (np.abs(found - np.minimum(shares, can_give)) < 1).all()
 
 
-def test_the_draw_is_that_of_ten_equal_classes():
+def test_equal_classes_give_equal_numbers():
     labels = np.repeat(np.arange(10), 100)
     kept, held = test_split.draw_test_rows("x", labels)
     assert np.bincount(labels[held]).tolist() == [10] * 10

@@ -1,4 +1,4 @@
-"""Where the file that `data.class_list` names is looked for."""
+"""Finds the file that `data.class_list` names."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def find_class_list(path: str) -> Path:
-    """Returns the file. A relative path counts from the current folder, or from this repository.
+    """Returns the file; a relative path is looked up in the current folder, then the repository.
 
-    The shipped configs name their lists from the repository. They must work in any folder, and so
-    must `probe` and `report` of such a run.
+    Shipped configs name their lists relative to the repository, and must work in any folder.
     """
-    file = Path(path).expanduser()
+    file = Path(path)
     return file if file.exists() or file.is_absolute() else REPOSITORY / file
 
 
 def resolve_class_list(config: Any, config_file: str) -> None:
-    """Makes a list beside the config's file absolute, unless the current folder has such a file.
+    """Makes the path of a list absolute if the list lies beside the config's file.
 
-    The repository comes last: a list of the user's own may be called like a shipped one.
+    A list in the current folder has precedence. The repository comes last: a user's own list may
+    have the name of a shipped one.
     """
     path = config.get("data", {}).get("class_list")
     if isinstance(path, str) and not Path(path).expanduser().exists():

@@ -1,9 +1,9 @@
-"""Fingerprints of data: equal for equal data, and different as soon as one byte differs.
+"""Fingerprints of data: equal for equal data, different if one byte differs.
 
-    fingerprint(train)                  # "all-0f3c...": every byte that is in memory
-    fingerprint(train, source.records)  # "all-9b71...-52aa...": also the files that are streamed
+    fingerprint(train)                  # "all-0f3c...": every byte in memory
+    fingerprint(train, source.records)  # "all-9b71...-52aa...": also the streamed files
 
-In memory, names of files and classes do not count: a data set that was moved is the same data.
+Names of files and classes in memory do not count: renamed data is the same data.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ from jaxtyping import Shaped
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.records import Records, read_or_next
 
-# Marks fingerprints of every byte. Checkpoints of older versions hold 16 digits without a mark,
-# made of about 256 images: they say nothing of the others, so they are compared with nothing.
+# Prefix of fingerprints of every byte. Older versions hashed a sample and wrote no prefix: such a
+# fingerprint proves nothing, and is never compared.
 MARK = "all-"
 NUM_DIGITS = 16
-CHUNK_BYTES = 2**24  # hashed at a time: copied if the array is not contiguous
+CHUNK_BYTES = 2**24  # bytes hashed at a time; copied if the array is not contiguous
 NUM_SAMPLED = 64  # streamed records that are decoded
 
 
 def fingerprint(train: Split, records: Records | None = None, *, test: Split | None = None) -> str:
-    """Returns a mark and hexadecimal digits over images and labels.
+    """Returns `MARK` and hexadecimal digits over images and labels.
 
     Args:
-      train: its type, shape, labels and all bytes of its images count.
-      records: a streamed training set. Its number of records, names and sizes of its files and 64
-        decoded records count; the times of its files have digits of their own, see `content`.
+      train: type, shape and all bytes of its images, and its labels.
+      records: a streamed training set. Its length, the names and sizes of its files and 64 decoded
+        records count. The modification times of its files have digits of their own: see `content`.
       test: counts like `train`.
     """
     splits = [train] if test is None else [train, test]
@@ -46,32 +46,34 @@ def fingerprint(train: Split, records: Records | None = None, *, test: Split | N
 
 
 def content(data: str) -> str:
-    """The part of a fingerprint that copies of the same files share: without their times."""
+    """Returns the part of a fingerprint that a copy of the same files shares: without times."""
     return data[: len(MARK) + NUM_DIGITS]
 
 
 def differ(old: object, new: object) -> bool:
-    """Whether two fingerprints say that the data differ; older ones and None say nothing."""
-    marked = [isinstance(data, str) and data.startswith(MARK) for data in (old, new)]
-    return all(marked) and old != new
+    """Returns whether two comparable fingerprints differ."""
+    return _comparable(old, new) and old != new
 
 
 def same_content(old: object, new: object) -> bool:
-    """Whether two fingerprints say that the images are the same, wherever their files are."""
-    marked = all(isinstance(data, str) and data.startswith(MARK) for data in (old, new))
-    return marked and content(str(old)) == content(str(new))
+    """Returns whether two fingerprints prove that the images are the same, wherever they lie."""
+    return _comparable(old, new) and content(str(old)) == content(str(new))
 
 
 def other_content(old: object, new: object) -> bool:
-    """Whether two fingerprints say that the images differ; older ones and None say nothing."""
+    """Returns whether two fingerprints prove that the images differ."""
     return differ(old, new) and not same_content(old, new)
 
 
-def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
-    """Returns 16 hexadecimal digits over types, shapes and every byte of some arrays.
+def _comparable(*data: object) -> bool:
+    return all(isinstance(each, str) and each.startswith(MARK) for each in data)
 
-    Chunks are hashed in threads, by SHA-256, for which many processors have instructions. On one
-    core of such a processor it did 1.8 GB/s, twice the speed of BLAKE2b.
+
+def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
+    """Returns 16 hexadecimal digits over types, shapes and every byte of the arrays.
+
+    Threads hash chunks by SHA-256, for which many processors have instructions. On one core of such
+    a processor it did 1.8 GB/s, twice the speed of BLAKE2b.
     """
     whole = hashlib.sha256()
     with ThreadPoolExecutor() as pool:

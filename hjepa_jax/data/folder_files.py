@@ -1,62 +1,57 @@
-"""The files in a folder of images: which are used, and why the others are not.
+"""The files of an image folder: which are used, and why the others are not.
 
-A folder holds one sub-folder per class, or one folder per split that holds those:
+A folder holds one sub-folder per class, or one folder per split with the class folders inside:
 
 | split      | folder name, in any case (see `hjepa_jax.data.test_split.NAMES`)    |
 |------------|---------------------------------------------------------------------|
 | training   | `train`, `training`                                                 |
 | test       | `test`, `testing`; if there is none: `val`, `valid`, `validation`, `dev` |
 
-Folders inside a class belong to the class. A file with the suffix of an image is used; any other
-file is used if its content is an image. Everything else is listed with a reason.
+Folders inside a class folder belong to the class. A file with an image suffix is used; a file with
+another suffix is used if its content is an image. Every other file is listed with a reason.
 """
 
-import dataclasses
 import os
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int32
-from PIL import Image, UnidentifiedImageError
 
+from hjepa_jax.data.image_file import has_image_suffix, why_no_image
 from hjepa_jax.data.test_split import split_role
 from hjepa_jax.data.usage import Unused
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.names import escaped
 
-# Pillow reads more formats, and starts other programs for some of them.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Suffixes of these formats. Such a file is not opened before it is decoded.
-IMAGE_SUFFIXES = {
-    ".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
-    ".ppm", ".tif", ".tiff", ".webp",
-}  # fmt: skip
 HIDDEN, EMPTY, OUTSIDE = "hidden", "empty folder", "link out of the folder"
 RUN = "work directory of a run"
-HARMLESS = (HIDDEN, EMPTY, RUN)  # a folder with nothing else in it is no class that was lost
+HARMLESS = (HIDDEN, EMPTY, RUN)  # a folder with nothing else is ignored: it is not a broken class
 _RUN_FOLDERS = ("checkpoints", "features", "figures", "finetune", "projector")
 
 
 class Listing(NamedTuple):
-    """The files of a split in order of class and name, and their labels."""
+    """The files of a split, ordered by class and name, and their labels."""
 
     class_names: tuple[str, ...]
     files: list[str]
     labels: Int32[np.ndarray, " n"]
 
     def part(self, rows: Int[np.ndarray, " rows"]) -> "Listing":
+        """Returns some of the files."""
         return Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
 
+    def names(self, top: str) -> tuple[str, ...]:
+        """Returns printable names of the files, relative to the folder `top`."""
+        return tuple(escaped(os.path.relpath(path, top)) for path in self.files)
 
-@dataclasses.dataclass(frozen=True)
-class FolderListing:
+
+class FolderListing(NamedTuple):
     """Everything in a folder.
 
     Attributes:
-      top: the folder, as an absolute path without links.
-      splits: training files, and test files if the folder has a test split.
-      split_names: names of their folders; none if the folder has no splits.
+      top: absolute path of the folder, without links.
+      splits: training files and, if the folder has a test split, test files.
+      split_names: names of their folders; empty if the folder has no splits.
       unused: every other file, or a folder around it.
     """
 
@@ -68,7 +63,7 @@ class FolderListing:
 
 class _Folder(NamedTuple):
     path: str
-    chain: tuple[str, ...]  # real paths of this folder and of those it was reached through
+    chain: tuple[str, ...]  # real paths of this folder and of the folders on the way to it
 
     @property
     def name(self) -> str:
@@ -77,10 +72,6 @@ class _Folder(NamedTuple):
 
 def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
     """Lists the images of a folder by split and class, and everything that is not used.
-
-    Args:
-      source: the value of `data.source`, for errors.
-      root: the folder.
 
     Raises:
       InputError: there is no sub-folder per class, a class has no image, or train and test do not
@@ -92,13 +83,13 @@ def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
 
 
 class _Lister:
-    """Lists one folder; `unused` grows on the way."""
+    """Lists one folder, and collects everything that is not used in `unused`."""
 
     def __init__(self, source: str, top: str):
         self.source, self.top, self.unused = source, top, list[Unused]()
 
     def list_splits(self) -> tuple[list[Listing], list[str]]:
-        """Returns the splits and their folder names; one split without a name if there are none."""
+        """Returns the splits and their folder names; without splits: one listing and no name."""
         top = _Folder(self.top, (self.top,))
         folders, files = self._scan(top, refuse_links=True)
         trains = [each for each in _of_role(folders, "train") if _sub_folders(each)]
@@ -121,7 +112,7 @@ class _Lister:
         return splits, names
 
     def _choose_test(self, tests: list[_Folder]) -> list[_Folder]:
-        """Returns the first folder that holds class folders; none if all are empty."""
+        """Returns the first folder with class folders; empty if all folders are empty."""
         for folder in tests:
             if _sub_folders(folder):
                 return [folder]
@@ -155,7 +146,7 @@ class _Lister:
         return Listing(tuple(names), paths, np.array(labels, np.int32))
 
     def _check_is_class(self, folder: _Folder) -> None:
-        """Refuses a folder of splits beside classes: its images would be those of one class."""
+        """Refuses a folder of splits beside class folders: it would become one class."""
         inside = _sub_folders(folder)
         if not inside or _has_images(folder):
             return
@@ -170,11 +161,11 @@ class _Lister:
                 self._refuse(f"{rule}, {escaped(name)}; name folder:{path}")
 
     def _list_images(self, folder: _Folder) -> list[str]:
-        """Returns the images in a folder and in the folders inside it, in order of their names."""
+        """Returns the images in a folder and its sub-folders, ordered by path."""
         folders, files = self._scan(folder)
         found: dict[str, list[str]] = {}
         for path in files:
-            reason = "" if _has_image_suffix(path) else _why_no_image(path)
+            reason = "" if has_image_suffix(path) else why_no_image(path)
             if reason:
                 self._drop(path, reason)
             else:
@@ -189,12 +180,12 @@ class _Lister:
     def _scan(
         self, folder: _Folder, *, refuse_links: bool = False
     ) -> tuple[list[_Folder], list[str]]:
-        """Returns sub-folders and files that may be used, by name, and drops the rest.
+        """Returns the sub-folders and files that may be used, by name, and drops the others.
 
         Args:
           folder: the folder.
-          refuse_links: whether a folder that is a link out of the data is an error. It would be a
-            class or a split that is lost.
+          refuse_links: whether a link to a folder outside of the data is an error. It would be a
+            lost class or split.
         """
         with os.scandir(folder.path) as entries:
             ordered = sorted(entries, key=lambda entry: entry.name)
@@ -214,7 +205,7 @@ class _Lister:
         return folders, files
 
     def _why_unused(self, entry: os.DirEntry[str], folder: _Folder) -> str:
-        """Returns the reason, as far as it can be seen without opening a file; else ""."""
+        """Returns the reason why an entry is not used; "" if it may be used. Opens no file."""
         if entry.name.startswith("."):
             return HIDDEN
         if entry.is_symlink():
@@ -226,12 +217,12 @@ class _Lister:
             if not os.path.exists(real):
                 return "link to nothing"
         if not entry.is_dir():
-            return "" if entry.is_file() else "no file"  # opening a pipe would wait
+            return "" if entry.is_file() else "no file"  # a pipe, which would block when opened
         own = entry.name in _RUN_FOLDERS and _is_run(folder.path)
         return RUN if own or _is_run(entry.path) else ""
 
     def _drop_folder(self, folder: _Folder, used: list[_Folder]) -> None:
-        """Drops a folder beside the used splits; the reason says how much is in it."""
+        """Drops a folder beside the used splits; the reason gives its number of files."""
         count = sum(len(names) for _, _, names in os.walk(folder.path))
         names = " and ".join(f"{escaped(each.name)}/" for each in used)
         files = f"{count} file{'s' if count != 1 else ''}"
@@ -254,20 +245,18 @@ class _Lister:
 
 
 def _of_role(folders: list[_Folder], role: str) -> list[_Folder]:
-    """Returns the folders of this role, in the order of precedence of their names."""
+    """Returns the folders with this role: `train` before `Train` before `train_images`."""
     ranked = []
     for folder in folders:
         found = split_role(folder.name)
-        if found and found[0] == role:  # `train` before `Train` before `train_images`
+        if found and found[0] == role:
             ranked.append((found[1], len(folder.name), folder.name.swapcase(), folder))
     return [folder for *_, folder in sorted(ranked)]
 
 
 def _is_split(train: _Folder, folders: list[_Folder], tests: list[_Folder]) -> bool:
-    """Whether `train` is a split: it may be a class, beside "car" and "plane"."""
-    return (
-        len(folders) == 1 or any(_sub_folders(folder) for folder in tests) or not _has_images(train)
-    )
+    """Returns whether `train` is a split: it may be a class, beside "car" and "plane"."""
+    return len(folders) == 1 or any(map(_sub_folders, tests)) or not _has_images(train)
 
 
 def _is_within(folder: str, path: str) -> bool:
@@ -275,7 +264,7 @@ def _is_within(folder: str, path: str) -> bool:
 
 
 def _is_run(folder: str) -> bool:
-    """Whether a folder is the work directory of a run, or holds the report of several."""
+    """Returns whether a folder is the work directory of a run, or holds the report of several."""
 
     def has(*names: str) -> bool:
         return any(os.path.exists(os.path.join(folder, name)) for name in names)
@@ -291,23 +280,6 @@ def _sub_folders(folder: _Folder) -> list[str]:
 
 
 def _has_images(folder: _Folder) -> bool:
-    """Whether images lie in the folder itself."""
+    """Returns whether the folder itself holds images."""
     with os.scandir(folder.path) as entries:
-        return any(_has_image_suffix(entry.name) and entry.is_file() for entry in entries)
-
-
-def _has_image_suffix(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
-
-
-def _why_no_image(path: str) -> str:
-    """Returns "" if the head of the file is that of an image, else the reason."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its metadata; decoding decides
-            Image.open(path, formats=IMAGE_FORMATS).close()
-    except UnidentifiedImageError:
-        return f"no {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} image"
-    except Exception:  # of corrupt data almost anything; of a file without rights OSError
-        return "not readable"
-    return ""
+        return any(has_image_suffix(entry.name) and entry.is_file() for entry in entries)

@@ -1,7 +1,7 @@
-"""Images as a user has them, brought to the form in which an encoder takes them.
+"""Images that a user passes, converted to the form that an encoder takes.
 
-Files and arrays go one way: upright, RGB, the shorter side resized (bicubic), the centre cut out.
-So the features of a photo do not depend on how it was handed over.
+Files and arrays take one path: upright, RGB, shorter side resized (bicubic), centre crop. So the
+features of a photo do not depend on how it is passed.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image
 
 from hjepa_jax.data.base import as_rgb, square
-from hjepa_jax.data.folder import decode_image
+from hjepa_jax.data.image_file import decode_image
 from hjepa_jax.errors import InputError
 
 PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"
@@ -22,11 +22,11 @@ PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"
 
 @dataclasses.dataclass(frozen=True)
 class GivenImages:
-    """Paths of files and arrays of any size; see `hjepa_jax.data.records.Images`.
+    """Files and arrays of any size; see `hjepa_jax.data.records.Images`.
 
     Attributes:
-      items: one image each: a path, or an array that `as_stored` takes.
-      image_size: S, the side of what is returned, pixels.
+      items: one per image: a path, or an array that `as_stored` accepts.
+      image_size: S, side of the returned images in pixels.
     """
 
     items: Sequence[Any] | np.ndarray
@@ -53,10 +53,9 @@ class GivenImages:
 
 
 def images_of(images: Any) -> Sequence[Any] | np.ndarray:
-    """Returns a sequence of single images: of an array its rows, of a path or one image just that.
+    """Returns a sequence of single images.
 
-    Args:
-      images: an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
+    `images` is an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
 
     Raises:
       InputError: for anything else ("images").
@@ -73,15 +72,15 @@ def images_of(images: Any) -> Sequence[Any] | np.ndarray:
         return [array]
     if array.ndim == 4 and array.shape[3] in (1, 3):
         return array
-    # Not [B, H, W]: it could as well be one image with its channels first, or with transparency.
+    # Not [B, H, W]: it might be one image with its channels first, or with transparency.
     rule = f"must be one image {PER_IMAGE}, or a batch [B, H, W, 3] or [B, H, W, 1]"
     raise InputError("images", _about(array), rule)
 
 
 def as_stored(image: Any) -> UInt8[np.ndarray, "H W *C"]:
-    """Returns an image as uint8: floats in [0, 1] are brought to 0 ... 255 and rounded.
+    """Returns an image as uint8: floats in [0, 1] are scaled to 0 ... 255 and rounded.
 
-    The type alone decides, not the values: an almost black uint8 image stays one.
+    Only the type decides, not the values: an almost black uint8 image stays as it is.
 
     Args:
       image: uint8 [H, W, 3], [H, W, 1] or [H, W], or floats in [0, 1] of such a shape.
@@ -97,12 +96,10 @@ def as_stored(image: Any) -> UInt8[np.ndarray, "H W *C"]:
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind != "f":
-        rule = (
-            "must be uint8, or floats in [0, 1]; convert it yourself, so that black and white fit"
-        )
+        rule = "must be uint8, or floats in [0, 1]; scale it yourself, so that black and white fit"
         raise InputError("images", _about(array), rule)
     low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):  # also if one is not a number
+    if not (low >= 0 and high <= 1):  # also true for NaN
         rule = f"floats must lie in [0, 1], these lie in [{low:g}, {high:g}]"
         raise InputError("images", _about(array), rule)
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)

@@ -25,6 +25,7 @@ from hjepa_jax.data.test_split import Role, hold_out_test, split_role
 from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.errors import InputError, first_line
 
+NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _KINDS = {
     "images": ("images", "image", "imgs", "x", "data"),
     "labels": ("labels", "label", "targets", "target", "y"),
@@ -34,14 +35,20 @@ _Member = tuple[zipfile.ZipInfo, tuple[int, ...], np.dtype]
 _Pair = tuple[str, str]  # the names of the images and of the labels of a split
 
 
+def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
+    """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
+    arrays = (train.images, train.labels, test.images, test.labels)
+    np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))
+
+
 def open_npz(source: str, path: Path) -> Source:
-    """Reads and checks the whole file: there is nothing to decode, and errors come at once.
+    """Reads and checks the whole file at once.
 
     Raises:
       InputError: the file cannot be read, or breaks a rule of the format.
     """
     try:
-        if not path.is_file():  # to open a pipe would be to wait
+        if not path.is_file():  # opening a pipe would block
             raise FileNotFoundError("there is no such file")
         with zipfile.ZipFile(path) as archive:
             return _open_archive(source, archive)
@@ -81,9 +88,9 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
     """Returns the names of the training and of the test arrays."""
     found: dict[tuple[Role | None, str], list[str]] = {}
     for name in names:
-        if what := _what(name):
-            found.setdefault(what, []).append(name)
-    # Without any array of a split, `images` and `labels` are the training set.
+        if part := _part(name):
+            found.setdefault(part, []).append(name)
+    # `images` and `labels` are the training set only if no array has "train" in its name.
     train: Role | None = "train" if any(role == "train" for role, _ in found) else None
     pairs: list[_Pair] = []
     for role in (train, "test", "val"):
@@ -95,7 +102,7 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
             rule = f"must hold the arrays of a split once, not {' and '.join(twice)}"
             raise InputError("data.source", source, rule)
         if pairs and (not any(arrays) or (role == "val" and not all(arrays))):
-            continue  # labels or images of a validation set alone are named as not used
+            continue  # half of a validation set is listed as not used
         if role == "test" and not all(arrays):
             there = next(names_of for names_of in arrays if names_of)[0]
             rule = f"holds {there}, but not images and labels of a test set"
@@ -110,8 +117,8 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
-def _what(name: str) -> tuple[Role | None, str] | None:
-    """Returns the split (None: there is none in the name) and the kind of an array."""
+def _part(name: str) -> tuple[Role | None, str] | None:
+    """Returns split (None if the name has none) and kind of an array; None for other arrays."""
     name = re.sub(r"^([xy])(?=train|test|val)", r"\1_", name.lower())  # Xtrain
     words = re.split(r"[ _.-]", name)
     kinds = [kind for kind, words_of in _KINDS.items() for word in words if word in words_of]
@@ -143,7 +150,8 @@ def _read_split(
     require(label_dtype.kind in "biuf", f"{y} must be integers")
     require(label_shape[:1] == shape[:1], f"{y} must hold one label per image")
     rule = f"{y} must hold one label per image: whole numbers [n] or [n, 1], or one-hot rows"
-    read = _as_labels(_read_npy(archive, labels))
+    with archive.open(labels[0]) as file:
+        read = _as_labels(np.lib.format.read_array(file, allow_pickle=False))
     require(read is not None, rule)
     assert read is not None
     require(read.min() >= 0 and read.max() < 2**16, f"{y} must lie in [0, 65535]")
@@ -153,7 +161,7 @@ def _read_split(
 
 
 def _as_labels(array: np.ndarray) -> np.ndarray | None:
-    """Returns labels [n] of whole numbers or of one-hot rows; None if they are neither."""
+    """Returns labels [n] from whole numbers or one-hot rows; None for other arrays."""
     if array.ndim == 2 and array.shape[1] > 1:
         one_hot = np.all((array == 0) | (array == 1)) and np.all((array == 1).sum(axis=1) == 1)
         return array.argmax(axis=1) if one_hot else None
@@ -181,22 +189,17 @@ def _parse_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _check_length(member: _Member) -> None:
-    """Refuses an array that is shorter than it says: NumPy would make room for what it says."""
+    """Refuses an array with less data than its header says: NumPy would allocate all of it."""
     info, shape, dtype = member
     if math.prod(shape) * dtype.itemsize > info.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{info.filename} is shorter than its shape {shape}")
 
 
-def _read_npy(archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
-    with archive.open(member[0]) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
 def _read_images(archive: zipfile.ZipFile, member: _Member) -> UInt8[np.ndarray, "n H W 3"]:
-    """Reads images block by block into one array; grey values are repeated in three channels."""
+    """Reads images block by block into one array, so that no second copy is made."""
     with archive.open(member[0]) as file:
         shape, is_fortran, _ = _parse_header(file)
-        if is_fortran:  # pixel by pixel, all images of each: it cannot be read by image
+        if is_fortran:  # stored pixel by pixel, not image by image: no blocks
             file.seek(0)
             return as_rgb(np.lib.format.read_array(file, allow_pickle=False))
         images = np.empty((*shape[:3], 3), np.uint8)
@@ -211,12 +214,3 @@ def _read_images(archive: zipfile.ZipFile, member: _Member) -> UInt8[np.ndarray,
             block = np.frombuffer(data, np.uint8).reshape(count, *row_shape)
             images[start : start + count] = block  # grey values are repeated
         return images
-
-
-NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
-    """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
-    arrays = (train.images, train.labels, test.images, test.labels)
-    np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))

@@ -1,7 +1,7 @@
-"""The order in which a run sees its data, as a function of (seed, step) alone.
+"""The order in which a run sees its training images, as a function of (seed, step) alone.
 
-An epoch is a permutation of the training set; what does not fill a batch is left out of it. Since
-nothing is remembered from one step to the next, a resumed run goes on with the very next batch.
+An epoch is a random permutation of the training set; a last batch that is not full is dropped. No
+state is kept between steps, so a resumed run continues with the very next batch.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 
 class BatchOrder:
-    """Rows of the training set that make up each batch.
+    """The rows of the training set in each batch.
 
     Args:
       num_images: size of the training set.
@@ -26,7 +26,7 @@ class BatchOrder:
         self.steps_per_epoch = num_images // batch_size
         self._permutation = functools.lru_cache(maxsize=2)(self._make_permutation)
 
-    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:  # without what is cached
+    def __reduce__(self) -> tuple[type, tuple[int, int, int]]:  # pickled without the cache
         return BatchOrder, (self.num_images, self.batch_size, self.seed)
 
     def _make_permutation(self, epoch: int) -> Int[np.ndarray, " n"]:
@@ -34,7 +34,7 @@ class BatchOrder:
         return rng.permutation(self.num_images).astype(np.int32)
 
     def batches(self, step: int, count: int, *, size: int) -> Int[np.ndarray, "S B"]:
-        """Rows of the batches of steps `step` ... `step + count - 1`, padded to `size` batches."""
+        """Returns the rows for steps `step` ... `step + count - 1`, zero-padded to `size` steps."""
         index = np.zeros((size, self.batch_size), np.int32)
         for i in range(count):
             epoch, position = divmod(step + i, self.steps_per_epoch)
@@ -44,14 +44,14 @@ class BatchOrder:
 
 
 class ResidentBatches:
-    """Batches of a training set that is on the device: their rows.
+    """Batches of a training set that lies on the device: the images, and the rows of each batch.
 
     Args:
       images: uint8 [n, H, W, C], on the device.
-      order: which rows make up each batch.
-      size: S, batches that a call of the training program takes; fewer are padded.
-      batch_shape: of the rows of a batch, as the program expects them.
-      put: brings int32 [S, *batch_shape] to where the program expects it.
+      order: rows of each batch.
+      size: S, batches per call of the training program; fewer are padded.
+      batch_shape: shape in which the program expects the rows of a batch.
+      put: copies int32 [S, *batch_shape] to the device.
     """
 
     def __init__(
@@ -67,6 +67,6 @@ class ResidentBatches:
         self._size, self._batch_shape = size, batch_shape
 
     def take(self, step: int, count: int) -> tuple[Any, Any]:
-        """What the program wants for steps `step` ... `step + count - 1`: images and index."""
+        """Returns images and rows for steps `step` ... `step + count - 1`."""
         rows = self._order.batches(step, count, size=self._size)
         return self._images, self._put(rows.reshape(self._size, *self._batch_shape))

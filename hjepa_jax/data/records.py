@@ -1,6 +1,7 @@
-"""Images that are read one by one, while they are trained on: what does not fit the memory.
+"""Images that are decoded one by one: files, records of a TFDS set, or arrays that a user passes.
 
-`Records` are what a source offers for it. They are read in threads, and in worker processes.
+A source offers `Records` for training data that does not fit into memory. Threads and worker
+processes read them.
 """
 
 import dataclasses
@@ -17,35 +18,28 @@ from jaxtyping import Int32, UInt8
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.names import escaped
 
-READ_AHEAD = 1024  # records handed to the threads at a time: Ctrl-C waits for no more
-MAX_WAITING_BYTES = 2**27  # of decoded records that wait for their place
-MAX_UNREADABLE = 100  # in a row: then it is not the records that are at fault
-NUM_LISTED = 3  # skipped records that are named
+READ_AHEAD = 1024  # records per thread pool call: bounds the time that Ctrl-C waits
+MAX_WAITING_BYTES = 2**27  # decoded records that wait to be copied to their place
+MAX_UNREADABLE = 100  # consecutive unreadable records after which the whole set counts as damaged
+NUM_LISTED = 3  # skipped records that a message names
 
 
 @dataclasses.dataclass(frozen=True)
 class Streaming:
-    """Whether a source is streamed, and what of it.
+    """Whether and how a source is streamed.
 
     Attributes:
-      when: "always", "never", or "auto": where the decoded training images would not fit.
-      train_split: the split of a TFDS set to train on, which may be without labels; None for train.
-      class_list: a file that names one class a line; a TFDS set is restricted to them.
-      max_labelled: labelled images of train and test that are kept in memory for probes, at most.
-        Every run on the set draws the same ones.
+      when: "always", "never", or "auto": if the decoded training images do not fit into memory.
+      train_split: split of a TFDS set to train on, with or without labels; None = train.
+      class_list: file with one class name per line, to which a TFDS set is restricted.
+      max_labelled: maximum number of labelled images per split that are kept in memory for probes.
+        Every run on the set draws the same images.
     """
 
     when: str = "never"
     train_split: str | None = None
     class_list: str | None = None
     max_labelled: int = 20_000
-
-    def draw_labelled(self, rows: np.ndarray) -> np.ndarray:
-        """Returns at most `max_labelled` of the rows, in their order."""
-        if len(rows) <= self.max_labelled:
-            return rows
-        drawn = np.random.default_rng(0).permutation(len(rows))[: self.max_labelled]
-        return rows[np.sort(drawn)]
 
 
 NOT_STREAMED = Streaming()
@@ -64,31 +58,40 @@ class Images(Protocol):
         """Decodes one image.
 
         Raises:
-          InputError: it cannot be read; its value says which one.
+          InputError: the image cannot be read; the value names it.
         """
         ...
 
 
 @runtime_checkable
 class Records(Images, Protocol):
-    """Images that can be trained on; an instance can be pickled."""
+    """Images to train on; an instance can be pickled."""
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of last change (ns) of every file that the images come from.
+        """Returns name, bytes and modification time (ns) of every file that holds the images.
 
-        They change when the images do. Names are the same in a copy or another place.
+        They change when the images do. The names are the same for a copy in another place.
         """
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Images of a split before decoding, their labels, and their file names if they have any."""
+
+    images: Images
+    labels: Int32[np.ndarray, " n"]
+    names: tuple[str, ...]
+
+
 def stamps_of(paths: Sequence[str], names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """The stamps of files, see `Records.stamps`; -1 for a file that is not there."""
+    """Returns the stamps of files, see `Records.stamps`; -1 if a file does not exist."""
 
     def stamps(start: int) -> list[tuple[str, int, int]]:
         rows = range(start, min(start + READ_AHEAD, len(paths)))
         return [(names[row], *_size_and_time(paths[row])) for row in rows]
 
-    with ThreadPoolExecutor() as pool:  # a network file system is slow, but answers many at once
+    with ThreadPoolExecutor() as pool:  # a network file system answers many requests at once
         parts = pool.map(stamps, range(0, len(paths), READ_AHEAD))
         return [stamp for part in parts for stamp in part]
 
@@ -102,15 +105,15 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
-    """Reads a row; in place of one that cannot be read, the first after it that can.
+    """Reads a row or, if it is unreadable, the next readable row; the last is followed by row 0.
 
-    After the last row comes the first. So what is read is a function of the set and the row alone.
+    The result depends on nothing but the set and the row.
 
     Returns:
-      The image, and whether it is that of the row itself.
+      The image, and whether it is the image of `row` itself.
 
     Raises:
-      InputError: none of `MAX_UNREADABLE` in a row can be read.
+      InputError: `MAX_UNREADABLE` consecutive rows are unreadable.
     """
     last_error, num_tries = None, min(len(records), MAX_UNREADABLE)
     for offset in range(num_tries):
@@ -126,10 +129,10 @@ def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"]
 def read_all(
     records: Records,
 ) -> tuple[UInt8[np.ndarray, "n H W 3"], list[int], list[InputError]]:
-    """Reads all records with threads: the decoders let go of the interpreter.
+    """Decodes all records in threads.
 
     Returns:
-      The images that can be read, their rows, and what is wrong with the others.
+      The readable images, their rows, and one error for each unreadable row.
     """
     images = np.empty((len(records), *records.image_shape), np.uint8)
     kept: list[int] = []
@@ -146,30 +149,15 @@ def read_all(
     return images[: len(kept)], kept, errors
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """The images of a split that is not decoded yet, with labels and, if they have any, file names.
-
-    Attributes:
-      images: read one by one.
-      labels: of each.
-      names: of its file.
-    """
-
-    images: Images
-    labels: Int32[np.ndarray, " n"]
-    names: tuple[str, ...]
-
-
 class Decoded:
-    """Images of records as if they were an array: a slice is decoded when it is taken.
+    """Records that can be sliced like an array; a slice is decoded on access.
 
     Args:
-      records: where they are read from.
-      stop_at_error: whether a record that cannot be read is an error. Else it is black.
+      records: the images.
+      stop_at_error: whether an unreadable record is an error; if not, it is a black image.
 
     Attributes:
-      errors: what is wrong with the rows, of those taken so far, that cannot be read.
+      errors: one for each unreadable row of the slices so far.
     """
 
     def __init__(self, records: Images, *, stop_at_error: bool = False):
@@ -202,13 +190,13 @@ def _read_in_threads(
             return error
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        # Odd metadata: what matters is whether there is a picture. (The filter is every thread's.)
+        # Decoders warn about odd metadata, which does not matter. The filter holds for all threads.
         warnings.simplefilter("ignore")
         yield from pool.map(read, rows)
 
 
 def unreadable_errors(records: Records, rows: Iterable[int]) -> list[InputError]:
-    """What is wrong with each row; only the few that will be named are read again."""
+    """Returns one error per row; only rows that a message names are read again for the reason."""
     errors = []
     for i, row in enumerate(sorted(rows)):
         error = InputError("data.source", row, "could not be read")
@@ -222,12 +210,9 @@ def unreadable_errors(records: Records, rows: Iterable[int]) -> list[InputError]
 
 
 def report_skipped(source: str, errors: Sequence[InputError], what: str) -> None:
-    """Says in one line on stderr what was skipped, if anything was.
+    """Prints one line on stderr about skipped records, if there are any.
 
-    Args:
-      source: where the records are from.
-      errors: one for each record; the first few are named.
-      what: of what they are, "200 files".
+    `what` is the number and kind of all records, such as "200 files".
     """
     if not errors:
         return

@@ -1,18 +1,18 @@
-"""Where labelled images come from: one line of config, two NumPy arrays per split.
+"""Opens a source of labelled images: one line of config, two NumPy arrays per split.
 
     source = open_source("tfds:cifar10", data_dir=None, image_size=32)
-    source.info.num_train, source.info.class_names   # before a single image is decoded
+    source.info.num_train, source.info.class_names   # before an image is decoded
     train, test = source.load()                      # uint8 images, int32 labels
 
-| source          | what                                                                 |
+| source          | images                                                               |
 |-----------------|----------------------------------------------------------------------|
 | `tfds:<name>`   | a TensorFlow Datasets image classification set; downloaded if needed |
-| `npz:<file>`    | arrays in one file, see `npz_source`; `save_npz` writes them         |
+| `npz:<file>`    | arrays in one file, see `npz`; `save_npz` writes them                |
 | `folder:<path>` | one sub-folder of image files per class, see `folder_files`          |
 | `shapes`        | built-in procedural images, see `hjepa_jax.data.shapes`              |
 
-The order of the examples is a function of the source alone; whoever shuffles brings a seed.
-TensorFlow is imported only when a `tfds:` source is really read.
+The order of the images depends on the source alone. TensorFlow is imported only to read a `tfds:`
+source.
 """
 
 import dataclasses
@@ -35,32 +35,32 @@ def open_source(
     may_download: bool = True,
     quiet: bool = False,
 ) -> Source:
-    """Finds a source and says what is in it; downloads it first where TFDS has to.
+    """Opens a source and reads its description; downloads a TFDS set that is not prepared.
 
     Args:
-      source: one of the forms in the table above.
-      data_dir: where TFDS keeps prepared data; None is its own default (`TFDS_DATA_DIR`, or a
-        folder in the home directory). Other sources ignore it.
-      image_size: side in pixels to which images of varying size are brought (shorter side resized,
+      source: one of the forms in the table above, with `~` expanded.
+      data_dir: folder in which TFDS keeps prepared data; None = the default of TFDS
+        (`TFDS_DATA_DIR`, or a folder in the home directory). Other sources ignore it.
+      image_size: pixels; images of varying size become squares of this side (shorter side resized,
         then centre crop). Images that all have one size keep it.
-      seed: draws `shapes`. Other sources do not depend on it: if one has no test images, the same
-        tenth of its images is held out for every seed (`hjepa_jax.data.test_split`).
-      streaming: whether the training images are read while they are trained on.
-      may_download: without, a set of TFDS that is not prepared is refused.
-      quiet: do not print the line about the images that are used.
+      seed: seed of `shapes`. Other sources ignore it: if they have no test images, every seed holds
+        out the same tenth (`hjepa_jax.data.rows.draw_test_rows`).
+      streaming: whether the training images are read during training.
+      may_download: if False, a TFDS set that is not prepared is refused.
+      quiet: do not print the line about used and unused images.
 
     Raises:
-      InputError: the source does not exist, cannot be had or breaks a rule of its format.
+      InputError: the source does not exist, cannot be read or breaks a rule of its format.
     """
     try:
         found = _open(source, data_dir, image_size, seed, streaming, may_download)
-    except (OSError, RuntimeError, ValueError) as error:  # no home, no rights, no such characters
+    except (OSError, RuntimeError, ValueError) as error:  # missing rights, impossible characters
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
         check_size(source, (num_images, *found.info.image_shape))
     if found.usage and not quiet:
         print(found.usage, file=sys.stderr, flush=True)
-    if source.partition(":")[0] not in ("tfds", "folder"):  # small, or in memory by now
+    if source.partition(":")[0] not in ("tfds", "folder"):  # small, or already in memory
         return found
 
     def load() -> tuple[Split, Split]:
@@ -79,6 +79,9 @@ def _open(
     streaming: Streaming,
     may_download: bool,
 ) -> Source:
+    # The readers are imported on use: they load Pillow or TFDS.
+    from hjepa_jax.data import folder, npz, tfds
+
     kind, _, rest = source.partition(":")
     if streaming.when == "always" and kind not in ("tfds", "folder"):
         rule = f"needs a source tfds:<name> or folder:<path>, not {source}"
@@ -90,17 +93,11 @@ def _open(
     if source == "shapes":
         return _open_shapes(seed)
     if kind == "tfds" and rest:
-        from hjepa_jax.data import tfds  # it needs Split from here
-
         return tfds.open_tfds(source, rest, data_dir, image_size, streaming, may_download)
     if kind == "npz" and rest:
-        from hjepa_jax.data import npz  # as above
-
-        return npz.open_npz(source, Path(rest).expanduser())
+        return npz.open_npz(source, Path(rest))
     if kind == "folder" and rest:
-        from hjepa_jax.data import folder  # as above
-
-        return folder.open_folder(source, Path(rest).expanduser(), image_size, streaming)
+        return folder.open_folder(source, Path(rest), image_size, streaming)
     rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
     raise InputError("data.source", source, rule)
 

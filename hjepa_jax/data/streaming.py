@@ -1,9 +1,8 @@
-"""Batches of a training set that does not fit: decoded by worker processes, ahead of the step.
+"""Batches of a training set that does not fit into memory, decoded ahead by worker processes.
 
-The order is `BatchOrder`'s, a function of (seed, step): no state is kept or restored, a resumed run
-goes on with the very next batch, and neither the number of workers nor that of the processes that
-share a batch changes what is in it. A record that cannot be read gives place to the next one of the
-set that can, and is counted.
+`BatchOrder` gives the order, a function of (seed, step). So there is no state to save: a resumed
+run continues with the very next batch. The content of a batch does not depend on the number of
+workers or of processes. The next readable record replaces an unreadable one, which is counted.
 """
 
 import gc
@@ -26,12 +25,12 @@ from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.data.records import Records, read_or_next
 from hjepa_jax.errors import InputError, first_line
 
-WORKER_BUFFER = 2  # decoded batches that wait in each worker
-DEVICE_BUFFER = 2  # batches that wait on the device
+WORKER_BUFFER = 2  # decoded batches per worker
+DEVICE_BUFFER = 2  # batches on the device
 
 
 class _Batches:
-    """The batches of steps `first_step` ... `num_steps - 1`, as grain takes them."""
+    """Batches of steps `first_step` ... `num_steps - 1`, as a data source of grain."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class _Batches:
         return self._num_steps - self._first_step
 
     def __getitem__(self, i: int) -> tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]:
-        """Decodes a batch; with it, the rows that could not be read."""
+        """Returns the images of a batch, and its unreadable rows."""
         (rows,) = self._order.batches(self._first_step + i, 1, size=1)
         rows = rows.reshape(self._num_parts, -1)[:, self._shard].reshape(-1)
         images = np.empty((len(rows), *self._records.image_shape), np.uint8)
@@ -63,10 +62,10 @@ class _Batches:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Signals are the run's to handle, and a worker ends with it, even if that is killed."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a batch system sends it to all processes
+    """Leaves signals to the run, and ends the worker when the run ends or is killed."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # batch systems signal all processes
         signal.signal(signum, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # odd metadata: what matters is whether there is a picture
+    warnings.simplefilter("ignore")  # about metadata, which does not matter
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -88,23 +87,23 @@ def read_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]]:
-    """Batches of steps `first_step` ... `num_steps - 1`, in order, and rows that were unreadable.
+    """Yields the images and the unreadable rows of steps `first_step` ... `num_steps - 1`.
 
     Args:
       records: the training set.
-      order: which rows make up each batch.
+      order: rows of each batch.
       first_step: the first step.
       num_steps: the step after the last.
-      num_workers: processes that decode; 0: one thread of this process.
-      num_parts: parts of each batch (gradient accumulation), all of which are shared.
-      shard_index: which contiguous shard of each part is wanted, of `shard_count`; the batch that
-        is returned has the shards of all parts, one after the other.
-      shard_count: how many processes share a batch; it divides the size of a part.
+      num_workers: worker processes; 0 = one thread of this process.
+      num_parts: parts of each batch (gradient accumulation).
+      shard_index: shard of this process. A shard is a contiguous piece of each part; the images of
+        all parts are returned one after the other.
+      shard_count: number of processes that share a batch; it divides the size of a part.
 
     Raises:
-      InputError: too many records in a row cannot be read, or a worker is gone.
+      InputError: too many consecutive records are unreadable, or a worker has died.
     """
-    if not flags.FLAGS.is_parsed():  # grain has flags, whose defaults it wants to read
+    if not flags.FLAGS.is_parsed():  # grain reads the defaults of its flags
         flags.FLAGS.mark_as_parsed()
     size = order.batch_size // (num_parts * shard_count)
     shard = slice(shard_index * size, (shard_index + 1) * size)
@@ -116,8 +115,11 @@ def read_batches(
     iterator: Any = iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
     try:
         for images, unreadable in iterator:
-            yield np.array(images), np.array(unreadable)  # not memory that a worker shares
-    except RuntimeError as error:  # grain's, of a worker that was killed or ran out of memory
+            yield (
+                np.array(images),
+                np.array(unreadable),
+            )  # copied out of shared memory
+    except RuntimeError as error:  # from grain: a worker was killed or ran out of memory
         rule = f"a process that reads the training images is gone: {first_line(error)}"
         raise InputError("data.num_workers", num_workers, rule) from error
     finally:
@@ -125,15 +127,15 @@ def read_batches(
 
 
 class StreamedBatches:
-    """Batches that a thread brings to the device ahead of the step; see `read_batches`.
+    """Batches that a thread copies to the device ahead of the step; see `read_batches`.
 
     Args:
-      batches: decoded batches with their unreadable rows, from `read_batches`.
-      size: S, batches that a call of the training program takes; fewer are padded.
-      put: brings uint8 [1, b, H, W, C] to the device.
+      batches: from `read_batches`.
+      size: S, batches per call of the training program; fewer are padded.
+      put: copies uint8 [1, b, H, W, C] to the device.
 
     Attributes:
-      unreadable: rows that could not be read, of the batches taken so far.
+      unreadable: unreadable rows of all batches so far.
     """
 
     def __init__(self, batches: Iterator[Any], *, size: int, put: Callable[..., Any]):
@@ -144,10 +146,10 @@ class StreamedBatches:
         self._thread.start()
 
     def take(self, step: int, count: int) -> tuple[Any, None]:
-        """The batches of the next `count` steps, uint8 [S, B, H, W, C] on the device, and no index.
+        """Returns the batches of the next `count` steps, uint8 [S, B, H, W, C], and no index.
 
         Args:
-          step: the first of these steps, one after the last that was taken.
+          step: first of these steps; follows the last step of the call before.
           count: at most S.
 
         Raises:
@@ -165,23 +167,23 @@ class StreamedBatches:
         return parts[0] if self._size == 1 else jnp.concatenate(parts), None
 
     def close(self) -> None:
-        """Ends thread and workers; what they have decoded is dropped."""
+        """Ends the thread and the workers, and drops their batches."""
         self._closed.set()
-        self._thread.join(timeout=30)  # it is a daemon: a disk that hangs does not hold the run
+        self._thread.join(timeout=30)  # a daemon: a disk that hangs does not block the run
 
     def _bring(self, batches: Any, put: Callable[..., Any]) -> None:
         try:
             for images, unreadable in batches:
                 if not self._offer((put(images[None]), unreadable)):
                     return
-        except Exception as error:  # the thread that takes it raises it
+        except Exception as error:  # raised by `take`
             self._offer(error)
         finally:
             batches.close()
-            gc.collect()  # grain's last arrays, in cycles, hold memory that is shared with workers
+            gc.collect()  # reference cycles in grain hold memory that is shared with workers
 
     def _offer(self, item: Any) -> bool:
-        """Puts an item into the queue, unless there is no more need of it."""
+        """Puts an item into the queue; returns False if the queue is closed."""
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

@@ -1,7 +1,7 @@
 """The `tfds:<name>` source: image classification sets of TensorFlow Datasets.
 
-Prepared data is read where it lies, and downloaded otherwise. Left to itself TFDS retries a dead
-network for minutes without a word, so the host is asked for a sign of life first.
+Prepared data is read in place; other data is downloaded. TFDS retries a dead network for minutes
+without a message, so the host of the download must answer first.
 """
 
 import contextlib
@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, square, streams
+from hjepa_jax.data import tfds_records
+from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, is_streamed, square
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
-from hjepa_jax.data.test_split import hold_out_test, num_held_out
-from hjepa_jax.data.tfds_info import TEST_SPLITS, formats_of, made_from, splits_line
+from hjepa_jax.data.rows import num_held_out
+from hjepa_jax.data.test_split import hold_out_test
+from hjepa_jax.data.tfds_info import formats_of, made_from, splits_line, test_splits
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.user_cache import kept_arrays
 
-SMALL_DOWNLOAD_BYTES = 2**28  # decoded, images of such a download fit the memory in any case
-PROBE_SEC = 5.0  # how long the host of a download may take to answer
-READ_BATCH = 1000  # images that TensorFlow hands over at a time
+SMALL_DOWNLOAD_BYTES = 2**28  # the decoded images of a smaller download always fit into memory
+PROBE_SEC = 5.0  # seconds that the host of a download may take to answer
+READ_BATCH = 1000  # images per batch of TensorFlow
 ADVICE = (
     "point --config.data.dir to a folder where TFDS has prepared it, or train without any "
     "download: --config=configs/shapes_tiny.py"
@@ -41,14 +43,29 @@ def open_tfds(
     may_download: bool = True,
 ) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
+    builder = _prepared_builder(source, name, data_dir, streaming, may_download)
+    shape = _image_shape(source, builder, image_size)
+    splits, train_name = builder.info.splits, streaming.train_split or "train"
+    if train_name not in splits:
+        rule = f"must be a split of {source}: {', '.join(splits)}"
+        raise InputError("data.train_split", train_name, rule)
+    if is_streamed(streaming, splits[train_name].num_examples, shape):
+        return tfds_records.open_streamed(source, builder, shape, streaming)
+    return _open_resident(source, builder, shape)
+
+
+def _prepared_builder(
+    source: str, name: str, data_dir: str | None, streaming: Streaming, may_download: bool
+) -> Any:
+    """Returns the builder of a set, which is downloaded if it is not prepared."""
     try:
         import tensorflow_datasets as tfds  # does not import TensorFlow yet
         from tensorflow_datasets.core.utils import gcs_utils
 
-        # Older releases look for the set in a Google bucket first: minutes, without a network.
+        # Older releases first look into a Google bucket: without a network, for minutes.
         gcs_utils._is_gcs_disabled = True
         builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # no such set, or what is prepared of it is damaged
+    except Exception as error:  # no such set, or the prepared data is damaged
         raise InputError("data.source", source, first_line(error)) from error
     if not builder.data_path.exists():  # is_prepared() would log a warning
         if not may_download:
@@ -57,59 +74,70 @@ def open_tfds(
         if _may_be_streamed(streaming, builder):
             builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _download(source, builder)
+    return builder
 
-    info: Any = builder.info
-    splits, features = info.splits, dict(info.features)
-    keys = info.supervised_keys or ()
+
+def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, int]:
+    """Returns the shape of decoded images, and refuses a set that is not image classification."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features)
+    keys: Any = builder.info.supervised_keys or ()
     kinds = [type(features.get(key)) for key in keys]
-    if kinds != [tfds.features.Image, tfds.features.ClassLabel] or "train" not in splits:
+    wanted = [tfds.features.Image, tfds.features.ClassLabel]
+    if kinds != wanted or "train" not in builder.info.splits:
         rule = "must be an image classification set: an image, a class label and a split train"
         raise InputError("data.source", source, rule)
-    image, label = (features[key] for key in keys)
+    image: Any = features[keys[0]]
     if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
         rule = f"images must be uint8 with 1 or 3 channels, not {image.np_dtype} {image.shape}"
         raise InputError("data.source", source, rule)
+    return (image_size, image_size, 3) if None in image.shape else (*image.shape[:2], 3)
 
-    shape = (*image.shape[:2], 3) if None not in image.shape else (image_size, image_size, 3)
-    test_name = next((name for name in TEST_SPLITS if name in splits), None)
-    train_name = streaming.train_split or "train"
-    if train_name not in splits:
-        rule = f"must be a split of {source}: {', '.join(splits)}"
-        raise InputError("data.train_split", train_name, rule)
-    if streams(streaming, splits[train_name].num_examples, shape):
-        from hjepa_jax.data import tfds_records
 
-        return tfds_records.open_streamed(source, builder, shape, streaming)
+def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
+    """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
+    splits, candidates = builder.info.splits, test_splits(builder)
+    test_name = candidates[0] if candidates else None
+
+    def decode() -> dict[str, np.ndarray]:
+        arrays = {}
+        for name in ("train", *candidates):
+            split = _read_split(source, builder, name, shape)
+            # As for streamed sets: a test split without labels gives place to the next one.
+            if name != "train" and not tfds_records.has_labels(split.labels):
+                continue
+            if split.labels.min() < 0:
+                raise InputError("data.source", source, f"split {name} has images without a label")
+            arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
+            if name != "train":
+                break
+        return arrays
 
     def load() -> tuple[Split, Split]:
-        def decode() -> dict[str, np.ndarray]:
-            names = ["train"] if test_name is None else ["train", test_name]
-            splits = {name: _read_split(source, builder, name, shape) for name in names}
-            return {
-                f"{name}_{kind}": array
-                for name, split in splits.items()
-                for kind, array in (("images", split.images), ("labels", split.labels))
-            }
-
         key = f"{builder.info.full_name} {shape} {builder.data_path}"
         arrays = kept_arrays(key, decode, made_from=made_from(builder))
         train = Split(arrays["train_images"], arrays["train_labels"])
-        if test_name is None:
+        found = next((name for name in candidates if f"{name}_images" in arrays), None)
+        if found != test_name:
+            test = f"in split {found}" if found else "held out, by class"
+            line = f"{source}: split {test_name} has no labels; test images {test}"
+            print(line, file=sys.stderr, flush=True)
+        if found is None:
             return hold_out_test(source, train)
-        return train, Split(arrays[f"{test_name}_images"], arrays[f"{test_name}_labels"])
+        return train, Split(arrays[f"{found}_images"], arrays[f"{found}_labels"])
 
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
-    usage = splits_line(
-        source, builder, ("train", test_name), num_train, num_test, class_names=label.names
-    )
-    info = SourceInfo(num_train, num_test, shape, tuple(label.names))
-    return Source(source, info, load, usage=usage)
+    names = builder.info.features[builder.info.supervised_keys[1]].names
+    used = ("train", test_name)
+    usage = splits_line(source, builder, used, num_train, num_test, class_names=names)
+    return Source(source, SourceInfo(num_train, num_test, shape, tuple(names)), load, usage=usage)
 
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
-    """Whether a set is to be prepared so that it can be; how much there is of it is known later."""
+    """Returns whether a set is prepared as array_record; its decoded size is known later."""
     size = sum(info.size for info in (builder.url_infos or {}).values() if info)
     return streaming.when == "always" or (
         streaming.when == "auto" and not 0 < size < SMALL_DOWNLOAD_BYTES
@@ -117,40 +145,35 @@ def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
 
 
 def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
-    """Decodes one split, in the order of its files.
+    """Decodes one split, in the order of its files; the label of an unlabelled image is -1.
 
     Raises:
-      InputError: images are without labels, or one cannot be read.
+      InputError: an image cannot be read.
     """
     try:
-        split = _decode_split(source, builder, name, shape)
+        if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read it
+            return tfds_records.read_split(builder, name, shape)
+        return _decode_split(builder, name, shape)
     except InputError:
         raise
-    except Exception as error:  # TensorFlow's own, of damaged files; or it is not installed
+    except Exception as error:  # TensorFlow on damaged files, or it is not installed
         rule = f"split {name} in {builder.data_path} cannot be read: {first_line(error)}"
         raise InputError("data.source", source, rule) from error
-    if split.labels.min() < 0:
-        raise InputError("data.source", source, f"split {name} has images without a label")
-    return split
 
 
-def _decode_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
-    if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read that
-        from hjepa_jax.data import tfds_records
-
-        return tfds_records.read_split(source, builder, name, shape)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no chatter about the CPU's abilities
+def _decode_split(builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    with contextlib.suppress(RuntimeError):  # TensorFlow runs already, as its owner set it up
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already set up by the caller
         tf.config.set_visible_devices([], "GPU")
     options = tf.data.Options()
-    options.autotune.enabled = False  # the tuning outlasts the reading
+    options.autotune.enabled = False  # tuning takes longer than reading
     read_config = tfds.ReadConfig(
         options=options,
-        interleave_cycle_length=1,  # shards one after the other: the order of the files
+        interleave_cycle_length=1,  # one shard after the other: the order of the files
         try_autocache=False,
         num_parallel_calls_for_decode=8,
     )
@@ -183,23 +206,21 @@ def _download(source: str, builder: Any) -> None:
         if reason := _why_unreachable(url):
             rule = f"is not in {builder.data_dir} and {url} cannot be reached ({reason}); {ADVICE}"
             raise InputError("data.source", source, rule)
-    size = sum(info.size for info in url_infos.values())
-    print(
-        f"downloading {builder.name} ({size / 2**20:.0f} MiB) to {builder.data_dir}",
-        file=sys.stderr,
-    )
+    size = sum(info.size for info in url_infos.values()) / 2**20
+    line = f"downloading {builder.name} ({size:.0f} MiB) to {builder.data_dir}"
+    print(line, file=sys.stderr)
     try:
         builder.download_and_prepare()
-    except Exception as error:  # each data set brings its own code, and errors
+    except Exception as error:  # the code of a set may raise anything
         rule = f"cannot be prepared in {builder.data_dir} ({first_line(error)}); {ADVICE}"
         raise InputError("data.source", source, rule) from error
 
 
 def _why_unreachable(url: str) -> str | None:
-    """Asks for the head of `url` and gives up after `PROBE_SEC`, name look-up and proxy included.
+    """Sends a HEAD request to `url`, for at most `PROBE_SEC`.
 
     Returns:
-      The reason in words, or None where anything at all answered.
+      Why the host cannot be reached; None if it sent any answer.
     """
     reason: str | None = f"no answer within {PROBE_SEC:g} s"
 
@@ -214,10 +235,10 @@ def _why_unreachable(url: str) -> str | None:
             reason = None
         except Exception as error:
             cause = getattr(error, "reason", error)
-            # TFDS trusts other certificates than Python does: let it try.
+            # TFDS trusts other certificates than Python does, so it may succeed.
             reason = None if isinstance(cause, ssl.SSLError) else str(cause)
 
-    # No timeout of urlopen's own: it would not hold for the name look-up.
+    # The timeout of urlopen would not cover the name look-up.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SEC)

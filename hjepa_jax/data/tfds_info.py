@@ -1,4 +1,4 @@
-"""What TensorFlow Datasets says of a prepared set: splits, formats, files."""
+"""Facts about a prepared TFDS set: splits, formats, files."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,10 @@ from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.runtime.backend import version
 from hjepa_jax.runtime.provenance import source_digest
 
-TEST_SPLITS = ("test", "validation")  # the first that there is
+
+def test_splits(builder: Any) -> list[str]:
+    """Returns the splits that may hold the test images; the first one with labels is used."""
+    return [name for name in ("test", "validation") if name in builder.info.splits]
 
 
 def splits_line(
@@ -20,7 +23,7 @@ def splits_line(
     *,
     class_names: Sequence[str],
 ) -> str:
-    """Returns a line that names the splits for training, for the test, and those not used."""
+    """Returns a line that names the training split, the test split, and the unused splits."""
     train, test, *_ = used
     others = [name for name in builder.info.splits if name not in used]
     return usage_line(
@@ -33,20 +36,20 @@ def splits_line(
 
 
 def formats_of(builder: Any) -> set[str]:
-    """Formats in which a set is prepared: tfrecord, array_record ..."""
+    """Returns the formats in which a set is prepared: tfrecord, array_record ..."""
     return {found.value for found in builder.info.available_file_formats()}
 
 
 def made_from(builder: Any) -> str:
-    """All that decoded data depends on: the files of a set, our code, and the decoders."""
+    """Returns everything that decoded data depends on: files of the set, our code, decoders."""
     decoders = [version(package) for package in ("pillow", "tensorflow", "tensorflow-datasets")]
     return f"{files_of(builder.data_path)} {source_digest('data')} {decoders}"
 
 
 def files_of(folder: Any) -> list[tuple[str, int, int, int]]:
-    """Name, bytes, time of last change (ns) and of last status change (ns) of each file of a set.
+    """Returns name, bytes, time of last change (ns) and of last status change (ns) of each file.
 
-    The last changes with every write, even if the time of last change is set back afterwards.
+    The status changes with every write, even if the time of last change is set back afterwards.
     """
     stats = ((path.name, os.stat(path)) for path in folder.iterdir())
     return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)

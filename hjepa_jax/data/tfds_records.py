@@ -1,4 +1,4 @@
-"""A `tfds:<name>` source that is read record by record, as sets in array_record allow."""
+"""A `tfds:<name>` source that is read record by record: sets prepared as array_record."""
 
 import dataclasses
 import hashlib
@@ -21,13 +21,14 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.test_split import draw_test_rows, keep_rows
-from hjepa_jax.data.tfds_info import TEST_SPLITS, files_of, formats_of, made_from, splits_line
+from hjepa_jax.data.rows import draw_rows, draw_test_rows
+from hjepa_jax.data.test_split import keep_rows
+from hjepa_jax.data.tfds_info import files_of, formats_of, made_from, splits_line, test_splits
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.user_cache import kept_arrays
 
-UNREADABLE = -2  # the label of a corrupt record; TFDS has -1 for an image without a label
-SCAN_BATCH = 1000  # records that are looked through at a time for those of some classes
+UNREADABLE = -2  # label of a corrupt record; TFDS has -1 for an image without a label
+SCAN_BATCH = 1000  # labels that are read at a time
 
 
 @dataclasses.dataclass
@@ -37,10 +38,10 @@ class TfdsRecords:
     Attributes:
       path: folder of the prepared set.
       split: name of the split.
-      keys: features that hold image and label.
-      image_shape: (H, W, 3) of what is returned.
-      crops: whether images vary in size: then the shorter side is resized and the centre cut out.
-      rows: which records of the split, in which order.
+      keys: names of the image feature and the label feature.
+      image_shape: (H, W, 3) of the returned images.
+      crops: whether stored images vary in size: shorter side resized, then centre crop.
+      rows: records of the split, in their order here.
     """
 
     path: str
@@ -54,7 +55,7 @@ class TfdsRecords:
         self._opened: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # a worker opens the files for itself
+        return {**self.__dict__, "_opened": None}  # every worker opens the files itself
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,21 +81,22 @@ class TfdsRecords:
         return [(f"{self.split} {which}", len(self), 0), *files]
 
     def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
-        """The labels of some rows; `UNREADABLE` for a record that is corrupt, -1 for none."""
+        """Returns the labels of some rows: `UNREADABLE` for a corrupt record, -1 for no label."""
         source = self._source()
         try:
             examples = source.__getitems__([int(self.rows[row]) for row in rows])
             return np.array([example[self.keys[1]] for example in examples], np.int32)
-        except Exception:  # as above; together they are read faster than one by one
+        except Exception:  # some record is corrupt: one by one, which is slower
             return np.array([self._label(row) for row in rows], np.int32)
 
     def _label(self, row: int) -> int:
         try:
             return int(self._source()[int(self.rows[row])][self.keys[1]])
-        except Exception:  # as above
+        except Exception:  # see `read`
             return UNREADABLE
 
     def part(self, rows: Int[np.ndarray, " rows"]) -> "TfdsRecords":
+        """Returns some of the records."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
     def _source(self) -> Any:
@@ -102,7 +104,7 @@ class TfdsRecords:
             import tensorflow_datasets
 
             tfds: Any = tensorflow_datasets
-            # From the folder alone: the set's own code need not be there.
+            # From the folder alone: the code of the set may be missing.
             builder = tfds.builder_from_directory(self.path)
             decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
@@ -110,22 +112,9 @@ class TfdsRecords:
 
 
 def open_streamed(
-    source: str,
-    builder: Any,
-    image_shape: tuple[int, int, int],
-    streaming: Streaming,
+    source: str, builder: Any, image_shape: tuple[int, int, int], streaming: Streaming
 ) -> Source:
-    """A prepared set whose training images are read while they are trained on.
-
-    Args:
-      source: its name.
-      builder: its TFDS builder.
-      image_shape: (H, W, 3) of its images as they are returned.
-      streaming: what of it.
-
-    Raises:
-      InputError: it is not prepared as array_record, or lacks some of the classes asked for.
-    """
+    """Returns a source that reads its training images during training."""
     if "array_record" not in (formats := formats_of(builder)):
         rule = (
             f"is prepared as {', '.join(sorted(formats))} in {builder.data_path}, which cannot be "
@@ -142,46 +131,54 @@ def open_streamed(
         records = _all_records(builder, name, image_shape)
         if streaming.class_list is None:
             return records
-        return records.part(_rows_of(records, classes, builder))
+        chosen = np.isin(_split_labels(records, builder), classes)
+        return records.part(np.flatnonzero(chosen).astype(np.int32))
 
     labelled = open_split("train")
-    others = (open_split(name) for name in TEST_SPLITS if name in builder.info.splits)
+    others = (open_split(name) for name in test_splits(builder))
     test = next((split for split in others if _is_labelled(split)), None)
     test_name = test.split if test else None
     if test is None:
-        labels = _all_labels(labelled, builder)
+        whole = _all_records(builder, labelled.split, image_shape)
+        labels = _split_labels(whole, builder)[labelled.rows]
         labelled, test = map(labelled.part, draw_test_rows(source, labels))
     records = open_split(streaming.train_split) if streaming.train_split else labelled
     drawn = [
-        split.part(streaming.draw_labelled(np.arange(len(split)))) for split in (labelled, test)
+        split.part(draw_rows(len(split), streaming.max_labelled).held) for split in (labelled, test)
     ]
-    new_label = np.full(len(names), -1, np.int32)
-    new_label[classes] = np.arange(len(classes))
-
-    def load() -> tuple[Split, Split]:
-        skipped: list[InputError] = []
-        loaded = []
-        for split in drawn:
-            read, errors = _read_labelled(source, split)
-            loaded.append(Split(read.images, new_label[read.labels]))
-            skipped += errors
-        report_skipped(source, skipped, f"{sum(map(len, drawn))} images")
-        return loaded[0], loaded[1]
-
     class_names = tuple(names[label] for label in classes)
     used = (records.split, test_name, labelled.split)
     usage = splits_line(source, builder, used, len(records), len(test), class_names=class_names)
     info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
-    return Source(source, info, load, records, usage=usage)
+    new_label = np.full(len(names), -1, np.int32)
+    new_label[classes] = np.arange(len(classes))
+    return Source(source, info, lambda: _load(source, drawn, new_label), records, usage=usage)
 
 
-def read_split(source: str, builder: Any, name: str, image_shape: tuple[int, int, int]) -> Split:
-    """A whole split that is prepared as array_record, in the order of its files.
+def _load(
+    source: str, drawn: list[TfdsRecords], new_label: Int32[np.ndarray, " classes"]
+) -> tuple[Split, Split]:
+    """Decodes the labelled images; `new_label` numbers the chosen classes."""
+    skipped: list[InputError] = []
+    loaded = []
+    for records in drawn:
+        split, errors = _read_labelled(records)
+        if np.any(split.labels == -1):
+            rule = f"split {records.split} has images without a label"
+            raise InputError("data.source", source, rule)
+        loaded.append(Split(split.images, new_label[split.labels]))
+        skipped += errors
+    report_skipped(source, skipped, f"{sum(map(len, drawn))} images")
+    return loaded[0], loaded[1]
+
+
+def read_split(builder: Any, name: str, image_shape: tuple[int, int, int]) -> Split:
+    """Decodes a whole split, in the order of its files; -1 is the label of an unlabelled image.
 
     Raises:
-      InputError: images are without labels, or one cannot be read.
+      InputError: an image cannot be read.
     """
-    split, errors = _read_labelled(source, _all_records(builder, name, image_shape))
+    split, errors = _read_labelled(_all_records(builder, name, image_shape))
     if errors:
         raise errors[0]
     return split
@@ -194,32 +191,34 @@ def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> 
     return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
 
 
-def _read_labelled(source: str, records: TfdsRecords) -> tuple[Split, list[InputError]]:
-    """Images and labels of the records, and what is wrong with those that cannot be read."""
+def _read_labelled(records: TfdsRecords) -> tuple[Split, list[InputError]]:
+    """Returns images and labels of the readable records, and one error per unreadable record."""
     images, kept, errors = read_all(records)
     labels = records.labels(kept)
-    if np.any(labels == -1):
-        rule = f"split {records.split} has images without a label"
-        raise InputError("data.source", source, rule)
     readable = np.flatnonzero(labels != UNREADABLE)
     errors += unreadable_errors(records, np.delete(kept, readable).astype(int).tolist())
     return Split(keep_rows(images, readable), labels[readable]), errors
 
 
+def has_labels(labels: Int32[np.ndarray, " n"]) -> bool:
+    """Returns whether a split has labels, by its first images."""
+    return bool(labels[:MAX_UNREADABLE].max(initial=-1) >= 0)
+
+
 def _is_labelled(split: TfdsRecords) -> bool:
-    """Whether there are labels, as far as the first records say that are not corrupt.
+    """Returns `has_labels` of a split.
 
     Raises:
-      InputError: all of those are.
+      InputError: all of the first records are corrupt.
     """
     labels = split.labels(range(min(len(split), MAX_UNREADABLE)))
     if len(labels) and labels.max() == UNREADABLE:
         raise unreadable_errors(split, [0])[0]
-    return bool(labels.max(initial=-1) >= 0)
+    return has_labels(labels)
 
 
 def _read_classes(path: str, names: Sequence[str]) -> list[int]:
-    """Returns the labels of the classes that a file names, one a line."""
+    """Returns the labels of the classes that a file names, one per line."""
     try:
         lines = find_class_list(path).read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
@@ -233,30 +232,16 @@ def _read_classes(path: str, names: Sequence[str]) -> list[int]:
     return [names.index(line) for line in lines]
 
 
-def _rows_of(records: TfdsRecords, classes: list[int], builder: Any) -> Int32[np.ndarray, " n"]:
-    """Returns which records are of the classes."""
-    labels = _split_labels(records, builder)
-    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
-
-
-def _all_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]:
-    """Returns the label of each record; negative if it has none or cannot be read."""
-    whole = _all_records(builder, records.split, records.image_shape)
-    return _split_labels(whole, builder)[records.rows]
-
-
 def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]:
-    """Returns the labels of a whole split: all are looked through once, and that is kept."""
+    """Returns the labels of a whole split; they are read once and kept on disk."""
 
     def scan() -> dict[str, np.ndarray]:
-        print(
-            f"looking through {len(records)} labels of split {records.split}, once",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        line = f"looking through {len(records)} labels of split {records.split}, once"
+        print(line, file=sys.stderr, flush=True)
         parts = []
         for start in range(0, len(records), SCAN_BATCH):
             labels = records.labels(range(start, min(start + SCAN_BATCH, len(records))))
-            if labels.max() == UNREADABLE:  # then it is not the records that are at fault
+            if labels.max() == UNREADABLE:  # all of them: the files themselves are unreadable
                 raise unreadable_errors(records, [start])[0]
             parts.append(labels)
         return {"labels": np.concatenate(parts)}
@@ -264,7 +249,7 @@ def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]
     key = f"labels {builder.info.full_name} {records.split} {builder.data_path}"
     labels = kept_arrays(key, scan, made_from=made_from(builder))["labels"]
     corrupt = np.flatnonzero(labels == UNREADABLE)
-    labels[corrupt] = records.labels(corrupt.tolist())  # it may have been the disk, and pass
+    labels[corrupt] = records.labels(corrupt.tolist())  # the disk may have failed for a moment
     corrupt = np.flatnonzero(labels == UNREADABLE).tolist()
     what = f"{len(records)} records of split {records.split} (their class is unknown)"
     report_skipped("data.class_list", unreadable_errors(records, corrupt), what)

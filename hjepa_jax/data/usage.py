@@ -1,20 +1,20 @@
-"""One line that says which images of a source are used, and what is not used and why."""
+"""The line on stderr that says which images of a source are used, which are not, and why."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from hjepa_jax.runtime.names import escaped
 
-NUM_NAMED = 3  # names per reason, and classes
+NUM_NAMED = 3  # names per reason, and class names
 
 
 class Unused(NamedTuple):
     """A part of a source that is not used.
 
     Attributes:
-      name: of a file (relative to its folder), an array or a split. A name that ends in "/" stands
-        for a folder and everything in it.
-      reason: why it is not used, in a few words.
+      name: name of a file (relative to the data set), an array or a split. A name that ends in "/"
+        stands for a folder and all its files.
+      reason: a few words.
     """
 
     name: str
@@ -22,29 +22,26 @@ class Unused(NamedTuple):
 
 
 def usage_line(
-    source: str, train: str, test: str, class_names: Sequence[str], unused: Sequence[Unused]
+    source: str,
+    train: str,
+    test: str,
+    class_names: Sequence[str],
+    unused: Sequence[Unused],
+    *,
+    note: str = "",
 ) -> str:
-    """Returns the line.
-
-    Args:
-      source: the value of `data.source`.
-      train: how many training images there are, and where they come from.
-      test: the same of the test images.
-      class_names: the classes.
-      unused: everything else that is in the source.
-    """
-    classes = _some(class_names, len(class_names))
+    """Returns the line; `train` and `test` give number and origin of the images."""
     count = f"{len(class_names)} class" + ("es" if len(class_names) != 1 else "")
-    line = f"{source}: train {train}; test {test}; {count} ({classes})"
+    line = f"{source}: train {train}; test {test}; {count} ({_first_names(class_names)})"
     if unused:
         by_reason: dict[str, list[str]] = {}
         for name, reason in unused:
             by_reason.setdefault(reason, []).append(name)
-        groups = [f"{len(x)} {reason} ({_some(x, len(x))})" for reason, x in by_reason.items()]
+        groups = [f"{len(x)} {reason} ({_first_names(x)})" for reason, x in by_reason.items()]
         line += f"; not used: {', '.join(groups)}"
-    return escaped(line)
+    return escaped(line + (f"; {note}" if note else ""))
 
 
-def _some(names: Sequence[str], count: int) -> str:
-    more = ", ..." if count > NUM_NAMED else ""
+def _first_names(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > NUM_NAMED else ""
     return ", ".join(map(escaped, names[:NUM_NAMED])) + more

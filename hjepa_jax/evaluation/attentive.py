@@ -1,16 +1,15 @@
-"""Attentive probe: a few learned queries pool the patch tokens, a linear layer reads the result.
+"""Attentive probe: learned queries pool the patch tokens, a linear layer classifies the result.
 
-For features whose patches say more than their mean. Every setting of a grid is trained at once, in
-one vmapped program.
+Useful if patches hold more information than their mean. One vmapped program trains all
+settings of a grid.
 
     result = attentive_probe(train_tokens, train_y, test_tokens, test_y, num_classes=10)
     print(result.top1, result.chosen_learning_rate, result.chosen_weight_decay)
 
 References:
   Bardes et al. 2024, "V-JEPA" (arXiv 2404.08471), section 4 and appendix: cross-attention with a
-  learned query. Here without value and output projections and without an MLP: the linear layer on
-  the pooled tokens of all queries contains both projections, and attention logits are linear in the
-  token, so nothing is lost but the MLP.
+  learned query. We omit value and output projections: the linear layer on the pooled tokens of all
+  queries contains both, and attention logits are linear in the token. We also omit the MLP.
 """
 
 import dataclasses
@@ -27,31 +26,22 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import map_batches, progress
-from hjepa_jax.evaluation.labelled import check_labelled, choose, edge_note, hold_out
+from hjepa_jax.evaluation.labelled import ProbeResult, check_labelled, choose, edge_note, hold_out
 
 DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 DEFAULT_WEIGHT_DECAYS = (1e-3, 1e-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentiveResult:
-    """Outcome of the attentive probe; accuracies are fractions in [0, 1].
+class AttentiveResult(ProbeResult):
+    """Outcome of the attentive probe.
 
-    Attributes:
-      top1: accuracy on the test set.
-      chosen_learning_rate, chosen_weight_decay: the setting that scored best on held-out rows.
-      val_top1: held-out scores, in the order of the grid (weight decays within learning rates).
-      test_predictions: predicted classes `[num_test]`.
-      at_edge: notes on what was chosen at an end of the values tried. Less than the smallest weight
-        decay is next to none, so that end does not count.
+    `val_top1` has weight decays within learning rates. The smallest weight decay does not count as
+    an end of its grid: it is close to none.
     """
 
-    top1: float
     chosen_learning_rate: float
     chosen_weight_decay: float
-    val_top1: tuple[float, ...]
-    test_predictions: Int32[np.ndarray, " num_test"]
-    at_edge: tuple[str, ...] = ()
 
 
 def attentive_probe(
@@ -70,56 +60,57 @@ def attentive_probe(
     seed: int = 0,
     what: str = "",
 ) -> AttentiveResult:
-    """Chooses the setting on held-out training rows, retrains on all, scores the test once.
+    """Chooses the setting on held-out training rows, retrains on all rows, scores the test once.
 
-    Args:
-      train_tokens: frozen tokens `[n, N, D]`; float16 halves the memory.
-      train_y: classes `[n]` in [0, num_classes).
-      test_tokens: tokens `[num_test, N, D]`.
-      test_y: classes `[num_test]`; read only to score the final predictions.
-      num_classes: number of classes.
-      num_queries: learned queries.
-      learning_rates: peaks of Adam's learning rate to choose from, ascending; cosine to 0.
-      weight_decays: decoupled weight decays to choose from, ascending.
-      num_epochs: passes over the rows.
-      batch_size: rows per update.
-      num_val: training rows held out to choose; at most a fifth of them is taken.
-      seed: of the hold-out, of the first queries and of the order of rows.
-      what: name of the work, for a progress bar; empty for none.
+    Takes the arguments of `linear_probe`, with frozen tokens `[n, N, D]` in place of features;
+    float16 halves their memory. Every pair of `learning_rates` (peaks of Adam, with cosine decay to
+    0) and `weight_decays` (decoupled) is a setting; both ascend.
 
     Raises:
-      InputError: for tokens that are empty or not finite, or arrays that do not match.
+      InputError: tokens are empty or not finite, or arrays do not match.
     """
     for name, tokens, y in (("train", train_tokens, train_y), ("test", test_tokens, test_y)):
         if tokens.ndim != 3 or tokens.shape[1:] != train_tokens.shape[1:]:
             rule = "must be [n, N, D], N and D as in train_tokens"
             raise InputError(f"{name}_tokens", tokens.shape, rule)
         check_labelled(name, tokens.reshape(len(tokens), -1), y, num_classes=num_classes)
-    grid = list(itertools.product(learning_rates, weight_decays))
     train = functools.partial(
-        _train,
-        num_classes=num_classes,
-        num_queries=num_queries,
-        num_epochs=num_epochs,
-        seed=seed,
+        _train, num_classes=num_classes, num_queries=num_queries, num_epochs=num_epochs, seed=seed,
         what=what,
-    )
+    )  # fmt: skip
+    grid = list(itertools.product(learning_rates, weight_decays))
     fit, val = hold_out(len(train_tokens), num_val=num_val, seed=seed)
     model = train(train_tokens[fit], train_y[fit], grid, batch_size=min(batch_size, len(fit)))
     predicted = _predict(model, train_tokens[val], batch_size)
     val_top1 = (predicted == train_y[None, val]).mean(axis=1).tolist()
-    # The best score of each rate decides on the rate; then its decays are compared.
-    by_rate = np.array(val_top1).reshape(len(learning_rates), len(weight_decays))
-    (rate, rate_at_edge), decays = choose(by_rate.max(axis=1).tolist()), weight_decays
-    decay, decay_at_edge = choose(by_rate[rate].tolist(), open_start=False)
-    chosen = learning_rates[rate], decays[decay]
-    notes = [edge_note("learning rate", chosen[0], learning_rates)] if rate_at_edge else []
-    notes += [edge_note("weight decay", chosen[1], decays)] if decay_at_edge else []
+    chosen, notes = _choose(val_top1, learning_rates, weight_decays)
 
     model = train(train_tokens, train_y, [chosen], batch_size=min(batch_size, len(train_y)))
     predictions = _predict(model, test_tokens, batch_size)[0]
-    top1 = float((predictions == test_y).mean())
-    return AttentiveResult(top1, *chosen, tuple(val_top1), predictions, tuple(notes))
+    return AttentiveResult(
+        top1=float((predictions == test_y).mean()),
+        val_top1=tuple(val_top1),
+        test_predictions=predictions,
+        at_edge=notes,
+        chosen_learning_rate=chosen[0],
+        chosen_weight_decay=chosen[1],
+    )
+
+
+def _choose(
+    val_top1: list[float], learning_rates: Sequence[float], weight_decays: Sequence[float]
+) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """Chooses learning rate and weight decay; also returns notes about ends of the grid.
+
+    The learning rate is chosen by its best score, then the weight decay among its scores.
+    """
+    by_rate = np.array(val_top1).reshape(len(learning_rates), len(weight_decays))
+    rate, rate_at_edge = choose(by_rate.max(axis=1).tolist())
+    decay, decay_at_edge = choose(by_rate[rate].tolist(), open_start=False)
+    chosen = learning_rates[rate], weight_decays[decay]
+    notes = [edge_note("learning rate", chosen[0], learning_rates)] if rate_at_edge else []
+    notes += [edge_note("weight decay", chosen[1], weight_decays)] if decay_at_edge else []
+    return chosen, tuple(notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +123,7 @@ class _Model:
 
 
 def _logits(params: Any, x: Float[Array, "B N D"]) -> Float[Array, "B C"]:
-    """Class scores of one setting: softmax pooling by each query, then a linear layer."""
+    """Returns class scores of one setting: softmax pooling by each query, then a linear layer."""
     weights = jax.nn.softmax(jnp.einsum("bnd,qd->bqn", x, params["queries"]), axis=-1)
     pooled = jnp.einsum("bqn,bnd->bqd", weights, x)
     return pooled.reshape(len(x), -1) @ params["kernel"] + params["bias"][None]
@@ -147,7 +138,7 @@ def _update(
     learning_rates: Float[Array, " S"],
     weight_decays: Float[Array, " S"],
 ) -> tuple[Any, Any]:
-    """One step of AdamW for every setting, on the same rows."""
+    """Applies one step of AdamW to every setting, on the same rows."""
 
     def update(params: Any, opt_state: Any, learning_rate: Array, decay: Array) -> tuple[Any, Any]:
         def loss(params: Any) -> Array:
@@ -178,7 +169,7 @@ def _train(
     std = sample.std(axis=0)
     mean, std = sample.mean(axis=0), np.where(std > 1e-6, std, 1.0).astype(np.float32)
     rng, s = np.random.default_rng(seed), len(grid)
-    # Small queries begin near mean pooling, and differ, so that they can learn different things.
+    # Small queries start near mean pooling. They differ, so that they can learn different things.
     queries = 0.02 * rng.standard_normal((num_queries, d), np.float32)
     params = {
         "queries": np.repeat(queries[None], s, axis=0),
@@ -208,7 +199,7 @@ _predict_logits = jax.jit(jax.vmap(_logits, in_axes=(0, None), out_axes=1))
 def _predict(
     model: _Model, tokens: Float[np.ndarray, "n N D"], batch_size: int
 ) -> Int32[np.ndarray, "S n"]:
-    """The most likely class of each row, for each setting."""
+    """Returns the most likely class of each row, for each setting."""
 
     def logits(x: np.ndarray) -> dict[str, Any]:
         x = (x.astype(np.float32) - model.mean) / model.std

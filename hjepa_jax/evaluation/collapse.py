@@ -1,8 +1,8 @@
-"""When target features count as collapsed: beside the untrained network, and for some time.
+"""When target features count as collapsed: compared with the untrained network, and lasting.
 
-The features of an untrained network already use few directions (an effective rank of 19 of 192 is
-usual). So a low rank alone is no sign of collapse: it must also be well below the rank at the
-start of the run. Nearly constant features count in any case.
+The features of an untrained network use few directions (an effective rank of 19 of 192 is usual).
+So a low rank alone does not prove a collapse: it must also be well below the rank at the start of
+the run. Nearly constant features always count as collapsed.
 
     untrained = untrained_spread(lines, batch_size=64)   # lines of metrics.jsonl
     limits = find_limits(max_rank=192, untrained=untrained)
@@ -13,15 +13,18 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Float, Float64
+
 from hjepa_jax.evaluation import quality
 from hjepa_jax.method.window import FEATURE_ROWS
 
 Label = Literal["healthy", "partial collapse", "collapse"]
 
-PATIENCE = 3  # log lines in a row that must show it
-UNTRAINED_SHARE = 0.5  # of the untrained network's value: below it, features have got worse
+PATIENCE = 3  # consecutive log lines that must show a collapse
+UNTRAINED_SHARE = 0.5  # limit as a fraction of the value of the untrained network
 
-# Below these, features count as collapsed whatever the untrained network does.
+# Below these values, features count as collapsed, whatever the untrained network does.
 CERTAIN_RANK_FRACTION = 0.02
 CERTAIN_RANK = 1.5  # nearly all variation lies in one direction
 CERTAIN_RELATIVE_STD = 0.001
@@ -29,7 +32,7 @@ CERTAIN_RELATIVE_STD = 0.001
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How far features spread: effective rank, and std relative to their size."""
+    """How widely features spread: effective rank, and standard deviation relative to their size."""
 
     effective_rank: float
     relative_std: float | None
@@ -50,11 +53,10 @@ class Limits:
 
 
 def find_limits(*, max_rank: int, untrained: Spread | None) -> Limits:
-    """Returns the limits for features whose rank can be at most `max_rank`.
+    """Returns the limits for features with a rank of at most `max_rank`.
 
-    They are the conventional thresholds of `evaluation.quality`. If half of what the untrained
-    network has is less than a threshold, they are that half. But they are never below the values
-    that are certain to be a collapse.
+    They are the conventional thresholds of `evaluation.quality`, or half of the value of the
+    untrained network if that is lower. They are never below the values of a certain collapse.
     """
     rank, std = quality.MIN_RANK_FRACTION * max_rank, quality.MIN_RELATIVE_STD
     if untrained is None:
@@ -66,11 +68,40 @@ def find_limits(*, max_rank: int, untrained: Spread | None) -> Limits:
     return Limits(limit, std)
 
 
-class Untrained:
-    """What the features of the untrained network are like, from the first lines of the log.
+def measure_spread(features: Float[np.ndarray, "_ _"]) -> Spread:
+    """Returns the spread of a feature matrix."""
+    verdict = quality.collapse_verdict(features)
+    return Spread(verdict.effective_rank, verdict.relative_std)
 
-    The rank of few rows is low. So as long as fewer images than a full window have been seen, the
-    largest values count.
+
+def verdict_beside(
+    features: Float[np.ndarray, "_ _"],
+    untrained: Spread | None,
+    *,
+    spectrum: Float64[np.ndarray, " _"] | None = None,
+) -> quality.Verdict:
+    """Returns whether features have collapsed, with the limits of `find_limits`.
+
+    Args:
+      features: `[n, D]`.
+      untrained: spread of the untrained network on the same images; None = not known.
+      spectrum: `quality.singular_values` of the features, if known.
+    """
+    found = quality.collapse_verdict(features, spectrum=spectrum)
+    limits = find_limits(max_rank=found.max_rank, untrained=untrained)
+    return dataclasses.replace(
+        found,
+        label=limits.label(Spread(found.effective_rank, found.relative_std)),
+        min_relative_std=limits.relative_std,
+        min_rank_fraction=limits.effective_rank / found.max_rank,
+    )
+
+
+class Untrained:
+    """The spread of the untrained network, from the first lines of the log.
+
+    The rank of few images is low. So the largest values count until a full window of images was
+    logged.
 
     Args:
       batch_size: images per step.
@@ -81,7 +112,7 @@ class Untrained:
         self._batch_size, self._complete = batch_size, False
 
     def add(self, step: int, spread: Spread) -> None:
-        """Takes the spread that was logged at `step`, in the order of steps."""
+        """Adds the spread that was logged at `step`; steps must ascend."""
         if self._complete:
             return
         old = self.spread
@@ -93,7 +124,7 @@ class Untrained:
         self._complete = step * self._batch_size >= FEATURE_ROWS
 
     def read(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Takes what lines of metrics.jsonl say."""
+        """Adds the spreads in lines of metrics.jsonl."""
         for line in lines:
             if self._complete:
                 return
@@ -102,13 +133,13 @@ class Untrained:
 
 
 def spread_of(line: dict[str, Any]) -> Spread | None:
-    """What a line of metrics.jsonl says of the features; None if it does not."""
+    """Returns the spread in a line of metrics.jsonl; None if it has none."""
     rank = line.get("train/effective_rank")
     return None if rank is None else Spread(rank, line.get("train/relative_std"))
 
 
 def untrained_spread(lines: Iterable[dict[str, Any]], *, batch_size: int) -> Spread | None:
-    """The spread of the untrained network, from the lines of a run; None if no line says."""
+    """Returns the spread of the untrained network, from the log of a run; None if unknown."""
     untrained = Untrained(batch_size)
     untrained.read(lines)
     return untrained.spread

@@ -1,4 +1,4 @@
-"""Few-shot probe: new tasks of a few classes, each told by one or a few examples.
+"""Few-shot probe: small tasks of a few classes with one or a few labelled images per class.
 
     result = fewshot_probe(train_x, test_x, test_y, num_shots=5)
     print(f"{result.top1:.3f} +- {result.interval:.3f}")
@@ -6,7 +6,7 @@
 References:
   Snell, Swersky, Zemel 2017, "Prototypical networks" (arXiv 1703.05175), eq. 1 and 2: a class is
   the mean of its examples. Wang et al. 2019, "SimpleShot" (arXiv 1911.04623), section 3: features
-  are centred by the mean of the training set and brought to length 1 first (CL2N).
+  are first centred by the mean of the training set and scaled to length 1 (CL2N).
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class FewshotResult:
     Attributes:
       top1: mean over episodes, fraction in [0, 1].
       interval: half the width of the 95 % confidence interval of that mean.
-      num_episodes: episodes.
-      num_ways: classes in an episode.
-      num_queries: images per class that were classified.
+      num_episodes: number of episodes.
+      num_ways: classes per episode.
+      num_queries: classified images per class.
     """
 
     top1: float
@@ -48,23 +48,23 @@ def fewshot_probe(
     num_episodes: int = 600,
     seed: int = 0,
 ) -> FewshotResult:
-    """Draws episodes from the test set and classifies queries by the nearest prototype.
+    """Draws episodes from the test set and classifies each query by the nearest prototype.
 
-    Nothing is chosen, so no label outside an episode is read.
+    There is no hyper-parameter to choose, so no label outside of an episode is read.
 
     Args:
-      train_x: features `[n, D]` whose mean is taken away.
+      train_x: features `[n, D]`, only for their mean.
       test_x: features `[num_test, D]` from which episodes are drawn.
       test_y: their classes.
-      num_shots: examples per class that are shown.
-      num_ways: classes per episode; all, where there are fewer.
-      num_queries: images per class to classify; fewer, where a class has not enough.
+      num_shots: labelled images per class.
+      num_ways: classes per episode; all classes if there are fewer.
+      num_queries: images per class to classify; fewer if a class has fewer.
       num_episodes: number of episodes.
-      seed: of the draws: the same seed gives every encoder the same episodes.
+      seed: seed of the draws; the same seed gives every encoder the same episodes.
 
     Raises:
-      InputError: for features that are not finite, labels that do not match, fewer than two
-        classes, or a class with no more images than `num_shots` ("--fewshot_shots").
+      InputError: features are not finite, labels do not match, there are fewer than two classes, or
+        a class has no more images than `num_shots` ("--fewshot_shots").
     """
     check_features("train_x", train_x)
     check_features("test_x", test_x)
@@ -86,7 +86,7 @@ def fewshot_probe(
         )
         prototypes = x[drawn[:, :num_shots]].mean(axis=1)
         queries = x[drawn[:, num_shots:]]  # [ways, queries, D]
-        # Squared distance less the query's own norm, which no class changes.
+        # Squared distance without the norm of the query, which is the same for all classes.
         distance = np.sum(prototypes**2, axis=1) - 2 * queries @ prototypes.T
         accuracies.append((distance.argmin(axis=-1) == np.arange(num_ways)[:, None]).mean())
     spread = np.std(accuracies, ddof=1) if num_episodes > 1 else 0.0
@@ -100,10 +100,10 @@ def fewshot_probe(
 
 
 def check_shots(test_y: Integer[np.ndarray, " _"], num_shots: int) -> int:
-    """Returns the number of images of the smallest class, of which some must remain to classify.
+    """Returns the number of images of the smallest class.
 
     Raises:
-      InputError: where none would ("--fewshot_shots").
+      InputError: no image of it would remain to classify ("--fewshot_shots").
     """
     smallest = int(np.unique(test_y, return_counts=True)[1].min())
     if num_shots >= smallest:

@@ -1,10 +1,10 @@
 """Fine-tuning: the encoder and a linear head, trained together on labelled images.
 
-    top1 = finetune(encoder, encoder_params, train, test, settings, augment=..., preprocess=...)
+    scores = finetune(encoder, encoder_params, train, test, settings, augment=..., preprocess=...)
 
 References:
   Clark et al. 2020, "ELECTRA" (arXiv 2003.10555), section 3.1, and Bao et al. 2021, "BEiT"
-  (arXiv 2106.08254), section 3.1: a learning rate that shrinks layer by layer towards the input.
+  (arXiv 2106.08254), section 3.1: a learning rate that decays layer by layer towards the input.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ from hjepa_jax.runtime.backend import initialise
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneSettings:
-    """All that decides a fine-tuning, apart from encoder and data. Nothing is chosen by a score.
+    """Hyper-parameters of a fine-tuning. None of them is chosen by a score.
 
     Attributes:
       num_classes: number of classes.
       num_epochs: passes over the training images; may be a fraction.
-      batch_size: images per update; the training set, where that is smaller.
-      learning_rate: peak of the head's; a tenth of the run is warm-up, then cosine to 0.
-      layer_decay: factor on the learning rate for every block further from the head.
+      batch_size: images per update, at most the size of the training set.
+      learning_rate: peak for the head; warm-up over a tenth of the steps, then cosine decay to 0.
+      layer_decay: factor on the learning rate per block, from the head towards the input.
       weight_decay: decoupled, of kernels.
       drop_path: see `VisionTransformer`.
-      label_smoothing: share of the target that goes to all classes alike.
-      seed: of head, order, augmentation and drop path.
+      label_smoothing: share of the target that is spread over all classes.
+      seed: seed of head, order, augmentation and drop path.
     """
 
     num_classes: int
@@ -60,20 +60,20 @@ class FinetuneSettings:
 
 @runtime_checkable
 class Checkpoints(Protocol):
-    """Where a fine-tuning saves itself, to go on after an interruption."""
+    """Storage for the state of a fine-tuning, to resume after an interruption."""
 
     def restore(self, state: Any) -> Any:
-        """The newest state, like the one given; that one where nothing was saved."""
+        """Returns the newest saved state; the given one if there is none."""
         ...
 
     def save(self, step: int, state: Any) -> None:
-        """Keeps `state`, and drops what was kept before."""
+        """Saves `state` in place of the last one."""
         ...
 
 
 @struct.dataclass
 class FinetuneState:
-    """Updates done, {"encoder", "norm", "head"}, optimizer, loss summed over the epoch so far."""
+    """Number of updates, parameters, optimizer, and the loss summed over the current epoch."""
 
     step: Any
     params: Any
@@ -95,15 +95,10 @@ class Classifier(nn.Module):
 
 
 def layer_scales(params: Any, *, depth: int, layer_decay: float) -> Any:
-    """Factor on the learning rate of every parameter.
+    """Returns the factor on the learning rate of every parameter of a `Classifier`.
 
-    1 for the head, layer_decay for what follows the last block, one more factor for each block
-    further from the head, and one more again for patch embedding, positions and summary tokens.
-
-    Args:
-      params: of a `Classifier`.
-      depth: blocks of its encoder.
-      layer_decay: factor per layer, in (0, 1].
+    1 for the head, `layer_decay` for the final norm and the last block of the encoder, one more
+    factor per block before it, and one more for patch embedding, positions and summary tokens.
     """
 
     def scale(path: Any, _: Any) -> float:
@@ -132,42 +127,78 @@ def finetune(
     """Trains encoder and head on all training images; scores the test set once, at the end.
 
     Args:
-      encoder: the architecture; its own `drop_path` gives way to that of the settings.
-      encoder_params: where it starts from; not changed.
-      train: labelled images to train on.
-      test: labelled images to score.
-      settings: how.
-      augment: from (keys, uint8 images) to normalised pixels, for training.
-      preprocess: from uint8 images to normalised pixels, for the test.
-      checkpoints: saved to once an epoch, and continued from.
-      what: name of the work, for its progress bar.
+      encoder: architecture; the settings replace its `drop_path`.
+      encoder_params: initial parameters; not changed.
+      train: labelled training images.
+      test: labelled test images.
+      settings: hyper-parameters.
+      augment: converts (keys, uint8 images) to normalised pixels, for training.
+      preprocess: converts uint8 images to normalised pixels, for the test.
+      checkpoints: saves the state after every epoch, and restores it.
+      what: title of the progress bar; empty = none.
 
     Returns:
       "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch, nats.
-
-    Raises:
-      InputError: for more steps than can be counted ("--finetune_epochs"), or when the loss is not
-        finite ("--protocols").
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
-    steps = settings.num_epochs * order.steps_per_epoch
-    if steps > MAX_NUMBER:
-        rule = f"must be at most {MAX_NUMBER} steps, not {steps:g}"
-        raise InputError("--finetune_epochs", settings.num_epochs, rule)
-    num_steps = max(1, round(steps))
+    num_steps = _num_steps(settings, order)
     model = Classifier(encoder.clone(drop_path=settings.drop_path), settings.num_classes)
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(settings.seed))
 
-    def create() -> Any:
-        return model.init(init_rng, preprocess(train.images[:1]))["params"]
-
-    params = {**initialise(create), "encoder": jax.tree.map(jnp.copy, encoder_params)}
+    params = initialise(lambda: model.init(init_rng, preprocess(train.images[:1]))["params"])
+    params = {**params, "encoder": jax.tree.map(jnp.copy, encoder_params)}
     scales = layer_scales(params, depth=encoder.depth, layer_decay=settings.layer_decay)
     tx = _optimizer(settings, scales, num_steps)
     state = FinetuneState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros(()))
     if checkpoints is not None:
         state = checkpoints.restore(state)
+    update = _make_update(model, tx, settings, augment, run_rng, order.steps_per_epoch)
+
+    with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
+        for step in range(int(state.step), num_steps):
+            (rows,) = order.batches(step, 1, size=1)
+            state = update(state, train.images[rows], train.labels[rows])
+            bar.update(1)
+            done = step + 1
+            if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
+                checkpoints.save(done, state)
+    train_loss = float(state.epoch_loss) / ((num_steps - 1) % order.steps_per_epoch + 1)
+    if not math.isfinite(train_loss):
+        rule = f"the loss is not finite at a learning rate of {settings.learning_rate:g}"
+        raise InputError("--protocols", "finetune", rule)
+    top1 = _test_top1(model, state.params, test, preprocess, batch_size)
+    return {"top1": top1, "train_loss": train_loss}
+
+
+def _test_top1(
+    model: Classifier, params: Any, test: Split, preprocess: Callable[[Any], Any], batch_size: int
+) -> float:
+    @jax.jit
+    def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
+        return {"logits": model.apply({"params": params}, preprocess(images))}
+
+    logits = extract_features(embed, params, test.images, batch_size=batch_size)["logits"]
+    return float((logits.argmax(axis=-1) == test.labels).mean())
+
+
+def _num_steps(settings: FinetuneSettings, order: BatchOrder) -> int:
+    steps = settings.num_epochs * order.steps_per_epoch
+    if steps > MAX_NUMBER:
+        rule = f"must be at most {MAX_NUMBER} steps, not {steps:g}"
+        raise InputError("--finetune_epochs", settings.num_epochs, rule)
+    return max(1, round(steps))
+
+
+def _make_update(
+    model: Classifier,
+    tx: optax.GradientTransformation,
+    settings: FinetuneSettings,
+    augment: Augment,
+    run_rng: Array,
+    steps_per_epoch: int,
+) -> Callable[..., FinetuneState]:
+    """Returns the jitted `update(state, images, labels)`."""
 
     @jax.jit
     def update(
@@ -186,30 +217,11 @@ def finetune(
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        begins = state.step % order.steps_per_epoch == 0
+        begins = state.step % steps_per_epoch == 0
         epoch_loss = jnp.where(begins, 0.0, state.epoch_loss) + loss
         return FinetuneState(state.step + 1, params, opt_state, epoch_loss)
 
-    with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
-        for step in range(int(state.step), num_steps):
-            (rows,) = order.batches(step, 1, size=1)
-            state = update(state, train.images[rows], train.labels[rows])
-            bar.update(1)
-            done = step + 1
-            if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
-                checkpoints.save(done, state)
-    train_loss = float(state.epoch_loss) / ((num_steps - 1) % order.steps_per_epoch + 1)
-    if not math.isfinite(train_loss):
-        rule = f"the loss is not finite at a learning rate of {settings.learning_rate:g}"
-        raise InputError("--protocols", "finetune", rule)
-
-    @jax.jit
-    def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
-        return {"logits": model.apply({"params": params}, preprocess(images))}
-
-    logits = extract_features(embed, state.params, test.images, batch_size=batch_size)["logits"]
-    top1 = float((logits.argmax(axis=-1) == test.labels).mean())
-    return {"top1": top1, "train_loss": train_loss}
+    return update
 
 
 def _optimizer(
@@ -228,6 +240,6 @@ def _optimizer(
         b2=0.98,
         clip_norm=1.0,
     )
-    # The learning rate is a factor of all of AdamW's update, so that of the layer may follow it.
+    # AdamW's whole update is proportional to the learning rate, so the layer factor may follow it.
     layers = optax.GradientTransformation(lambda params: optax.EmptyState(), scale_layers)
     return optax.chain(adamw, layers)

@@ -1,4 +1,4 @@
-"""95 % intervals of accuracies: how far a score on other test images could lie from this one.
+"""95 % intervals of accuracies: how much a score may change on other test images.
 
 References:
   Wilson 1927, "Probable inference, the law of succession, and statistical inference" (J. Am. Stat.
@@ -12,12 +12,7 @@ Z95 = 1.959964  # a standard normal number lies between -Z95 and Z95 with a prob
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Returns the lower and upper end of Wilson's 95 % interval of a share, both in [0, 1].
-
-    Args:
-      share: fraction of n independent trials that succeeded.
-      n: number of trials, at least 1.
-    """
+    """Returns the lower and upper end of Wilson's 95 % interval of a share, both in [0, 1]."""
     z2 = Z95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
@@ -29,16 +24,12 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def difference(ours: float, theirs: float, num_ours: int, num_theirs: int) -> tuple[float, float]:
     """Returns the 95 % interval of `ours - theirs`, two accuracies.
 
-    The two are treated as measured on different test images. Two encoders that are scored on the
-    same images tend to be wrong on the same ones, so their difference varies less: this interval
-    is then too wide, and never claims more than a paired test would. A paired interval needs the
-    predictions for each image, which results do not keep.
+    The accuracies are treated as if measured on different test images. Two encoders tend to be
+    wrong on the same images, so on a shared test set their difference varies less. The interval is
+    then too wide, and never claims more than a paired test would. A paired interval needs the
+    predictions for each image, which results do not store.
 
-    Args:
-      ours: accuracy of the first, fraction in [0, 1].
-      theirs: accuracy of the second.
-      num_ours: test images behind the first, at least 1.
-      num_theirs: test images behind the second, at least 1.
+    `num_ours` and `num_theirs` are the numbers of test images, at least 1.
     """
     our_low, our_high = wilson(ours, num_ours)
     their_low, their_high = wilson(theirs, num_theirs)

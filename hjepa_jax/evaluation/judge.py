@@ -1,6 +1,7 @@
-"""Judges the encoders of a run: every protocol, told on the terminal and kept in its workdir."""
+"""Evaluates the encoders of a run: every protocol, printed and added to its work directory."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -13,19 +14,15 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
-from hjepa_jax.evaluation.features import (
-    FeatureCache,
-    check_levels,
-    extract_features,
-    params_digest,
-)
+from hjepa_jax.evaluation.feature_cache import FeatureCache, params_digest
+from hjepa_jax.evaluation.features import check_levels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
 from hjepa_jax.runs.scores import Row, may_be_of, rows_to_add_to, write_probe_json
 from hjepa_jax.runtime.provenance import source_digest
 
-# Those of plain features, and those that need the encoder's tokens or the encoder itself.
+# Protocols on pooled features, then protocols that need the encoder's tokens or the encoder itself.
 PROTOCOLS = (*protocols.PROTOCOLS, "attentive", "finetune")
 
 
@@ -44,107 +41,137 @@ def judge_run(
     keep_features: bool = True,
     finetune_epochs: float = 20.0,
 ) -> list[Row]:
-    """Runs the protocols, prints rows and tables, and adds each row to probe.json as it is done.
+    """Runs the protocols, prints rows and tables, and adds every row to probe.json at once.
 
     Args:
-      workdir: the run's directory; features are kept in its folder `features`, fine-tunings in
-        `finetune`.
-      config: the run's config.
+      workdir: the work directory; features go to its folder `features`, fine-tunings to `finetune`.
+      config: config of the run.
       model: the networks.
       encoders: parameters by name, see `evaluate_encoders`.
       train: training images of `source`.
-      test: its test images.
-      source: where they are from.
+      test: test images of `source`.
+      source: the data source.
       step: checkpoint step of the trained encoders.
-      protocol: what to run; its protocols may be any of `PROTOCOLS`.
-      num_layers: how many of the last blocks give features.
-      keep_features: whether extracted features are kept for the next time.
+      protocol: the settings; its protocols may be any of `PROTOCOLS`.
+      num_layers: number of last blocks that give features.
+      keep_features: whether extracted features are stored for the next time.
       finetune_epochs: length of a fine-tuning.
-
-    Raises:
-      InputError: see `evaluate_encoders`.
-      OSError: when the workdir cannot be written.
     """
-    wanted, rows = protocol.protocols, []
     images = fingerprint(train, test=test)
-    # A file that cannot be added to is refused at once.
-    before = rows_to_add_to(workdir / "probe.json")
-    if others := [r for r in before if not may_be_of(r, source.name, images)]:
-        message = f"probe.json holds {len(others)} rows of {source.name} with other images than it"
-        print(f"{message} has now; reports leave them out", file=sys.stderr, flush=True)
-    num_classes = len(source.info.class_names)
+    _warn_of_other_images(workdir / "probe.json", source.name, images)
+    num_classes, rows = len(source.info.class_names), list[Row]()
     protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
-    embed = build.build_embed_fn(config, model, num_layers=num_layers)
-    augment = build.build_augment(config)
 
-    def add(row: Row) -> None:
-        layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
-        row["num_layers"] = num_layers if layered else 1
-        rows.append(row)
-        print(results.format_row(row), flush=True)
-        write_probe_json(workdir / "probe.json", [row])
-
-    plain = tuple(name for name in wanted if name in protocols.PROTOCOLS)
-    if plain:
+    add = functools.partial(_add, rows, workdir / "probe.json", num_layers)
+    if pooled := tuple(name for name in protocol.protocols if name in protocols.PROTOCOLS):
         protocols.evaluate_encoders(
-            embed,
-            encoders,
-            train,
-            test,
-            num_classes=num_classes,
-            step=step,
-            protocol=dataclasses.replace(protocol, protocols=plain),
+            build.build_embed_fn(config, model, num_layers=num_layers),
+            encoders, train, test, num_classes=num_classes, step=step,
+            protocol=dataclasses.replace(protocol, protocols=pooled),
             embed_views=build.build_embed_views_fn(config, model, num_layers=num_layers),
             cache=FeatureCache(workdir / "features") if keep_features else None,
-            data=source.name,
-            report=add,
-        )
-
+            data=source.name, report=add,
+        )  # fmt: skip
     for encoder, params in {**encoders, "pixels": None}.items():
         common = protocols.origin(encoder, step, protocol.seed, source.name, train, test, images)
-        if "attentive" in wanted:
-            embed_tokens = jax.jit(build.build_tokens_fn(config, model))
-            tokens, test_tokens = (
-                extract_features(
-                    embed_tokens, params, split.images, batch_size=protocol.batch_size,
-                    what=f"{encoder} tokens, {name}",
-                )["tokens"]
-                for name, split in (("train", train), ("test", test))
-            )  # fmt: skip
-            result = attentive_probe(
-                tokens, train.labels, test_tokens, test.labels,
-                num_classes=num_classes, num_val=protocol.num_val, seed=protocol.seed,
-                what=f"{encoder} attentive probe",
-            )  # fmt: skip
-            chosen = {
-                "learning_rate": result.chosen_learning_rate,
-                "weight_decay": result.chosen_weight_decay,
-                "val_top1": max(result.val_top1),
-            }
-            where = {"level": 0, "pool": "tokens", "dim": tokens.shape[2]}
-            del tokens, test_tokens  # gigabytes, before the next encoder's
-            scored = {"top1": result.top1, "chosen": chosen, "at_edge": list(result.at_edge)}
-            add({"protocol": "attentive", **where, **scored, **common})
-        if "finetune" in wanted and encoder != "pixels":  # random-init: training from scratch
+        if "attentive" in protocol.protocols:
+            embed = jax.jit(build.build_tokens_fn(config, model))
+            add(_attentive(embed, encoder, params, train, test, num_classes, protocol) | common)
+        if "finetune" in protocol.protocols and encoder != "pixels":
             settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
-            made_from = " ".join(
-                [source_digest(), fingerprint(train), params_digest(params)]
-                + [repr(part) for part in (settings, augment, model.context_encoder)]
-            )
-            made_from = hashlib.sha256(made_from.encode()).hexdigest()
-            newest = NewestCheckpoint(workdir / "finetune" / f"{encoder}_{made_from[:16]}")
-            try:
-                scores = finetune(
-                    model.context_encoder, params, train, test, settings,
-                    augment=augment, preprocess=build.build_preprocess(config),
-                    checkpoints=newest, what=f"{encoder} fine-tuning",
-                )  # fmt: skip
-            finally:
-                newest.close()
-            where = {"level": 0, "pool": "mean", "dim": model.context_encoder.width}
-            where["labels"] = f"{finetune_epochs:g} epochs"
-            how = {"settings": dataclasses.asdict(settings), "chosen": {}}
-            add({"protocol": "finetune", **where, **scores, **how, **common})
+            add(_finetune(workdir, config, model, encoder, params, train, test, settings) | common)
     print(results.format_tables(rows))
     return rows
+
+
+def _add(rows: list[Row], path: pathlib.Path, num_layers: int, row: Row) -> None:
+    """Adds a row to `rows` and to probe.json, and prints it."""
+    layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
+    row["num_layers"] = num_layers if layered else 1
+    rows.append(row)
+    print(results.format_row(row), flush=True)
+    write_probe_json(path, [row])
+
+
+def _warn_of_other_images(path: pathlib.Path, data: str, images: str) -> None:
+    """Refuses a probe.json that cannot be extended; warns about rows on other images."""
+    others = [row for row in rows_to_add_to(path) if not may_be_of(row, data, images)]
+    if others:
+        message = f"probe.json holds {len(others)} rows of {data} with other images than it has now"
+        print(f"{message}; reports leave them out", file=sys.stderr, flush=True)
+
+
+def _attentive(
+    embed: Any,
+    encoder: str,
+    params: Any,
+    train: Split,
+    test: Split,
+    num_classes: int,
+    protocol: protocols.Protocol,
+) -> Row:
+    """Returns the row of the attentive probe."""
+    tokens, test_tokens = (
+        extract_features(
+            embed, params, split.images, batch_size=protocol.batch_size,
+            what=f"{encoder} tokens, {name}",
+        )["tokens"]
+        for name, split in (("train", train), ("test", test))
+    )  # fmt: skip
+    result = attentive_probe(
+        tokens, train.labels, test_tokens, test.labels,
+        num_classes=num_classes, num_val=protocol.num_val, seed=protocol.seed,
+        what=f"{encoder} attentive probe",
+    )  # fmt: skip
+    return {
+        "protocol": "attentive",
+        "level": 0,
+        "pool": "tokens",
+        "dim": tokens.shape[2],
+        "top1": result.top1,
+        "chosen": {
+            "learning_rate": result.chosen_learning_rate,
+            "weight_decay": result.chosen_weight_decay,
+            "val_top1": max(result.val_top1),
+        },
+        "at_edge": list(result.at_edge),
+    }
+
+
+def _finetune(
+    workdir: pathlib.Path,
+    config: Config,
+    model: HJEPA,
+    encoder: str,
+    params: Any,
+    train: Split,
+    test: Split,
+    settings: FinetuneSettings,
+) -> Row:
+    """Returns the row of a fine-tuning; "random_init" is training from scratch."""
+    augment, network = build.build_augment(config), model.context_encoder
+    made_from = " ".join(
+        [source_digest(), fingerprint(train), params_digest(params)]
+        + [repr(part) for part in (settings, augment, network)]
+    )
+    digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    newest = NewestCheckpoint(workdir / "finetune" / f"{encoder}_{digest}")
+    try:
+        scores = finetune(
+            network, params, train, test, settings,
+            augment=augment, preprocess=build.build_preprocess(config),
+            checkpoints=newest, what=f"{encoder} fine-tuning",
+        )  # fmt: skip
+    finally:
+        newest.close()
+    return {
+        "protocol": "finetune",
+        "level": 0,
+        "pool": "mean",
+        "dim": network.width,
+        "labels": f"{settings.num_epochs:g} epochs",
+        **scores,
+        "settings": dataclasses.asdict(settings),
+        "chosen": {},
+    }

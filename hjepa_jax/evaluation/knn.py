@@ -1,7 +1,7 @@
 """k-nearest-neighbour probe: weighted votes of the most similar training images.
 
-Exact, without training and without randomness, for every k in one pass over the data. It runs on
-the host in NumPy because not every accelerator sorts correctly, and NumPy is fast enough.
+The search is exact, and one pass over the data serves every k. It runs in NumPy on the host: not
+every accelerator sorts correctly, and NumPy is fast enough.
 
     result = knn_probe(train_x, train_y, test_x, test_y, num_classes=10)
     print(result.top1, result.chosen_k)
@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Int32, Integer
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import progress
-from hjepa_jax.evaluation.labelled import check_splits, choose, edge_note, hold_out
+from hjepa_jax.evaluation.labelled import ProbeResult, check_splits, choose, edge_note, hold_out
 from hjepa_jax.evaluation.quality import unit_rows
 
 DEFAULT_KS = (1, 5, 10, 20, 50, 100, 200)
@@ -27,23 +27,14 @@ TEMPERATURE = 0.07
 
 
 @dataclasses.dataclass(frozen=True)
-class KnnResult:
+class KnnResult(ProbeResult):
     """Outcome of the k-NN probe.
 
-    Attributes:
-      top1: accuracy on the test set at the chosen k, fraction in [0, 1].
-      chosen_k: the k that scored best on held-out training rows; the smallest, of equals, but the
-        largest of all only if it is alone.
-      val_top1: those held-out scores, one per k in the order given.
-      test_predictions: predicted classes `[num_test]` at the chosen k.
-      at_edge: a note if the chosen k is the largest tried, and there are rows for a larger one.
+    `chosen_k` has the best held-out score; among equal scores it is the smallest. It is an end of
+    the grid only if there are rows for a larger k.
     """
 
-    top1: float
     chosen_k: int
-    val_top1: tuple[float, ...]
-    test_predictions: Int32[np.ndarray, " num_test"]
-    at_edge: tuple[str, ...] = ()
 
 
 def knn_probe(
@@ -60,24 +51,13 @@ def knn_probe(
     block_size: int = 512,
     what: str = "",
 ) -> KnnResult:
-    """Chooses k on held-out training rows, then scores the test set once with all training rows.
+    """Chooses k on held-out training rows, then scores the test once with all training rows.
 
-    Args:
-      train_x: features `[n, D]`.
-      train_y: classes `[n]` in [0, num_classes).
-      test_x: features `[num_test, D]`.
-      test_y: classes `[num_test]`; read only to score the final predictions.
-      num_classes: number of classes.
-      ks: neighbour counts to choose from, each at most the rows that remain after the hold-out.
-      temperature: of the votes; see `knn_predict`.
-      num_val: training rows held out to choose k; at most a fifth of them is taken.
-      seed: of the hold-out.
-      block_size: queries at a time; see `knn_predict`.
-      what: name of the work, for a progress bar; empty for none.
+    Takes the arguments of `linear_probe`, and `temperature` and `block_size` of `knn_predict`. `ks`
+    are the numbers of neighbours to choose from, at most the rows that remain after the hold-out.
 
     Raises:
-      InputError: for features that are empty or not finite, arrays that do not match, labels out
-        of range, or a k that is too large ("ks").
+      InputError: see `linear_probe`, or a k is too large ("ks").
     """
     check_splits(train_x, train_y, test_x, test_y, num_classes=num_classes)
     options = {"num_classes": num_classes, "temperature": temperature, "block_size": block_size}
@@ -91,11 +71,15 @@ def knn_probe(
         [val_top1[i] for i in order], open_start=min(ks) > 1, open_end=max(ks) < len(fit)
     )
     chosen_k = ks[order[best]]
-    notes = (edge_note("k", chosen_k, ks),) if at_edge else ()
 
     (predictions,) = knn_predict(train_x, train_y, test_x, ks=[chosen_k], **options)
-    top1 = float((predictions == test_y).mean())
-    return KnnResult(top1, chosen_k, tuple(val_top1), predictions, notes)
+    return KnnResult(
+        top1=float((predictions == test_y).mean()),
+        val_top1=tuple(val_top1),
+        test_predictions=predictions,
+        at_edge=(edge_note("k", chosen_k, ks),) if at_edge else (),
+        chosen_k=chosen_k,
+    )
 
 
 def knn_predict(
@@ -111,25 +95,25 @@ def knn_predict(
 ) -> Int32[np.ndarray, "num_ks Q"]:
     """Classifies each query by the weighted vote of its k most similar bank rows, for every k.
 
-    A neighbour of cosine similarity s votes with weight exp(s / temperature). Of neighbours equally
-    similar (to the last bit of float32) the one earlier in the bank counts; of classes with equal
-    votes the lower wins. A row of zeros has similarity 0 to everything.
+    A neighbour of cosine similarity s votes with weight exp(s / temperature). Ties: among equally
+    similar rows (in float32) the earlier row of the bank counts, among equal votes the lower class
+    wins. A row of zeros has similarity 0 to everything.
 
     Args:
       bank_x: features of the labelled rows.
       bank_y: their classes in [0, num_classes).
       query_x: features to classify.
-      ks: neighbour counts in [1, n].
+      ks: numbers of neighbours in [1, n].
       num_classes: number of classes.
       temperature: > 0; smaller values weigh the nearest neighbours more.
-      block_size: queries at a time: bounds memory, about 10 * block_size * n bytes.
-      what: name of the work, for a progress bar; empty for none.
+      block_size: queries per block; memory is about 10 * block_size * n bytes.
+      what: title of the progress bar; empty = none.
 
     Returns:
-      Predicted classes, one row per k in the order given.
+      Predicted classes, one row per k in the given order.
 
     Raises:
-      InputError: if a k is out of range, or `ks` is empty ("ks").
+      InputError: a k is out of range, or `ks` is empty ("ks").
     """
     n = len(bank_x)
     if not ks or min(ks) < 1 or max(ks) > n:
@@ -142,10 +126,10 @@ def knn_predict(
         similarity = unit_rows(query_x[block].astype(np.float32)) @ bank.T
         neighbours = _nearest(similarity, max(ks))
         similarity = np.take_along_axis(similarity, neighbours, axis=1).astype(np.float64)
-        # Relative to the nearest neighbour: the same vote, but safe from overflow.
+        # Relative to the nearest neighbour: the same vote, without overflow.
         weights = np.exp((similarity - similarity[:, :1]) / temperature)
 
-        # The votes for k are those for the next smaller k, plus those of the ranks between.
+        # The votes for k are the votes for the next smaller k, plus the ranks between the two.
         q = len(neighbours)
         ballot = np.arange(q)[:, None] * num_classes + bank_y[neighbours]
         votes, counted = np.zeros((q, num_classes)), 0
@@ -160,16 +144,16 @@ def knn_predict(
 def nearest_rows(
     bank_x: Float[np.ndarray, "n D"], query_x: Float[np.ndarray, "q D"], *, k: int
 ) -> Integer[np.ndarray, "q k"]:
-    """Rows of the bank that are most similar to each query by cosine, the nearest first."""
+    """Returns the k bank rows with the largest cosine similarity to each query, largest first."""
     bank, queries = (unit_rows(x.astype(np.float32)) for x in (bank_x, query_x))
     return _nearest(queries @ bank.T, k)
 
 
 def _nearest(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:
-    """Returns the columns of the k largest similarities, largest first, equals by lower column."""
+    """Returns the columns of the k largest similarities, in order; ties go to lower columns."""
     top = np.argpartition(similarity, -k, axis=1)[:, -k:]
     smallest = np.take_along_axis(similarity, top, axis=1).min(axis=1, keepdims=True)
-    # Where more than k columns reach the k-th value, which of them argpartition took is arbitrary.
+    # If more than k columns reach the k-th value, argpartition takes arbitrary ones of them.
     for row in np.flatnonzero(np.sum(similarity >= smallest, axis=1) > k):
         top[row] = np.argsort(-similarity[row], kind="stable")[:k]
     top.sort(axis=1)

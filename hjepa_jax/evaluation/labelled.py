@@ -1,30 +1,41 @@
-"""Labelled features as every probe takes them: what is refused, held out, and chosen by it."""
+"""Labelled features as probes take them: checks, the hold-out, and the choice from a grid."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int32
 
+from hjepa_jax.data.rows import Rows, draw_rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import check_features
 
-MIN_ROWS = 5  # of a training set from which some are held out: a fifth at most
+MIN_ROWS = 5  # minimum size of a training set: a fifth is held out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """Outcome of a probe; accuracies are fractions in [0, 1].
+
+    Attributes:
+      top1: accuracy on the test set, with the chosen setting.
+      val_top1: held-out scores of all settings, in the order of the grid.
+      test_predictions: predicted classes `[num_test]`.
+      at_edge: notes if a chosen value is an end of its grid.
+    """
+
+    top1: float
+    val_top1: tuple[float, ...]
+    test_predictions: Int32[np.ndarray, " num_test"]
+    at_edge: tuple[str, ...]
 
 
 def check_labelled(
     split: str, x: np.ndarray, y: np.ndarray, *, num_classes: int, width: int | None = None
 ) -> None:
-    """Refuses features and labels that do not belong together.
+    """Refuses features `[n, D]` and labels `[n]` that do not match.
 
-    Args:
-      split: "train" or "test", for the field's name in the error.
-      x: features `[n, D]`.
-      y: labels `[n]`.
-      num_classes: labels must lie in [0, num_classes).
-      width: the D that `x` must have; any, if None.
-
-    Raises:
-      InputError: naming `{split}_x` or `{split}_y`.
+    Errors name `{split}_x` or `{split}_y`. `width` is the required D; None = any.
     """
     check_features(f"{split}_x", x)
     if width is not None and x.shape[1] != width:
@@ -32,9 +43,8 @@ def check_labelled(
     if y.shape != (len(x),):
         raise InputError(f"{split}_y", y.shape, f"must be one label per row of {split}_x, {len(x)}")
     if y.min() < 0 or y.max() >= num_classes:
-        raise InputError(
-            f"{split}_y", (int(y.min()), int(y.max())), f"must lie in [0, {num_classes})"
-        )
+        found = (int(y.min()), int(y.max()))
+        raise InputError(f"{split}_y", found, f"must lie in [0, {num_classes})")
 
 
 def check_splits(
@@ -45,48 +55,39 @@ def check_splits(
     *,
     num_classes: int,
 ) -> None:
-    """`check_labelled` of both splits, which must be of one width."""
+    """Applies `check_labelled` to both splits, which must have the same width."""
     check_labelled("train", train_x, train_y, num_classes=num_classes)
     check_labelled("test", test_x, test_y, num_classes=num_classes, width=train_x.shape[1])
 
 
-def hold_out(
-    n: int, *, num_val: int, seed: int = 0
-) -> tuple[Int[np.ndarray, " fit"], Int[np.ndarray, " val"]]:
-    """Splits the training rows in two, to choose a hyper-parameter without the test set.
+def hold_out(n: int, *, num_val: int, seed: int = 0) -> Rows:
+    """Splits training rows into rows to fit and rows to choose a hyper-parameter on.
 
-    Args:
-      n: number of training rows, at least `MIN_ROWS`.
-      num_val: rows to hold out; at most a fifth of `n` is taken.
-      seed: the same seed holds out the same rows.
-
-    Returns:
-      Row numbers `(fit_rows, val_rows)`: sorted, disjoint, and all of [0, n) together.
+    At most a fifth of the rows is held out; the same seed holds out the same rows.
 
     Raises:
-      InputError: if nothing could be held out.
+      InputError: no row could be held out.
     """
     num_val = min(num_val, n // MIN_ROWS)
     if num_val < 1:
         raise InputError("train_x", f"{n} rows", f"must have at least {MIN_ROWS}, to hold some out")
-    order = np.random.default_rng(seed).permutation(n)
-    return np.sort(order[num_val:]), np.sort(order[:num_val])
+    return draw_rows(n, num_val, seed=seed)
 
 
 def choose(
     scores: Sequence[float], *, open_start: bool = True, open_end: bool = True
 ) -> tuple[int, bool]:
-    """Chooses the setting with the best held-out score from a grid.
+    """Chooses the setting of a grid with the best held-out score.
 
     Args:
       scores: one per setting, in the order of the grid.
-      open_start: whether settings beyond the first could be better; False if there are none, such
+      open_start: whether settings beyond the first could be better. False if there are none, such
         as fewer neighbours than 1.
-      open_end: the same for the last.
+      open_end: the same for the last setting.
 
     Returns:
-      The index of the best score, and whether that setting is at an open end of the grid. Of equal
-      scores the first counts that is not at an open end, or else the first.
+      The index of the best score, and whether it is at an open end of the grid. Among equal scores
+      the first that is not at an open end wins, or else the first.
     """
     best = [i for i, score in enumerate(scores) if score == max(scores)]
     ends = set()
@@ -98,14 +99,6 @@ def choose(
 
 
 def edge_note(name: str, value: float, tried: Sequence[float]) -> str:
-    """Says that the chosen value is an end of those tried: "l2 1e-10 is the smallest tried"."""
+    """Returns a note that the chosen value is an end of the grid: "l2 1e-10 is the smallest"."""
     which = "smallest" if value == min(tried) else "largest"
     return f"{name} {value:g} is the {which} tried, a better one may lie beyond"
-
-
-def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
-    """At most `count` of the rows, at even distances from the first to the last.
-
-    Folders and many files hold one class after the other: the first rows would lack the last.
-    """
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -1,7 +1,7 @@
-"""Is a representation usable at all? Rank and spread of a feature matrix, on the host in float64.
+"""Label-free quality of a representation: rank and spread of a feature matrix, in float64.
 
-Two ways to fail, after Jing et al. 2021 (arXiv 2110.09348): *complete* collapse maps every image
-to one point; *dimensional* collapse leaves only a few directions in use. Neither shows in the loss.
+A representation can fail in two ways (Jing et al. 2021, arXiv 2110.09348). *Complete* collapse maps
+every image to one point. *Dimensional* collapse uses only a few directions. The loss shows neither.
 
     verdict = collapse_verdict(features)  # features [n, D]
     print(verdict.label, verdict.effective_rank)
@@ -19,7 +19,7 @@ MIN_RELATIVE_STD = 0.01
 MIN_RANK_FRACTION = 0.1
 
 ALPHA_RANKS = (4, 100)  # first and last rank of the spectrum that `alpha_req` fits
-ALPHA_FLOOR = 1e-6  # of the largest eigenvalue
+ALPHA_FLOOR = 1e-6  # fraction of the largest eigenvalue
 
 # Features are float32: a spread below this fraction of their size is rounding, not information.
 _RESOLUTION = float(np.finfo(np.float32).eps)
@@ -27,14 +27,14 @@ _RESOLUTION = float(np.finfo(np.float32).eps)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether features have collapsed, and the values and thresholds that say so.
+    """Whether features have collapsed, with the values and thresholds that decide it.
 
     Attributes:
-      label: "collapse" if `relative_std < min_relative_std`: every row is nearly the same point;
-        else "partial collapse" if `effective_rank < min_rank_fraction * max_rank`; else "healthy".
+      label: "collapse" if `relative_std < min_relative_std` (all rows are nearly the same point),
+        "partial collapse" if `effective_rank < min_rank_fraction * max_rank`, else "healthy".
       relative_std: `feature_std` over the root mean square of all entries, in [0, 1].
       effective_rank: in [0, max_rank].
-      max_rank: the largest rank that n centred rows of width D can have, min(n - 1, D).
+      max_rank: largest possible rank of n centred rows of width D, min(n - 1, D).
       min_relative_std: threshold on `relative_std`.
       min_rank_fraction: threshold on `effective_rank / max_rank`.
     """
@@ -48,11 +48,7 @@ class Verdict:
 
 
 def check_features(field: str, features: np.ndarray) -> Float[np.ndarray, "n D"]:
-    """Returns `features` unchanged if they are a finite, non-empty matrix.
-
-    Raises:
-      InputError: naming `field`, if they are not.
-    """
+    """Returns `features` unchanged; refuses any but a finite, non-empty matrix, naming `field`."""
     if features.ndim != 2 or features.size == 0:
         raise InputError(field, features.shape, "must be a matrix [n, D] with n >= 1 and D >= 1")
     num_bad = int(np.sum(~np.isfinite(features)))
@@ -64,43 +60,33 @@ def check_features(field: str, features: np.ndarray) -> Float[np.ndarray, "n D"]
 
 
 def unit_rows(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    """Rows brought to length 1, in the dtype they have; rows of zeros stay."""
+    """Returns the rows scaled to length 1; rows of zeros stay zero."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def feature_std(features: Float[np.ndarray, "_ _"]) -> float:
-    """Returns the standard deviation over rows, averaged over dimensions; 0 means collapse.
-
-    Args:
-      features: `[n, D]`, in the features' own unit.
-
-    Raises:
-      InputError: if `features` is empty or not finite.
-    """
+    """Returns the standard deviation over rows, averaged over dimensions; 0 means collapse."""
     return float(np.std(check_features("features", features), axis=0, dtype=np.float64).mean())
 
 
 def effective_rank(
     features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
 ) -> float:
-    """Returns how many directions the features use: exp of the entropy of their spectrum.
+    """Returns the number of directions that the features use: exp of the entropy of the spectrum.
 
     With singular values sigma_k of the centred features and p_k = sigma_k / sum(sigma), this is
-    exp(-sum p_k log p_k): 1 when one direction holds all the variation, D when all hold the same.
+    exp(-sum p_k log p_k): 1 if one direction holds all variation, D if all hold the same.
 
     Args:
       features: `[n, D]`.
-      spectrum: their `singular_values`, where those are known.
+      spectrum: their `singular_values`, if known.
 
     Returns:
       A value in [1, min(n - 1, D)]; exactly 0.0 if all rows are equal to float32 rounding.
 
-    Raises:
-      InputError: if `features` is empty or not finite.
-
     References:
       Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality"
-      (EUSIPCO), definition 1. We centre first, so that a shared mean does not count as a direction.
+      (EUSIPCO), definition 1. We centre first: a shared mean must not count as a direction.
     """
     x = check_features("features", features).astype(np.float64)
     centred = x - x.mean(axis=0)
@@ -119,10 +105,7 @@ def rankme(features: Float[np.ndarray, "_ _"], *, epsilon: float = 1e-7) -> floa
       epsilon: added to each normalised singular value, so that the logarithm exists.
 
     Returns:
-      A value in about [1, min(n, D)] (all-zero features, which have no spectrum: 0.0).
-
-    Raises:
-      InputError: if `features` is empty or not finite.
+      A value in about [1, min(n, D)]; 0.0 for all-zero features, which have no spectrum.
 
     References:
       Garrido et al. 2023, "RankMe" (arXiv 2210.02885), equation 1.
@@ -134,11 +117,7 @@ def rankme(features: Float[np.ndarray, "_ _"], *, epsilon: float = 1e-7) -> floa
 
 
 def singular_values(features: Float[np.ndarray, "_ _"]) -> Float64[np.ndarray, " r"]:
-    """Returns the min(n, D) singular values of the centred features, largest first.
-
-    Raises:
-      InputError: if `features` is empty or not finite.
-    """
+    """Returns the min(n, D) singular values of the centred features, largest first."""
     x = check_features("features", features).astype(np.float64)
     return _singular_values(x - x.mean(axis=0))[::-1]
 
@@ -148,27 +127,24 @@ def alpha_req(
 ) -> float:
     """Returns how fast the spectrum of the covariance decays: alpha in lambda_j ~ j^-alpha.
 
-    0 is a flat spectrum; good representations are reported near 1; large values mean few
-    directions. The slope is a weighted least-squares fit in log-log over the ranks j of
-    `ALPHA_RANKS`. The squared error at rank j has the weight 1 / j, so that each factor of two in
-    rank counts alike.
+    0 is a flat spectrum, good representations are reported near 1, large values mean few
+    directions. The slope is a weighted least-squares fit in log-log over the ranks of
+    `ALPHA_RANKS`. The squared error at rank j has weight 1 / j: each factor of two in rank counts
+    equally.
 
     Args:
       features: `[n, D]`.
-      spectrum: their `singular_values`, if they are known.
+      spectrum: their `singular_values`, if known.
 
     Returns:
       alpha; nan if fewer than two eigenvalues remain to fit.
 
-    Raises:
-      InputError: if `features` is empty or not finite.
-
     References:
       Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2, with ranks and weights of
       the authors' code, which takes them from Stringer et al. 2019 (Nature 571). We deviate once:
-      eigenvalues below `ALPHA_FLOOR` of the largest are left out. Features that repeat others, or
-      that bfloat16 rounds, end in a floor of noise there, which is no power law. Up to commit
-      b92d0cf all eigenvalues were fitted without weights: those numbers do not compare.
+      eigenvalues below `ALPHA_FLOOR` of the largest are omitted. Duplicated features, or rounding
+      by bfloat16, end in a floor of noise there, which is no power law. Up to commit b92d0cf all
+      eigenvalues were fitted without weights: older numbers cannot be compared.
     """
     sigma = singular_values(features) if spectrum is None else spectrum
     if sigma[0] <= _RESOLUTION * np.abs(features).max():
@@ -189,15 +165,12 @@ def uniformity(
 ) -> float:
     """Returns how evenly directions are used: log of the mean of exp(-t |u - v|^2) over pairs.
 
-    u and v are features of length 1; the pairs are all pairs of different rows among at most
-    `max_rows`, taken at even distances.
+    u and v are features scaled to length 1. All pairs of different rows count, among at most
+    `max_rows` evenly spaced rows.
 
     Returns:
-      A value in [-4 t, 0]: 0 when all rows point one way, about -2 t for even directions in many
+      A value in [-4 t, 0]: 0 if all rows point one way, about -2 t for even directions in many
       dimensions.
-
-    Raises:
-      InputError: if `features` is empty, not finite, or a single row.
 
     References:
       Wang and Isola 2020 (arXiv 2005.10242), equation 2; t = 2.
@@ -216,24 +189,21 @@ def uniformity(
 def lidar(
     views: Float[np.ndarray, "_ _ _"], *, delta: float = 1e-4, epsilon: float = 1e-7
 ) -> float:
-    """Returns LiDAR: in how many directions images differ by more than their augmented views do.
+    """Returns LiDAR: the number of directions in which images differ more than their views do.
 
-    With Sigma_b the covariance of the images' mean features and Sigma_w the mean covariance of
-    views around them, it is exp of the entropy of the normalised eigenvalues of
+    Sigma_b is the covariance of the mean features of the images, Sigma_w the mean covariance of
+    views around them. LiDAR is exp of the entropy of the normalised eigenvalues of
     Sigma_w^(-1/2) Sigma_b Sigma_w^(-1/2): linear discriminant analysis with images as classes.
 
     Args:
       views: features `[n, q, D]` of q >= 2 augmented views of each of n >= 2 images.
-      delta: added to the diagonal of Sigma_w, in squared units of the features. The value of the
-        paper is meant for features of about unit size, as the LayerNorm at the end of an encoder
-        makes them: a difference between images counts if it is well above sqrt(delta) = 0.01.
+      delta: added to the diagonal of Sigma_w, in squared units of the features. The default, of the
+        paper, suits features of about unit size, such as the output of a LayerNorm: a difference
+        between images counts if it is well above sqrt(delta) = 0.01.
       epsilon: added to each normalised eigenvalue.
 
     Returns:
       A value in about [1, min(n - 1, D)]; 0.0 if all images have the same mean features.
-
-    Raises:
-      InputError: if `views` has too few images or views, or is not finite.
 
     References:
       Thilak et al. 2023, "LiDAR" (arXiv 2312.04000), equations 1 to 3.
@@ -257,16 +227,13 @@ def lidar(
 def collapse_verdict(
     features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
 ) -> Verdict:
-    """Says whether the features have collapsed, wholly or to a few directions.
+    """Returns whether the features have collapsed, to a point or to a few directions.
 
-    The thresholds are conventions, meant to catch plain failures; features that pass may be poor.
+    The thresholds are conventions that catch plain failures; features that pass may be poor.
 
     Args:
-      features: `[n, D]` with n >= 2; n well above D, or `max_rank` is the number of rows.
-      spectrum: their `singular_values`, where those are known.
-
-    Raises:
-      InputError: if `features` is empty, not finite, or a single row.
+      features: `[n, D]` with n >= 2, and n well above D: `max_rank` is at most n - 1.
+      spectrum: their `singular_values`, if known.
     """
     if len(check_features("features", features)) < 2:
         raise InputError("features", features.shape, "a verdict needs at least 2 rows")

@@ -1,4 +1,7 @@
-"""Rows of results: as tables for people, as probe.json for programs, as scalars for TensorBoard."""
+"""Rows of results, compared and displayed: tables, scalars for TensorBoard, the best row.
+
+`runs.scores` defines rows and stores them in probe.json.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,20 +12,20 @@ import numpy as np
 from hjepa_jax.evaluation.intervals import difference, wilson
 from hjepa_jax.runs.scores import IDENTITY, Row
 
-# Those of them that a table has no column for, unless its rows differ in one.
+# Fields of a row that get a column only if the rows of a table differ in them.
 RARE = ("data", "seed", "num_layers")
-# Order of features that were equally good on held-out images; see `best_row`.
+# Preference among features with equal held-out scores; see `best_row`.
 _POOLS = ("mean", "summary", "concat")
 QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
 
 
 def column(row: Row) -> str:
-    """Heading under which a row's score stands: "linear", "lowshot 5", "fewshot 1"."""
+    """Returns the column heading for a row's score: "linear", "lowshot 5 per class"."""
     return f"{row['protocol']} {row['labels']}" if row.get("labels") else row["protocol"]
 
 
 def format_row(row: Row) -> str:
-    """One result in words, for a line while the next is being computed."""
+    """Returns one result as a line, with its warnings."""
     if row["protocol"] == "quality":
         score = f"rank {row['effective_rank']:.1f} of {row['max_rank']}: {row['verdict']}"
     else:
@@ -42,13 +45,13 @@ def _spread(row: Row) -> str:
 
 
 def format_score(row: Row) -> str:
-    """Top-1 in percent with its 95 % interval: "61.30 (59.1-63.4)"."""
+    """Returns top-1 in percent with its 95 % interval: "61.30 (59.1-63.4)"."""
     return f"{100 * row['top1']:.2f}{_interval(row)}"
 
 
 def _interval(row: Row) -> str:
-    """The 95 % interval in brackets; empty if the row does not say how many images there were."""
-    if "interval" in row:  # of episodes, few-shot's own
+    """Returns the 95 % interval in brackets; "" if the number of test images is unknown."""
+    if "interval" in row:  # few-shot: over episodes
         ends = (row["top1"] - row["interval"], row["top1"] + row["interval"])
     elif row.get("test_size"):
         ends = wilson(row["top1"], row["test_size"])
@@ -59,14 +62,14 @@ def _interval(row: Row) -> str:
 
 
 def tested_on(rows: Sequence[Row]) -> str:
-    """The numbers of test images behind the rows: "2,000 test images"."""
+    """Returns the number of test images of the rows: "2,000 test images"."""
     sizes = sorted({row["test_size"] for row in rows if row.get("test_size")})
     many = " or ".join(f"{size:,}" for size in sizes) or "an unknown number of"
     return f"{many} test image{'' if sizes == [1] else 's'}"
 
 
 def format_tables(rows: list[Row]) -> str:
-    """Top-1 in percent, a line per encoder and representation; then the quality of each."""
+    """Returns tables of top-1 in percent and of quality, one line per representation."""
     scored = [row for row in rows if "top1" in row]
     quality = [row for row in rows if row["protocol"] == "quality"]
     tables = [_format_scores(scored)] if scored else []
@@ -74,12 +77,17 @@ def format_tables(rows: list[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def _format_scores(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(column(row) for row in rows))
+def scores_by(rows: Sequence[Row], where: Sequence[str]) -> dict[tuple[Any, ...], dict[str, str]]:
+    """Returns formatted scores by column heading, for each combination of the fields `where`."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in rows:
-        key = (row["encoder"], row["pool"], row["level"], row["dim"])
-        cells.setdefault(key, {})[column(row)] = format_score(row)
+        cells.setdefault(tuple(map(row.get, where)), {})[column(row)] = format_score(row)
+    return cells
+
+
+def _format_scores(rows: list[Row]) -> str:
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    cells = scores_by(rows, ("encoder", "pool", "level", "dim"))
     widths = [max(map(len, [name, *(c.get(name, "") for c in cells.values())])) for name in columns]
     heads = "".join(f"  {name:>{w}}" for name, w in zip(columns, widths, strict=True))
     lines = [
@@ -95,7 +103,7 @@ def _format_scores(rows: list[Row]) -> str:
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
-    """A line for each row whose best setting is an end of those tried, or that did not converge."""
+    """Returns one line per row with a setting at an end of its grid, or without convergence."""
     found = []
     for row in rows:
         notes = list(row.get("at_edge", ()))
@@ -119,11 +127,11 @@ def _format_quality(rows: list[Row]) -> str:
 
 
 def format_seeds(runs: list[list[Row]]) -> str:
-    """Mean and standard deviation of the same result over several runs, one line each.
+    """Returns mean and standard deviation of each result over several runs, one line each.
 
-    Rows count as the same result if they agree in all of `IDENTITY`, but for the fingerprint of the
-    images (`shapes` are other ones for each seed), and in the numbers of images.
-    Of rows that agree within one run, the last counts.
+    Rows are the same result if they agree in `IDENTITY` and in the numbers of images. The
+    fingerprint of the images may differ: `shapes` depends on the seed. If rows agree within one
+    run, the last counts.
     """
     identity = (name for name in IDENTITY if name != "data_fingerprint")
     names = (*identity, "train_size", "test_size")
@@ -153,12 +161,12 @@ def format_seeds(runs: list[list[Row]]) -> str:
 
 
 def differing(rows: Sequence[Row]) -> list[str]:
-    """Which of `RARE` the rows differ in: without these two results would look like one."""
+    """Returns the fields of `RARE` in which the rows differ."""
     return [name for name in RARE if len({str(row.get(name)) for row in rows}) > 1]
 
 
 def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
-    """Scores by name, for TensorBoard: "probe/linear/target_mean_level_0"."""
+    """Returns scores by name for TensorBoard: "probe/linear/target_mean_level_0"."""
     found = {}
     for row in rows:
         where = f"{row['encoder']}_{row['pool']}_level_{row['level']}"
@@ -175,16 +183,10 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
 
 
 def best_row(rows: Iterable[Row], protocol: str, encoder: str) -> Row | None:
-    """The row of the features that were best on held-out training images; None if not judged.
+    """Returns the row with the best held-out score, on the newest checkpoint; None without rows.
 
-    Of several checkpoints the newest counts. Features that are equally good there are told apart
-    by what they are, never by their test score: the fewer dimensions, then "mean" before
-    "summary" before "concat", then the finer level, then the features of fewer blocks.
-
-    Args:
-      rows: on one data set.
-      protocol: "linear" or "knn".
-      encoder: whose features.
+    Test scores never decide, ties included. Among equal held-out scores the order is: fewer
+    dimensions, "mean" before "summary" before "concat", finer level, fewer blocks.
     """
     judged = [row for row in rows if (row["protocol"], row["encoder"]) == (protocol, encoder)]
     return min(judged, key=_preference, default=None)
@@ -206,17 +208,13 @@ def _preference(row: Row) -> tuple[Any, ...]:
 
 
 def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
-    """Whether `ours` is better than `theirs` by more than `margin`, with the numbers that say so.
+    """Returns whether `ours` beats `theirs` by more than `margin`, and the numbers.
 
-    Args:
-      ours: a row of results.
-      theirs: the row to compare it with.
-      margin: of top-1, fraction in [0, 1].
+    `margin` is a difference of top-1, a fraction in [0, 1].
 
     Returns:
-      True if the whole 95 % interval of the difference lies above the margin; False if the
-      difference itself does not; None if the test images are too few to tell, or if a row does not
-      say how many there were.
+      True if the whole 95 % interval of the difference is above the margin, False if the difference
+      is not, None if the test images are too few to decide, or their number is unknown.
     """
     gap = ours["top1"] - theirs["top1"]
     evidence = f"{100 * ours['top1']:.2f} against {100 * theirs['top1']:.2f} %"
@@ -232,7 +230,7 @@ def beats(ours: Row, theirs: Row, margin: float) -> tuple[bool | None, str]:
 
 
 def format_best(rows: Sequence[Row], protocol: str) -> str | None:
-    """The best score of each encoder in one line, for the box at the end of a run."""
+    """Returns the best score of each encoder in one line, for the end of a run."""
     encoders = ("target", "random_init", "pixels")
     best = [row for encoder in encoders if (row := best_row(rows, protocol, encoder))]
     if not best:
@@ -245,7 +243,7 @@ def format_best(rows: Sequence[Row], protocol: str) -> str | None:
 
 
 def headline_scores(rows: list[Row]) -> dict[str, float]:
-    """eval/linear_top1 (all levels) and eval/linear_top1_level_{l} of the target encoder."""
+    """Returns eval/linear_top1 (all levels) and eval/linear_top1_level_{l}, target encoder."""
     scores = {}
     for row in rows:
         if (row["encoder"], row["protocol"], row["pool"]) != ("target", "linear", "mean"):

@@ -1,4 +1,4 @@
-"""Sections of the report that are curves: speed, loss, schedules, collapse indicators."""
+"""Sections of the report with curves: speed, loss, schedules, collapse indicators."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from hjepa_jax.runs.history import History
 from hjepa_jax.runs.progress import format_duration
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
-PLOTTED = 1500  # points of a curve: more than a figure shows
+PLOTTED = 1500  # points per curve, more than a figure can show
 
 
 def speed_section(facts: Facts) -> Section | None:
@@ -70,8 +70,8 @@ def loss_section(facts: Facts) -> Section | None:
     rows.append(["change, %", *changes, ""])
     heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
     text = table(heads, rows) + (
-        "\n\nMeans over the steps since the line before. A term is without its own weight in the "
-        "loss; those of the summary pass and of local views are sums, with the weights of parts."
+        "\n\nMeans over the steps since the previous line. Terms are shown without their weight in "
+        "the loss; the terms of the summary pass and of local views are weighted sums of parts."
     )
     terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]
@@ -124,7 +124,7 @@ def collapse_section(facts: Facts) -> Section | None:
     if facts.look:
         v = facts.look.verdict
         text += (
-            f"\n\nOf the checkpoint at step {facts.look.step}, on {len(facts.look.labels)} "
+            f"\n\nThe checkpoint at step {facts.look.step}, on {len(facts.look.labels)} "
             f"held-out training images: **{v.label}**, effective rank {v.effective_rank:.1f} of "
             f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std:.2g})."
         )
@@ -146,13 +146,13 @@ def collapse_section(facts: Facts) -> Section | None:
 
 
 def _present(history: History, **labels: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Lines by label, of those metrics of training that the log has."""
+    """Returns the curves of the metrics that the log has, by label."""
     names = (name for name in labels if history.last(f"train/{name}") is not None)
     return {labels[name]: thin(history.series(f"train/{name}")) for name in names}
 
 
 def thin(line: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """At most `PLOTTED` points of a line, at even distances, the last among them."""
+    """Returns at most `PLOTTED` evenly spaced points of a curve, the last one included."""
     x, y = line
     stride = max(1, -(-len(x) // PLOTTED))
     return x[::-1][::stride][::-1], y[::-1][::stride][::-1]

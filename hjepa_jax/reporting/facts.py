@@ -1,99 +1,54 @@
-"""What is known of a run, read from its workdir and nowhere else."""
+"""Facts about a run, read from its work directory and nowhere else."""
 
 import dataclasses
 import functools
-import math
 import pathlib
 from typing import Any
 
 import jax
-import numpy as np
 import optax
-from jaxtyping import Float, Int
 
 from hjepa_jax.config import Config, build
-from hjepa_jax.data.base import Source, Split
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.collapse import (
     PATIENCE,
     Limits,
-    Spread,
     find_limits,
     spread_of,
     untrained_spread,
 )
-from hjepa_jax.evaluation.features import extract_features
-from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
-from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.method.window import FEATURE_ROWS
-from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
+from hjepa_jax.reporting.look import Look, look_at
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.history import History, read_history
-from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.lock import lock_owner
 from hjepa_jax.runs.record import RunRecord, read_record
 from hjepa_jax.runs.run import num_params, open_config_source
 from hjepa_jax.runs.scores import Row, read_probe_json, rows_on, steps_if_outdated
 from hjepa_jax.runs.workdir import checkpoint_sizes, load_config
 
-# Training images whose features a report looks at: those compared with, and held-out ones.
-BANK_SIZE, NUM_QUERIES = 2000, 500
-KNN_K = 20
-NUM_NEIGHBOURS, NUM_SHOWN = 6, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """What the newest checkpoint makes of some training images.
-
-    Attributes:
-      step: of the checkpoint.
-      snapshot: of a few images.
-      features: by name, of the held-out images, [Q, D].
-      verdict: whether those of level 0 have collapsed, beside those of the untrained network.
-      labels, predictions: of the held-out images, [Q]; by k-NN on level 0.
-      class_names: by label.
-      images: the held-out images, uint8 [Q, H, W, 3].
-      neighbours: to the first S of them, those of the bank with the most similar features, uint8
-        [S, k, H, W, 3].
-      same_class: bool [S, k].
-      bank_size: how many images they were compared with.
-    """
-
-    step: int
-    snapshot: Snapshot
-    features: dict[str, Float[np.ndarray, "Q _"]]
-    verdict: Verdict
-    labels: Int[np.ndarray, " Q"]
-    predictions: Int[np.ndarray, " Q"]
-    class_names: tuple[str, ...]
-    images: Any
-    neighbours: Any
-    same_class: Any
-    bank_size: int
-
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A run as its workdir shows it.
+    """A run as its work directory describes it.
 
     Attributes:
-      name: of the workdir.
-      workdir: as the user spells it.
-      config: with which the run went on last.
+      name: name of the work directory.
+      workdir: its path, as the user writes it.
+      config: config with which the run was started last.
       history: its metrics.jsonl.
-      probes: the rows of its probe.json, on whatever data.
-      status: "finished", "running", "interrupted", "stopped" (a rule of the config ended it), "not
-        started", or "unknown" if its number of steps is not known.
-      stopped_by: the rule that ended it, and the numbers it looked at; empty for none.
-      num_steps, steps_per_epoch: None if an older version wrote the workdir and the data is absent.
+      probes: rows of its probe.json, on any data.
+      status: "finished", "running", "interrupted", "stopped" (by a rule of the config), "not
+        started", or "unknown" if the number of steps is not known.
+      stopped_by: the rule that ended the run, with its numbers; "" if none did.
+      num_steps, steps_per_epoch: None if run.json is missing and the config does not tell.
       params: number of parameters by part.
       checkpoints: bytes by step.
-      meta: what the newest checkpoint says of its origin; empty without one.
-      look: None where there is no checkpoint, or its images are not to be had; `no_look` says why.
-      width: of the encoder.
+      meta: origin of the newest checkpoint; empty without a checkpoint.
+      look: None if the checkpoint or the images are missing; `no_look` says why.
+      width: width of the encoder.
     """
 
     name: str
@@ -114,32 +69,32 @@ class Facts:
 
     @property
     def own_probes(self) -> list[Row]:
-        """The rows on the data set that the run was trained on, of one seed; see `rows_on`."""
+        """Returns the rows on the data set of the run, of one seed; see `rows_on`."""
         return rows_on(self.config.data.source, self.probes)
 
     @property
     def device_memory(self) -> int | None:
-        """Bytes of memory that the run could have; None where its device does not tell."""
+        """Returns the bytes of memory of the device of the run; None if unknown."""
         memory = self.meta.get("versions", {}).get("device memory", "")
         return int(memory) if memory.isdecimal() else None
 
     @property
     def max_rank(self) -> int:
-        """Largest value that train/effective_rank can have."""
+        """Returns the largest possible value of train/effective_rank."""
         batch = min(self.config.train.batch_size, FEATURE_ROWS)
         return min(batch * (FEATURE_ROWS // batch) - 1, self.width)
 
     @functools.cached_property
     def limits(self) -> Limits:
-        """Effective rank and relative std below which features count as collapsed."""
+        """Returns effective rank and relative std below which features count as collapsed."""
         batch_size = self.config.train.batch_size
         untrained = untrained_spread(self.history.lines, batch_size=batch_size)
         return find_limits(max_rank=self.max_rank, untrained=untrained)
 
     def signs_in(self, line: dict[str, Any]) -> list[str]:
-        """What in one line of the history says that the features have collapsed; else empty.
+        """Returns the signs of a collapse in one line of the history.
 
-        Constant features and rounding noise have full rank, so that their spread counts as well.
+        The standard deviation counts too: constant features plus rounding noise have full rank.
         """
         found, spread, limits = [], spread_of(line), self.limits
         if spread is None:
@@ -151,12 +106,12 @@ class Facts:
         return found
 
     def signs_in_log(self) -> list[str]:
-        """The signs of the newest line, if all of the newest `PATIENCE` lines show some."""
+        """Returns the signs of the newest line, if each of the last `PATIENCE` lines has some."""
         newest = [x for x in self.history.lines if spread_of(x)][-PATIENCE:]
         return self.signs_in(newest[-1]) if newest and all(map(self.signs_in, newest)) else []
 
     def signs_of_collapse(self) -> list[str]:
-        """What in the log and the newest checkpoint says that the features have collapsed."""
+        """Returns the signs of a collapse in the log and in the newest checkpoint."""
         found, look = self.signs_in_log(), self.look
         if look and look.verdict.label != "healthy":
             found.append(f"{look.verdict.label} at the checkpoint of step {look.step}")
@@ -171,17 +126,17 @@ class Facts:
 def read_facts(
     workdir: pathlib.Path, *, images: bool, splits: tuple[Split, Split] | None = None
 ) -> Facts:
-    """Reads a workdir: finished, interrupted, or of a run that goes on.
+    """Reads the work directory of a run that is finished, interrupted or going on.
 
-    Nothing is downloaded: a run whose data is not here is described without pictures.
+    Nothing is downloaded: without its data, a run is described without pictures.
 
     Args:
-      workdir: the run's directory.
+      workdir: the work directory.
       images: whether to read the newest checkpoint and the training images.
-      splits: the run's images, where they are in memory.
+      splits: images of the run, if they are in memory.
 
     Raises:
-      InputError: when the directory holds no run of this version ("--workdir").
+      InputError: the directory holds no run of this version ("--workdir").
     """
     config = load_config(workdir)
     history = read_history(workdir / "metrics.jsonl")
@@ -190,27 +145,17 @@ def read_facts(
     state = jax.eval_shape(build.build_create_state(config, model, optax.identity()))
     params = {name: num_params(tree) for name, tree in sorted(state.params.items())}
     sizes = checkpoint_sizes(workdir)
-    look, meta, record, reason = None, {}, read_record(workdir), ""
-    if not sizes:
-        reason = "there is no checkpoint yet"
-    elif not images:
-        reason = "not asked for (--noimages)"
-    try:
-        if sizes:
-            meta = read_newest_meta(workdir)
-    except InputError as error:
-        reason = str(error)
+    meta, reason = _read_meta(workdir, sizes, images)
+    record = read_record(workdir)
     if record and other_content(meta.get("data"), record.fingerprint):
-        record = None  # of another run, or of other images than the newest checkpoint
-    num_images = record.num_images if record else None
-    if images:
+        record = None  # belongs to another run, or to other images
+    look = None
+    if images and sizes:
         try:
-            source = open_config_source(config, may_download=False)
-            found, look = _see(workdir, config, model, source, record, splits, look=bool(sizes))
-            num_images = num_images or found
+            look = _see(workdir, config, model, record, splits)
         except InputError as error:
             reason = str(error)
-    num_steps, steps_per_epoch = _length(config, record, num_images, history, probes)
+    num_steps = record.num_steps if record else config.train.num_steps
     facts = Facts(
         name=workdir.resolve().name,
         workdir=workdir,
@@ -220,7 +165,7 @@ def read_facts(
         status=_status(workdir, history, num_steps),
         stopped_by="",
         num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=record.steps_per_epoch if record else None,
         params={**params, "target_encoder": num_params(state.target_params)},
         checkpoints=sizes,
         meta=meta,
@@ -232,79 +177,38 @@ def read_facts(
     return dataclasses.replace(facts, status="stopped", stopped_by=rule) if rule else facts
 
 
+def _read_meta(
+    workdir: pathlib.Path, sizes: dict[int, int], images: bool
+) -> tuple[dict[str, Any], str]:
+    """Returns the origin of the newest checkpoint, and why there are no pictures (so far)."""
+    if not sizes:
+        return {}, "there is no checkpoint yet"
+    try:
+        return read_newest_meta(workdir), "" if images else "not asked for (--noimages)"
+    except InputError as error:
+        return {}, str(error)
+
+
 def _see(
     workdir: pathlib.Path,
     config: Config,
     model: Any,
-    source: Source,
     record: RunRecord | None,
     splits: tuple[Split, Split] | None,
-    *,
-    look: bool,
-) -> tuple[int, Look | None]:
-    """The number of training images, and what the newest checkpoint makes of some of them.
-
-    Args:
-      workdir: the run's directory.
-      config: its config.
-      model: its networks.
-      source: of its data.
-      record: its run.json, if there is one.
-      splits: the run's images, where they are in memory.
-      look: whether there is a checkpoint to look at.
+) -> Look:
+    """Applies the newest checkpoint to training images.
 
     Raises:
-      InputError: if images or checkpoint cannot be read, or the images are not those of the run.
+      InputError: images or checkpoint cannot be read, or the run used other images.
     """
-    if not look:
-        return source.num_images, None
+    source = open_config_source(config, may_download=False)
     train, _ = splits or source.load()
     if record and splits is None:
         images = fingerprint(train, source.records)
         if not same_content(images, record.fingerprint):
             rule = "holds other images than the run was trained on"
             raise InputError("data.source", config.data.source, rule)
-    # Without a folder's files that are no images.
-    num_images = len(train.images) if source.records is None else source.num_images
-    return num_images, _look(workdir, config, model, train, source.info.class_names)
-
-
-def _length(
-    config: Config,
-    record: RunRecord | None,
-    num_images: int | None,
-    history: History,
-    probes: list[Row],
-) -> tuple[int | None, int | None]:
-    """Steps of the run and of an epoch; None for what is not known.
-
-    run.json has both. Without one, the data or the probes may tell the number of images. If they
-    do not, the scores that a run logs after its last step still tell where it ended.
-    """
-    if record:
-        return record.num_steps, record.steps_per_epoch
-    if num_images is None:
-        num_images = _probed_size(config, rows_on(config.data.source, probes))
-    if num_images:
-        try:
-            schedules = build.build_schedules(config, num_images)
-            return schedules.num_steps, schedules.steps_per_epoch
-        except InputError:  # the data is no longer what was trained on
-            pass
-    ended = bool(history.lines) and "eval/linear_top1" in history.lines[-1]
-    return config.train.num_steps or (history.last_step() if ended else None), None
-
-
-def _probed_size(config: Config, probes: list[Row]) -> int | None:
-    """Number of training images that probes on the run's data have seen, where it is that of all.
-
-    None where the run may be streamed: probes then see `max_labelled` of them, or another split.
-    """
-    c = config.data
-    size = next((row["train_size"] for row in probes if "train_size" in row), None)
-    streamed = c.streaming == "always" or c.train_split is not None
-    may_be = c.streaming == "auto" and size == c.max_labelled
-    return None if streamed or may_be else size
+    return look_at(workdir, config, model, train, source.info.class_names)
 
 
 def _status(workdir: pathlib.Path, history: History, num_steps: int | None) -> str:
@@ -318,71 +222,11 @@ def _status(workdir: pathlib.Path, history: History, num_steps: int | None) -> s
 
 
 def _stopped_by(facts: Facts) -> str:
-    """The rule of the config that ended a run which is not at its last step; empty for none."""
+    """Returns the rule of the config that ended a run before its last step; "" if none did."""
     c, count = facts.config.train, facts.history.last("train/nonfinite_steps") or 0
     if count > c.max_nonfinite_steps:
         return f"more than train.max_nonfinite_steps={c.max_nonfinite_steps} were left out"
     signs = facts.signs_in_log()
     return (
         f"train.on_collapse=stop: {'; '.join(signs)}" if c.on_collapse == "stop" and signs else ""
-    )
-
-
-def _look(
-    workdir: pathlib.Path, config: Config, model: Any, train: Split, class_names: tuple[str, ...]
-) -> Look:
-    _, state, initial = load_state(workdir)
-    snapshot = jax.jit(build_snapshot_fn(config, model))
-    embed = jax.jit(build.build_embed_fn(config, model))
-    bank, queries = hold_out(len(train.images), num_val=config.eval.num_val)
-    bank, queries = (
-        rows[:: max(1, math.ceil(len(rows) / count))]
-        for rows, count in ((bank, BANK_SIZE), (queries, NUM_QUERIES))
-    )
-
-    def features(params: Any, rows: Any) -> dict[str, Any]:
-        batch_size = config.eval.batch_size
-        return extract_features(embed, params, train.images[rows], batch_size=batch_size)
-
-    bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
-    untrained = features(initial.target_params, queries)["level_0"]
-    k = min(KNN_K, len(bank))
-    (predictions,) = knn_predict(
-        bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
-        num_classes=int(train.labels.max()) + 1,
-    )  # fmt: skip
-    found = bank[
-        nearest_rows(
-            bank_x["level_0"], query_x["level_0"][:NUM_SHOWN], k=min(NUM_NEIGHBOURS, len(bank))
-        )
-    ]
-    return Look(
-        step=int(state.step),
-        snapshot=jax.device_get(
-            snapshot(state.params, state.target_params, fixed_images(train.images))
-        ),
-        features=query_x,
-        verdict=_verdict(query_x["level_0"], untrained),
-        labels=train.labels[queries],
-        predictions=predictions,
-        class_names=class_names,
-        images=train.images[queries],
-        neighbours=train.images[found],
-        same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
-        bank_size=len(bank),
-    )
-
-
-def _verdict(x: Float[np.ndarray, "Q _"], untrained: Float[np.ndarray, "Q _"]) -> Verdict:
-    """Whether features have collapsed, beside those of the untrained network."""
-    found, before = collapse_verdict(x), collapse_verdict(untrained)
-    spread, start = (Spread(v.effective_rank, v.relative_std) for v in (found, before))
-    limits = find_limits(max_rank=found.max_rank, untrained=start)
-    return Verdict(
-        label=limits.label(spread),
-        relative_std=found.relative_std,
-        effective_rank=found.effective_rank,
-        max_rank=found.max_rank,
-        min_relative_std=limits.relative_std,
-        min_rank_fraction=limits.effective_rank / found.max_rank,
     )

@@ -1,7 +1,7 @@
 """Figures of a run's numbers: pure functions from arrays to matplotlib figures, drawn by Agg.
 
-Colours are those of Okabe and Ito (2008), which all common kinds of colour vision tell apart; lines
-differ in dash as well. `png(figure, dark=True)` draws the same figure for a dark page.
+The colours, by Okabe and Ito (2008), can be distinguished with all common kinds of colour vision;
+lines also differ in dashes. `png(figure, dark=True)` draws the same figure for a dark page.
 
   figure = curves([Panel("loss", "nats", {"train/loss": (steps, loss)})])
   pathlib.Path("loss.png").write_bytes(png(figure))
@@ -30,7 +30,7 @@ INK, PAPER = "#1f2328", "#ffffff"
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
 GREY = "#8c959f"
 DPI = 110
-MAX_NAME = 24  # characters of a class name or a run's name
+MAX_NAME = 24  # characters of the name of a class or run
 
 Line = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
@@ -40,12 +40,12 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-      title: what is drawn.
-      ylabel: its unit.
-      lines: (x, y) by label; y may hold NaN, where the line is broken.
+      title: title above the axes.
+      ylabel: unit of the y axis.
+      lines: (x, y) by label; NaN in y interrupts the line.
       limits: horizontal lines by label, such as a threshold.
       log: whether the y axis is logarithmic.
-      from_zero: whether it begins at 0.
+      from_zero: whether the y axis starts at 0.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Panel:
 
 
 def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
-    """Lines over training steps, one panel beside the other, two in a row, or three."""
+    """Returns lines over training steps: panels side by side, two or three per row."""
     columns = 3 if len(panels) == 3 else min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(5.4 if columns == 1 else 10.0, 3.1 * rows)
@@ -94,14 +94,9 @@ def bars(
     ylabel: str,
     limits: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Bars in groups, such as representations, one bar per name, such as encoders.
+    """Returns bars in groups (such as representations), one bar per name (such as encoders).
 
-    Args:
-      groups: labels of the groups.
-      scores: by name, a value per group; NaN leaves a gap.
-      title: what is drawn.
-      ylabel: its unit.
-      limits: horizontal lines by label.
+    `scores` has a value per group, by name; NaN leaves a gap. `limits` are horizontal lines.
     """
     figure = new_figure(max(5.4, 1.1 * len(groups) + 2.0), 3.4)
     axes, width = figure.add_subplot(), 0.8 / len(scores)
@@ -121,10 +116,10 @@ def bars(
 
 
 def spectrum(values: Mapping[str, Float[np.ndarray, " _"]]) -> Figure:
-    """Singular values of centred features, largest first, relative to the largest.
+    """Returns singular values of centred features, largest first, relative to the largest.
 
-    A healthy spectrum decays slowly; one that falls off a cliff uses few directions. The last value
-    is left out where it is rounding: features behind a LayerNorm sum to zero, as centred rows do.
+    A healthy spectrum decays slowly; a cliff means that few directions are used. A last value that
+    is only rounding error is omitted: features after a LayerNorm sum to zero, as centred rows do.
     """
     lines = {}
     for name, v in values.items():
@@ -136,7 +131,7 @@ def spectrum(values: Mapping[str, Float[np.ndarray, " _"]]) -> Figure:
 
 
 def histograms(values: Mapping[str, Float[np.ndarray, "_ _"]], *, num_bins: int = 60) -> Figure:
-    """How the entries of each feature matrix are distributed, as densities."""
+    """Returns the density of the entries of each feature matrix."""
     figure = new_figure(5.4, 3.1)
     axes = figure.add_subplot()
     for i, (name, x) in enumerate(values.items()):
@@ -152,7 +147,7 @@ def histograms(values: Mapping[str, Float[np.ndarray, "_ _"]], *, num_bins: int 
 def confusion_matrix(
     labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, " n"], class_names: Sequence[str]
 ) -> Figure:
-    """Which class is taken for which: rows are true classes and sum to 100 %."""
+    """Returns the confusion matrix: rows are true classes and sum to 100 %."""
     k = len(class_names)
     counts = np.zeros((k, k))
     np.add.at(counts, (labels, predictions), 1)
@@ -182,7 +177,7 @@ def scatter_maps(
     labels: Int[np.ndarray, " n"],
     class_names: Sequence[str],
 ) -> Figure:
-    """2-D maps of features, a panel each, a point per image, coloured (and marked) by class."""
+    """Returns 2-D maps of features, one point per image, with colour and marker by class."""
     figure = new_figure(4.6 * len(maps) + 1.6, 4.4)
     markers = "os^Dv"
     for i, (name, points) in enumerate(maps.items()):
@@ -203,9 +198,9 @@ def scatter_maps(
 
 
 def plain(name: str) -> str:
-    """A name that a user has given, so that matplotlib draws it as it is.
+    """Returns a user's name in a form that matplotlib draws literally.
 
-    Dollar signs would begin a formula, a legend leaves out what begins with an underscore, and a
+    Dollar signs would start a formula, a legend omits names that start with an underscore, and a
     long name would leave no room for the axes.
     """
     text = printable(name)
@@ -214,14 +209,14 @@ def plain(name: str) -> str:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, on Agg, that lays itself out."""
+    """Returns an empty figure of this size in inches, on Agg, with automatic layout."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 
 
 def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
-    """Title, labels and a quiet frame, the same for every figure."""
+    """Adds title, labels and a plain frame, the same for all figures."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -235,7 +230,7 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = Tru
 
 
 def png(figure: Figure, *, dark: bool = False) -> bytes:
-    """The figure as a PNG file of at most 256 colours, for a light page or a dark one."""
+    """Returns the figure as a PNG file of at most 256 colours, for a light or a dark page."""
     ink, paper = (DARK_INK, DARK_PAPER) if dark else (INK, PAPER)
     figure.set_facecolor(paper)
     for axes in figure.axes:
@@ -243,14 +238,14 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
         if (legend := axes.get_legend()) is not None:
             legend.get_frame().set_facecolor(paper)
     for text in figure.findobj(Text):
-        if text.get_color() in ("black", INK, DARK_INK):  # not those upon pictures
+        if text.get_color() in ("black", INK, DARK_INK):  # not text on pictures
             text.set_color(ink)  # pyright: ignore[reportAttributeAccessIssue]
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     _draw(canvas)
-    _draw(canvas)  # the layout settles with the sizes that the first drawing found
+    _draw(canvas)  # the layout needs the sizes of the first drawing
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # A third of the size. Colours of text, paper and lines stay exact, others come close to theirs:
-    # k-means, or the colours of maps would be far off.
+    # 256 colours: a third of the size. Colours of text, paper and lines stay exact. k-means keeps
+    # the others close.
     exact = [bytes.fromhex(c[1:]) for c in (INK, PAPER, DARK_INK, DARK_PAPER, GREY, *COLOURS)]
     num_others = 256 - len(exact)
     small = Image.fromarray(shown).quantize(num_others, Image.Quantize.MAXCOVERAGE, kmeans=3)
@@ -265,14 +260,14 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
 
 
 def pixels(figure: Figure) -> Float[np.ndarray, "1 H W 3"]:
-    """The figure as pixels in [0, 1], as TensorBoard takes pictures."""
+    """Returns the figure as pixels in [0, 1], the form of pictures in TensorBoard."""
     canvas = cast(FigureCanvasAgg, figure.canvas)
     _draw(canvas)
     return np.asarray(canvas.buffer_rgba(), np.float32)[None, :, :, :3] / 255.0
 
 
 def _draw(canvas: FigureCanvasAgg) -> None:
-    """Draws the figure. A character that the font lacks becomes a box, without a warning each."""
+    """Draws the figure, without warnings about characters that the font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
         canvas.draw()

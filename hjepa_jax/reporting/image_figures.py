@@ -1,7 +1,7 @@
 """Figures over images: masks, features, predictions, similarity, attention, neighbours.
 
-Pure functions from arrays to matplotlib figures, like `figures`. Every one is a table of pictures:
-a column per image, a row per thing to see.
+Pure functions from arrays to matplotlib figures, like `figures`. Every figure is a table of
+pictures with one column per image.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Row:
     """One row of a table of pictures.
 
     Attributes:
-      title: what it shows.
+      title: label of the row.
       pictures: [B, H, W, 3] in [0, 1], or values [B, G, G]; NaN is left empty.
-      limits: lowest and highest value of the colour bar of values.
-      unit: label of the bar.
+      limits: lowest and highest value of the colour bar, for values.
+      unit: label of the colour bar.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Row:
 
 
 def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
-    """Pictures in rows, a column per image; `axes` of the figure are in reading order."""
+    """Returns pictures in rows, one column per image; the axes are in reading order."""
     num_images = len(rows[0].pictures)
     figure = new_figure(num_images + 1.2, 1.05 * len(rows) + 0.4)
     axes = figure.subplots(len(rows), num_images, squeeze=False)
@@ -58,11 +58,9 @@ def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
 
 
 def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figure:
-    """What the context encoder sees and what is to be predicted, at every level.
+    """Returns the images with context, targets and dropped patches, at every level.
 
-    Args:
-      images: in [0, 1].
-      states: per level [B, G_l, G_l], `CONTEXT`, `TARGET` or `DROPPED` of each patch or cell.
+    `images` are in [0, 1]; `states` per level, [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
     """
     orange = np.array([0.9, 0.6, 0.0])
     rows = [Row("image", images)]
@@ -73,7 +71,7 @@ def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figur
         rows.append(Row(f"level {level}", picture.astype(np.float32)))
     figure = picture_table(rows)
     handles = [
-        Patch(facecolor="white", edgecolor=GREY, label="context (seen)"),
+        Patch(facecolor="white", edgecolor=GREY, label="context (visible)"),
         Patch(facecolor=tuple(orange), label="target (predicted)"),
         Patch(facecolor="#1f1f1f", edgecolor=GREY, label="dropped"),
     ]
@@ -82,13 +80,9 @@ def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figur
 
 
 def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> Figure:
-    """The first three principal components of the features, as red, green and blue.
+    """Returns the first three principal components of the features, as red, green and blue.
 
-    One basis per level for all images, so that like colours are like features.
-
-    Args:
-      images: in [0, 1].
-      tokens: per level [B, N_l, D].
+    All images share one basis per level: similar colours are similar features.
     """
     rows = [Row("image", images)]
     for level, x in enumerate(tokens):
@@ -101,11 +95,9 @@ def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> 
 
 
 def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) -> Figure:
-    """How well hidden patches and cells were predicted: cosine of prediction and target.
+    """Returns the cosine of prediction and target, for hidden patches and cells.
 
-    Args:
-      images: in [0, 1].
-      cosine: per level [B, G_l, G_l], in [-1, 1]; NaN where nothing was predicted.
+    `cosine` per level, [B, G_l, G_l], in [-1, 1]; NaN = not predicted.
     """
     rows = [Row("image", images)]
     for level, values in enumerate(cosine):
@@ -116,13 +108,7 @@ def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) 
 def similarity_maps(
     images: Pictures, tokens: Float[np.ndarray, "B N D"], patches: Sequence[int]
 ) -> Figure:
-    """Cosine of one patch's feature with those of all patches; the patch is framed.
-
-    Args:
-      images: in [0, 1].
-      tokens: features of all patches.
-      patches: numbers of the patches to compare with, a row each.
-    """
+    """Returns the cosine between the features of one patch, which is framed, and all patches."""
     side = round(tokens.shape[1] ** 0.5)
     unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
     rows = [Row("image", images)]
@@ -140,12 +126,7 @@ def similarity_maps(
 
 
 def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B G G"]]) -> Figure:
-    """Where the encoder looks: each map over the patches in percent of its sum.
-
-    Args:
-      images: in [0, 1].
-      maps: attention by name (a head, the rollout), non-negative.
-    """
+    """Returns attention over the patches, each map in percent of its sum."""
     rows = [Row("image", images)]
     for name, values in maps.items():
         share = 100 * values / np.maximum(values.sum(axis=(1, 2), keepdims=True), 1e-12)
@@ -159,14 +140,7 @@ def neighbours(
     query_names: Sequence[str],
     same_class: Sequence[Sequence[bool]],
 ) -> Figure:
-    """Images and those with the most similar features, framed by whether the class is the same.
-
-    Args:
-      queries: in [0, 1].
-      found: the k nearest of each, nearest first.
-      query_names: class of each query.
-      same_class: whether each found image is of the class of its query.
-    """
+    """Returns images and their nearest neighbours, framed by whether the class is the same."""
     rows = [Row("query", queries)]
     rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
     figure = picture_table(rows, heads=query_names)
@@ -175,7 +149,7 @@ def neighbours(
             for spine in figure.axes[(j + 1) * len(queries) + i].spines.values():
                 spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
                 spine.set_linestyle("-" if same else (0, (2, 1)))
-                spine.set_capstyle("butt")  # round ones would fill the gaps
+                spine.set_capstyle("butt")  # round caps would fill the gaps
     handles = [
         Patch(facecolor="none", edgecolor=COLOURS[0], label="same class"),
         Patch(facecolor="none", edgecolor=COLOURS[1], linestyle="--", label="another class"),
@@ -185,7 +159,7 @@ def neighbours(
 
 
 def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
-    """Figures of a snapshot by name. Arrays are those of the host (`jax.device_get`)."""
+    """Returns the figures of a snapshot by name; its arrays must be on the host."""
     pixels, num_patches = snapshot.pixels, snapshot.tokens[0].shape[1]
     side = round(num_patches**0.5)
     quarter = [side // 4 * side + side // 4, 3 * side // 4 * side + 3 * side // 4]
@@ -201,13 +175,13 @@ def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
 
 
 def enlarge(grid: np.ndarray, size: int) -> np.ndarray:
-    """Values of cells [B, G, G] as pixels [B, size, size], each cell's the nearest."""
+    """Returns cells [B, G, G] as pixels [B, size, size], by nearest neighbour."""
     index = np.arange(size) * grid.shape[1] // size
     return grid[:, index][:, :, index]
 
 
 def principal_components(x: Float[np.ndarray, "n D"], k: int) -> Float[np.ndarray, "n k"]:
-    """Projections of the centred rows on their first k principal axes, of fixed signs."""
+    """Returns the centred rows projected on their first k principal axes, with fixed signs."""
     centred = x.astype(np.float64) - x.mean(axis=0)
     _, axes = np.linalg.eigh(centred.T @ centred)
     axes = axes[:, ::-1][:, :k]

@@ -1,4 +1,4 @@
-"""Markdown, and from it one HTML file that needs no other: pictures inline, light and dark."""
+"""Markdown, and one self-contained HTML file from it: pictures inline, light and dark."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from hjepa_jax.runtime.names import printable
 
-# A section: its heading, its Markdown, and its figures with their captions, by file name.
+# Heading, Markdown, and figures with captions by file name.
 Section = tuple[str, str, dict[str, tuple[Figure, str]]]
 
 _STYLE = """
@@ -36,7 +36,7 @@ pre code { padding: 0; }
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; all columns but the first to the right where they hold numbers."""
+    """Returns a Markdown table; columns of numbers, except the first, are right-aligned."""
     cells = [[_cell(value) for value in row] for row in rows]
     numeric = [
         all(re.match(r"^[-+]?[\d.]|^-?$", row[i]) for row in cells) for i in range(len(heads))
@@ -52,13 +52,13 @@ def _cell(value: object) -> str:
 
 
 def escape(name: str) -> str:
-    """A name that a user has given as Markdown that shows it as it is; `table` sees to its bars."""
+    """Returns Markdown that shows a user's name literally; `table` escapes its bars."""
     marks = r"[\\`*{}\[\]<>#~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     return re.sub(marks, r"\\\g<0>", printable(name))
 
 
 def code(value: object) -> str:
-    """A value as a code span, whatever it holds."""
+    """Returns a value as a code span, whatever characters it has."""
     text = printable(str(value))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if "`" in text or not text.strip() else ""
@@ -66,12 +66,10 @@ def code(value: object) -> str:
 
 
 def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
-    """A page that loads nothing.
+    """Returns a page that loads no other file.
 
-    Args:
-      markdown: its text; HTML in it is shown, not used.
-      title: of the window.
-      pictures: PNG files for light and for dark pages, by the address used in the text.
+    HTML in `markdown` is shown literally. `pictures` are PNG files for light and dark pages, by
+    their address in the text.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     for address, (light, dark) in pictures.items():

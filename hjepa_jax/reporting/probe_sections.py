@@ -1,7 +1,6 @@
-"""Sections of the report that say what was learned: probes, pictures, features."""
+"""Sections of the report about the representation: probes, pictures, features."""
 
 import contextlib
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,11 +9,11 @@ from hjepa_jax.evaluation.results import (
     QUALITY_COLUMNS,
     column,
     differing,
-    format_score,
+    scores_by,
     tested_on,
     warnings,
 )
-from hjepa_jax.reporting.facts import KNN_K, Facts
+from hjepa_jax.reporting.facts import Facts
 from hjepa_jax.reporting.figures import (
     Panel,
     bars,
@@ -25,13 +24,14 @@ from hjepa_jax.reporting.figures import (
     spectrum,
 )  # fmt: skip
 from hjepa_jax.reporting.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.reporting.look import KNN_K
 from hjepa_jax.reporting.page import Section, escape, table
 from hjepa_jax.reporting.snapshot import as_unit
 from hjepa_jax.reporting.verdicts import num, pct
 from hjepa_jax.runs.logger import quiet_tensorflow
 from hjepa_jax.runs.scores import Row
 
-_TITLES = {"knn": "k-NN"}  # of protocols, where it is not their name
+_TITLES = {"knn": "k-NN"}  # titles of protocols that differ from their names
 
 
 def probes_section(facts: Facts) -> Section | None:
@@ -49,10 +49,7 @@ def probes_section(facts: Facts) -> Section | None:
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
         where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
-        cells: dict[tuple[Any, ...], dict[str, str]] = {}
-        for row in scored:
-            key = tuple(row.get(name) for name in where)
-            cells.setdefault(key, {})[column(row)] = format_score(row)
+        cells = scores_by(scored, where)
         rows = [[*key, *(scores.get(n, "-") for n in names)] for key, scores in cells.items()]
         parts += [
             f"Top-1 in percent on {tested_on(scored)}, with its 95 % interval; each protocol on "
@@ -81,7 +78,7 @@ def probes_section(facts: Facts) -> Section | None:
 
 
 def _bars(rows: list[Row], protocol: str) -> Figure:
-    """The newest step of each encoder; of several numbers of blocks the first."""
+    """Returns bars of the newest step of each encoder; the first row per representation counts."""
     encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
     newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
     scores = {}
@@ -149,17 +146,17 @@ def features_section(facts: Facts) -> Section | None:
 
 
 def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
-    """PCA, t-SNE and, where it is installed (the extra `maps`), UMAP."""
+    """Returns PCA, t-SNE and, if the extra `maps` is installed, UMAP."""
     maps = {"PCA": principal_components(x, 2)}
     if len(x) <= 30:  # too few for neighbourhoods
         return maps
-    from sklearn.manifold import TSNE  # here: it takes its time to load
+    from sklearn.manifold import TSNE  # slow to import
 
     tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
     maps["t-SNE"] = tsne.fit_transform(x)
     with contextlib.suppress(ImportError):
         quiet_tensorflow()
-        # It imports TensorFlow where it can.
+        # It imports TensorFlow if it can.
         from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)

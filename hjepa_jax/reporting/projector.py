@@ -1,4 +1,4 @@
-"""Features for TensorBoard's PROJECTOR tab: a point per image, with its class and a thumbnail."""
+"""Features for TensorBoard's PROJECTOR tab: one point per image, with class and thumbnail."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,7 @@ def write_projector(
     class_names: Sequence[str],
     images: UInt8[np.ndarray, "n H W C"],
 ) -> None:
-    """Writes projector_config.pbtxt, which TensorBoard looks for, and what it names.
-
-    Args:
-      logdir: the run's directory, that of its events.
-      features: by name.
-      class_names: of each image.
-      images: those that the features are of.
-    """
+    """Writes projector_config.pbtxt, which TensorBoard reads, and the files that it names."""
     folder = logdir / "projector"
     folder.mkdir(exist_ok=True)
     labels = "".join(f"{' '.join(printable(name).split())}\n" for name in class_names)
@@ -50,12 +43,12 @@ embeddings {{
   }}
 }}
 """)
-    with replacing(logdir / "projector_config.pbtxt") as file:  # last: it points to the others
+    with replacing(logdir / "projector_config.pbtxt") as file:  # last: it names the others
         file.write("".join(config).encode())
 
 
 def sprite(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "S S 3"]:
-    """Thumbnails in rows, as many in a row as there are rows; black where there is none left."""
+    """Returns a square of thumbnails, row by row; unused places are black."""
     side = math.ceil(math.sqrt(len(images)))
     picture = np.zeros((side, THUMBNAIL, side, THUMBNAIL, 3), np.uint8)
     for i, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""From facts to files: report.md, report.html and figures/."""
+"""Writes the report: report.md, report.html and figures/."""
 
 import pathlib
 
@@ -26,22 +26,18 @@ def write_report(
     images: bool = True,
     splits: tuple[Split, Split] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes the report of one run, or of several side by side.
+    """Writes the report of one run, or of several runs side by side.
 
-    That of one run in its own workdir also leaves the features for TensorBoard's PROJECTOR tab.
+    A report in the run's own work directory adds features for TensorBoard's PROJECTOR tab.
 
     Args:
-      workdirs: the runs' directories.
-      output: directory to write into; made if need be.
-      images: whether to read checkpoints and training images too; of several runs neither is.
-      splits: the run's images, where they are in memory.
-
-    Returns:
-      The files to look at.
+      workdirs: work directories of the runs.
+      output: directory to write into; created if needed.
+      images: whether to read checkpoint and training images; never for several runs.
+      splits: images of the run, if they are in memory.
 
     Raises:
-      InputError: for a workdir that holds no run of this version.
-      OSError: when `output` cannot be written.
+      InputError: a work directory holds no run of this version.
     """
     if len(workdirs) > 1:
         runs = [read_facts(workdir, images=False) for workdir in workdirs]
@@ -77,7 +73,7 @@ def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[path
 
 
 def comparison(runs: list[Facts]) -> list[Section]:
-    """Several runs side by side: where they differ, how far they came, how good they are."""
+    """Returns sections that compare runs: progress, scores, curves, configurations."""
     names = _unique_names(runs)
     heads = ["", *map(escape, names)]
     last = [run.history.last for run in runs]

@@ -1,4 +1,4 @@
-"""The report of a run: sections of Markdown and figures, made of `Facts` and nothing else."""
+"""The report of a run: sections of Markdown and figures, made from `Facts` alone."""
 
 from hjepa_jax.config import base_config
 from hjepa_jax.config.fields import flatten
@@ -16,7 +16,7 @@ from hjepa_jax.reporting.verdicts import checklist, next_steps, pct
 
 
 def sections(facts: Facts) -> list[Section]:
-    """All sections of the report that the run has something to say to."""
+    """Returns all sections of the report that are not empty."""
     made = [
         _summary, _setting, _parameters, speed_section, loss_section, schedules_section,
         collapse_section, _warnings, probes_section, look_section, features_section, _checkpoints,
@@ -27,11 +27,11 @@ def sections(facts: Facts) -> list[Section]:
 
 def _summary(facts: Facts) -> Section:
     step, total = facts.history.last_step(), facts.num_steps
-    of = f" of {total}" if total else " (how many it was to make is not known)"
+    of = f" of {total}" if total else " (number of steps not known)"
     lines = [
         f"**Status: {facts.status}**, step {step}{of}.",
-        "The aim of a run is a representation that is better than the same network untrained and "
-        "than raw pixels, without collapse. Whether this one is, by its own numbers:",
+        "A good representation beats the same network untrained and raw pixels, and has not "
+        "collapsed. Whether this one does, by its own numbers:",
         table(
             ["", "check", "evidence"],
             [({True: "✓", False: "✗", None: "?"}[ok], what, why) for ok, what, why in
@@ -42,8 +42,8 @@ def _summary(facts: Facts) -> Section:
     if facts.history.sampled:
         shown, total = len(facts.history.lines), facts.history.num_lines
         lines.append(
-            f"metrics.jsonl has {total} lines, of which {shown} at even distances were read; sums "
-            "over steps are estimates."
+            f"metrics.jsonl has {total} lines; {shown} evenly spaced lines were read, so sums over "
+            "steps are estimates."
         )
     if facts.history.num_damaged:
         lines.append(f"{facts.history.num_damaged} lines of metrics.jsonl are damaged.")
@@ -59,11 +59,11 @@ def _setting(facts: Facts) -> Section:
     changed = [field for field in config if config[field] != defaults[field] and field not in main]
     rows = [(code(field), code(config[field])) for field in (*main, *changed)]
     origin = {**facts.meta.get("versions", {}), "commit": facts.meta.get("commit")}
-    text = "The fields that matter most, then those that differ from their defaults; all are in "
-    text += "`config.json`.\n\n" + table(["field", "value"], rows)
+    text = "The main fields, then fields that differ from their defaults; `config.json` holds all."
+    text += "\n\n" + table(["field", "value"], rows)
     if facts.meta:
         rows = [(name, code(value)) for name, value in origin.items() if value]
-        text += "\n\nMade by (as the newest checkpoint says):\n\n" + table(["", "value"], rows)
+        text += "\n\nMade by (from the newest checkpoint):\n\n" + table(["", "value"], rows)
     return "Configuration", text, {}
 
 
@@ -79,12 +79,12 @@ def _warnings(facts: Facts) -> Section:
     for line in facts.history.lines:
         bad, rank = line.get("train/nonfinite_steps", before), line.get("train/effective_rank")
         if bad > before:
-            text = f"step {line['step']}: {bad:.0f} steps in all were not finite and left out"
+            text = f"step {line['step']}: {bad:.0f} steps so far were not finite and skipped"
             found.append(text)
         before = bad
         skipped = line.get("train/unreadable_images", unreadable)
         if skipped > unreadable:
-            text = f"{skipped} unreadable in all, and the next ones trained on instead"
+            text = f"{skipped} unreadable so far, replaced by the next ones"
             found.append(f"step {line['step']}: training images: {text}")
         unreadable = skipped
         if rank is None:
@@ -92,9 +92,9 @@ def _warnings(facts: Facts) -> Section:
         signs = facts.signs_in(line)
         num_in_a_row = num_in_a_row + 1 if signs else 0
         if sick and not signs:
-            text = f"no collapse any more, effective rank {rank:.1f}"
+            text = f"recovered, effective rank {rank:.1f}"
             found.append(f"step {line['step']}: {text}")
-        elif not sick and num_in_a_row >= PATIENCE:  # as `Alarms` say it while the run goes on
+        elif not sick and num_in_a_row >= PATIENCE:  # as `Alarms` do during the run
             found.append(f"step {line['step']}: {'; '.join(signs)}")
         sick = num_in_a_row >= PATIENCE
     if facts.stopped_by:

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run beside its scalars: pictures, distributions, texts."""
+"""Pictures, distributions and texts of a run for TensorBoard, beside its scalars."""
 
 import platform as python_platform
 import time
@@ -17,44 +17,42 @@ from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.run import Run, num_params
 from hjepa_jax.runtime.provenance import source_commit, versions
 
-# Of a run's time between its steps.
-MAX_SHARE = 0.02
-# Seconds that the first pictures are expected to take, most of them to compile.
-FIRST_COST_SEC = 10.0
+MAX_SHARE = 0.02  # fraction of a run's time
+FIRST_COST_SEC = 10.0  # expected for the first pictures, mostly to compile
 
 
 class Budget:
-    """What may be spent beside the steps of a run: at most a share of the time so far.
+    """Time that a run may spend between its steps: at most a share of its time so far.
 
     Args:
       share: fraction of the run's time, in [0, 1].
-      first_cost: seconds expected of the first time; later ones are expected to cost what the
-        one before did.
+      first_cost: expected seconds of the first use; a later use is expected to cost as much as the
+        last one.
     """
 
     def __init__(self, share: float, first_cost: float):
         self._share, self._next_cost, self._spent = share, first_cost, 0.0
 
     def allows(self, elapsed: float) -> bool:
-        """Whether once more is within the share of the `elapsed` seconds of the run."""
+        """Returns whether one more use stays within the share of the `elapsed` seconds."""
         return self._spent + self._next_cost <= self._share * elapsed
 
     def spend(self, seconds: float) -> None:
-        """Counts what the newest time took."""
+        """Adds the seconds of the last use."""
         self._spent, self._next_cost = self._spent + seconds, seconds
 
 
 class Showcase:
-    """Shows a few training images, always the same, as the model of the moment sees them.
+    """Shows the current model on a few fixed training images.
 
-    It is a program beside the training step, compiled when it is first used. Between steps it may
-    take `MAX_SHARE` of the run's time, and is left out where that is not enough; after the last
-    step, when there is none to be slowed, it always shows.
+    Its program is separate from the training step, and compiled on first use. Between steps it may
+    take `MAX_SHARE` of the run's time; pictures that would take more are skipped. After the last
+    step it always shows pictures.
 
     Args:
       run: the run.
       images: its training images.
-      logger: where to show.
+      logger: receives the pictures.
     """
 
     def __init__(self, run: Run, images: UInt8[np.ndarray, "n H W C"], logger: RunLogger):
@@ -63,7 +61,7 @@ class Showcase:
         self._budget, self._started = Budget(MAX_SHARE, FIRST_COST_SEC), time.perf_counter()
 
     def introduce(self, state: TrainState) -> None:
-        """The configuration as hparams and text, the parameters, the environment."""
+        """Logs the configuration (as hparams and text), the parameters and the environment."""
         if not self._logger.tensorboard:
             return
         fields = flatten(self._run.config.to_dict())
@@ -93,24 +91,24 @@ class Showcase:
         )
 
     def can_show(self, step: int) -> bool:
-        """Whether the run can afford pictures at this step; the last step always can."""
+        """Returns whether the run has time for pictures at this step; always at the last step."""
         last = step == self._run.schedules.num_steps
         return last or self._budget.allows(time.perf_counter() - self._started)
 
     def show(self, state: TrainState, window: LogWindow) -> None:
-        """Pictures, spectrum and histogram; `can_show` says when.
+        """Logs pictures, spectrum and histogram; call it if `can_show` allows.
 
         Args:
-          state: its parameters are on this process's first device.
-          window: the newest target features.
+          state: parameters on the first device of this process.
+          window: newest target features.
         """
         began = time.perf_counter()
         self._show(state, window, int(state.step))
         self._budget.spend(time.perf_counter() - began)
 
     def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
-        """Pictures of masks, features, predictions and attention; spectrum and histogram."""
-        from hjepa_jax.reporting import figures, image_figures  # matplotlib takes its time to load
+        """Logs pictures of masks, features, predictions and attention; spectrum and histogram."""
+        from hjepa_jax.reporting import figures, image_figures  # matplotlib is slow to import
 
         snapshot = self._snapshot(state.params, state.target_params, self._images)
         snapshot = jax.device_get(snapshot)
@@ -123,4 +121,4 @@ class Showcase:
         self._logger.images(
             step, {f"figures/{name}": figures.pixels(figure) for name, figure in drawn.items()}
         )
-        self._logger.flush()  # what they cost is paid and counted here, not beside the next steps
+        self._logger.flush()  # so that their cost is counted here, not in the next steps

@@ -1,7 +1,7 @@
-"""What a model makes of a few images: masks, features, predictions and attention, in one program.
+"""Masks, features, predictions and attention of a model on a few images, in one program.
 
-`make_snapshot_fn` returns a function to jit, and `image_figures.snapshot_figures` draws what that
-returns. Neither is part of the training step, which stays the very program it was.
+`make_snapshot_fn` returns a function to jit; `image_figures.snapshot_figures` draws its result.
+Neither is part of the training step.
 """
 
 import functools
@@ -17,31 +17,32 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from hjepa_jax.config import Config
 from hjepa_jax.config.build import build_masks, build_preprocess
 from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method import losses
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 
-# Images of a snapshot, and the key of their masks: always the same, so that snapshots compare.
+# Number of images, and seed of their masks: constant, so that snapshots can be compared.
 NUM_IMAGES = 6
 MASK_SEED = 0
 
-# What a patch or cell is in training.
+# Role of a patch or cell in training.
 CONTEXT, TARGET, DROPPED = 0, 1, 2
 
 
 @struct.dataclass
 class Snapshot:
-    """What `make_snapshot_fn` computes of B images.
+    """Result of `make_snapshot_fn` for B images.
 
     Attributes:
       pixels: float32 [B, S, S, 3] in [0, 1].
       states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
-      tokens: per level float32 [B, N_l, D], the target features (`targets`).
-      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN where not predicted.
-      attention: float32 [B, h, G, G], of the target encoder's last block, from the summary tokens
-        (without: from all patches) to the patches, per head.
+      tokens: per level float32 [B, N_l, D], the target features.
+      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN = not predicted.
+      attention: float32 [B, h, G, G], of the target encoder's last block, per head, from
+        the summary tokens (or, without any, from all patches) to the patches.
       rollout: float32 [B, G, G], the same through all blocks.
     """
 
@@ -54,12 +55,12 @@ class Snapshot:
 
 
 def fixed_images(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "B H W C"]:
-    """The images of a snapshot: `NUM_IMAGES` at even distances."""
-    return images[:: max(1, len(images) // NUM_IMAGES)][:NUM_IMAGES]
+    """Returns the images of a snapshot: `NUM_IMAGES`, evenly spaced."""
+    return images[spread_rows(np.arange(len(images)), NUM_IMAGES)]
 
 
 def as_unit(images: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
-    """Stored images with pixels in [0, 1]."""
+    """Returns stored images with pixels in [0, 1]."""
     return images.astype(np.float32) / 255.0
 
 
@@ -153,7 +154,7 @@ def _cosine(
 
 
 def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
-    """Attention through all blocks: the product of (A + I) / 2, with A the mean over heads.
+    """Returns attention through all blocks: the product of (A + I) / 2, A the mean over heads.
 
     References:
       Abnar and Zuidema 2020, arXiv 2005.00928, section 3 (attention rollout).
@@ -168,7 +169,7 @@ def _rollout(weights: list[Float[Array, "B h T T"]]) -> Float[Array, "B T T"]:
 def _seen(
     attention: Float[Array, "B h T T"], num_summary: int, num_prefix: int
 ) -> Float[Array, "B h N"]:
-    """From the summary tokens, or else from all patches, to the patches."""
+    """Returns attention to the patches, from the summary tokens or else from all patches."""
     rows = attention[:, :, :num_summary] if num_summary else attention[:, :, num_prefix:]
     return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_prefix:]
 
@@ -179,7 +180,7 @@ def _square(x: Shaped[Array, "*B n"]) -> Shaped[Array, "*B G G"]:
 
 
 def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
-    """`snapshot(params, target_params, uint8 images)`, see `snapshot.Snapshot`."""
+    """Returns `snapshot(params, target_params, uint8 images)`, see `Snapshot`."""
     c = config.data
     as_pixels = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3

@@ -21,10 +21,11 @@ from hjepa_jax.config import build
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.order import BatchOrder, ResidentBatches
 from hjepa_jax.data.records import Records, report_skipped, unreadable_errors
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.features import Features, extract_features
 from hjepa_jax.evaluation.knn import knn_predict
-from hjepa_jax.evaluation.labelled import hold_out, spread_rows
+from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow, reset_averages
 from hjepa_jax.reporting.showcase import Showcase

@@ -13,7 +13,7 @@ import pytest
 from hjepa_jax.config import build
 from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.data.folder import FolderRecords
-from hjepa_jax.evaluation import attentive, linear
+from hjepa_jax.evaluation import attentive, logistic
 from hjepa_jax.runs import run
 from tests.metal.judge import refusals
 
@@ -93,7 +93,7 @@ def test_the_plugin_takes_sigreg_every_augmentation_local_views_and_a_pyramid(
 
 def test_the_plugin_takes_the_linear_probe():
     features, labels = jnp.zeros((8, 5)), jnp.zeros(8, jnp.int32)
-    traced = linear._losses.trace(features, labels, jnp.zeros((5, 3)))
+    traced = logistic._losses.trace(features, labels, jnp.zeros((5, 3)))
     assert refusals(traced, PLATFORM) == []
 
 

@@ -1,0 +1,98 @@
+"""The newest checkpoint of a run, applied to some training images."""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from hjepa_jax.config import Config, build
+from hjepa_jax.data.base import Split
+from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
+from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
+from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.quality import Verdict
+from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
+from hjepa_jax.runs.load import load_state
+
+BANK_SIZE, NUM_QUERIES = 2000, 500  # training images: to compare with, and held out
+KNN_K = 20
+NUM_NEIGHBOURS, NUM_SHOWN = 6, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Features and predictions of the newest checkpoint, on some training images.
+
+    Attributes:
+      step: step of the checkpoint.
+      snapshot: pictures of a few images.
+      features: features of the held-out images by name, [Q, D].
+      verdict: whether the features of level 0 have collapsed, beside the untrained network.
+      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on level 0.
+      class_names: indexed by label.
+      images: the held-out images, uint8 [Q, H, W, 3].
+      neighbours: images of the bank with the most similar features, for the first S held-out
+        images, uint8 [S, k, H, W, 3].
+      same_class: whether a neighbour has the class of its query, bool [S, k].
+      bank_size: number of images in the bank.
+    """
+
+    step: int
+    snapshot: Snapshot
+    features: dict[str, Float[np.ndarray, "Q _"]]
+    verdict: Verdict
+    labels: Int[np.ndarray, " Q"]
+    predictions: Int[np.ndarray, " Q"]
+    class_names: tuple[str, ...]
+    images: Any
+    neighbours: Any
+    same_class: Any
+    bank_size: int
+
+
+def look_at(
+    workdir: pathlib.Path, config: Config, model: Any, train: Split, class_names: tuple[str, ...]
+) -> Look:
+    """Loads the newest checkpoint and applies it to some of the training images."""
+    _, state, initial = load_state(workdir)
+    snapshot = jax.jit(build_snapshot_fn(config, model))
+    embed = jax.jit(build.build_embed_fn(config, model))
+    bank, queries = hold_out(len(train.images), num_val=config.eval.num_val)
+    bank, queries = (
+        rows[:: max(1, math.ceil(len(rows) / count))]
+        for rows, count in ((bank, BANK_SIZE), (queries, NUM_QUERIES))
+    )
+
+    def features(params: Any, rows: Any) -> dict[str, Any]:
+        batch_size = config.eval.batch_size
+        return extract_features(embed, params, train.images[rows], batch_size=batch_size)
+
+    bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
+    untrained = features(initial.target_params, queries)["level_0"]
+    k = min(KNN_K, len(bank))
+    (predictions,) = knn_predict(
+        bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
+        num_classes=int(train.labels.max()) + 1,
+    )  # fmt: skip
+    shown, k = query_x["level_0"][:NUM_SHOWN], min(NUM_NEIGHBOURS, len(bank))
+    found = bank[nearest_rows(bank_x["level_0"], shown, k=k)]
+    return Look(
+        step=int(state.step),
+        snapshot=jax.device_get(
+            snapshot(state.params, state.target_params, fixed_images(train.images))
+        ),
+        features=query_x,
+        verdict=verdict_beside(query_x["level_0"], measure_spread(untrained)),
+        labels=train.labels[queries],
+        predictions=predictions,
+        class_names=class_names,
+        images=train.images[queries],
+        neighbours=train.images[found],
+        same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
+        bank_size=len(bank),
+    )
