@@ -128,6 +128,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
         f"more than {wrong.tolerance:g}"
     )  # fmt: skip
 
+    state, images = jax.device_put((state, images), device)
     plugins = {package: version(package) for package, _, _ in PLUGINS.values() if version(package)}
     return {
         "verdict": verdict,
@@ -139,7 +140,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
         "versions": {**provenance.versions(), **plugins},
         "checks": [dataclasses.asdict(check) for check in checks],
         "batch_size": batch_size,
-        **_measure(jax.jit(train_step), *jax.device_put((state, images), device), num_steps),
+        **_measure(jax.jit(train_step), state, images, num_steps),
     }
 
 

@@ -72,7 +72,8 @@ def _parameters(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {path: x.shape for path, x in traverse_util.flatten_dict(params or {}, sep="/").items()}
+    flat: Any = traverse_util.flatten_dict(params or {}, sep="/")
+    return {path: x.shape for path, x in flat.items()}
 
 
 def _is_grid(path: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> bool:
