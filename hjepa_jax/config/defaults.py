@@ -90,6 +90,8 @@ def base_config() -> Config:
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
     c.data.contrast = 0.2
     c.data.saturation = 0.2
+    c.data.hue = 0.0  # shift uniform in [-h, h], fraction of the colour circle; at most 0.5
+    c.data.jitter_probability = 1.0  # of these four changes of colour, all or none
     c.data.grayscale = 0.0  # probability
     c.data.blur = 0.0  # probability of a Gaussian blur
     c.data.blur_sigma = (0.1, 2.0)  # its standard deviation, pixels
@@ -102,6 +104,7 @@ def base_config() -> Config:
     c.model.num_heads = placeholder(int)
     c.model.mlp_ratio = 4.0
     c.model.patch_size = 4  # pixels per side of a patch
+    c.model.stem = "linear"  # patches to tokens: linear | hmlp (convolutions within each patch)
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R
     c.model.num_registers = 0  # further such tokens, that nobody reads
@@ -118,6 +121,7 @@ def base_config() -> Config:
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
     # Hidden width and width of the features in which the views of an image agree, if they must.
     c.model.projection = (512, 256)
+    c.model.projection_input = "summary"  # summary (tokens) | summary+patches (and their mean)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
 
@@ -144,6 +148,12 @@ def base_config() -> Config:
     # and of what keeps those of different images, of a part of a batch, apart.
     c.loss.agreement_weight = 0.0
     c.loss.spread_weight = 0.5
+    # Weight of the EMA encoder's view of the whole image in the mean direction of the agreement, in
+    # which every other view has weight 1; 0 = none.
+    c.loss.teacher_weight = 0.0
+    # Second moment that spread compares: batch (of each view) | views (of all views together) |
+    # running (as views, averaged over batches: 0.9 of the old one).
+    c.loss.spread_moment = "batch"
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
     # of a batch (optim.accumulation_steps).

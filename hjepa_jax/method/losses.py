@@ -101,33 +101,64 @@ def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
     return jnp.mean(jnp.sum(off_diagonal**2, axis=(1, 2))) / d
 
 
-def agreement_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
+def agreement_loss(
+    x: Float[Array, "B V K"],
+    teacher: Float[Array, "B 1 K"] | None = None,
+    teacher_weight: float = 0.0,
+) -> Float[Array, ""]:
     """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 1].
 
-    Every view takes part in the mean, and has a gradient through it.
+    Every view takes part in the mean and has a gradient through it.
+
+    Args:
+      x: projections of the views.
+      teacher: one more direction per image, which takes part in the mean only.
+      teacher_weight: its weight in the mean; each view has weight 1.
 
     References:
       Tong et al. 2023, arXiv 2304.03977, eq. 4 (agreement of each patch with the mean of all).
     """
     unit = _normalize(x)
-    centre = _normalize(jnp.mean(unit, axis=1, keepdims=True))
+    mean = jnp.mean(unit, axis=1, keepdims=True)
+    if teacher is not None:
+        num_views = x.shape[1]
+        mean = (num_views * mean + teacher_weight * _normalize(teacher)) / (
+            num_views + teacher_weight
+        )
+    centre = _normalize(mean)
     return 1.0 - jnp.mean(jnp.sum(unit * centre, axis=-1))
 
 
-def spread_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
-    """How unevenly the directions of the batch use the K dimensions: K if all are alike.
+def second_moment(x: Float[Array, "B V K"]) -> Float[Array, "V K K"]:
+    """Second moment of the directions u_b of each view over the batch: 1/B sum_b u_b u_b^T."""
+    unit = _normalize(x).transpose(1, 0, 2)
+    return jnp.matmul(unit.transpose(0, 2, 1), unit, precision="highest") / x.shape[0]
 
-      K * |1/B sum_b u_b u_b^T|_F^2 = K * mean over all pairs of cos^2, of the unit vectors u_b
 
-    averaged over views, whose directions are compared with those of the same view alone. 1 where
-    they use all dimensions evenly, for which it takes K images; of B < K it is K / B at least.
+def spread_loss(moment: Float[Array, "V K K"]) -> Float[Array, ""]:
+    """How unevenly directions use the K dimensions: K |C|_F^2, from their second moment C.
+
+    The value equals K times the mean squared cosine over all pairs of directions. It is 1 if they
+    use all dimensions evenly and K if all are alike.
+
+    Returns:
+      Mean over V.
 
     References:
       HaoChen et al. 2021, arXiv 2106.04156, eq. 6 (spectral contrastive loss, second term).
     """
-    unit = _normalize(x).transpose(1, 0, 2)
-    products = jnp.matmul(unit.transpose(0, 2, 1), unit, precision="highest") / x.shape[0]
-    return x.shape[-1] * jnp.mean(jnp.sum(products**2, axis=(1, 2)))
+    return moment.shape[-1] * jnp.mean(jnp.sum(moment**2, axis=(1, 2)))
+
+
+def spread_floor(width: int, num_directions: float) -> float:
+    """Expected `spread_loss` of independent directions, uniform on the sphere in K dimensions.
+
+    Args:
+      width: K.
+      num_directions: n, how many there are. n pairs of a direction with itself have cosine 1; all
+        others have a squared cosine of 1/K on average: K/n + 1 - 1/n.
+    """
+    return width / num_directions + 1.0 - 1.0 / num_directions
 
 
 def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
