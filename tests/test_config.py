@@ -97,7 +97,7 @@ def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels
     error = 4 * np.sqrt(0.571 * 0.429 / n)  # of 49 cells, 25 to 31 are hidden
     for coverage in by_level[:2]:
         assert np.abs(coverage - 28 / 49).max() < error
-    assert 0.54 < by_level[2].min()
+    assert by_level[2].min() > 0.54
     assert by_level[2].max() < 0.86  # a cell of 4 x 4 patches, of which half must be hidden
 
 
