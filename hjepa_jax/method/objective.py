@@ -99,7 +99,7 @@ def loss_terms(
 
 def second_moment(
     objective: Objective, projected: Float[Array, "B V K"] | None, old: Float[Array, "K K"] | None
-) -> Float[Array, "V K K"] | None:
+) -> Float[Array, "_ K K"] | None:
     """The second moment that the spread compares; None if the loss has no spread.
 
     Args:
