@@ -13,8 +13,9 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.matmul import Precision
 from hjepa_jax.models.positions import sincos2d_positions, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.stem import PatchMLP
 from hjepa_jax.models.transformer import Block, layer_norm
-from hjepa_jax.models.vit import PatchMLP, VisionTransformer, patchify
+from hjepa_jax.models.vit import VisionTransformer, patchify
 
 GRID, PATCH, WIDTH = 4, 4, 16
 RNG = np.random.default_rng(0)
@@ -285,7 +286,7 @@ def test_layer_norm_is_right_where_the_mean_is_large(mean):
 
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
 def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
-    """Against SciPy-free loops over cells: a sum over their pixels, a LayerNorm, a GELU."""
+    """Against NumPy: a sum over the pixels of each cell, a LayerNorm, a GELU."""
     stem = PatchMLP(8, patch_size)
     patches = RNG.normal(size=(2, 3, patch_size**2 * 2)).astype(np.float32)
     params = jax.device_get(jax.jit(stem.init)(jax.random.PRNGKey(0), patches))["params"]

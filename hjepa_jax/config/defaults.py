@@ -152,7 +152,7 @@ def base_config() -> Config:
     # which every other view has weight 1; 0 = none.
     c.loss.teacher_weight = 0.0
     # Second moment that spread compares: batch (of each view) | views (of all views together) |
-    # running (as views, averaged over batches: 0.9 of the old one).
+    # running (as views, averaged over batches: 0.9 of the old one; a tenth of the gradient).
     c.loss.spread_moment = "batch"
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
     # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part

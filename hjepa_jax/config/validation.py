@@ -17,7 +17,7 @@ from hjepa_jax.models.hjepa import PROJECTION_INPUTS, REGULARIZED
 from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
-from hjepa_jax.models.vit import STEMS
+from hjepa_jax.models.stem import STEMS
 from hjepa_jax.runtime.backend import PLATFORMS
 
 MAX_SIDE = 128  # patches

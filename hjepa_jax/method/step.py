@@ -1,12 +1,9 @@
-"""The training step: a pure function of (state, images), told in order.
+"""The training step, a pure function of (state, images).
 
-  1. masks and views     `sample_inputs`
-  2. targets             `encode_targets`
-  3. loss and gradient   `gradient`, or `accumulated_gradient` for a batch in parts
-  4. optimizer update    `update`
-  5. EMA                 `update`
-
-Nothing here reads a config. `make_train_step` returns the function to jit.
+1. masks and views     `sample_inputs`
+2. targets             `encode_targets`
+3. loss and gradient   `gradient`, or `accumulated_gradient` for a batch in parts
+4. optimizer update and 5. EMA   `update`
 """
 
 import dataclasses
@@ -67,12 +64,11 @@ class Method:
       augment: uint8 images to normalised pixels, from one key per image.
       objective: the terms of the loss.
       ema_momentum_fn: m as a function of the number of the update, from 1. None = no EMA: the
-        targets are features of the context encoder itself, and the gradient flows through them
-        too. Only the regularizer then keeps them from collapsing.
+        context encoder gives the targets, with a gradient, and only the regularizer prevents a
+        collapse.
       local_views: further views of each image; None = none.
-      num_parts: gradient accumulation: the batch is split into this many parts of consecutive
-        images, whose gradients are averaged. Statistics over a batch (VICReg, SIGReg, projection,
-        spread) are those of a part.
+      num_parts: for gradient accumulation: parts of the batch whose gradients are averaged.
+        Statistics over a batch (VICReg, SIGReg, projection, spread) are those of a part.
     """
 
     model: HJEPA
@@ -130,18 +126,18 @@ TrainStep = Callable[[TrainState, UInt8[Array, "*B H W C"]], tuple[TrainState, S
 
 
 def make_train_step(method: Method) -> TrainStep:
-    """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
-
-    With gradient accumulation the step also takes a batch that is cut already, [parts, B / parts,
-    H, W, C]. On several devices only such a batch lets every device keep its images.
-    """
+    """Returns `train_step(state, images) -> (state, outputs)`, to jit."""
     return functools.partial(train_step, method)
 
 
 def train_step(
     method: Method, state: TrainState, images: UInt8[Array, "*B H W C"]
 ) -> tuple[TrainState, StepOutputs]:
-    """One optimizer update."""
+    """One optimizer update.
+
+    With gradient accumulation the batch may be cut already, [parts, B / parts, H, W, C]. On several
+    devices only such a batch lets every device keep its images.
+    """
     rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
     make_gradient = gradient if method.num_parts == 1 else accumulated_gradient
     grads, outputs = make_gradient(method, state, images, *rngs)
@@ -178,15 +174,9 @@ def gradient(
             found = encode_targets(method, params["context_encoder"], inputs)
         targets = {} if found is None else _at_queries(found.levels, inputs.masks)
         apply: Any = model.apply
-        prediction = apply(
-            {"params": params},
-            inputs.view,
-            inputs.masks,
-            inputs.local_views,
-            inputs.local_index,
-            found if objective.teacher_weight else None,
-            rngs=rngs,
-        )
+        teacher = found if objective.teacher_weight else None
+        seen = (inputs.view, inputs.masks, inputs.local_views, inputs.local_index, teacher)
+        prediction = apply({"params": params}, *seen, rngs=rngs)
         moment = second_moment(objective, prediction.projected, state.spread_moment)
         terms = loss_terms(objective, prediction, targets, rng, moment)
         loss = weighted_sum(objective.weights, terms)
