@@ -15,8 +15,8 @@ from hjepa_jax.config.fields import flatten
 # An ml_collections.ConfigDict, whose fields no type checker knows.
 Config = Any
 
-# Fields that may differ between a run and its continuation: they change what is said about the
-# run, how fast it goes or where its data lies, not what it computes.
+# Fields that may differ between a run and its continuation: they change the log, the speed or the
+# place of the data, and no result.
 FREE_FIELDS = (
     "data.dir",
     "data.num_workers",
@@ -33,7 +33,7 @@ FREE_FIELDS = (
     "train.steps_per_call",
 )
 
-# Fields that a continuation may change where no update that was made would have been another one.
+# Fields that a continuation may change, if no update so far would have been another one.
 SCHEDULE_FIELDS = (
     "optim.decay_epochs",
     "optim.ema_momentum",
@@ -84,7 +84,7 @@ def base_config() -> Config:
     c.data.local_views = 0  # V, further crops of each image, which agree with the masked view
     c.data.local_size = 16  # pixels per side of such a crop, as the model sees it
     c.data.local_crop_scale = (0.1, 0.4)  # its area, fraction of the image
-    c.data.local_patches = placeholder(int)  # of each, what is seen, at random; None: all
+    c.data.local_patches = placeholder(int)  # patches seen of each local view, at random; None: all
     c.data.horizontal_flip = 0.5  # probability
     c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
@@ -107,11 +107,11 @@ def base_config() -> Config:
     c.model.stem = "linear"  # patches to tokens: linear | hmlp (convolutions within each patch)
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R
-    c.model.num_registers = 0  # further such tokens, that nobody reads
+    c.model.num_registers = 0  # further such tokens, which no loss and no probe reads
     c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed) | rope2d
-    # Of the encoder: initial factor of each residual branch, per feature, 0 for none; probability
-    # to leave out a branch of the last block (of the first: 0).
+    # Encoder: initial factor of each residual branch, per feature; 0 = none.
     c.model.layer_scale = 0.0
+    # Encoder: probability to leave out a branch of the last block; 0 at the first, linear between.
     c.model.drop_path = 0.0
     c.model.remat = False  # compute blocks again in the backward pass: less memory, slower
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
@@ -119,15 +119,15 @@ def base_config() -> Config:
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
-    # Hidden width and width of the features in which the views of an image agree, if they must.
+    # Hidden width and output width of the projection, where the views of an image agree.
     c.model.projection = (512, 256)
     c.model.projection_input = "summary"  # summary (tokens) | summary+patches (and their mean)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
 
     c.mask = ConfigDict()
-    # What is hidden. multiblock: M blocks of whole cells of align_level; hierarchical: block m of
-    # whole cells of level m mod L, larger by progression; random: scattered cells of align_level.
+    # multiblock (M blocks of whole cells of align_level) | hierarchical (block m has whole cells of
+    # level m mod L, and grows by progression) | random (scattered cells of align_level)
     c.mask.kind = "multiblock"
     c.mask.num_blocks = 4  # M, target blocks per image; random: always one set of cells
     c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
@@ -144,8 +144,8 @@ def base_config() -> Config:
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
-    # Of what pulls the projected summary tokens of an image's views together (0: no projection),
-    # and of what keeps those of different images, of a part of a batch, apart.
+    # agreement pulls the projections of an image's views together; 0 = no projection. spread keeps
+    # the projections of different images apart, within a part of a batch.
     c.loss.agreement_weight = 0.0
     c.loss.spread_weight = 0.5
     # Weight of the EMA encoder's view of the whole image in the mean direction of the agreement, in
@@ -155,8 +155,8 @@ def base_config() -> Config:
     # running (as views, averaged over batches: 0.9 of the old one; a tenth of the gradient).
     c.loss.spread_moment = "batch"
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
-    # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
-    # of a batch (optim.accumulation_steps).
+    # Multiplies the two terms of vicreg, or sigreg. sigreg grows with the number of images in a
+    # part of a batch (optim.accumulation_steps).
     c.loss.regularizer_weight = 0.05
     c.loss.variance_weight = 25.0  # of vicreg
     c.loss.covariance_weight = 1.0  # of vicreg
@@ -164,8 +164,8 @@ def base_config() -> Config:
     c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
     c.optim = ConfigDict()
-    # adamw | muon: the weight matrices within encoder, predictor and projection move along their
-    # orthogonalized momentum, everything else by AdamW; at the same rate and decay.
+    # adamw | muon (weight matrices inside the networks move along their orthogonalized momentum,
+    # all other parameters by AdamW, at the same rate and decay)
     c.optim.kind = "adamw"
     c.optim.muon_momentum = 0.95
     c.optim.learning_rate = 1e-3  # peak
@@ -206,15 +206,15 @@ def base_config() -> Config:
     c.log = ConfigDict()
     c.log.every_steps = 50
     c.log.tensorboard = True
-    # Pictures of what the model sees, in TensorBoard: as far as 2 % of the time allows, and at the
-    # end; 0: never.
+    # Epochs between pictures in TensorBoard (as often as 2 % of the time allows, and at the end);
+    # 0 = never.
     c.log.figures_every_epochs = 5.0
     c.log.report = True  # write report.md and report.html when the run ends
     return c
 
 
 def encoder_size(config: Config) -> tuple[int, int, int]:
-    """Width, depth and heads of the encoder: those of `model.name` where not given."""
+    """Width, depth and heads of the encoder; `model.name` fills in the fields that are None."""
     given = (config.model.width, config.model.depth, config.model.num_heads)
     named = SIZES[config.model.name]
     return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore

@@ -1,6 +1,6 @@
 """Augmentation on the device, inside jit: uint8 images in, normalised float32 images out.
 
-One key per image decides everything about it, so a batch is the same however it is split.
+One key per image decides everything about its view, so the split of a batch does not matter.
 Cropping and resizing is separable linear interpolation, written as two matrix products.
 
 References:

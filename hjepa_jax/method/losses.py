@@ -1,7 +1,7 @@
-"""Losses as small pieces: prediction losses over valid targets, VICReg, SIGReg, views that agree.
+"""The terms of the loss, each a pure function.
 
-Everything is computed in float32, products too (whose operands GPUs round by default). Under jit
-with a batch that is split over devices, the means are means over the global batch.
+Everything is computed in float32. Products ask for it, as GPUs round their operands by default. If
+a batch is split over devices under jit, means are means over the global batch.
 """
 
 import math
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 VARIANCE_EPSILON = 1e-4
-# Where characteristic functions are compared: they agree at t = 0, and beyond 5 the weight
-# exp(-t^2 / 2) is below 4e-6. From point to point a projection of size 6 turns by 0.3 of a circle.
+# Points t at which characteristic functions are compared. They agree at t = 0, and beyond 5 the
+# weight exp(-t^2 / 2) is below 4e-6. From one point to the next a projection of size 6 turns by 0.3
+# of a circle.
 SIGREG_STEP = 0.3125
 SIGREG_POINTS = tuple(SIGREG_STEP * k for k in range(1, 17))
 PREDICTION_LOSSES = ("smooth_l1", "mse", "cosine")
@@ -45,13 +46,13 @@ def elementwise_loss(
 
 
 def cosine_similarity(x: Float[Array, "*B D"], y: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """Cosine of the angle between vectors, in [-1, 1]; 0 where either is (nearly) zero."""
+    """Cosine of the angle between vectors, in [-1, 1]; 0 if either is (nearly) zero."""
     squared_norms = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
     return jnp.sum(x * y, axis=-1) / jnp.sqrt(squared_norms + 1e-12)
 
 
 def masked_mean(x: Float[Array, "*B"], valid: Bool[Array, "*B"]) -> Float[Array, ""]:
-    """Mean over the valid entries; 0 where there is none."""
+    """Mean over the valid entries; 0 if there is none."""
     return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
 
 
@@ -77,7 +78,7 @@ def variance_loss(x: Float[Array, "B R D"], target_std: float = 1.0) -> Float[Ar
       target_std: standard deviation below which a feature is penalised.
 
     Returns:
-      Mean over R and D; zero where every feature has at least `target_std`.
+      Mean over R and D; zero if every feature has at least `target_std`.
 
     References:
       Bardes, Ponce, LeCun 2022, arXiv 2105.04906, eq. 1 and 2 (unbiased variance, eps = 1e-4).
@@ -162,7 +163,7 @@ def spread_floor(width: int, num_directions: float) -> float:
 
 
 def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
-    """Unit vectors of the same directions; of (nearly) zero vectors shorter ones."""
+    """Unit vectors of the same directions; shorter for (nearly) zero vectors."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)
 
@@ -176,16 +177,16 @@ def random_directions(rng: Array, num_slices: int, width: int) -> Float[Array, "
 def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Float[Array, ""]:
     """SIGReg: how far one-dimensional projections of the batch are from a standard normal.
 
-    Of the projections y_1 .. y_B on a direction, the Epps-Pulley statistic
+    For the projections y_1 .. y_B on one direction, the Epps-Pulley statistic
 
       B * integral of |1/B sum_b exp(i t y_b) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
 
     compares the empirical characteristic function with that of N(0, 1). The integrand is even and 0
-    at both ends: the trapezoidal rule is twice a sum over t > 0. Of normal features the statistic
-    is about 1 whatever B is (in the mean sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06); of collapsed ones it
-    grows with B: 0.41 B where they lie at the origin, more elsewhere. For 128 normal
-    projections with a standard deviation of up to 3 the sum's value and gradient are within 1 % of
-    the integral's; at 4 the gradient is off by about 3 %, at 5 by 12 %.
+    at both ends: the trapezoidal rule is twice a sum over t > 0. For normal features the statistic
+    is about 1 at any B; its mean is sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06. For collapsed features it
+    grows with B: 0.41 B if they lie at the origin, more elsewhere. For 128 normal projections with
+    a standard deviation of up to 3, value and gradient of the sum are within 1 % of the integral.
+    At 4 the gradient is off by about 3 %, at 5 by 12 %.
 
     Args:
       x: representations; each of the R tokens is a representation of its own.
@@ -202,7 +203,7 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
     rows = x.astype(jnp.float32).reshape(b * r, d)
     y = jnp.matmul(rows, directions, precision="highest").reshape(b, -1)
     total = jnp.zeros(y.shape[1])
-    for t in SIGREG_POINTS:  # unrolled: [B, R A] at a time, not all points of it
+    for t in SIGREG_POINTS:  # unrolled: memory for one point at a time
         normal = math.exp(-0.5 * t**2)
         real, imaginary = jnp.mean(jnp.cos(t * y), axis=0), jnp.mean(jnp.sin(t * y), axis=0)
         total += 2.0 * SIGREG_STEP * normal * ((real - normal) ** 2 + imaginary**2)
