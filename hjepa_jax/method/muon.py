@@ -1,8 +1,8 @@
 """Muon: weight matrices move along their orthogonalized momentum.
 
-Adam treats each weight by itself, Muon each matrix as a whole. A momentum U S V^T becomes the update
-U V^T: a direction that many examples share moves a layer no further than a rare one. The optax
-versions that we support scale updates differently, and one loops on the device, which Apple's
+Adam treats each weight by itself, Muon each matrix as a whole. A momentum U S V^T becomes the
+update U V^T: a direction that many examples share moves a layer no further than a rare one. The
+optax versions that we support scale updates differently, and one loops on the device, which Apple's
 plugins do badly. Hence this file. Query, key and value are orthogonalized as one matrix. Each by
 itself made no difference after an epoch (experiments/recipes).
 
