@@ -12,9 +12,7 @@ import sys
 import jax
 import numpy as np
 
-from hjepa_jax.config import build
 from hjepa_jax.data.augment import normalize
-from hjepa_jax.method.targets import encode_targets
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.run import open_config_source
 from hjepa_jax.runs.workdir import load_config
@@ -32,8 +30,12 @@ def main() -> None:
     shape = (NUM_IMAGES, c.image_size, c.image_size, 3)
     images = jax.image.resize(train.images[:NUM_IMAGES].astype(np.float32), shape, "linear")
     pixels = normalize(images / 255.0, tuple(c.mean), tuple(c.std))
-    spec = build.build_target_spec(config)
-    targets = jax.jit(lambda params: encode_targets(model, params, pixels, spec).levels)
+
+    @jax.jit
+    def targets(params):
+        variables = {"params": {"context_encoder": params}}
+        return tuple(model.apply(variables, pixels, method="targets").levels.values())
+
     for name, params in (("trained", state.target_params), ("random-init", initial.target_params)):
         for level, x in enumerate(np.asarray(x, np.float64) for x in targets(params)):
             whole = x.var(axis=(0, 1)).sum()
