@@ -87,7 +87,7 @@ def test_m1_max_quick_val_is_the_reference_run():
 def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels():
     config = load("m1_max_full_100epoch")
     assert config.model.num_levels == 3
-    sample, n = build.build_masks(config), 4_000
+    sample, n = build.build_masks(config), 2_000
     masks = jax.jit(sample)(jax.random.split(jax.random.PRNGKey(0), n))
     hidden = target_union(masks, 196)
     by_level = [
@@ -97,8 +97,8 @@ def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels
     error = 4 * np.sqrt(0.571 * 0.429 / n)  # of 49 cells, 25 to 31 are hidden
     for coverage in by_level[:2]:
         assert np.abs(coverage - 28 / 49).max() < error
-    assert by_level[2].min() > 0.54
-    assert by_level[2].max() < 0.86  # a cell of 4 x 4 patches, of which half must be hidden
+    assert by_level[2].min() > 0.52
+    assert by_level[2].max() < 0.87  # a cell of 4 x 4 patches, of which half must be hidden
 
 
 def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():

@@ -287,7 +287,7 @@ def test_layer_norm_is_right_where_the_mean_is_large(mean):
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
 def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
     """Against NumPy: a sum over the pixels of each cell, a LayerNorm, a GELU."""
-    stem = PatchMLP(8, patch_size)
+    stem = PatchMLP(32, patch_size)
     patches = RNG.normal(size=(2, 3, patch_size**2 * 2)).astype(np.float32)
     params = jax.device_get(jax.jit(stem.init)(jax.random.PRNGKey(0), patches))["params"]
     params = jax.tree.map(lambda p: p + np.float32(0.1), params)
@@ -308,7 +308,7 @@ def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
             x = x * norm["scale"] + norm["bias"]
             x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    np.testing.assert_allclose(found, x.reshape(2, 3, 8), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found, x.reshape(2, 3, 32), rtol=1e-3, atol=1e-4)
 
 
 def test_a_hidden_pixel_does_not_pass_the_hmlp_stem():
