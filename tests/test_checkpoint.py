@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.train_state import MomentState, TrainState
 from hjepa_jax.method.window import empty_window, make_averages
 from hjepa_jax.runs import array_table, checkpoint_meta
 from hjepa_jax.runs.array_table import describe_arrays, differences, json_checksum
@@ -73,6 +73,17 @@ def rewrite_meta(workdir, step, *, checksum: bool = False, **changes) -> None:
         del meta["checksum"]
         meta["checksum"] = json_checksum(meta)
     (workdir / f"checkpoints/{step}/meta/metadata").write_text(json.dumps(meta))
+
+
+def test_a_running_moment_is_saved_and_restored(tmp_path, tiny_config):
+    moment = jnp.arange(9.0).reshape(3, 3)
+    state = MomentState(**vars(make_state(2)), spread_moment=moment)
+    checkpoints = Checkpoints(tmp_path, config=tiny_config, owner=True)
+    checkpoints.save(state, make_window(), scores={})
+    checkpoints.wait()
+    asked = MomentState(**vars(make_state(0)), spread_moment=0 * moment)
+    assert_same_tree(checkpoints.restore(asked, make_window())[0], state)
+    checkpoints.close()
 
 
 # The table of arrays

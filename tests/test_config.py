@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -18,6 +19,8 @@ from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
+from hjepa_jax.masks.masks import target_union
+from hjepa_jax.models import hierarchy
 from hjepa_jax.reporting.snapshot import build_snapshot_fn
 from hjepa_jax.runs import run
 from hjepa_jax.runs.workdir import load_config
@@ -81,6 +84,23 @@ def test_m1_max_quick_val_is_the_reference_run():
     assert f"{float(built.schedules.learning_rate_fn(250)):.2e}" == "1.60e-05"
 
 
+def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels():
+    config = load("m1_max_full_100epoch")
+    assert config.model.num_levels == 3
+    sample, n = build.build_masks(config), 2_000
+    masks = jax.jit(sample)(jax.random.split(jax.random.PRNGKey(0), n))
+    hidden = target_union(masks, 196)
+    by_level = [
+        np.asarray(hierarchy.hidden_cells(hidden, 14, level, config.mask.min_coverage)).mean(axis=0)
+        for level in range(3)
+    ]
+    error = 4 * np.sqrt(0.571 * 0.429 / n)  # of 49 cells, 25 to 31 are hidden
+    for coverage in by_level[:2]:
+        assert np.abs(coverage - 28 / 49).max() < error
+    assert by_level[2].min() > 0.52
+    assert by_level[2].max() < 0.87  # a cell of 4 x 4 patches, of which half must be hidden
+
+
 def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
     """FLOPs of m1_max_quick_val against the same model whose context encoder computes on all."""
     config, flops = load("m1_max_quick_val"), []
@@ -90,6 +110,37 @@ def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
         program = run.build_run(config, CIFAR10).lower(steps_per_call=1, donate=False)
         flops.append(program.cost_analysis()["flops"])
     assert 0.3 < flops[0] / flops[1] <= 0.6
+
+
+def flops_and_params(config, **overrides):
+    """XLA's count for a step, and the names of the networks that are trained."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides)
+    validate(config)
+    built = run.build_run(config, Source("x", SourceInfo(240, 60, (16, 16, 3), ("a",)), list))
+    program = built.lower(steps_per_call=1, donate=False)
+    return program.cost_analysis()["flops"], set(jax.eval_shape(built.create)[0].params)
+
+
+def test_a_term_of_weight_0_costs_nothing(tiny_config):
+    """Without the levels: no target pass, no predictor pass, no gradient of either."""
+    agree = {"loss.agreement_weight": 1.0, "data.local_views": 1, "data.local_size": 8}
+    agree |= {"loss.regularizer": "none", "model.projection": (16, 8)}
+    full, networks = flops_and_params(tiny_config, **agree)
+    assert networks == {"context_encoder", "predictor", "projection"}
+    one_pass, _ = flops_and_params(tiny_config, **agree, **{"loss.summary_weight": 0.0})
+    none, networks = flops_and_params(tiny_config, **agree, **{"loss.level_weights": (0.0, 0.0)})
+    assert networks == {"context_encoder", "projection"}
+    teacher = {"loss.level_weights": (0.0, 0.0), "loss.teacher_weight": 1.0}
+    with_target, _ = flops_and_params(tiny_config, **agree, **teacher)
+
+    model = build.build_model(tiny_config)
+    images = jax.ShapeDtypeStruct((16, 16, 16, 3), "float32")
+    encoder = jax.eval_shape(model.context_encoder.init, jax.random.PRNGKey(0), images)
+    encode = jax.jit(model.context_encoder.apply)
+    target_pass = encode.lower(encoder, images).cost_analysis()["flops"]
+    assert with_target - none > target_pass  # and the projection of the teacher
+    assert full - none > target_pass + (full - one_pass)
 
 
 def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config):
@@ -129,8 +180,8 @@ OTHER_VALUES = {
     **{
         f"data.{name}": (0.3, {})
         for name in (
-            "horizontal_flip", "vertical_flip", "brightness", "contrast", "saturation",
-            "grayscale", "blur", "solarize",
+            "horizontal_flip", "vertical_flip", "brightness", "contrast", "saturation", "hue",
+            "jitter_probability", "grayscale", "blur", "solarize",
         )
     },
     "data.blur_sigma": ((0.5, 1.0), {}),
@@ -140,6 +191,7 @@ OTHER_VALUES = {
     "model.num_heads": (2, {}),
     "model.mlp_ratio": (2.0, {}),
     "model.patch_size": (8, {}),
+    "model.stem": ("hmlp", {}),
     "model.num_levels": (1, {}),
     "model.num_summary_tokens": (2, {}),
     "model.num_registers": (2, {}),
@@ -168,7 +220,10 @@ OTHER_VALUES = {
     "loss.summary_weight": (0.5, {}),
     "loss.agreement_weight": (2.0, {}),
     "loss.spread_weight": (0.1, {"loss.agreement_weight": 1.0}),
+    "loss.teacher_weight": (1.0, {}),
+    "loss.spread_moment": ("views", {}),
     "model.projection": ((64, 32), {"loss.agreement_weight": 1.0}),
+    "model.projection_input": ("summary+patches", {}),
     "loss.regularizer": ("sigreg", {}),
     "loss.regularizer_weight": (0.1, {}),
     "loss.variance_weight": (5.0, {}),
@@ -227,6 +282,8 @@ def test_every_option_changes_what_is_built():
         ("data.blur_sigma", (0.0, 1.0)),
         ("data.solarize", 2.0),
         ("data.brightness", -0.1),
+        ("data.hue", 0.6),
+        ("data.jitter_probability", 1.1),
         ("model.name", "vit_enormous"),
         ("model.num_levels", 5),
         ("model.num_levels", 0),
@@ -264,6 +321,11 @@ def test_every_option_changes_what_is_built():
         ("loss.agreement_weight", 1.0),  # without a second view
         ("loss.agreement_weight", -1.0),
         ("loss.spread_weight", -1.0),
+        ("loss.teacher_weight", 1.0),  # without agreement
+        ("loss.teacher_weight", -1.0),
+        ("loss.spread_moment", "epoch"),
+        ("model.stem", "conv"),
+        ("model.projection_input", "pixels"),
         ("model.projection", (512,)),
         ("model.projection", (512, 0)),
         ("model.projection", (512, 2.5)),

@@ -13,6 +13,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.matmul import Precision
 from hjepa_jax.models.positions import sincos2d_positions, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.stem import PatchMLP
 from hjepa_jax.models.transformer import Block, layer_norm
 from hjepa_jax.models.vit import VisionTransformer, patchify
 
@@ -281,3 +282,41 @@ def test_layer_norm_is_right_where_the_mean_is_large(mean):
     norm = layer_norm()
     found = norm.apply(norm.init(jax.random.PRNGKey(0), x), x)
     np.testing.assert_allclose(found, exact, atol=2e-4)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
+    """Against NumPy: a sum over the pixels of each cell, a LayerNorm, a GELU."""
+    stem = PatchMLP(32, patch_size)
+    patches = RNG.normal(size=(2, 3, patch_size**2 * 2)).astype(np.float32)
+    params = jax.device_get(jax.jit(stem.init)(jax.random.PRNGKey(0), patches))["params"]
+    params = jax.tree.map(lambda p: p + np.float32(0.1), params)
+    found = jax.jit(stem.apply)({"params": params}, patches)
+    x = patches.astype(np.float64).reshape(6, patch_size, patch_size, 2)
+    strides = {4: [2, 2], 8: [2, 2, 2], 16: [4, 2, 2]}[patch_size]
+    for i, stride in enumerate(strides):
+        kernel, bias = params[f"layer_{i}"]["kernel"], params[f"layer_{i}"]["bias"]
+        kernel = kernel.reshape(stride, stride, x.shape[-1], -1)
+        side = x.shape[1] // stride
+        out = np.zeros((6, side, side, kernel.shape[-1]))
+        for dy in range(stride):
+            for dx in range(stride):
+                out += x[:, dy::stride, dx::stride] @ kernel[dy, dx]
+        x = out + bias
+        if i < len(strides) - 1:
+            norm = params[f"norm_{i}"]
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x = x * norm["scale"] + norm["bias"]
+            x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(found, x.reshape(2, 3, 32), rtol=1e-3, atol=1e-4)
+
+
+def test_a_hidden_pixel_does_not_pass_the_hmlp_stem():
+    encoder = make_model().context_encoder.clone(stem="hmlp")
+    x, index = images(1), jnp.asarray([[0, 5]])
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), x)
+    apply = jax.jit(encoder.apply)
+    before = apply(params, x, index)[0]
+    assert np.any(apply(params, x.at[:, 0, 0].add(1.0), index)[0] != before)
+    other = x.at[:, :PATCH, PATCH:].set(9.0)
+    np.testing.assert_array_equal(apply(params, other, index)[0], before)

@@ -91,6 +91,7 @@ def build_model(config: Config) -> HJEPA:
             num_registers=c.num_registers,
             drop_path=c.drop_path,
             layer_scale=c.layer_scale,
+            stem=c.stem,
             pyramid=pyramid,
             **shared,
         ),
@@ -108,6 +109,7 @@ def build_model(config: Config) -> HJEPA:
         min_coverage=config.mask.min_coverage,
         regularized=config.loss.regularized,
         projection=projection,
+        projection_input=c.projection_input,
     )
 
 
@@ -165,6 +167,8 @@ def build_augment(config: Config) -> Augment:
         brightness=c.brightness,
         contrast=c.contrast,
         saturation=c.saturation,
+        hue=c.hue,
+        jitter_probability=c.jitter_probability,
         grayscale=c.grayscale,
         blur=c.blur,
         blur_sigma=tuple(c.blur_sigma),
@@ -198,7 +202,13 @@ def build_objective(config: Config) -> Objective:
         "spread": c.spread_weight if c.agreement_weight else 0.0,
     }
     weights = {name: weight for name, weight in weights.items() if weight}
-    return Objective(weights, kind=c.kind, num_slices=c.num_slices)
+    return Objective(
+        weights,
+        kind=c.kind,
+        num_slices=c.num_slices,
+        teacher_weight=c.teacher_weight,
+        spread_moment=c.spread_moment,
+    )
 
 
 def build_schedules(config: Config, num_images: int) -> Schedules:
@@ -345,9 +355,11 @@ def build_create_state(
     """A function, to jit, that makes the state at step 0 from `config.seed`."""
     init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+    running = config.loss.agreement_weight and config.loss.spread_moment == "running"
+    moment_width = config.model.projection[1] if running else None
 
     def create_state() -> TrainState:
         params = model.init(init_rng, images, build_masks(config)(init_rng[None]))["params"]
-        return create_train_state(params, tx, train_rng)
+        return create_train_state(params, tx, train_rng, moment_width=moment_width)
 
     return create_state

@@ -15,8 +15,8 @@ from hjepa_jax.config.fields import flatten
 # An ml_collections.ConfigDict, whose fields no type checker knows.
 Config = Any
 
-# Fields that may differ between a run and its continuation: they change what is said about the
-# run, how fast it goes or where its data lies, not what it computes.
+# Fields that may differ between a run and its continuation: they change the log, the speed or the
+# place of the data, and no result.
 FREE_FIELDS = (
     "data.dir",
     "data.num_workers",
@@ -33,7 +33,7 @@ FREE_FIELDS = (
     "train.steps_per_call",
 )
 
-# Fields that a continuation may change where no update that was made would have been another one.
+# Fields that a continuation may change, if no update so far would have been another one.
 SCHEDULE_FIELDS = (
     "optim.decay_epochs",
     "optim.ema_momentum",
@@ -93,6 +93,8 @@ def base_config() -> Config:
     c.data.brightness = 0.2  # s of a factor uniform in [1 - s, 1 + s]
     c.data.contrast = 0.2  # s of a factor uniform in [1 - s, 1 + s]
     c.data.saturation = 0.2  # s of a factor uniform in [1 - s, 1 + s]
+    c.data.hue = 0.0  # h of a shift uniform in [-h, h]; fraction of the colour circle, at most 0.5
+    c.data.jitter_probability = 1.0  # probability of the four colour changes above, all or none
     c.data.grayscale = 0.0  # probability
     c.data.blur = 0.0  # probability of a Gaussian blur
     c.data.blur_sigma = (0.1, 2.0)  # standard deviation of the blur; pixels
@@ -105,6 +107,7 @@ def base_config() -> Config:
     c.model.num_heads = placeholder(int)  # attention heads; None = from model.name
     c.model.mlp_ratio = 4.0  # hidden width of an MLP / width of the encoder
     c.model.patch_size = 4  # side of a patch; pixels
+    c.model.stem = "linear"  # patches to tokens: linear | hmlp (convolutions within each patch)
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R, tokens that come to describe the whole image
     c.model.num_registers = 0  # extra tokens that no loss and no probe reads
@@ -122,6 +125,8 @@ def base_config() -> Config:
     c.model.predictor_mode = "self"
     # hidden and output width of the projection, used if views agree
     c.model.projection = (512, 256)
+    # input of the projection: summary (tokens) | summary+patches (and the mean of the patches)
+    c.model.projection_input = "summary"
     c.model.pyramid = "none"  # feature pyramid, predictions and targets: none | add | concat
     c.model.target = "ema"  # ema | online (no EMA, gradient through both sides; needs sigreg)
 
@@ -150,6 +155,12 @@ def base_config() -> Config:
     c.loss.summary_weight = 1.0
     c.loss.agreement_weight = 0.0  # pulls the views of one image together; 0 = no projection
     c.loss.spread_weight = 0.5  # keeps different images apart; used if agreement_weight > 0
+    # weight of the EMA encoder's view of the whole image in the agreement; 0 = none
+    # Every other view of the image has weight 1.
+    c.loss.teacher_weight = 0.0
+    # second moment that spread compares: batch (of each view) | views (all views) | running
+    # running averages the moment of all views over batches, 0.9 of the old one.
+    c.loss.spread_moment = "batch"
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (towards a standard normal) | none
     # factor of VICReg's two terms, or of SIGReg
     # SIGReg grows with the images per part of a batch (optim.accumulation_steps).
@@ -216,7 +227,7 @@ def base_config() -> Config:
 
 
 def encoder_size(config: Config) -> tuple[int, int, int]:
-    """Width, depth and heads of the encoder: those of `model.name` where not given."""
+    """Width, depth and heads of the encoder; `model.name` fills in the fields that are None."""
     given = (config.model.width, config.model.depth, config.model.num_heads)
     named = SIZES[config.model.name]
     return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore

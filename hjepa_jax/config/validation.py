@@ -12,10 +12,12 @@ from hjepa_jax.config.defaults import SIZES, Config, base_config, encoder_size
 from hjepa_jax.config.fields import check_types, get_field, is_a
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.losses import PREDICTION_LOSSES
-from hjepa_jax.models.hjepa import REGULARIZED
+from hjepa_jax.method.objective import SPREAD_MOMENTS
+from hjepa_jax.models.hjepa import PROJECTION_INPUTS, REGULARIZED
 from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
+from hjepa_jax.models.stem import STEMS
 from hjepa_jax.runtime.backend import PLATFORMS
 
 MAX_SIDE = 128  # patches
@@ -106,7 +108,8 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_increasing(0, 100), "mask.aspect_ratio mask.context_aspect_ratio"),
     (_at_least(0, at_most=64), "data.local_views"),
     (_FRACTION, "data.horizontal_flip data.vertical_flip data.grayscale data.blur data.solarize"),
-    (_FRACTION, "data.brightness data.contrast data.saturation"),
+    (_FRACTION, "data.brightness data.contrast data.saturation data.jitter_probability"),
+    (Rule(lambda v: 0 <= v <= 0.5, "must be in [0, 0.5]"), "data.hue"),
     (_one_of(*SIZES), "model.name"),
     (_one_of(*POSITIONS), "model.positions"),
     (_one_of("float32", "bfloat16"), "model.dtype"),
@@ -119,6 +122,8 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_at_least(0, at_most=100), "model.layer_scale"),
     (_BELOW_ONE, "model.drop_path optim.b1 optim.b2 optim.muon_momentum"),
     (_one_of(*MODES), "model.predictor_mode"),
+    (_one_of(*STEMS), "model.stem"),
+    (_one_of(*PROJECTION_INPUTS), "model.projection_input"),
     (_one_of("none", *FUSIONS), "model.pyramid"),
     (_one_of("ema", "online"), "model.target"),
     (Rule(_are_sizes, _PROJECTION), "model.projection"),
@@ -130,8 +135,10 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of(*PREDICTION_LOSSES), "loss.kind"),
     (_one_of("vicreg", "sigreg", "none"), "loss.regularizer"),
     (_one_of(*REGULARIZED), "loss.regularized"),
+    (_one_of(*SPREAD_MOMENTS), "loss.spread_moment"),
     (_at_least(0), "loss.summary_weight loss.regularizer_weight loss.variance_weight"),
     (_at_least(0), "loss.covariance_weight loss.agreement_weight loss.spread_weight"),
+    (_at_least(0), "loss.teacher_weight"),
     (_at_least(1, at_most=65_536), "loss.num_slices eval.batch_size"),
     (_at_least(0), "optim.learning_rate optim.final_learning_rate optim.warmup_epochs"),
     (_at_least(0), "optim.decay_epochs optim.weight_decay optim.final_weight_decay"),
@@ -197,6 +204,12 @@ def _model_relations(c: Config) -> Relations:
     yield "model.patch_size", grid_size <= MAX_SIDE, words
     words = f"cells of the top level, {top} patches wide, must fit the {grid_size}x{grid_size} grid"
     yield "model.num_levels", top <= grid_size, words
+    linear = c.model.stem == "linear"
+    yield (
+        "model.stem",
+        linear or c.model.patch_size % 4 == 0,
+        "needs a model.patch_size that 4 divides",
+    )
     plain = c.model.pyramid == "none"
     yield "model.pyramid", plain or c.model.num_levels > 1, "needs model.num_levels of at least 2"
     # Through targets with a gradient it could learn to make all of them the same.
@@ -231,6 +244,9 @@ def _loss_relations(c: Config) -> Relations:
     yield "loss.agreement_weight", some or not _agrees(c), words
     words = "needs data.local_views of at least 1, to agree with the view that is masked"
     yield "loss.agreement_weight", c.data.local_views > 0 or not _agrees(c), words
+    known = c.loss.teacher_weight == 0 or (_agrees(c) and c.model.target == "ema")
+    words = "needs loss.agreement_weight above 0, and model.target='ema'"
+    yield "loss.teacher_weight", known, words
     words = "must be greater than 0 where loss.agreement_weight is: all images would be alike"
     yield "loss.spread_weight", c.loss.spread_weight > 0 or not _agrees(c), words
 

@@ -47,8 +47,9 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
 
-    At most 0 where predictions are no better than the mean of all targets, however small the loss
-    is: a part that all targets share makes it small and is worth nothing. 0 without queries.
+    It is at most 0 if predictions are no better than the mean of all targets. The loss may be small
+    all the same: a part that all targets share makes it small and is worth nothing. 0 without
+    queries.
     """
     mask = valid[..., None]
     total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)
@@ -61,9 +62,9 @@ def explained_variance(
 def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
     """The part of the tokens' variance that their place alone decides, in [0, 1].
 
-    The predictor knows it without looking; where it grows, a falling loss and a rising explained
-    variance say little. The estimate has no bias by the number of images, for B >= 2: the means of
-    B images at places that nothing distinguishes still differ by a B-th of the tokens' variance.
+    The predictor knows the place without looking. If this part grows, a falling loss and a rising
+    explained variance say little. Means over B images differ between places by a B-th of the
+    tokens' variance even if no place is special. The estimate subtracts this, for B >= 2.
     """
     b = len(tokens)
     at_place = jnp.mean(tokens, axis=0, keepdims=True)
@@ -78,9 +79,9 @@ def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
 def image_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
     """The part of the tokens' variance that their image alone decides, in [0, 1].
 
-    Whatever the place: any patch of the image tells it of all others. Where it grows, targets of
-    one image draw together, and the loss falls for that. As `position_share`, without a bias by
-    the number of patches, for N >= 2.
+    Any patch of the image tells this part of all others. If it grows, targets of one image draw
+    together, and the loss falls because of that. Like `position_share`, it has no bias by the
+    number of patches, for N >= 2.
     """
     return position_share(jnp.swapaxes(tokens, 0, 1))
 

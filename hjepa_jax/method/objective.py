@@ -7,12 +7,19 @@ References:
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hjepa_jax.method import losses
 from hjepa_jax.models.hjepa import Prediction
+
+# Where the second moment of the spread comes from.
+SPREAD_MOMENTS = ("batch", "running", "views")
+# Share of the old moment in a running one, per batch.
+MOMENT_DECAY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +32,16 @@ class Objective:
         "variance", "covariance", "sigreg", "agreement" and "spread".
       kind: distance of a prediction to its target, one of `losses.PREDICTION_LOSSES`.
       num_slices: random directions per step, for SIGReg.
+      teacher_weight: weight of the target encoder's projection in the centre of the agreement.
+      spread_moment: second moment that the spread compares: "batch" (one per view), "views" (one
+        over all views) or "running" (the latter, averaged over batches; see `second_moment`).
     """
 
     weights: Mapping[str, float]
     kind: str = "smooth_l1"
     num_slices: int = 256
+    teacher_weight: float = 0.0
+    spread_moment: str = "batch"
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -43,6 +55,7 @@ def loss_terms(
     prediction: Prediction,
     targets: Mapping[int, Float[Array, "B _ D"]],
     rng: Array,
+    moment: Float[Array, "V K K"] | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """Every term of the loss that has a weight, by name, before its weight.
 
@@ -51,6 +64,7 @@ def loss_terms(
       prediction: output of the online networks.
       targets: by level, aligned with `prediction.levels`. No gradient is stopped here.
       rng: of the directions of SIGReg.
+      moment: `second_moment` of the projections, for the spread.
     """
 
     def distance(predictions: Mapping[int, Float[Array, "B _ D"]], level: int) -> Array:
@@ -75,10 +89,51 @@ def loss_terms(
         "variance": lambda: losses.variance_loss(prediction.regularized),
         "covariance": lambda: losses.covariance_loss(prediction.regularized),
         "sigreg": sigreg,
-        "agreement": lambda: losses.agreement_loss(prediction.projected),
-        "spread": lambda: losses.spread_loss(prediction.projected),
+        "agreement": lambda: losses.agreement_loss(
+            prediction.projected, prediction.projected_target, objective.teacher_weight
+        ),
+        "spread": lambda: losses.spread_loss(moment),
     }
     return {name: terms[name]() for name in objective.weights}
+
+
+def second_moment(
+    objective: Objective, projected: Float[Array, "B V K"] | None, old: Float[Array, "K K"] | None
+) -> Float[Array, "_ K K"] | None:
+    """The second moment that the spread compares; None if the loss has no spread.
+
+    Args:
+      objective: the terms of the loss.
+      projected: projections of the views.
+      old: the running moment before this batch. The new one is
+        0.9 * stop_gradient(old) + 0.1 * (moment of the batch over all views).
+    """
+    if projected is None or "spread" not in objective.weights:
+        return None
+    if objective.spread_moment == "batch":
+        return losses.second_moment(projected)
+    pooled = losses.second_moment(projected.reshape(-1, 1, projected.shape[-1]))
+    if objective.spread_moment == "views":
+        return pooled
+    assert old is not None
+    return MOMENT_DECAY * jax.lax.stop_gradient(old)[None] + (1.0 - MOMENT_DECAY) * pooled
+
+
+def reported_terms(
+    objective: Objective, terms: Mapping[str, Float[Array, ""]], projected: Any
+) -> dict[str, Float[Array, ""]]:
+    """The terms as they are logged: the spread as a multiple of its floor.
+
+    The floor is the expected spread of independent images whose views point the same way. B such
+    directions have weight in the moment of a batch. A running moment has the weight of
+    (1 + 0.9) / (1 - 0.9) = 19 batches.
+    """
+    if "spread" not in terms:
+        return dict(terms)
+    num_batches = (1.0 + MOMENT_DECAY) / (1.0 - MOMENT_DECAY)
+    num_batches = num_batches if objective.spread_moment == "running" else 1.0
+    floor = losses.spread_floor(projected.shape[-1], num_batches * len(projected))
+    return {**terms, "spread": terms["spread"] / floor}
 
 
 def weighted_sum(

@@ -1,12 +1,9 @@
-"""The training step: a pure function of (state, images), told in order.
+"""The training step, a pure function of (state, images).
 
-  1. masks and views     `sample_inputs`
-  2. targets             `encode_targets`
-  3. loss and gradient   `gradient`, or `accumulated_gradient` for a batch in parts
-  4. optimizer update    `update`
-  5. EMA                 `update`
-
-Nothing here reads a config. `make_train_step` returns the function to jit.
+1. masks and views     `sample_inputs`
+2. targets             `encode_targets`
+3. loss and gradient   `gradient`, or `accumulated_gradient` for a batch in parts
+4. optimizer update and 5. EMA   `update`
 """
 
 import dataclasses
@@ -26,7 +23,13 @@ from hjepa_jax.masks.masks import Masks, gather_tokens
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method.health import health
 from hjepa_jax.method.keys import NO_IMAGE, batch_rng, image_rngs, some_patches, view_rngs
-from hjepa_jax.method.objective import Objective, loss_terms, weighted_sum
+from hjepa_jax.method.objective import (
+    Objective,
+    loss_terms,
+    reported_terms,
+    second_moment,
+    weighted_sum,
+)
 from hjepa_jax.method.optimizer import Schedule, global_norm
 from hjepa_jax.method.train_state import TrainState, ema_update
 from hjepa_jax.models.hjepa import HJEPA, Targets
@@ -61,12 +64,11 @@ class Method:
       augment: uint8 images to normalised pixels, from one key per image.
       objective: the terms of the loss.
       ema_momentum_fn: m as a function of the number of the update, from 1. None = no EMA: the
-        targets are features of the context encoder itself, and the gradient flows through them
-        too. Only the regularizer then keeps them from collapsing.
+        context encoder gives the targets, with a gradient, and only the regularizer prevents a
+        collapse.
       local_views: further views of each image; None = none.
-      num_parts: gradient accumulation: the batch is split into this many parts of consecutive
-        images, whose gradients are averaged. Statistics over a batch (VICReg, SIGReg, projection,
-        spread) are those of a part.
+      num_parts: for gradient accumulation: parts of the batch whose gradients are averaged.
+        Statistics over a batch (VICReg, SIGReg, projection, spread) are those of a part.
     """
 
     model: HJEPA
@@ -80,8 +82,8 @@ class Method:
 
     @property
     def needs_targets(self) -> bool:
-        """Whether a term of the loss compares with the target encoder."""
-        return bool(self.model.predicted_levels)
+        """Whether a term of the loss reads the target encoder."""
+        return bool(self.model.predicted_levels) or self.objective.teacher_weight > 0
 
 
 @struct.dataclass
@@ -110,29 +112,32 @@ class StepOutputs:
       features: float32 [B, D], one vector per image: the mean patch token of the target encoder,
         or of the context encoder if the loss needs no targets.
       finite: bool [], whether loss and gradient are finite. If not, the update was left out.
+      spread_moment: float32 [K, K], the running moment after this batch; None if the state
+        carries none.
     """
 
     scalars: dict[str, Any]
     features: Any
     finite: Any = None
+    spread_moment: Any = None
 
 
 TrainStep = Callable[[TrainState, UInt8[Array, "*B H W C"]], tuple[TrainState, StepOutputs]]
 
 
 def make_train_step(method: Method) -> TrainStep:
-    """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
-
-    With gradient accumulation the step also takes a batch that is cut already, [parts, B / parts,
-    H, W, C]. On several devices only such a batch lets every device keep its images.
-    """
+    """Returns `train_step(state, images) -> (state, outputs)`, to jit."""
     return functools.partial(train_step, method)
 
 
 def train_step(
     method: Method, state: TrainState, images: UInt8[Array, "*B H W C"]
 ) -> tuple[TrainState, StepOutputs]:
-    """One optimizer update."""
+    """One optimizer update.
+
+    With gradient accumulation the batch may be cut already, [parts, B / parts, H, W, C]. On several
+    devices only such a batch lets every device keep its images.
+    """
     rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
     make_gradient = gradient if method.num_parts == 1 else accumulated_gradient
     grads, outputs = make_gradient(method, state, images, *rngs)
@@ -169,17 +174,23 @@ def gradient(
             found = encode_targets(method, params["context_encoder"], inputs)
         targets = {} if found is None else _at_queries(found.levels, inputs.masks)
         apply: Any = model.apply
-        seen = (inputs.view, inputs.masks, inputs.local_views, inputs.local_index)
+        teacher = found if objective.teacher_weight else None
+        seen = (inputs.view, inputs.masks, inputs.local_views, inputs.local_index, teacher)
         prediction = apply({"params": params}, *seen, rngs=rngs)
-        terms = loss_terms(objective, prediction, targets, rng)
-        return weighted_sum(objective.weights, terms), (terms, prediction, found, targets)
+        moment = second_moment(objective, prediction.projected, state.spread_moment)
+        terms = loss_terms(objective, prediction, targets, rng, moment)
+        loss = weighted_sum(objective.weights, terms)
+        return loss, (terms, prediction, found, targets, moment)
 
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    terms, prediction, found, targets = aux
+    terms, prediction, found, targets, moment = aux
     tokens = None if found is None else found.tokens
     features = prediction.context_mean if tokens is None else jnp.mean(tokens, axis=1)
-    scalars = {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
-    return grads, StepOutputs(scalars | health(prediction, targets, tokens), features)
+    reported = reported_terms(objective, terms, prediction.projected)
+    scalars = {"loss": loss, **{f"loss_{name}": term for name, term in reported.items()}}
+    scalars |= health(prediction, targets, tokens)
+    running = None if moment is None or state.spread_moment is None else moment[0]
+    return grads, StepOutputs(scalars, features, spread_moment=running)
 
 
 def sample_inputs(
@@ -235,16 +246,26 @@ def accumulated_gradient(
     images = images if images.ndim == 5 else cut(images)
     parts = (images, cut(augment_rngs), cut(mask_rngs))
 
-    def add(total: Any, part: Any) -> tuple[Any, StepOutputs]:
-        grads, outputs = gradient(method, state, *part)
-        return jax.tree.map(jnp.add, total, grads), outputs
+    def add(carry: Any, part: Any) -> tuple[Any, StepOutputs]:
+        total, moment = carry
+        grads, outputs = gradient(method, _with_moment(state, moment), *part)
+        total = jax.tree.map(jnp.add, total, grads)
+        moment = outputs.spread_moment
+        return (total, moment), dataclasses.replace(outputs, spread_moment=None)
 
     # A scan and no unrolled loop: the activations of one part are alive at a time.
-    total, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), parts)
+    start = (jax.tree.map(jnp.zeros_like, state.params), state.spread_moment)
+    (total, moment), outputs = jax.lax.scan(add, start, parts)
     grads = jax.tree.map(lambda g: g / method.num_parts, total)
     scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
     features = outputs.features
-    return grads, StepOutputs(scalars, features.reshape(-1, features.shape[-1]))
+    features = features.reshape(-1, features.shape[-1])
+    return grads, StepOutputs(scalars, features, spread_moment=moment)
+
+
+def _with_moment(state: TrainState, moment: Float[Array, "K K"] | None) -> TrainState:
+    """The state with another running moment, if it carries one."""
+    return state if moment is None else dataclasses.replace(state, spread_moment=moment)
 
 
 def update(
@@ -268,7 +289,10 @@ def update(
     # the next step differ, so it may do better.
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
     new = dataclasses.replace(
-        state, params=params, target_params=target_params, opt_state=opt_state
+        _with_moment(state, outputs.spread_moment),
+        params=params,
+        target_params=target_params,
+        opt_state=opt_state,
     )
     new_state = dataclasses.replace(select(finite, new, state), step=state.step + 1)
     return new_state, StepOutputs(scalars, outputs.features, finite)

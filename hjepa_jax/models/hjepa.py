@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -14,6 +15,7 @@ from hjepa_jax.models.projection import Projection
 from hjepa_jax.models.vit import VisionTransformer
 
 REGULARIZED = ("summary", "context", "both")
+PROJECTION_INPUTS = ("summary", "summary+patches")
 
 
 @struct.dataclass
@@ -30,6 +32,8 @@ class Prediction:
       regularized: representations that the regularizer spreads, float32 [B, S, D].
       projected: projection of the masked view, then of the V local views, float32
         [B, 1 + V, K]; None without a projection.
+      projected_target: projection of the target encoder's features of the whole image, without a
+        gradient, float32 [B, 1, K]; None if they are not given.
     """
 
     levels: dict[int, Any]
@@ -40,6 +44,7 @@ class Prediction:
     context_mean: Any
     regularized: Any
     projected: Any = None
+    projected_target: Any = None
 
 
 @struct.dataclass
@@ -68,6 +73,8 @@ class HJEPA(nn.Module):
       min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
       projection: of each view, into the space where the views of an image agree; None = none.
+      projection_input: what it reads of a view: "summary" (tokens), or "summary+patches": these,
+        and the mean of the visible patch tokens.
     """
 
     context_encoder: VisionTransformer
@@ -77,6 +84,7 @@ class HJEPA(nn.Module):
     min_coverage: float = 1.0
     regularized: str = "summary"
     projection: Projection | None = None
+    projection_input: str = "summary"
 
     @property
     def predicted_levels(self) -> tuple[int, ...]:
@@ -89,6 +97,7 @@ class HJEPA(nn.Module):
         masks: Masks,
         local_views: Float[Array, "B V h w C"] | None = None,
         local_index: Int[Array, "B V P"] | None = None,
+        teacher: Targets | None = None,
     ) -> Prediction:
         """Encodes the visible patches and predicts the hidden ones.
 
@@ -97,6 +106,7 @@ class HJEPA(nn.Module):
           masks: which patches are visible and which are predicted.
           local_views: further crops of the images, of any size.
           local_index: the patches of each local view that the encoder sees; None = all.
+          teacher: features of the whole images by the target encoder; None = not projected.
         """
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
         query_valid = self.query_valid(masks)
@@ -120,12 +130,16 @@ class HJEPA(nn.Module):
             "context": context_mean[:, None],
             "both": jnp.concatenate([summary, context_mean[:, None]], axis=1),
         }[self.regularized]
-        projected = None
+        projected = projected_target = None
         if self.projection is not None:
-            views = summary.reshape(len(summary), 1, -1)
+            views = self._view_features(summary, context_mean)[:, None]
             if local_views is not None:
-                views = jnp.concatenate([views, self._summarize(local_views, local_index)], axis=1)
+                local = self._encode_local(local_views, local_index)
+                views = jnp.concatenate([views, local], axis=1)
             projected = self.projection(views)
+            if teacher is not None:
+                whole = self._view_features(teacher.summary, jnp.mean(teacher.tokens, axis=1))
+                projected_target = jax.lax.stop_gradient(self.projection(whole[:, None]))
         return Prediction(
             levels=levels,
             summary_levels=summary_levels,
@@ -135,6 +149,7 @@ class HJEPA(nn.Module):
             context_mean=context_mean,
             regularized=regularized,
             projected=projected,
+            projected_target=projected_target,
         )
 
     def _predict(
@@ -150,15 +165,24 @@ class HJEPA(nn.Module):
         )
         return self._fuse(levels, target_index)
 
-    def _summarize(
+    def _view_features(
+        self, summary: Float[Array, "B R D"], mean: Float[Array, "B D"]
+    ) -> Float[Array, "B E"]:
+        """What the projection reads of a view, side by side."""
+        flat = summary.reshape(len(summary), -1)
+        if self.projection_input == "summary":
+            return flat
+        return jnp.concatenate([flat, mean], axis=1)
+
+    def _encode_local(
         self, views: Float[Array, "B V h w C"], index: Int[Array, "B V P"] | None
     ) -> Float[Array, "B V E"]:
-        """Summary tokens of each view, side by side."""
+        """What the projection reads of each local view."""
         b, v = views.shape[:2]
         if index is not None:
             index = index.reshape(b * v, -1)
-        _, summary = self.context_encoder(views.reshape(b * v, *views.shape[2:]), index)
-        return summary.reshape(b, v, -1)
+        tokens, summary = self.context_encoder(views.reshape(b * v, *views.shape[2:]), index)
+        return self._view_features(summary, jnp.mean(tokens, axis=1)).reshape(b, v, -1)
 
     def _fuse(
         self,

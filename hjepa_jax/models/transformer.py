@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks, of which encoder and predictor are made.
+"""Pre-norm transformer blocks of encoder and predictor.
 
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         Args:
           x: tokens that are updated.
           memory: further tokens to attend to, which stay as they are.
-          allowed: which keys each token may attend to: those of `memory`, then those of `x`.
+          allowed: which keys each token may attend to; keys are `memory`, then `x`.
           turns: of rotary positions (`positions.rotate`), of `memory`, then of `x`.
         """
         b, n, d = x.shape

@@ -25,7 +25,7 @@ from hjepa_jax.runtime.placement import Placement
 
 FIELD = "train.init_from"
 # Fields of `model` that may differ: they change how the networks are computed or trained.
-FREE = {"dtype", "drop_path", "projection", "remat", "target"}
+FREE = {"dtype", "drop_path", "projection", "projection_input", "remat", "target"}
 # The projection head. Features do not need it, so only one of the runs may have it.
 HEAD = "projection"
 
