@@ -27,6 +27,7 @@ CONFIG_FLAGS_ERRORS = (
 )  # fmt: skip
 # Characters of a message, which may quote thousands of what it was given, and of a flag's value.
 MAX_LINE, MAX_VALUE = 2000, 200
+CONFIGS = pathlib.Path(__file__).with_name("configs")
 HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
 WIDTH = 88  # of the help page, in characters
 
@@ -104,7 +105,7 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
         text = textwrap.fill(f"{flag.help}{default}", WIDTH - 6)
         parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
         if isinstance(flag.parser, ConfigFileFlagParser):
-            fields = pathlib.Path(__file__).with_name("config.py")
+            fields = pathlib.Path(__file__).parent / "config" / "defaults.py"
             text = f"Sets a field of the config. All fields and their meaning: {fields}"
             parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}")
     return "\n\n".join(parts)
@@ -162,7 +163,7 @@ class _ConfigFile(ConfigFileFlagParser):
 
     def parse(self, path: str) -> ConfigDict:
         """The locked config that `get_config` returns; what follows a colon is its argument."""
-        file, _, argument = expanded(f"--{self.name}", path).partition(":")
+        file, _, argument = config_path_of(expanded(f"--{self.name}", path)).partition(":")
         try:
             config = _load(file, argument)
         except (Exception, SystemExit) as error:
@@ -173,6 +174,20 @@ class _ConfigFile(ConfigFileFlagParser):
             rule = "must be a config file (get_config must return an ml_collections.ConfigDict, "
             raise InputError(f"--{self.name}", path, f"{rule}not {type(config).__name__})")
         return config.lock()
+
+
+def config_path_of(value: str) -> str:
+    """The path of a config file, with its argument if there is one (`FILE:ARGUMENT`).
+
+    Args:
+      value: a path, or the name of a config that comes with the package. If there is no file
+        `configs/NAME.py`, that is the name of one, too.
+    """
+    file, colon, argument = value.partition(":")
+    path = pathlib.Path(file)
+    shipped = CONFIGS / f"{path.stem}.py"
+    is_name = file in (path.stem, f"configs/{path.stem}.py") and shipped.is_file()
+    return f"{shipped}{colon}{argument}" if is_name and not path.is_file() else value
 
 
 def _load(file: str, argument: str) -> Any:

@@ -25,7 +25,7 @@ CIFAR10 = Source("cifar10", SourceInfo(50_000, 10_000, (32, 32, 3), tuple("abcde
 
 
 def load(name: str):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return importlib.import_module(f"hjepa_jax.configs.{name}").get_config()
 
 
 def test_the_documented_configs_exist():

@@ -131,5 +131,5 @@ selftest.run_step = spoiled
 
 
 def test_the_config_it_trains_is_there():
-    assert selftest.CONFIG == REPOSITORY / "configs" / "cifar10_patches.py"
+    assert selftest.CONFIG == REPOSITORY / "hjepa_jax" / "configs" / "cifar10_patches.py"
     assert selftest.CONFIG.exists()

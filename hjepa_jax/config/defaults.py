@@ -84,7 +84,7 @@ def base_config() -> Config:
     """The defaults. Values that experiments chose are in configs/, not here."""
     c = ConfigDict()
     c.seed = 0  # of parameters, masks, augmentation and data order
-    c.platform = "auto"  # auto | cpu | cuda | metal | mps
+    c.platform = "auto"  # auto | cpu | cuda | rocm | tpu | metal | mps
 
     c.data = ConfigDict()
     c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>

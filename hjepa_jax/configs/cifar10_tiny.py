@@ -11,8 +11,8 @@ with AdamW at 7e-4; the longest with Muon (experiments/cifar10_tiny_muon) has fo
 further views and VICReg.
 """
 
-from configs import cifar10_patches
 from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_patches
 
 
 def get_config() -> Config:

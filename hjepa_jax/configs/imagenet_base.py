@@ -7,8 +7,8 @@ training set, chosen once by seed, and all 50,000 of the validation set: 15 GB o
 process. Not trained to its end yet.
 """
 
-from configs import imagenet100_small
 from hjepa_jax.config import Config
+from hjepa_jax.configs import imagenet100_small
 
 
 def get_config() -> Config:
