@@ -88,6 +88,8 @@ def build_model(config: Config) -> HJEPA:
             num_registers=c.num_registers,
             drop_path=c.drop_path,
             layer_scale=c.layer_scale,
+            gelu=c.gelu,
+            epsilon=c.layer_norm_epsilon,
             pyramid=pyramid,
             **shared,
         ),

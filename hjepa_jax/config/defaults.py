@@ -60,8 +60,10 @@ ADDED_FIELDS = (
     "loss.spread_weight",
     "mask.num_masks",
     "model.drop_path",
+    "model.gelu",
     "model.global_level",
     "model.global_target",
+    "model.layer_norm_epsilon",
     "model.layer_scale",
     "model.level_depths",
     "model.num_registers",
@@ -130,6 +132,8 @@ def base_config() -> Config:
     # to leave out a branch of the last block (of the first: 0).
     c.model.layer_scale = 0.0
     c.model.drop_path = 0.0
+    c.model.gelu = "tanh"  # activation of the encoder: tanh (approximate, fast) | erf (exact)
+    c.model.layer_norm_epsilon = 1e-6  # of the encoder; added to variances
     c.model.remat = False  # compute blocks again in the backward pass: less memory, slower
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
     c.model.predictor_width = 96

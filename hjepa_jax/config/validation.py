@@ -11,6 +11,7 @@ from hjepa_jax.models.hjepa import REGULARIZED
 from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
+from hjepa_jax.models.transformer import GELUS
 from hjepa_jax.runtime.backend import PLATFORMS
 
 
@@ -94,6 +95,7 @@ def validate(config: Config) -> None:
     one_of("model.name", tuple(SIZES))
     one_of("model.positions", POSITIONS)
     one_of("model.dtype", ("float32", "bfloat16"))
+    one_of("model.gelu", GELUS)
     at_least(1, "model.width", "model.predictor_width", "model.patch_size", at_most=8192)
     at_least(1, "model.depth", "model.predictor_depth", at_most=256)
     at_least(1, "model.num_heads", "model.predictor_num_heads", at_most=256)
@@ -103,6 +105,8 @@ def validate(config: Config) -> None:
     at_least(0, "model.num_registers", at_most=1024)
     at_least(0, "model.layer_scale", at_most=100)
     check(0 <= config.model.drop_path < 1, "model.drop_path", "must be in [0, 1)")
+    epsilon = config.model.layer_norm_epsilon
+    check(0 < epsilon <= 1, "model.layer_norm_epsilon", "must be in (0, 1]")
     one_of("model.predictor_mode", MODES)
     one_of("model.pyramid", ("none", *FUSIONS))
     stands = config.model.pyramid == "none" or config.model.num_levels > 1

@@ -1,9 +1,9 @@
 """Pre-norm transformer blocks, of which encoder and predictor are made.
 
 References:
-  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
-  backend); exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever the
-  precision is, of logits in the precision's results.
+  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). By default the GELU is the tanh form (fast on
+  every backend). Exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever
+  the precision is, of logits in the precision's results.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from hjepa_jax.models.matmul import Dense, Precision, product
 from hjepa_jax.models.positions import rotate
 
 LAYER_NORM_EPSILON = 1e-6
+GELUS = ("tanh", "erf")  # the approximation, and the exact form that published encoders have
 
 token_init = nn.initializers.truncated_normal(0.02)
 
@@ -111,6 +112,8 @@ class Block(nn.Module):
     drop_path: float = 0.0
     out_scale: float = 1.0
     layer_scale: float = 0.0
+    gelu: str = "tanh"  # one of `GELUS`
+    epsilon: float = LAYER_NORM_EPSILON
 
     @nn.compact
     def __call__(
@@ -134,15 +137,15 @@ class Block(nn.Module):
             the keys of `allowed`, and `turns`, begin with theirs.
         """
         d = x.shape[-1]
-        norm = layer_norm("norm_attention")
+        norm = layer_norm("norm_attention", self.epsilon)
         attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
         before = None if before is None else norm(before)
         y = attention(norm(x), allowed, turns, source, source_turns, before)
         x = x + self._branch(y, "scale_attention")
-        y = layer_norm("norm_mlp")(x)
+        y = layer_norm("norm_mlp", self.epsilon)(x)
         y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
         y = y.astype(self.precision.operands)  # what is kept for the backward pass: half of it
-        y = nn.gelu(y.astype(jnp.float32), approximate=True)
+        y = nn.gelu(y.astype(jnp.float32), approximate=self.gelu == "tanh")
         y = Dense(d, self.precision, self.out_scale, name="mlp_out")(y)
         return x + self._branch(y, "scale_mlp")
 
@@ -165,15 +168,13 @@ def block_type(*, remat: bool) -> Any:
     return nn.remat(Block) if remat else Block
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the affine parameters and the epsilon used throughout, in float32.
+def layer_norm(name: str | None = None, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
+    """LayerNorm with affine parameters, in float32.
 
     The variance is the mean of (x - mean)^2. Flax's faster mean(x^2) - mean^2 cancels: at a mean of
     1000 standard deviations it is wrong by a tenth.
     """
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+    return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def residual_scale(depth: int) -> float:

@@ -15,6 +15,7 @@ from hjepa_jax.models.matmul import Dense, Precision
 from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles, turns_of
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.transformer import (
+    LAYER_NORM_EPSILON,
     block_type,
     drop_path_rates,
     layer_norm,
@@ -45,6 +46,8 @@ class VisionTransformer(nn.Module):
       drop_path: probability to leave out a branch of the last block, see `Block` and
         `drop_path_rates`.
       layer_scale: see `Block`; 0 for none.
+      gelu: "tanh" or "erf".
+      epsilon: of all LayerNorms.
       remat: see `block_type`.
       pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
 
@@ -64,6 +67,8 @@ class VisionTransformer(nn.Module):
     precision: Precision = Precision()
     drop_path: float = 0.0
     layer_scale: float = 0.0
+    gelu: str = "tanh"
+    epsilon: float = LAYER_NORM_EPSILON
     remat: bool = False
     pyramid: FeaturePyramid | None = None
 
@@ -119,14 +124,16 @@ class VisionTransformer(nn.Module):
         ):
             if count:
                 tokens = self.param(name, token_init, (1, count, self.width))
-                tokens = jnp.broadcast_to(tokens, (len(x), count, self.width)).astype(x.dtype)
+                tokens = jnp.broadcast_to(tokens, (x.shape[0], count, self.width)).astype(x.dtype)
                 x = jnp.concatenate([tokens, x], axis=1)
         turns = None
         if self.positions == "rope2d":  # what is nowhere is not turned
             turns = turns_of(jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0))))
         allowed = None
         if valid is not None:
-            allowed = jnp.concatenate([jnp.ones((len(x), prefix), bool), valid], axis=1)[:, None]
+            allowed = jnp.concatenate([jnp.ones((x.shape[0], prefix), bool), valid], axis=1)[
+                :, None
+            ]
 
         block_class = block_type(remat=self.remat)
         for i, drop_path in enumerate(drop_path_rates(self.depth, self.drop_path)):
@@ -137,11 +144,13 @@ class VisionTransformer(nn.Module):
                 drop_path=drop_path,
                 out_scale=residual_scale(self.depth),
                 layer_scale=self.layer_scale,
+                gelu=self.gelu,
+                epsilon=self.epsilon,
                 name=f"block_{i}",
             )
             x = block(x, allowed, turns)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
-        x = layer_norm("norm")(x).astype(jnp.float32)
+        x = layer_norm("norm", self.epsilon)(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)
         summary, _, patches = jax.lax.split(x, parts, axis=1)
         return patches, summary
