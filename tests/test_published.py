@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from hjepa_jax.exchange.convert import convert
+from hjepa_jax.exchange.export import export
 from hjepa_jax.runs.load import load_encoder
+from tests.test_embed import make_run
 
 torch = pytest.importorskip("torch", reason="needs the extra `exchange` (torch)")
 with pytest.MonkeyPatch.context() as without_operators:
@@ -161,3 +163,35 @@ def test_a_checkpoint_of_i_jepa_gives_its_target_encoder(half, tmp_path):
     with torch.no_grad():
         expected = model.forward_features(torch.from_numpy(images))
     check(tmp_path / "ours", images, expected, 0)
+
+
+EXPORTED = [
+    ("timm", {}, 2),
+    ("timm", {"model.layer_scale": 0.1, "model.gelu": "erf", "model.num_registers": 0}, 1),
+    ("transformers", {}, 2),
+    ("transformers", {"model.num_registers": 0, "model.gelu": "erf"}, 1),
+    ("transformers", {"model.num_registers": 0, "loss.summary_weight": 0.0,
+                      "loss.regularizer": "none", "loss.regularizer_weight": 0.0}, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "fields", "num_summaries"), EXPORTED)
+def test_an_exported_encoder_gives_the_same_tokens_in_their_library(
+    layout, fields, num_summaries, shapes_npz, tmp_path
+):
+    fields = {"model.num_registers": 1, "model.num_summary_tokens": num_summaries, **fields}
+    make_run(tmp_path / "run", shapes_npz, **fields)
+    export(tmp_path / "run", tmp_path / "out", layout=layout)
+    images = pixels(16)
+    with torch.no_grad():
+        if layout == "timm":
+            model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+            found = model.forward_features(torch.from_numpy(images))
+        else:
+            model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+            found = model(torch.from_numpy(images)).last_hidden_state
+    tokens, summary = encode_here(tmp_path / "run", images)
+    num_before = found.shape[1] - tokens.shape[1]
+    assert num_before == num_summaries + fields["model.num_registers"]
+    np.testing.assert_allclose(found[:, num_before:], tokens, atol=1e-4)
+    np.testing.assert_allclose(found[:, :num_summaries], summary, atol=1e-4)

@@ -5,18 +5,18 @@ import hashlib
 import json
 import math
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import traverse_util
 
 from hjepa_jax.config import Config, base_config, build
+from hjepa_jax.config.fields import is_a
 from hjepa_jax.config.validation import validate
 from hjepa_jax.errors import InputError
+from hjepa_jax.exchange.encoder_file import check_fits
 from hjepa_jax.exchange.layouts import TIMM, Layout, Sizes, choose_layout, to_here
 from hjepa_jax.exchange.resample import resample
 from hjepa_jax.exchange.tensors import Tensors, read_safetensors, read_torch
@@ -25,6 +25,7 @@ from hjepa_jax.method.window import empty_window, make_averages
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.workdir import writing
 from hjepa_jax.runtime.backend import initialise
+from hjepa_jax.runtime.files import new_folder
 from hjepa_jax.runtime.paths import local_path
 
 FIELD = "--input"
@@ -46,11 +47,13 @@ class Described:
     Attributes:
       config: config.json, of Hugging Face or timm.
       mean, std: of pixels in [0, 1], per channel; None if no file says.
+      num_summary_tokens: how many of the tokens before the patches are; None: the class token.
     """
 
     config: dict[str, Any]
     mean: Any = None
     std: Any = None
+    num_summary_tokens: int | None = None
 
 
 def convert(
@@ -86,18 +89,17 @@ def convert(
         tensors, digest = _read(path)
         described = _describe(path if path.is_dir() else path.parent)
         layout = choose_layout(set(tensors))
-        params, sizes = to_here(tensors, layout)
+        params, sizes = to_here(tensors, layout, described.num_summary_tokens)
         config = _config(sizes, layout, described, image_size=image_size, num_heads=num_heads)
         if data is not None:
             config.data.source = data
+        validate(config)
         grid_size = config.data.image_size // sizes.patch_size
         table = params["positions/embedding"]
         params["positions/embedding"] = resample(table, grid_size, antialias=layout.antialias)
+        state = _state(config.lock(), params)
     except (ValueError, OSError) as error:
         raise InputError(FIELD, str(source), str(error)) from error
-    validate(config)
-    config.lock()
-    state = _state(config, params, str(source))
     record = {
         "file": path.name, "sha256": digest, "layout": layout.name, "parameters": sum(
             x.size for x in params.values()
@@ -151,7 +153,10 @@ def _describe(folder: pathlib.Path) -> Described:
     config, images = found["config.json"], found["preprocessor_config.json"]
     trained = config.get("pretrained_cfg") or {}  # of timm
     mean, std = images.get("image_mean"), images.get("image_std")
-    return Described(config, mean or trained.get("mean"), std or trained.get("std"))
+    ours = config.get("hjepa_jax")  # of an encoder that was exported from here
+    num_summaries = ours.get("num_summary_tokens") if isinstance(ours, dict) else None
+    mean, std = mean or trained.get("mean"), std or trained.get("std")
+    return Described(config, mean, std, num_summaries if is_a(int, num_summaries) else None)
 
 
 def _config(
@@ -193,7 +198,7 @@ def _config(
     default_epsilon = 1e-6 if layout is TIMM else 1e-12
     c.model.layer_norm_epsilon = float(theirs.get("layer_norm_eps", default_epsilon))
     if c.data.image_size // sizes.patch_size < 8:  # which blocks of whole cells may not fit
-        c.mask.kind = "random"
+        c.mask.kind, c.mask.align_level = "random", 0
     c.loss.regularizer, c.loss.regularizer_weight = "none", 0.0
     c.loss.summary_weight = float(sizes.num_summary_tokens > 0)
     return c
@@ -205,28 +210,16 @@ def _mlp_ratio(sizes: Sizes) -> float:
     return ratio if int(sizes.width * ratio) == sizes.hidden else math.nextafter(ratio, math.inf)
 
 
-def _state(config: Config, params: dict[str, np.ndarray], source: str) -> TrainState:
+def _state(config: Config, params: Tensors) -> TrainState:
     """A state at step 0 whose two encoders are the published one; only training would need more.
 
     Raises:
-      InputError: if the tensors do not fit the model of the config.
+      ValueError: if the tensors do not fit the model of the config.
     """
     model = build.build_model(config)
+    check_fits(params, config, model)
     create = build.build_create_state(config, model, optax.identity())
-    like = traverse_util.flatten_dict(jax.eval_shape(create).target_params, sep="/")
-    shapes = {name: leaf.shape for name, leaf in like.items()}
-    found = {name: value.shape for name, value in params.items()}
-    differing = sorted(name for name in shapes.keys() | found.keys()
-                       if shapes.get(name) != found.get(name))  # fmt: skip
-    if differing:
-        told = ", ".join(f"{n} is {found.get(n)}, not {shapes.get(n)}" for n in differing[:3])
-        raise InputError(FIELD, source, f"its tensors are of another architecture: {told}")
-    bad = sorted(name for name, value in params.items() if not np.isfinite(value).all())
-    if bad:
-        raise InputError(FIELD, source, f"its tensor {bad[0]} has numbers that are not finite")
-    encoder = traverse_util.unflatten_dict(
-        {tuple(name.split("/")): jnp.asarray(value) for name, value in params.items()}
-    )
+    encoder = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
     others = initialise(lambda: {**create().params, "context_encoder": None})
     both = {**others, "context_encoder": encoder}
     step = jnp.zeros((), jnp.int32)
@@ -237,15 +230,9 @@ def _write(
     workdir: pathlib.Path, config: Config, state: TrainState, record: dict[str, Any]
 ) -> None:
     """Writes the directory beside its place, then puts it there: whole or not at all."""
-    with writing(workdir):
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}.")
-        with beside as folder:
-            partial = pathlib.Path(folder) / "run"
-            partial.mkdir()
-            for name, content in (("config.json", config.to_dict()), (RECORD, record)):
-                (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-            with Checkpoints(partial, config=config, owner=True) as checkpoints:
-                window = empty_window(make_averages(["loss"]), batch_size=1, width=1)
-                checkpoints.save(state, window, scores={})
-            partial.rename(workdir)
+    with writing(workdir), new_folder(workdir) as partial:
+        for name, content in (("config.json", config.to_dict()), (RECORD, record)):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        with Checkpoints(partial, config=config, owner=True) as checkpoints:
+            window = empty_window(make_averages(["loss"]), batch_size=1, width=1)
+            checkpoints.save(state, window, scores={})

@@ -119,8 +119,15 @@ def choose_layout(names: set[str]) -> Layout:
     raise ValueError(f"{rule}; its tensors are {shown} ...")
 
 
-def to_here(tensors: Tensors, layout: Layout) -> tuple[dict[str, np.ndarray], Sizes]:
+def to_here(
+    tensors: Tensors, layout: Layout, num_summary_tokens: int | None = None
+) -> tuple[Tensors, Sizes]:
     """Returns parameters of the encoder by their paths here, float32, and its sizes.
+
+    Args:
+      tensors: as they are in the file.
+      layout: theirs.
+      num_summary_tokens: how many of the class token and the registers; None: the class token.
 
     Raises:
       ValueError: naming tensors that are missing, unknown, or of another shape.
@@ -163,6 +170,13 @@ def to_here(tensors: Tensors, layout: Layout) -> tuple[dict[str, np.ndarray], Si
     class_token = take(layout.class_token) if layout.class_token in left else None
     registers = next((take(name) for name in layout.registers if name in left), None)
     found |= _tokens(take(layout.positions), class_token, registers)
+    before = [found.pop(n) for n in ("summary_tokens", "register_tokens") if n in found]
+    before = np.concatenate([np.zeros((1, 0, width), np.float32), *before], axis=1)
+    default = 0 if class_token is None else 1
+    num_summaries = default if num_summary_tokens is None else num_summary_tokens
+    summary, registers = before[:, :num_summaries], before[:, num_summaries:]
+    found |= {"summary_tokens": summary} if summary.size else {}
+    found |= {"register_tokens": registers} if registers.size else {}
     hidden = found["block_0/mlp_in/bias"].size
     sizes = Sizes(
         patch_size,
@@ -170,8 +184,8 @@ def to_here(tensors: Tensors, layout: Layout) -> tuple[dict[str, np.ndarray], Si
         depth,
         hidden,
         math.isqrt(len(found["positions/embedding"])),
-        0 if class_token is None else 1,
-        0 if registers is None else registers.shape[1],
+        summary.shape[1],
+        registers.shape[1],
         "block_0/scale_mlp/scale" in found,
     )
     return found, sizes
@@ -180,7 +194,8 @@ def to_here(tensors: Tensors, layout: Layout) -> tuple[dict[str, np.ndarray], Si
 def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tensors:
     """Returns the tensors of an encoder in a layout: the inverse of `to_here`.
 
-    The class token and the registers have positions of zero, as theirs are in them already.
+    The first summary token becomes the class token, the others become registers. Their positions
+    are zero, as they are in the tokens already.
 
     Raises:
       ValueError: if the layout has no place for a parameter.
@@ -208,18 +223,20 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
                 names, np.split(weight, len(names)), np.split(bias, len(names)), strict=True
             ):
                 found |= {f"{name}.weight": rows, f"{name}.bias": part}
-    positions = [left.pop("positions/embedding")]
-    if "summary_tokens" in left:
-        token = left.pop("summary_tokens")
-        if token.shape[1] != 1:
-            raise ValueError(f"it has one class token, not {token.shape[1]} summary tokens")
-        found[layout.class_token] = token
-        positions.insert(0, np.zeros_like(positions[0][:1]))
-    if "register_tokens" in left:
-        found[layout.registers[0]] = left.pop("register_tokens")
-        if layout is TIMM:  # which gives all tokens before the patches a position, or none
-            positions.insert(0, np.zeros_like(found[layout.registers[0]][0]))
-    found[layout.positions] = np.concatenate(positions)[None]
+    positions = left.pop("positions/embedding")
+    has_class_token = "summary_tokens" in left
+    # All tokens before the patches attend to each other: which of them are read is only a name.
+    before = [left.pop(name) for name in ("summary_tokens", "register_tokens") if name in left]
+    before = np.concatenate([np.zeros((1, 0, len(positions[0])), np.float32), *before], axis=1)
+    if has_class_token:
+        found[layout.class_token] = before[:, :1]
+    if registers := before.shape[1] - has_class_token:
+        if layout in (VIT, DINOV2):
+            raise ValueError("it has no place for registers, or for several summary tokens")
+        found[layout.registers[0]] = before[:, -registers:]
+    # timm gives all of them a position, the others the class token alone.
+    rows = before.shape[1] if layout is TIMM else int(has_class_token)
+    found[layout.positions] = np.pad(positions, ((rows, 0), (0, 0)))[None]
     if left:
         raise ValueError(f"it has no place for {', '.join(sorted(left)[:3])}")
     return {name: np.ascontiguousarray(tensor) for name, tensor in found.items()}

@@ -85,7 +85,7 @@ def write_safetensors(file: IO[bytes], tensors: Tensors, metadata: dict[str, str
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in sorted(tensors.items()):
-        file.write(np.ascontiguousarray(tensor).data)
+        file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def read_torch(path: pathlib.Path) -> "TorchFile":
