@@ -24,7 +24,9 @@ from absl import flags
 
 from hjepa_jax import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's directory, or an exported encoder.", required=True
+)
 _INPUT = flags.DEFINE_string("input", None, "Image folder or .npz file.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The file to write.", required=True)
 _FEATURES = flags.DEFINE_list("features", [], "Names of those to write (all).")

@@ -47,10 +47,10 @@ def write_features(
     Called again after an interruption, it goes on where it was.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, or a file that `hjepa_jax.export` has made.
       source: a folder of images or a .npz file.
-      output: the file to write, in the format of its suffix; whether that is possible is checked before
-        any work.
+      output: the file to write, in the format of its suffix. Whether that is possible is checked
+        before any work.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
       tokens: whether to write the tokens of all patches, too.
       features: names of those to write, such as "level_0"; empty for all.
@@ -68,10 +68,10 @@ def write_features(
     if kind == "npz":
         _check_memory(source, path)
     folder = local_path("--workdir", workdir)
-    config = load_config(folder)
-    select_platform(platform or config.platform)
-    images = _open(f"{kind}:{path}", config, source)
+    config = None if folder.is_file() else load_config(folder)
+    select_platform(platform or (config.platform if config else "auto"))
     encoder = api.load(folder, step)
+    images = _open(f"{kind}:{path}", config or encoder.config, source)
     if names := [name for name in features if name not in encoder.feature_names()]:
         known = ", ".join(encoder.feature_names())
         raise InputError("--features", names[0], f"must be some of {known}")
@@ -197,7 +197,7 @@ def _write(
             if not path.exists():
                 arrays = _embed(encoder, part, rows, features, tokens)
                 with replacing(path) as file:
-                    np.savez(file, **arrays)
+                    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             bar.update(len(rows))
     skipped = [InputError("images", *told) for told in shards.whole("errors")]
     report_skipped(source.name, skipped, f"{total} files")

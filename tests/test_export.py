@@ -36,6 +36,10 @@ def test_an_encoder_file_gives_the_same_features_tokens_and_facts(workdir, tmp_p
     assert there.config == here.config
     assert there.info == here.info
     assert (here.info["width"], here.info["num_levels"], here.info["step"]) == (16, 2, 0)
+    config = convert(tmp_path / "out" / "model.safetensors", tmp_path / "back", data="shapes")
+    assert config.data.source == "shapes"
+    back = hjepa_jax.load(tmp_path / "back").embed(IMAGES)
+    jax.tree.map(np.testing.assert_array_equal, back, here.embed(IMAGES))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# small" in card
     assert f"{here.info['parameters']:,}" in card

@@ -16,7 +16,7 @@ from hjepa_jax.config import Config, base_config, build
 from hjepa_jax.config.fields import is_a
 from hjepa_jax.config.validation import validate
 from hjepa_jax.errors import InputError
-from hjepa_jax.exchange.encoder_file import check_fits
+from hjepa_jax.exchange.encoder_file import FORMAT, check_fits, flat, read_encoder
 from hjepa_jax.exchange.layouts import TIMM, Layout, Sizes, choose_layout, to_here
 from hjepa_jax.exchange.resample import resample
 from hjepa_jax.exchange.tensors import Tensors, read_safetensors, read_torch
@@ -68,7 +68,7 @@ def convert(
 
     Args:
       source: a .safetensors file, a file of `torch.save`, or a folder with the former and a
-        config.json, as Hugging Face and timm have it.
+        config.json, as Hugging Face and timm have it; or a file that `export` has made.
       workdir: directory to make; it must not exist or be empty.
       image_size: side of the images, pixels; None: that of the encoder. Position embeddings are
         resampled for another one.
@@ -86,31 +86,33 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError("--workdir", str(workdir), "must be a new or empty directory")
     try:
-        tensors, digest = _read(path)
-        described = _describe(path if path.is_dir() else path.parent)
-        layout = choose_layout(set(tensors))
-        params, sizes = to_here(tensors, layout, described.num_summary_tokens)
-        config = _config(sizes, layout, described, image_size=image_size, num_heads=num_heads)
+        tensors, metadata, digest = _read(path)
+        if metadata.get("format") == FORMAT:
+            if image_size or num_heads:
+                raise ValueError("it is an encoder of hjepa_jax: its sizes are given")
+            found = read_encoder(path)
+            layout, config, params = FORMAT, found.config.unlock(), flat(found.params)
+        else:
+            described = _describe(path if path.is_dir() else path.parent)
+            names = choose_layout(set(tensors))
+            params, sizes = to_here(tensors, names, described.num_summary_tokens)
+            config = _config(sizes, names, described, image_size=image_size, num_heads=num_heads)
+            grid_size = config.data.image_size // sizes.patch_size
+            table = params["positions/embedding"]
+            params["positions/embedding"] = resample(table, grid_size, antialias=names.antialias)
+            layout = names.name
         if data is not None:
             config.data.source = data
         validate(config)
-        grid_size = config.data.image_size // sizes.patch_size
-        table = params["positions/embedding"]
-        params["positions/embedding"] = resample(table, grid_size, antialias=layout.antialias)
         state = _state(config.lock(), params)
     except (ValueError, OSError) as error:
         raise InputError(FIELD, str(source), str(error)) from error
-    record = {
-        "file": path.name, "sha256": digest, "layout": layout.name, "parameters": sum(
-            x.size for x in params.values()
-        ),
-    }  # fmt: skip
-    _write(target, config, state, record)
+    _write(target, config, state, {"file": path.name, "sha256": digest, "layout": layout})
     return config
 
 
-def _read(path: pathlib.Path) -> tuple[Tensors, str]:
-    """The tensors of a file or folder, and the SHA-256 of what was read."""
+def _read(path: pathlib.Path) -> tuple[Tensors, dict[str, str], str]:
+    """The tensors and metadata of a file or folder, and the SHA-256 of what was read."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -119,12 +121,16 @@ def _read(path: pathlib.Path) -> tuple[Tensors, str]:
         files = [path]
     else:
         raise ValueError("there is no such file or folder")
-    digest, tensors = hashlib.sha256(), {}
+    digest, tensors, metadata = hashlib.sha256(), {}, {}
     for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-        tensors |= read_safetensors(file)[0] if file.suffix == ".safetensors" else _torch(file)
-    return tensors, digest.hexdigest()
+        if file.suffix == ".safetensors":
+            found, metadata = read_safetensors(file)
+            tensors |= found
+        else:
+            tensors |= _torch(file)
+    return tensors, {} if path.is_dir() else metadata, digest.hexdigest()
 
 
 def _torch(path: pathlib.Path) -> Tensors:

@@ -79,7 +79,7 @@ def check_fits(params: Tensors, config: Config, model: HJEPA) -> None:
       ValueError: listing those of another shape, or with numbers that are not finite.
     """
     create = build.build_create_state(config, model, optax.identity())
-    like = traverse_util.flatten_dict(jax.eval_shape(create).target_params, sep="/")
+    like: dict[str, Any] = traverse_util.flatten_dict(jax.eval_shape(create).target_params, sep="/")
     needed = {name: leaf.shape for name, leaf in like.items()}
     found = {name: value.shape for name, value in params.items()}
     names = sorted(needed.keys() | found.keys())
