@@ -36,7 +36,7 @@ def extract_features(
     *extra: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     what: str = "",
-) -> Features:
+) -> dict[str, Shaped[np.ndarray, "n ..."]]:
     """Runs `embed` over all images; the last batch is padded, so it compiles once.
 
     Each batch is split over the devices of this process.
