@@ -1,6 +1,7 @@
 """Features of a folder of images, or of a .npz file, written into a file; see `hjepa_jax.embed`."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import tempfile
@@ -202,10 +203,10 @@ def _write(
     skipped = [InputError("images", *told) for told in shards.whole("errors")]
     report_skipped(source.name, skipped, f"{total} files")
     labels = shards.whole("labels")
-    if not len(labels):
-        raise InputError("--input", source.name, f"no image can be read: {skipped[0]}")
-    counts = [len(list(shards.column("labels"))[i]) for i in range(len(pieces))]
+    counts = [len(rows) for rows in shards.column("labels")]
     is_test = np.repeat([part is not parts[0] for part, _ in pieces], counts)
+    if len({*is_test}) < len(parts):
+        raise InputError("--input", source.name, f"no image can be read: {skipped[0]}")
     if len(parts) == 1:
         is_test[draw_test_rows(source.name, labels)[1]] = True
     shapes = write_table(output, shards, is_test)
@@ -222,8 +223,9 @@ def _made_from(
         stamps = getattr(part.images, "stamps", None)  # not of arrays, whose content is at hand
         items = getattr(part.images, "items", None)
         of_arrays = digest_arrays(items) if isinstance(items, np.ndarray) else ""
-        images.append([len(part.labels), json.dumps(stamps()) if stamps else of_arrays])
-    encoder_digest = params_digest(encoder.params)
+        of_files = hashlib.sha256(json.dumps(stamps()).encode()).hexdigest() if stamps else ""
+        images.append([len(part.labels), of_files or of_arrays])
+    encoder_digest = [params_digest(encoder.params), str(encoder.config)]
     return {"encoder": encoder_digest, "images": images, "features": features, "tokens": tokens}
 
 

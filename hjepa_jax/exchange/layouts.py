@@ -133,11 +133,9 @@ def to_here(
       ValueError: naming tensors that are missing, unknown, or of another shape.
     """
     left = _without_prefix(tensors, layout)
-    taken: dict[str, np.ndarray] = {}
 
     def take(name: str) -> np.ndarray:
-        taken[name] = np.asarray(left.pop(name), np.float32)
-        return taken[name]
+        return np.asarray(left.pop(name), np.float32)
 
     depth = len({m[1] for name in left if (m := _block_pattern(layout).match(name))})
     _check_names(left, layout, depth)
@@ -151,22 +149,7 @@ def to_here(
         **_norm("norm", layout.norm, take),
     }
     for i in range(depth):
-        for here, theirs in layout.parts.items():
-            names = [layout.block.format(i) + name for name in theirs]
-            path = f"block_{i}/{here}"
-            if here in _NORMS:
-                found |= _norm(path, names[0], take)
-            elif here in _SCALES:
-                if names[0] in left:
-                    found[f"{path}/scale"] = take(names[0])
-            else:
-                found[f"{path}/kernel"] = np.concatenate([take(f"{n}.weight") for n in names]).T
-                rows = found[f"{path}/kernel"].shape[1] // len(names)
-                biases = [
-                    take(f"{n}.bias") if f"{n}.bias" in left else np.zeros(rows, np.float32)
-                    for n in names
-                ]
-                found[f"{path}/bias"] = np.concatenate(biases)
+        found |= _block_to_here(i, layout, left, take)
     class_token = take(layout.class_token) if layout.class_token in left else None
     registers = next((take(name) for name in layout.registers if name in left), None)
     found |= _tokens(take(layout.positions), class_token, registers)
@@ -191,6 +174,28 @@ def to_here(
     return found, sizes
 
 
+def _block_to_here(number: int, layout: Layout, left: Tensors, take: Any) -> Tensors:
+    """The parameters of a block; layers without biases have biases of zero here."""
+    found: Tensors = {}
+    for here, theirs in layout.parts.items():
+        names = [layout.block.format(number) + name for name in theirs]
+        path = f"block_{number}/{here}"
+        if here in _NORMS:
+            found |= _norm(path, names[0], take)
+        elif here in _SCALES:
+            if names[0] in left:
+                found[f"{path}/scale"] = take(names[0])
+        else:
+            weights = [take(f"{name}.weight") for name in names]
+            found[f"{path}/kernel"] = np.concatenate(weights).T
+            biases = [
+                take(f"{name}.bias") if f"{name}.bias" in left else np.zeros(len(weight), "f4")
+                for name, weight in zip(names, weights, strict=True)
+            ]
+            found[f"{path}/bias"] = np.concatenate(biases)
+    return found
+
+
 def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tensors:
     """Returns the tensors of an encoder in a layout: the inverse of `to_here`.
 
@@ -204,11 +209,12 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
     kernel = left.pop("patch_embedding/kernel")
     patch_size = math.isqrt(len(kernel) // 3)
     conv = kernel.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
-    found = {f"{layout.patch}.weight": conv, f"{layout.patch}.bias": left.pop(
-        "patch_embedding/bias"
-    )}  # fmt: skip
-    found |= {f"{layout.norm}.weight": left.pop("norm/scale")}
-    found |= {f"{layout.norm}.bias": left.pop("norm/bias")}
+    found = {
+        f"{layout.patch}.weight": conv,
+        f"{layout.patch}.bias": left.pop("patch_embedding/bias"),
+        f"{layout.norm}.weight": left.pop("norm/scale"),
+        f"{layout.norm}.bias": left.pop("norm/bias"),
+    }
     for i in range(depth):
         for here, theirs in layout.parts.items():
             names = [layout.block.format(i) + name for name in theirs]
