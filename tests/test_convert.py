@@ -264,3 +264,23 @@ def test_resampling_keeps_constants(antialias):
     expected = [1.75, 2.25, 2.75, 3.25] if antialias else [1.703125, 2.296875, 2.703125, 3.296875]
     np.testing.assert_allclose(found[4:8, 3, 1], expected, atol=1e-6)
     assert resample(table, 6, antialias=antialias) is table
+
+
+@pytest.mark.slow
+def test_the_commands_work_on_a_converted_encoder(run_module, shapes_npz, tmp_path):
+    """Converted, judged, fine-tuned, reported, embedded and exported, as from a run."""
+    source = save(tmp_path / "x.safetensors", vit_tensors())
+    workdir = f"--workdir={tmp_path / 'run'}"
+    for command in (
+        ("convert", f"--input={source}", "--num_heads=2", f"--data={shapes_npz}"),
+        ("probe", "--protocols=knn,finetune", "--encoders=target", "--finetune_epochs=1"),
+        ("report",),
+        ("embed", f"--input={shapes_npz.removeprefix('npz:')}", f"--output={tmp_path / 'x.npy'}"),
+        ("export", f"--output={tmp_path / 'out'}", "--format=timm"),
+    ):
+        done = run_module(f"hjepa_jax.{command[0]}", workdir, *command[1:])
+        assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run" / "probe.json").read_text())["rows"]
+    assert {(row["protocol"], row["encoder"]) for row in rows} >= {("finetune", "target")}
+    assert (tmp_path / "run" / "report.html").exists()
+    assert np.load(tmp_path / "x.npy").shape == (300, 3 * WIDTH)
