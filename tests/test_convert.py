@@ -280,7 +280,7 @@ def test_the_commands_work_on_a_converted_encoder(run_module, shapes_npz, tmp_pa
     ):
         done = run_module(f"hjepa_jax.{command[0]}", workdir, *command[1:])
         assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "run" / "probe.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "run" / "probe.json").read_text())["results"]
     assert {(row["protocol"], row["encoder"]) for row in rows} >= {("finetune", "target")}
     assert (tmp_path / "run" / "report.html").exists()
     assert np.load(tmp_path / "x.npy").shape == (300, 3 * WIDTH)
