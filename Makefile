@@ -17,8 +17,8 @@ PINNED := $(shell $(PYTHON) -c "import platform as p; \
 OTHER_PYTHON = HJEPA_OTHER_PYTHON="$$(ls $(CURDIR)/$(VENV_JAX050)/bin/python 2>/dev/null)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install install-jax050 install-docs test test-slow test-jax050 lint types check \
-	docs format clean
+.PHONY: help demo install install-jax050 install-docs test test-slow test-exchange test-jax050 lint \
+	types check docs format clean
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -54,6 +54,10 @@ install-jax050: $(VENV_JAX050)/.dev
 test-jax050: $(VENV_JAX050)/.dev  ## Tests that touch JAX, and all of tests/metal, with jax 0.5.0
 	$(VENV_JAX050)/bin/python $(PYTEST) -m "jax and not slow"
 	$(VENV_JAX050)/bin/python $(PYTEST) -m slow tests/metal
+
+test-exchange: $(VENV)/.dev  ## Tests against timm and transformers, which it installs (1 GB)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PINNED) -e ".[exchange]"
+	$(BIN)/python $(PYTEST) tests/test_published.py
 
 lint: $(VENV)/.dev  ## Style and common mistakes
 	$(BIN)/ruff format --check .

@@ -57,7 +57,7 @@ def read_sweep(path: pathlib.Path) -> Sweep:
 
 def row_config(sweep: Sweep, overrides: dict[str, Any], seed: int) -> Config:
     """The sweep's config with `overrides`, and without evaluation, TensorBoard and report."""
-    config = importlib.import_module(f"configs.{sweep['CONFIG']}").get_config()
+    config = importlib.import_module(f"hjepa_jax.configs.{sweep['CONFIG']}").get_config()
     config.eval.probe_at_end, config.eval.every_epochs = False, 0.0
     config.log.tensorboard, config.log.report, config.log.figures_every_epochs = False, False, 0.0
     config.update_from_flattened_dict({"seed": seed, **overrides})

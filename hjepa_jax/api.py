@@ -2,23 +2,28 @@
 
 import hjepa_jax
 
-encoder = hjepa_jax.load("runs/cifar10_tiny")
+encoder = hjepa_jax.load("runs/cifar10_tiny")  # or a file that `export` has made
 features = encoder.embed(["cat.jpg", "dog.png"])  # {"level_0": float32 [2, D], ...}
+tokens = encoder.tokens("cat.jpg")  # float32 [1, G, G, D], a row and a column per patch
 """
 
 import dataclasses
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from hjepa_jax.config import build
+from hjepa_jax.config import Config, build
 from hjepa_jax.data.given import GivenImages, images_of
 from hjepa_jax.data.records import Decoded, Images
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
+from hjepa_jax.exchange.encoder_file import read_encoder
+from hjepa_jax.exchange.export import describe
 from hjepa_jax.runs.load import load_encoder
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.runtime.paths import local_path
@@ -33,12 +38,29 @@ class Encoder:
       image_size: S, side of its input images, pixels.
       batch_size: images per call of the encoder.
       embed_fn: jitted `embed_fn(params, uint8 [B, S, S, 3])`.
+      tokens_fn: the same for the tokens of the patches, {"tokens": [B, N, D]}.
+      config: of the run.
+      describe: makes `info`.
     """
 
     params: Any
     image_size: int
     batch_size: int
     embed_fn: EmbedFn
+    tokens_fn: EmbedFn | None = None
+    config: Config = None
+    describe: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Sizes of the encoder, where it is from, and its scores."""
+        return self.describe()
+
+    def feature_names(self) -> list[str]:
+        """Names of the features that `embed` returns."""
+        size = self.image_size
+        images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        return [*jax.eval_shape(self.embed_fn, self.params, images)]
 
     def embed(self, images: Any) -> Features:
         """Returns the features of images, one row per image, also for a single image.
@@ -58,12 +80,37 @@ class Encoder:
         Raises:
           InputError: for another type, shape or range ("images"), or a file that is not an image.
         """
+        return self.embed_records(self._given(images), stop_at_error=True)[0]
+
+    def tokens(self, images: Any) -> Float[np.ndarray, "B G G D"]:
+        """Returns the tokens of all patches of images, after the last LayerNorm.
+
+        Args:
+          images: see `embed`.
+
+        Returns:
+          A token for each row and column of the grid of patches.
+
+        Raises:
+          InputError: see `embed`.
+        """
+        return self.token_records(self._given(images), stop_at_error=True)[0]
+
+    def _given(self, images: Any) -> GivenImages:
         records = GivenImages(images_of(images), self.image_size)
         if not len(records):
             raise InputError("images", images, "must not be empty")
-        features, _, errors = self.embed_records(records, stop_at_error=True)
-        assert not errors
-        return features
+        return records
+
+    def token_records(
+        self, records: Images, *, stop_at_error: bool = False
+    ) -> tuple[Float[np.ndarray, "n G G D"], Int[np.ndarray, " n"], list[InputError]]:
+        """Returns the same as `tokens`, for records; see `embed_records`."""
+        assert self.tokens_fn is not None
+        found, rows, errors = self._extract(self.tokens_fn, records, "", stop_at_error)
+        tokens = found["tokens"]
+        side = math.isqrt(tokens.shape[1])
+        return tokens.reshape(len(tokens), side, side, -1), rows, errors
 
     def embed_records(
         self, records: Images, *, what: str = "", stop_at_error: bool = False
@@ -78,12 +125,15 @@ class Encoder:
         Returns:
           Features of the readable records, their rows, and the errors of the other records.
         """
+        return self._extract(self.embed_fn, records, what, stop_at_error)
+
+    def _extract(
+        self, fn: EmbedFn, records: Images, what: str, stop_at_error: bool
+    ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " n"], list[InputError]]:
         decoded = Decoded(records, stop_at_error=stop_at_error)
         # A small batch for few images. Powers of two, so that few programs are compiled.
         batch_size = min(self.batch_size, 2 ** (len(records) - 1).bit_length())
-        features = extract_features(
-            self.embed_fn, self.params, decoded, batch_size=batch_size, what=what
-        )
+        features = extract_features(fn, self.params, decoded, batch_size=batch_size, what=what)
         rows = np.setdiff1d(np.arange(len(records)), [*decoded.errors])
         if decoded.errors:
             features = {name: value[rows] for name, value in features.items()}
@@ -94,14 +144,33 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     """Returns the target encoder of a run; see `Encoder.embed`.
 
     Args:
-      workdir: the run's directory. Its data set is not needed.
-      step: which checkpoint: "last", "best" (by k-NN) or a number.
+      workdir: the run's directory, or a file from `hjepa_jax.export`. The data set is not needed.
+      step: which checkpoint of a run: "last", "best" (by k-NN) or a number.
 
     Raises:
-      InputError: if the directory holds no run or no such checkpoint.
+      InputError: if the directory holds no run or no such checkpoint, or the file no encoder.
     """
-    folder = local_path("workdir", str(workdir))
-    config = load_config(folder)
-    model, params = load_encoder(folder, step)
-    embed_fn = jax.jit(build.build_embed_fn(config, model))
-    return Encoder(params, config.data.image_size, config.eval.batch_size, embed_fn)
+    path = local_path("workdir", str(workdir))
+    if path.is_file():
+        try:
+            found = read_encoder(path)
+        except (ValueError, OSError) as error:
+            raise InputError("workdir", str(workdir), str(error)) from error
+        return _encoder(found.config, found.model, found.params, lambda: found.info)
+    config = load_config(path)
+    model, params = load_encoder(path, step)
+    return _encoder(config, model, params, lambda: describe(path, config, params, step))
+
+
+def _encoder(
+    config: Config, model: Any, params: Any, info: Callable[[], dict[str, Any]]
+) -> Encoder:
+    return Encoder(
+        params,
+        config.data.image_size,
+        config.eval.batch_size,
+        jax.jit(build.build_embed_fn(config, model)),
+        jax.jit(build.build_tokens_fn(config, model, dtype="float32")),
+        config,
+        info,
+    )

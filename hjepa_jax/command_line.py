@@ -27,6 +27,7 @@ CONFIG_FLAGS_ERRORS = (
 )  # fmt: skip
 # Longest error message and longest value quoted in it, in characters.
 MAX_LINE, MAX_VALUE = 2000, 200
+CONFIGS = pathlib.Path(__file__).with_name("configs")
 HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
 WIDTH = 88  # characters in a line of the help page
 
@@ -162,7 +163,7 @@ class _ConfigFile(ConfigFileFlagParser):
 
     def parse(self, path: str) -> ConfigDict:
         """Returns the locked config of `get_config`; the text after a colon is its argument."""
-        file, _, argument = expanded(f"--{self.name}", path).partition(":")
+        file, _, argument = config_path_of(expanded(f"--{self.name}", path)).partition(":")
         try:
             config = _load(file, argument)
         except (Exception, SystemExit) as error:
@@ -173,6 +174,20 @@ class _ConfigFile(ConfigFileFlagParser):
             rule = "must be a config file (get_config must return an ml_collections.ConfigDict, "
             raise InputError(f"--{self.name}", path, f"{rule}not {type(config).__name__})")
         return config.lock()
+
+
+def config_path_of(value: str) -> str:
+    """Returns the path of a config file, with its argument if there is one (`FILE:ARGUMENT`).
+
+    Args:
+      value: a path, or the name of a config in the package. `configs/NAME.py` is such a name, too,
+        if there is no file of this path.
+    """
+    file, colon, argument = value.partition(":")
+    path = pathlib.Path(file)
+    shipped = CONFIGS / f"{path.stem}.py"
+    is_name = file in (path.stem, f"configs/{path.stem}.py") and shipped.is_file()
+    return f"{shipped}{colon}{argument}" if is_name and not path.is_file() else value
 
 
 def _load(file: str, argument: str) -> Any:

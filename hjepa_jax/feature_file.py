@@ -1,37 +1,58 @@
 """Writes the features of an image folder or a .npz file to a file; see `hjepa_jax.embed`."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from hjepa_jax import api
 from hjepa_jax.api import Encoder
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.base import Source
+from hjepa_jax.data.fingerprint import digest_arrays
 from hjepa_jax.data.given import GivenImages
-from hjepa_jax.data.records import Labelled, report_skipped
+from hjepa_jax.data.records import Images, Labelled, report_skipped
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.data.test_split import draw_test_rows
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.feature_cache import params_digest
+from hjepa_jax.evaluation.features import progress
+from hjepa_jax.exchange.table import SUFFIXES, Shapes, Shards, write_table
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.runtime.backend import select_platform
 from hjepa_jax.runtime.files import replacing
 from hjepa_jax.runtime.paths import local_path
 
+SHARD_ROWS = 1024  # at least, of a file that an interrupted command need not make again
+
 
 def write_features(
-    workdir: str, source: str, output: str, *, step: str = "last", platform: str | None = None
-) -> dict[str, tuple[int, ...]]:
+    workdir: str,
+    source: str,
+    output: str,
+    *,
+    step: str = "last",
+    tokens: bool = False,
+    features: Sequence[str] = (),
+    platform: str | None = None,
+) -> Shapes:
     """Embeds all images of `source` and writes the features to `output`.
 
+    A second call continues after an interruption.
+
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, or a file from `hjepa_jax.export`.
       source: a folder of images or a .npz file.
-      output: the .npz file to write; checked before any work.
+      output: the file to write, in the format of its suffix; checked before any work.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
+      tokens: whether to write the tokens of all patches, too.
+      features: names of the features to write, such as "level_0"; empty = all.
       platform: backend to use; None = the run's.
 
     Returns:
@@ -39,17 +60,22 @@ def write_features(
 
     Raises:
       InputError: if a path cannot be read or written ("--input", "--output"), or the folder holds
-        no run or no such checkpoint.
+        no run or no such checkpoint or feature.
     """
     path, kind = _input_path(source)
     target = _output_path(output, path)
     folder = local_path("--workdir", workdir)
-    config = load_config(folder)
-    select_platform(platform or config.platform)
-    images = _open(f"{kind}:{path}", config, source)
-    arrays = _embed(api.load(folder, step), images)
-    _write(output, target, arrays)
-    return {name: array.shape for name, array in arrays.items()}
+    config = None if folder.is_file() else load_config(folder)
+    select_platform(platform or (config.platform if config else "auto"))
+    encoder = api.load(folder, step)
+    images = _open(f"{kind}:{path}", config or encoder.config, source)
+    if names := [name for name in features if name not in encoder.feature_names()]:
+        known = ", ".join(encoder.feature_names())
+        raise InputError("--features", names[0], f"must be some of {known}")
+    try:
+        return _write(target, encoder, images, tuple(features), tokens=tokens)
+    except OSError as error:
+        raise _not_writable(output, error) from error
 
 
 def _input_path(value: str) -> tuple[pathlib.Path, str]:
@@ -66,8 +92,9 @@ def _input_path(value: str) -> tuple[pathlib.Path, str]:
 def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
     """Returns the path of the output, after a check that it can be written."""
     path = local_path("--output", value)
-    if path.suffix.lower() != ".npz":
-        raise InputError("--output", value, "must end in .npz, the format that is written")
+    if path.suffix.lower() not in SUFFIXES:
+        rule = f"must end in {', '.join(SUFFIXES)}, the formats that are written"
+        raise InputError("--output", value, rule)
     if path.is_dir():
         raise InputError("--output", value, "must be a file, this is a folder")
     if path.exists() and path.samefile(source):
@@ -106,40 +133,94 @@ def _open(source: str, config: Config, value: str) -> Source:
         raise InputError("--input", value, where + error.rule) from error
 
 
-def _embed(encoder: Encoder, source: Source) -> dict[str, np.ndarray]:
-    """Returns the arrays of the output, by name."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some of the rows of images."""
+
+    images: Images
+    rows: range
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.image_shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+        return self.images.read(self.rows[row])
+
+
+def _write(
+    output: pathlib.Path,
+    encoder: Encoder,
+    source: Source,
+    features: tuple[str, ...],
+    *,
+    tokens: bool,
+) -> Shapes:
+    """Makes the shards that are not there, then the file."""
     parts = source.parts or tuple(
         Labelled(GivenImages(split.images, encoder.image_size), split.labels, split.names)
         for split in source.load()
     )
-    found, skipped = [], []
+    shards = Shards(output, _made_from(encoder, parts, features, tokens))
+    size = -(-SHARD_ROWS // encoder.batch_size) * encoder.batch_size
+    pieces = [
+        (part, range(start, min(start + size, len(part.labels))))
+        for part in parts
+        for start in range(0, len(part.labels), size)
+    ]
+    total = sum(len(part.labels) for part in parts)
+    with progress("features", total, unit=" images") as bar:
+        for number, (part, rows) in enumerate(pieces):
+            path = shards.add(number)
+            if not path.exists():
+                arrays = _embed(encoder, part, rows, features, tokens)
+                with replacing(path) as file:
+                    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+            bar.update(len(rows))
+    skipped = [InputError("images", *told) for told in shards.whole("errors")]
+    report_skipped(source.name, skipped, f"{total} files")
+    labels = shards.whole("labels")
+    counts = [len(rows) for rows in shards.column("labels")]
+    is_test = np.repeat([part is not parts[0] for part, _ in pieces], counts)
+    if len({*is_test}) < len(parts):
+        raise InputError("--input", source.name, f"no image can be read: {skipped[0]}")
+    if len(parts) == 1:
+        is_test[draw_test_rows(source.name, labels)[1]] = True
+    shapes = write_table(output, shards, is_test)
+    shards.remove()
+    return shapes
+
+
+def _made_from(
+    encoder: Encoder, parts: Sequence[Labelled], features: tuple[str, ...], tokens: bool
+) -> dict[str, Any]:
+    """What the rows of a shard depend on."""
+    images = []
     for part in parts:
-        features, rows, errors = encoder.embed_records(part.images, what="features")
-        skipped += errors
-        if not len(rows):
-            raise InputError("--input", source.name, f"no image can be read: {errors[0]}")
-        found.append(features | {"labels": part.labels[rows]})
-        if part.names:
-            found[-1]["files"] = np.array(part.names)[rows]
-    report_skipped(source.name, skipped, f"{sum(len(part.labels) for part in parts)} files")
-    if len(found) == 1:
-        found = _hold_out(source.name, found[0])
-    return {
-        f"{split}_{name}": array
-        for split, arrays in zip(("train", "test"), found, strict=True)
-        for name, array in arrays.items()
-    }
+        stamps = getattr(part.images, "stamps", None)  # not of arrays, whose content is at hand
+        items = getattr(part.images, "items", None)
+        of_arrays = digest_arrays(items) if isinstance(items, np.ndarray) else ""
+        of_files = hashlib.sha256(json.dumps(stamps()).encode()).hexdigest() if stamps else ""
+        images.append([len(part.labels), of_files or of_arrays])
+    encoder_digest = [params_digest(encoder.params), str(encoder.config)]
+    return {"encoder": encoder_digest, "images": images, "features": features, "tokens": tokens}
 
 
-def _hold_out(source: str, arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Splits rows into train and test, like a run that trains on these images."""
-    splits = draw_test_rows(source, arrays["labels"])
-    return [{name: array[rows] for name, array in arrays.items()} for rows in splits]
-
-
-def _write(value: str, path: pathlib.Path, arrays: dict[str, Any]) -> None:
-    try:
-        with replacing(path) as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        raise _not_writable(value, error) from error
+def _embed(
+    encoder: Encoder, part: Labelled, rows: range, features: tuple[str, ...], tokens: bool
+) -> dict[str, np.ndarray]:
+    """The columns of a shard."""
+    images = _Rows(part.images, rows)
+    found, kept, errors = encoder.embed_records(images)
+    arrays: dict[str, Any] = {name: found[name] for name in features or found}
+    if tokens:
+        arrays["tokens"], _, _ = encoder.token_records(images)
+    kept = np.asarray(rows)[kept]
+    arrays["labels"] = part.labels[kept]
+    if part.names:
+        arrays["files"] = np.array(part.names)[kept]
+    told = [[str(error.value), error.rule] for error in errors]
+    return {**arrays, "errors": np.array(told, str).reshape(-1, 2)}

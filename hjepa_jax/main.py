@@ -14,11 +14,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli
+from hjepa_jax.command_line import config_path_of
 from hjepa_jax.errors import Interrupted
 from hjepa_jax.runtime.paths import local_path
 
 try:
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config file, or the name of a config in the package.", lock_config=True
+    )
 except flags.Error as unreadable:  # a --flagfile, which is read at once
     cli.fail(str(unreadable))
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
@@ -37,7 +40,8 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Runs the command."""
-    path, config = config_flags.get_config_filename(flags.FLAGS["config"]), _CONFIG.value
+    config = _CONFIG.value
+    path = config_path_of(config_flags.get_config_filename(flags.FLAGS["config"]))
     default = f"runs/{cli.config_name(path)}"
     workdir = local_path("--workdir", default if _WORKDIR.value is None else _WORKDIR.value)
 

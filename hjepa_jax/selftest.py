@@ -26,7 +26,7 @@ from hjepa_jax.runtime.paths import local_path
 _STEPS = flags.DEFINE_integer("steps", 50, "Steps to measure speed and memory by.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write.")
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_patches.py"
+CONFIG = pathlib.Path(__file__).parent / "configs" / "cifar10_patches.py"
 
 # Float32 sums in another order differ in the sixth digit; gradients differ more.
 LOSS_TOLERANCE = 1e-4  # relative to the loss

@@ -31,7 +31,7 @@ CIFAR10 = Source("cifar10", SourceInfo(50_000, 10_000, (32, 32, 3), tuple("abcde
 
 
 def load(name: str):
-    return importlib.import_module(f"configs.{name}").get_config()
+    return importlib.import_module(f"hjepa_jax.configs.{name}").get_config()
 
 
 def test_the_documented_configs_exist():
@@ -197,6 +197,8 @@ OTHER_VALUES = {
     "model.num_registers": (2, {}),
     "model.positions": ("rope2d", {}),
     "model.layer_scale": (0.1, {}),
+    "model.gelu": ("erf", {}),
+    "model.layer_norm_epsilon": (0.1, {}),
     "model.drop_path": (0.1, {}),
     "model.remat": (True, {}),
     "model.dtype": ("bfloat16", {}),
@@ -294,6 +296,8 @@ def test_every_option_changes_what_is_built():
         ("model.num_summary_tokens", -1),
         ("model.num_registers", -1),
         ("model.layer_scale", -0.1),
+        ("model.gelu", "relu"),
+        ("model.layer_norm_epsilon", 0.0),
         ("model.drop_path", 1.0),
         ("model.predictor_mode", "guess"),
         ("model.pyramid", "tower"),

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import hjepa_jax
 from hjepa_jax import api, feature_file
 from hjepa_jax.config import Config, base_config, build
+from hjepa_jax.data.given import GivenImages
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.window import empty_window, make_averages
@@ -156,6 +158,82 @@ def test_the_run_never_saw_the_test_files(photos, workdir, tmp_path, seed, strea
         np.testing.assert_array_equal(found[f"{split}_x"], images[:, 0, 0, :1])
 
 
+def test_every_format_holds_the_same_rows(workdir, photos, written, tmp_path):
+    """Numpy's in file order, with the tokens of all patches, and Parquet with names and split."""
+    options = {"tokens": True, "features": ("level_1", "summary")}
+    feature_file.write_features(str(workdir), str(photos), f"{tmp_path}/x.parquet", **options)
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert {*table.column_names} == {"level_1", "summary", "tokens", "labels", "files", "split"}
+    rows = table.to_pylist()
+    assert [row["files"] for row in rows] == sorted(row["files"] for row in rows)
+    for split in ("train", "test"):
+        chosen = [row for row in rows if row["split"] == split]
+        assert [row["files"] for row in chosen] == written[f"{split}_files"].tolist()
+        for name in ("level_1", "summary", "labels"):
+            found = np.array([row[name] for row in chosen])
+            np.testing.assert_array_equal(found, written[f"{split}_{name}"])
+
+    feature_file.write_features(str(workdir), str(photos), f"{tmp_path}/x.npy", tokens=True)
+    tokens = np.load(tmp_path / "x.npy")
+    np.testing.assert_array_equal(tokens.reshape(40, -1), [row["tokens"] for row in rows])
+    expected = hjepa_jax.load(workdir).tokens([photos / row["files"] for row in rows])
+    np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    assert tokens.shape == (40, 4, 4, 16)
+
+    feature_file.write_features(str(workdir), str(photos), f"{tmp_path}/y.npy")
+    names = ("level_0", "level_1", "summary")
+    together = np.load(tmp_path / "y.npy")
+    assert together.shape == (40, 16 + 16 + 32)
+    train = [row["split"] == "train" for row in rows]
+    beside = np.concatenate([written[f"train_{name}"] for name in names], axis=1)
+    np.testing.assert_array_equal(together[train], beside)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.parquet", "x.npy", "y.npy"}
+
+
+def test_an_unknown_feature_is_refused_before_any_work(workdir, photos, tmp_path):
+    with pytest.raises(InputError, match=r"^--features='level_9': must be some of level_0, level_"):
+        feature_file.write_features(
+            str(workdir), str(photos), f"{tmp_path}/x.npz", features=["level_0", "level_9"]
+        )
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["the same", "another encoder"])
+def test_an_interrupted_command_goes_on_without_a_lost_or_doubled_row(
+    other, workdir, photos, tmp_path, monkeypatch
+):
+    """Shards that are whole are kept, unless the encoder is another one."""
+    monkeypatch.setattr(feature_file, "SHARD_ROWS", 8)
+    batches = []
+
+    def embed(params, images):
+        if len(batches) == 2 and params == 0:
+            raise KeyboardInterrupt
+        batches.append(len(images))
+        return {"x": images[:, 0, 0, :1].astype(np.float32)}
+
+    def run_with(params):
+        encoder = api.Encoder(params, 16, 8, embed)
+        monkeypatch.setattr(api, "load", lambda *_: encoder)
+        return write(workdir, photos, tmp_path / "x.npz")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_with(0)
+    assert [path.name for path in tmp_path.iterdir()] == [".x.npz.partial"]
+    (tmp_path / ".x.npz.partial" / "00000002.npz.99.partial").touch()  # a save that was killed
+    assert len(batches) == 2
+    if not other:
+        batches.append(0)  # so that it is not interrupted again
+    found = run_with(int(other))
+    assert len(batches) == 2 + (6 if other else 1 + 4)
+    files = [*found["train_files"], *found["test_files"]]
+    assert len(files) == len({*files}) == 40
+    for split in ("train", "test"):
+        images = [GivenImages([photos / f], 16).read(0) for f in found[f"{split}_files"]]
+        np.testing.assert_array_equal(found[f"{split}_x"], np.stack(images)[:, 0, 0, :1])
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
 def test_a_folder_with_its_own_split_keeps_it(shapes_folder, workdir, tmp_path):
     found = write(workdir, shapes_folder, tmp_path / "features.npz")
     assert (len(found["train_files"]), len(found["test_files"])) == (160, 40)
@@ -213,7 +291,7 @@ def test_few_images_make_a_small_batch(workdir):
     [
         ("x.csv", "must end in .npz"),
         ("x", "must end in .npz"),
-        ("x.npy", "must end in .npz"),
+        ("x.npz2", "must end in .npz"),
         ("folder.npz", "this is a folder"),
         ("nowhere/x.npz", "No such file or directory"),
         ("file/x.npz", "Not a directory"),

@@ -11,8 +11,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
 # From the ground up. A module may import from its own folder and from those before it.
 FLOORS = [
-    "errors", "runtime", "data", "masks", "models", "method", "config", "runs", "evaluation",
-    "reporting", "training", "commands",
+    "errors", "runtime", "data", "masks", "models", "method", "config", "configs", "runs",
+    "evaluation", "exchange", "reporting", "training", "commands",
 ]  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

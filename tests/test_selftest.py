@@ -131,5 +131,5 @@ selftest.run_step = spoiled
 
 
 def test_its_config_exists():
-    assert selftest.CONFIG == REPOSITORY / "configs" / "cifar10_patches.py"
+    assert selftest.CONFIG == REPOSITORY / "hjepa_jax" / "configs" / "cifar10_patches.py"
     assert selftest.CONFIG.exists()

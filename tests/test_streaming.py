@@ -388,7 +388,7 @@ def test_a_class_list_is_found_beside_config_or_in_repository(tmp_path, monkeypa
     shipped = "configs/imagenet100_classes.txt"
     for path in ("here.txt", "~/here.txt", "configs/here.txt", "none.txt", shipped, None):
         assert resolve(path) == path
-    assert class_list.find_class_list(shipped) == REPOSITORY / shipped
+    assert class_list.find_class_list(shipped) == REPOSITORY / "hjepa_jax" / shipped
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
     class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # no error here
 
@@ -429,7 +429,7 @@ def test_a_streamed_set_without_test_split_holds_out_a_tenth(tmp_path, capsys):
 
 
 def test_the_shipped_list_has_100_classes_of_imagenet():
-    config = importlib.import_module("configs.imagenet100_small").get_config()
+    config = importlib.import_module("hjepa_jax.configs.imagenet100_small").get_config()
     names = class_list.find_class_list(config.data.class_list).read_text().split()
     tfds_file = "datasets/imagenet2012/labels.txt"
     tfds_dir = pathlib.Path(importlib.util.find_spec("tensorflow_datasets").origin).parent

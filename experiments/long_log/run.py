@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from configs.shapes_tiny import get_config
+from hjepa_jax.configs.shapes_tiny import get_config
 
 NUM_LINES = 3_000_000
 HERE = pathlib.Path(__file__).parent

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from configs.shapes_tiny import get_config
+from hjepa_jax.configs.shapes_tiny import get_config
 from hjepa_jax.reporting import showcase
 from hjepa_jax.reporting.showcase import Showcase
 from hjepa_jax.runs.history import read_history

@@ -13,7 +13,6 @@ import io
 import os
 import pathlib
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -84,7 +83,7 @@ def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
     """
     import jax
 
-    from configs import stl10_small
+    from hjepa_jax.configs import stl10_small
     from hjepa_jax.data.base import Source, SourceInfo
     from hjepa_jax.data.order import BatchOrder
     from hjepa_jax.data.streaming import StreamedBatches, read_batches
@@ -201,5 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())  # configs/ is no installed package
     main()

@@ -70,7 +70,7 @@ def prepare_ours(spec):
     from hjepa_jax.runtime import backend
 
     model_spec = MODELS[spec["model"]]
-    config = importlib.import_module(f"configs.{model_spec.config}").get_config()
+    config = importlib.import_module(f"hjepa_jax.configs.{model_spec.config}").get_config()
     config.model.name = model_spec.size or config.model.name
     if model_spec.predictor:
         config.model.predictor_width, config.model.predictor_num_heads = model_spec.predictor

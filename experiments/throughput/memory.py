@@ -13,8 +13,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from configs import m1_max_quick_val
 from hjepa_jax.config import build
+from hjepa_jax.configs import m1_max_quick_val
 from hjepa_jax.runtime import backend
 
 BATCH_SIZES = (32, 64, 128, 256)

@@ -92,6 +92,8 @@ def build_model(config: Config) -> HJEPA:
             drop_path=c.drop_path,
             layer_scale=c.layer_scale,
             stem=c.stem,
+            gelu=c.gelu,
+            epsilon=c.layer_norm_epsilon,
             pyramid=pyramid,
             **shared,
         ),
@@ -329,8 +331,8 @@ def build_embed_views_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -
     return make_embed_fn(model, lambda images, rngs: augment(rngs, images), num_layers=num_layers)
 
 
-def build_tokens_fn(config: Config, model: HJEPA) -> Any:
-    """`embed_tokens(encoder_params, uint8 images)`: {"tokens": float16 [B, N, D]}.
+def build_tokens_fn(config: Config, model: HJEPA, *, dtype: str = "float16") -> Any:
+    """`embed_tokens(encoder_params, uint8 images)`: {"tokens": [B, N, D]} of type `dtype`.
 
     Without parameters (None) the tokens are the raw patches, normalised pixels, [B, N, P * P * C].
     """
@@ -344,7 +346,7 @@ def build_tokens_fn(config: Config, model: HJEPA) -> Any:
         else:
             variables = {"params": {"context_encoder": encoder_params}}
             tokens, _ = apply(variables, pixels, method="encode")
-        return {"tokens": tokens.astype(jnp.float16)}
+        return {"tokens": tokens.astype(dtype)}
 
     return embed_tokens
 

@@ -64,7 +64,7 @@ def base_config() -> Config:
     """The defaults. Values that experiments chose are in configs/, not here."""
     c = ConfigDict()
     c.seed = 0  # parameters, masks, augmentation and data order; 0 or more
-    c.platform = "auto"  # auto | cpu | cuda | metal | mps
+    c.platform = "auto"  # auto | cpu | cuda | rocm | tpu | metal | mps
 
     c.data = ConfigDict()
     c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
@@ -116,6 +116,9 @@ def base_config() -> Config:
     c.model.layer_scale = 0.0  # initial LayerScale factor of the encoder; 0 = none
     # probability to drop a branch of the last encoder block; rises from 0 at the first
     c.model.drop_path = 0.0
+    # activation of the encoder: tanh (approximation, fast) | erf (exact, as in published encoders)
+    c.model.gelu = "tanh"
+    c.model.layer_norm_epsilon = 1e-6  # added to variances in the encoder; in (0, 1]
     c.model.remat = False  # recompute blocks in the backward pass: less memory, slower
     c.model.dtype = "float32"  # matrix products: float32 | bfloat16; parameters are float32
     c.model.predictor_width = 96  # features per token

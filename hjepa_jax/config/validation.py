@@ -18,6 +18,7 @@ from hjepa_jax.models.positions import POSITIONS
 from hjepa_jax.models.predictor import MODES
 from hjepa_jax.models.pyramid import FUSIONS
 from hjepa_jax.models.stem import STEMS
+from hjepa_jax.models.transformer import GELUS
 from hjepa_jax.runtime.backend import PLATFORMS
 
 MAX_SIDE = 128  # patches
@@ -123,6 +124,7 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_BELOW_ONE, "model.drop_path optim.b1 optim.b2 optim.muon_momentum"),
     (_one_of(*MODES), "model.predictor_mode"),
     (_one_of(*STEMS), "model.stem"),
+    (_one_of(*GELUS), "model.gelu"),
     (_one_of(*PROJECTION_INPUTS), "model.projection_input"),
     (_one_of("none", *FUSIONS), "model.pyramid"),
     (_one_of("ema", "online"), "model.target"),
@@ -130,7 +132,7 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of("multiblock", "hierarchical", "random"), "mask.kind"),
     (Rule(_is_progression, _PROGRESSION), "mask.progression"),
     (_at_least(1, at_most=256), "mask.num_blocks parallel.cpu_devices"),
-    (Rule(lambda v: 0 < v <= 1, "must be in (0, 1]"), "mask.min_coverage"),
+    (Rule(lambda v: 0 < v <= 1, "must be in (0, 1]"), "mask.min_coverage model.layer_norm_epsilon"),
     (_at_least(0, at_most=16), "mask.align_level"),
     (_one_of(*PREDICTION_LOSSES), "loss.kind"),
     (_one_of("vicreg", "sigreg", "none"), "loss.regularizer"),

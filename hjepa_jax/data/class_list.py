@@ -3,23 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent.parent
+PACKAGE = Path(__file__).parent.parent
 
 
 def find_class_list(path: str) -> Path:
-    """Returns the file; a relative path is looked up in the current folder, then the repository.
+    """Returns the file; a relative path is looked up in the current folder, then in the package.
 
-    Shipped configs name their lists relative to the repository, and must work in any folder.
+    Shipped configs name their lists relative to the package, and must work in any folder.
     """
     file = Path(path)
-    return file if file.exists() or file.is_absolute() else REPOSITORY / file
+    return file if file.exists() or file.is_absolute() else PACKAGE / file
 
 
 def resolve_class_list(config: Any, config_file: str) -> None:
     """Makes the path of a list absolute if the list lies beside the config's file.
 
-    A list in the current folder has precedence. The repository comes last: a user's own list may
-    have the name of a shipped one.
+    A list in the current folder has precedence. The package comes last: a user's own list may have
+    the name of a shipped one.
     """
     path = config.get("data", {}).get("class_list")
     if isinstance(path, str) and not Path(path).expanduser().exists():

@@ -30,7 +30,7 @@ def extract_features(
     *extra: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     what: str = "",
-) -> Features:
+) -> dict[str, Shaped[np.ndarray, "n ..."]]:
     """Returns the outputs of `embed` for all images, on the host.
 
     The devices of this process share each batch.

@@ -46,7 +46,7 @@ def make_embed_fn(
             for level in range(num_levels)
         }
         if model.context_encoder.num_summary_tokens:
-            summaries = [summary.reshape(len(images), -1) for _, summary in layers]
+            summaries = [summary.reshape(images.shape[0], -1) for _, summary in layers]
             features["summary"] = jnp.concatenate(summaries, axis=-1)
         return features
 

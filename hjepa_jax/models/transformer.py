@@ -1,9 +1,9 @@
 """Pre-norm transformer blocks of encoder and predictor.
 
 References:
-  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
-  backend); exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever the
-  precision is, of logits in the precision's results.
+  Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). By default the GELU is the tanh form (fast on
+  every backend). Exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever
+  the precision is, of logits in the precision's results.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ from hjepa_jax.models.matmul import Dense, Precision, product
 from hjepa_jax.models.positions import rotate
 
 LAYER_NORM_EPSILON = 1e-6
+GELUS = ("tanh", "erf")  # the approximation, and the exact form that published encoders have
 
 token_init = nn.initializers.truncated_normal(0.02)
 
@@ -126,6 +127,8 @@ class Block(nn.Module):
     out_scale: float = 1.0
     layer_scale: float = 0.0
     cross: bool = False
+    gelu: str = "tanh"  # one of `GELUS`
+    epsilon: float = LAYER_NORM_EPSILON
 
     @nn.compact
     def __call__(
@@ -138,7 +141,7 @@ class Block(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Returns the updated tokens; see `Attention` for the arguments."""
         d = x.shape[-1]
-        norm = layer_norm("norm_attention")
+        norm = layer_norm("norm_attention", self.epsilon)
         attention = Attention(
             self.num_heads, self.precision, self.out_scale, self.cross, name="attention"
         )
@@ -146,10 +149,10 @@ class Block(nn.Module):
             memory = norm(memory)
         y = attention(norm(x), memory=memory, allowed=allowed, turns=turns)
         x = x + self._branch(y, "scale_attention")
-        y = layer_norm("norm_mlp")(x)
+        y = layer_norm("norm_mlp", self.epsilon)(x)
         y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
         y = y.astype(self.precision.operands)  # halves the memory that the backward pass keeps
-        y = nn.gelu(y.astype(jnp.float32), approximate=True)
+        y = nn.gelu(y.astype(jnp.float32), approximate=self.gelu == "tanh")
         y = Dense(d, self.precision, self.out_scale, name="mlp_out")(y)
         return x + self._branch(y, "scale_mlp")
 
@@ -172,15 +175,13 @@ def block_type(*, remat: bool) -> Any:
     return nn.remat(Block) if remat else Block
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm with the affine parameters and the epsilon used throughout, in float32.
+def layer_norm(name: str | None = None, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
+    """LayerNorm with affine parameters, in float32.
 
     The variance is the mean of (x - mean)^2. Flax's faster mean(x^2) - mean^2 cancels: at a mean of
     1000 standard deviations it is wrong by a tenth.
     """
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+    return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 def residual_scale(depth: int) -> float:

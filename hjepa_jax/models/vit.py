@@ -16,6 +16,7 @@ from hjepa_jax.models.positions import PositionTable, interpolate_positions, rop
 from hjepa_jax.models.pyramid import FeaturePyramid
 from hjepa_jax.models.stem import PatchMLP
 from hjepa_jax.models.transformer import (
+    LAYER_NORM_EPSILON,
     block_type,
     drop_path_rates,
     layer_norm,
@@ -47,6 +48,8 @@ class VisionTransformer(nn.Module):
         `drop_path_rates`.
       layer_scale: see `Block`; 0 for none.
       stem: from pixels of a patch to its token: "linear" or "hmlp" (`PatchMLP`).
+      gelu: "tanh" or "erf".
+      epsilon: of the LayerNorms of the blocks and after them.
       remat: see `block_type`.
       pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
 
@@ -67,6 +70,8 @@ class VisionTransformer(nn.Module):
     drop_path: float = 0.0
     layer_scale: float = 0.0
     stem: str = "linear"
+    gelu: str = "tanh"
+    epsilon: float = LAYER_NORM_EPSILON
     remat: bool = False
     pyramid: FeaturePyramid | None = None
 
@@ -126,14 +131,16 @@ class VisionTransformer(nn.Module):
         ):
             if count:
                 tokens = self.param(name, token_init, (1, count, self.width))
-                tokens = jnp.broadcast_to(tokens, (len(x), count, self.width)).astype(x.dtype)
+                tokens = jnp.broadcast_to(tokens, (x.shape[0], count, self.width)).astype(x.dtype)
                 x = jnp.concatenate([tokens, x], axis=1)
         turns = None
         if self.positions == "rope2d":  # what is nowhere is not turned
             turns = turns_of(jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0))))
         allowed = None
         if valid is not None:
-            allowed = jnp.concatenate([jnp.ones((len(x), prefix), bool), valid], axis=1)[:, None]
+            allowed = jnp.concatenate([jnp.ones((x.shape[0], prefix), bool), valid], axis=1)[
+                :, None
+            ]
 
         block_class = block_type(remat=self.remat)
         for i, drop_path in enumerate(drop_path_rates(self.depth, self.drop_path)):
@@ -144,11 +151,13 @@ class VisionTransformer(nn.Module):
                 drop_path=drop_path,
                 out_scale=residual_scale(self.depth),
                 layer_scale=self.layer_scale,
+                gelu=self.gelu,
+                epsilon=self.epsilon,
                 name=f"block_{i}",
             )
             x = block(x, allowed=allowed, turns=turns)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
-        x = layer_norm("norm")(x).astype(jnp.float32)
+        x = layer_norm("norm", self.epsilon)(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)
         summary, _, patches = jax.lax.split(x, parts, axis=1)
         return patches, summary

@@ -14,7 +14,14 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.user_cache import keep_compiled_programs
 
 # Config value -> JAX's name of the backend.
-BACKENDS = {"cpu": "cpu", "cuda": "cuda", "metal": "METAL", "mps": "mps"}
+BACKENDS = {
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "rocm": "rocm",
+    "tpu": "tpu",
+    "metal": "METAL",
+    "mps": "mps",
+}
 PLATFORMS = ("auto", *BACKENDS)
 
 # Environment variables with which a user of JAX chooses a backend.
@@ -110,7 +117,7 @@ def initialise(create: Callable[[], Any], shardings: Any = None) -> Any:
 
 
 def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
-    """Makes `platform` ("auto", "cpu", "cuda", "metal" or "mps") JAX's default backend.
+    """Makes `platform` (one of `PLATFORMS`) JAX's default backend.
 
     Args:
       platform: the backend; "auto" leaves the choice to JAX.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -36,6 +37,26 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its place at the end of the block.
+
+    An error within the block leaves nothing behind.
+
+    Args:
+      path: a folder that does not exist, or is empty.
+
+    Raises:
+      OSError: when it cannot be written, or is not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+        partial = Path(beside) / "partial"
+        partial.mkdir()
+        yield partial
+        partial.rename(path)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def embed(config):
 )
 def test_the_plugin_takes_every_program_of_every_config(name, program, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY)
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"hjepa_jax.configs.{name}").get_config()
     assert refusals(program(config), PLATFORM) == []
 
 

@@ -6,8 +6,8 @@ For a GPU. The longest run so far has one and a half epochs, three further views
 (experiments/cifar10_small).
 """
 
-from configs import cifar10_tiny
 from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_tiny
 
 
 def get_config() -> Config:

@@ -12,8 +12,8 @@ The longest run with AdamW has fifteen epochs (experiments/cifar10_tiny_agreemen
 Muon has four epochs, three further views and VICReg (experiments/cifar10_tiny_muon).
 """
 
-from configs import cifar10_patches
 from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_patches
 
 
 def get_config() -> Config:

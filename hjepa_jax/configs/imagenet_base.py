@@ -7,8 +7,8 @@ images, chosen once by seed, and all 50,000 validation images: 15 GB of memory i
 trained to its end yet.
 """
 
-from configs import imagenet100_small
 from hjepa_jax.config import Config
+from hjepa_jax.configs import imagenet100_small
 
 
 def get_config() -> Config:

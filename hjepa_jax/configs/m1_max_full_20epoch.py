@@ -3,8 +3,8 @@
 python -m hjepa_jax.main --config=configs/m1_max_full_20epoch.py
 """
 
-from configs import m1_max_quick_val
 from hjepa_jax.config import Config
+from hjepa_jax.configs import m1_max_quick_val
 
 
 def get_config() -> Config:

@@ -1,0 +1,164 @@
+"""A table of features, a row for each image: made shard by shard, then written as one file.
+
+A shard is an npz file with an array for each column. Reading them one after the other keeps memory
+flat, and those that are there already need not be made again.
+"""
+
+import json
+import math
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Shaped
+
+from hjepa_jax.runtime.files import replacing
+
+SUFFIXES = (".npz", ".npy", ".parquet")
+NOT_FEATURES = ("labels", "files")  # columns
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Shards:
+    """The shards of one table, in the folder `.NAME.partial` beside the file that they become.
+
+    Args:
+      output: the file.
+      made_from: what the rows are made from; shards that were made from something else are removed.
+    """
+
+    def __init__(self, output: pathlib.Path, made_from: dict[str, Any]):
+        self.folder = output.with_name(f".{output.name}.partial")
+        self._note = self.folder / "made_from.json"
+        text = json.dumps(made_from)
+        if not (self._note.exists() and self._note.read_text() == text):
+            self.remove()
+            self.folder.mkdir()
+            with replacing(self._note) as file:
+                file.write(text.encode())
+        self.paths: list[pathlib.Path] = []
+
+    def add(self, number: int) -> pathlib.Path:
+        """Adds a shard; its file may be there already."""
+        self.paths.append(self.folder / f"{number:08}.npz")
+        return self.paths[-1]
+
+    def remove(self) -> None:
+        """Removes everything, once the table is written."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+    def column(
+        self, name: str, rows: Bool[np.ndarray, " n"] | None = None
+    ) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
+        """Reads a column shard by shard; `rows` chooses among the rows of the table."""
+        start = 0
+        for path in self.paths:
+            with np.load(path) as shard:
+                values = shard[name]
+            end = start + len(values)
+            yield values if rows is None else values[rows[start:end]]
+            start = end
+
+    def whole(self, name: str) -> Shaped[np.ndarray, "n ..."]:
+        """Reads a column into memory."""
+        return np.concatenate([*self.column(name)])
+
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        with np.load(self.paths[0]) as shard:
+            return [name for name in shard.files if name != "errors"]
+
+
+def write_table(output: pathlib.Path, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
+    """Writes the shards as one file, in the format of its suffix.
+
+    Args:
+      output: the file; its suffix is one of `SUFFIXES`.
+      shards: the rows, at least one.
+      is_test: which rows are test images.
+
+    Returns:
+      Shapes of the arrays in the file, by name.
+    """
+    write = {".npz": _write_npz, ".npy": _write_npy, ".parquet": _write_parquet}
+    with replacing(output) as file:
+        return write[output.suffix.lower()](file, shards, is_test)
+
+
+def _write_npz(file: Any, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
+    """Each column as two arrays, `train_<name>` and `test_<name>`."""
+    shapes: Shapes = {}
+    with zipfile.ZipFile(file, "w") as archive:
+        for split, rows in (("train", ~is_test), ("test", is_test)):
+            for name in shards.columns():
+                with archive.open(f"{split}_{name}.npy", "w", force_zip64=True) as member:
+                    shapes[f"{split}_{name}"] = _write_array(member, shards, name, rows)
+    return shapes
+
+
+def _write_npy(file: Any, shards: Shards, _: Bool[np.ndarray, " n"]) -> Shapes:
+    """One array: the features side by side, or the tokens if there are any."""
+    names = [name for name in shards.columns() if name not in NOT_FEATURES]
+    if "tokens" in names:
+        return {"tokens": _write_array(file, shards, "tokens", None)}
+    parts = zip(*(shards.column(name) for name in names), strict=True)
+    first = np.concatenate([next(shards.column(name))[:1] for name in names], axis=1)
+    shape = (len(shards.whole("labels")), first.shape[1])
+    _write_header(file, first.dtype, shape)
+    for columns in parts:
+        file.write(np.concatenate(columns, axis=1).tobytes())
+    return {"+".join(names): shape}
+
+
+def _write_array(
+    file: Any, shards: Shards, name: str, rows: Bool[np.ndarray, " n"] | None
+) -> tuple[int, ...]:
+    # Names of files may be longer in one shard than in another.
+    dtypes = {part.dtype for part in shards.column(name)} if name in NOT_FEATURES else None
+    first = next(shards.column(name))
+    dtype = np.result_type(*dtypes) if dtypes else first.dtype
+    count = len(shards.whole("labels")) if rows is None else int(rows.sum())
+    shape = (count, *first.shape[1:])
+    _write_header(file, dtype, shape)
+    for part in shards.column(name, rows):
+        file.write(part.astype(dtype).tobytes())
+    return shape
+
+
+def _write_header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, {**described, "shape": shape})
+
+
+def _write_parquet(file: Any, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
+    """A row for each image, in file order: split, labels, files, and a list for each feature."""
+    import pyarrow
+    from pyarrow import parquet
+
+    shapes: Shapes = {}
+    writer, start = None, 0
+    for parts in zip(*(shards.column(name) for name in shards.columns()), strict=True):
+        columns: dict[str, Any] = {}
+        for name, values in zip(shards.columns(), parts, strict=True):
+            shapes[name] = (len(is_test), *values.shape[1:])
+            columns[name] = pyarrow.array(values if values.ndim == 1 else values.ravel())
+            if values.ndim > 1:  # of tokens the grid is in the metadata
+                size = math.prod(values.shape[1:])
+                columns[name] = pyarrow.FixedSizeListArray.from_arrays(columns[name], size)
+        test = is_test[start : start + len(parts[0])]
+        columns["split"] = pyarrow.array(np.where(test, "test", "train"))
+        start += len(test)
+        table = pyarrow.table(columns)
+        if writer is None:
+            told = {"shapes": json.dumps({name: shape[1:] for name, shape in shapes.items()})}
+            writer = parquet.ParquetWriter(file, table.schema.with_metadata(told))
+        writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
+    assert writer is not None  # as there is a row
+    writer.close()
+    return shapes

@@ -1,0 +1,39 @@
+"""Writes the encoder of a run for use elsewhere, with a config and a model card.
+
+  python -m hjepa_jax.export --workdir=DIR --output=FOLDER
+    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N] [--dtype=float32|float16]
+
+* hjepa_jax: one safetensors file, for `hjepa_jax.load(FILE)`;
+* timm, transformers: a folder that these libraries load with their own functions. The first
+  summary token is the class token there, the others are registers;
+* stablehlo: a program from images to features that needs nothing but jax.
+
+The file README.md in the folder shows how to load it.
+"""
+
+from absl import flags
+
+from hjepa_jax import cli
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to make.", required=True)
+_FORMAT = flags.DEFINE_string("format", "hjepa_jax", "Who is to read it.")
+_STEP = flags.DEFINE_string("step", "last", "Checkpoint to use: last, best (by k-NN) or a step.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the numbers in the file; or float16.")
+_PLATFORM = cli.define_platform()
+
+
+def main() -> None:
+    """Runs the command."""
+    from hjepa_jax.exchange.export import export
+    from hjepa_jax.runtime.backend import select_platform
+
+    select_platform(_PLATFORM.value or "auto")
+    files = export(
+        _WORKDIR.value, _OUTPUT.value, layout=_FORMAT.value, step=_STEP.value, dtype=_DTYPE.value
+    )
+    print(f"{_OUTPUT.value}: {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
