@@ -144,14 +144,16 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     """The target encoder of a run; see `Encoder.embed`.
 
     Args:
-      workdir: the run's directory, or a file that `hjepa_jax.export` has made. The data set that
-        the encoder was trained on is not needed.
+      workdir: the run's directory, or a file or folder that `hjepa_jax.export` has made. The data
+        set that the encoder was trained on is not needed.
       step: which checkpoint of a run: "last", "best" (by k-NN) or a number.
 
     Raises:
       InputError: when the directory holds no run or no such checkpoint, or the file no encoder.
     """
     path = local_path("workdir", str(workdir))
+    if (path / "model.safetensors").is_file():  # the folder that `export` has made
+        path /= "model.safetensors"
     if path.is_file():
         try:
             found = read_encoder(path)
