@@ -21,7 +21,7 @@ _MOVED = {"build": "config.build", "checkpoint": "runs.load", "run_dir": "runs.w
 
 
 def load(workdir: "str | os.PathLike[str]", step: int | str = "last") -> "Encoder":
-    """Returns the target encoder of a run; see `hjepa_jax.api.load`."""
+    """Returns the target encoder of a run or an exported file; see `hjepa_jax.api.load`."""
     import pathlib
 
     from hjepa_jax import api  # JAX and Orbax take seconds to import

@@ -144,13 +144,16 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     """Returns the target encoder of a run; see `Encoder.embed`.
 
     Args:
-      workdir: the run's directory, or a file from `hjepa_jax.export`. The data set is not needed.
+      workdir: the run's directory, or a file or folder from `hjepa_jax.export`. The data set is not
+        needed.
       step: which checkpoint of a run: "last", "best" (by k-NN) or a number.
 
     Raises:
       InputError: if the directory holds no run or no such checkpoint, or the file no encoder.
     """
     path = local_path("workdir", str(workdir))
+    if (path / "model.safetensors").is_file():  # the folder that `export` has made
+        path /= "model.safetensors"
     if path.is_file():
         try:
             found = read_encoder(path)

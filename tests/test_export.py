@@ -29,7 +29,7 @@ def test_an_encoder_file_gives_the_same_features_tokens_and_facts(workdir, tmp_p
     files = export(workdir, tmp_path / "out")
     assert files == ["README.md", "config.json", "model.safetensors"]
     here = hjepa_jax.load(workdir)
-    there = hjepa_jax.load(tmp_path / "out" / "model.safetensors")
+    there = hjepa_jax.load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, there.embed(IMAGES), here.embed(IMAGES))
     np.testing.assert_array_equal(there.tokens(IMAGES), here.tokens(IMAGES))
     assert there.tokens(IMAGES).shape == (5, 4, 4, 16)
