@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -154,14 +155,19 @@ def run_tests(copy: pathlib.Path, tests: list[str], output: pathlib.Path) -> int
     """Runs pytest in a fork of this process; returns its status, or -1 at the time limit."""
     child = os.fork()
     if child == 0:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.chdir(copy)
-        sys.path.insert(0, str(copy))
-        files = [f"tests/{name}.py" for name in tests]
-        options = ["-n", "0", "-x", "-rfE", "-p", "no:cacheprovider", "-p", "no:randomly"]
-        os._exit(int(importlib.import_module("pytest").main([*options, *files])))
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            files = [f"tests/{name}.py" for name in tests]
+            options = ["-n", "0", "-x", "-rfE", "-p", "no:cacheprovider"]
+            options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+            os._exit(int(importlib.import_module("pytest").main([*options, *files])))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
     deadline = time.monotonic() + LIMIT_SEC
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -184,6 +190,8 @@ def is_killed(place: Place, mutant: str, copy: pathlib.Path, tests: list[str]) -
     if status == -1:
         return True, "time limit"
     lines = output.read_text(errors="replace").splitlines()
+    if status == 70:
+        raise RuntimeError("\n".join(lines))
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED", "ERROR "))]
     return status != 0, failed[0] if failed else f"status {status}" if status else ""
 
