@@ -104,7 +104,7 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
         text = textwrap.fill(f"{flag.help}{default}", WIDTH - 6)
         parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
         if isinstance(flag.parser, ConfigFileFlagParser):
-            fields = pathlib.Path(__file__).with_name("config.py")
+            fields = pathlib.Path(__file__).parent / "config" / "defaults.py"
             text = f"Sets a field of the config. All fields and their meaning: {fields}"
             parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}")
     return "\n\n".join(parts)

@@ -143,9 +143,8 @@ def test_the_test_files_are_those_that_the_run_never_saw(
     config = load_config(workdir)
     with config.unlocked():
         config.seed, config.data.streaming = seed, streaming
-    monkeypatch.setattr(
-        "hjepa_jax.runs.workdir.load_config", lambda _: config
-    )  # the encoder does not matter
+    # The encoder does not matter.
+    monkeypatch.setattr("hjepa_jax.feature_file.load_config", lambda _: config)
     encoder = api.Encoder(None, 16, 64, first_pixel)
     monkeypatch.setattr(api, "load", lambda *_: encoder)
     found = write(workdir, photos, tmp_path / "features.npz")

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hjepa_jax.data import sources
 from hjepa_jax.data.folder_files import EMPTY, IMAGE_SUFFIXES, list_folder
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
@@ -340,8 +339,8 @@ def test_every_file_of_many_folders_is_used_or_named(files):
 def test_memory_that_there_is_not_is_asked_for_in_numbers(tmp_path, monkeypatch):
     write(tmp_path, "train/x/0.png", "test/x/0.png")
     source = open_source(f"folder:{tmp_path}", data_dir=None, image_size=4)
-    monkeypatch.setattr(sources, "available_bytes", lambda: 95)
+    monkeypatch.setattr("hjepa_jax.data.base.available_bytes", lambda: 95)
     with pytest.raises(InputError, match=r"needs 0.0 GiB of memory for its images, and 0.0 GiB"):
         source.load()
-    monkeypatch.setattr(sources, "available_bytes", lambda: 96)
+    monkeypatch.setattr("hjepa_jax.data.base.available_bytes", lambda: 96)
     np.testing.assert_array_equal([len(split.images) for split in source.load()], [1, 1])

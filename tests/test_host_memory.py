@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 # Prints what the process holds of 256 MiB: after it freed them, then while it has memory to spare,
 # then not.
 RETURNED = """
-from hjepa_jax import host_memory
+from hjepa_jax.runtime import host_memory
 host_memory.keep_freed_memory()
 import numpy as np
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.stats import binom, norm
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.masks import samplers
 from hjepa_jax.masks.blocks import block_shapes, covers
 from hjepa_jax.masks.choice import is_first_smallest, lowest_first, rank
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
@@ -50,7 +49,7 @@ def test_sorting_ranks_and_picks_as_comparing_does(monkeypatch, values):
     compared = make()
     assert is_first_smallest(x).tolist() == (rank(x) == 0).tolist()
     monkeypatch.setattr("hjepa_jax.masks.choice.MAX_COMPARED", 399)
-    monkeypatch.setattr(samplers, "MAX_COMPARED", 399)
+    monkeypatch.setattr("hjepa_jax.masks.masks.MAX_COMPARED", 399)
     found = make()
     jax.tree.map(np.testing.assert_array_equal, found, compared)
     assert found[0].dtype == found[1][0].dtype == jnp.int32

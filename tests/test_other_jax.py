@@ -22,13 +22,14 @@ pytestmark = [
 PRELUDE = """
 import json, pathlib, sys
 import jax
-from hjepa_jax import checkpoint, run, run_dir, train
 from hjepa_jax.config import base_config
 from hjepa_jax.evaluation.features import params_digest
+from hjepa_jax.runs import checkpoint, run, workdir as directory
+from hjepa_jax.training import train
 
 workdir = pathlib.Path(sys.argv[1])
 def show():
-    config = run_dir.load_config(workdir)
+    config = directory.load_config(workdir)
     built = run.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     state, window = checkpoints.restore(*built.create())

@@ -20,7 +20,7 @@ from hjepa_jax.training import train
 def pretend(monkeypatch):
     """Pretends a default backend, and which packages of which version are installed."""
 
-    def pretend(backend: str, **versions: str) -> dict[str, object]:
+    def pretend(name: str, **versions: str) -> dict[str, object]:
         def version(package: str) -> str:
             try:
                 return versions[package.replace("-", "_")]
@@ -28,7 +28,7 @@ def pretend(monkeypatch):
                 raise importlib.metadata.PackageNotFoundError(package) from None
 
         settings = {}
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(jax, "default_backend", lambda: name)
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(jax.config, "update", settings.__setitem__)
         return settings
@@ -41,7 +41,7 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
 
 
 @pytest.mark.parametrize(
-    ("choice", "versions", "backend", "jax_platforms"),
+    ("choice", "versions", "name", "jax_platforms"),
     [
         ("metal", METAL, "METAL", "METAL,cpu"),  # parameters are made on the CPU beside it
         ("mps", MPS, "mps", "mps,cpu"),
@@ -52,9 +52,9 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
         ("auto", {"jax": "0.10.2"}, "cpu", None),
     ],
 )
-def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, backend, jax_platforms):
-    settings = pretend(backend, **versions)
-    assert backend.select_platform(choice) == backend.lower()
+def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, name, jax_platforms):
+    settings = pretend(name, **versions)
+    assert backend.select_platform(choice) == name.lower()
     assert settings.get("jax_platforms") == jax_platforms
 
 
@@ -94,7 +94,7 @@ def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions)
 def test_a_backend_in_whose_place_jax_takes_the_cpu_is_refused():
     """As of "cuda,cpu", where there is no NVIDIA GPU or no plugin for it."""
     code = (
-        "import jax; from hjepa_jax import errors, platform\n"
+        "import jax; from hjepa_jax import errors; from hjepa_jax.runtime import backend\n"
         "try: print(backend.select_platform('cuda'), jax.default_backend())\n"
         "except errors.InputError as error: print(error)"
     )
@@ -135,9 +135,9 @@ def test_rules_of_the_backends_say_what_each_cannot_do(monkeypatch):
     assert told == {"cpu": "", "gpu": "", "METAL": f"{mps}, float32 only", "mps": mps}
 
 
-@pytest.mark.parametrize(("backend", "on_cpu"), [("cpu", False), ("METAL", True), ("mps", True)])
-def test_parameters_are_made_on_the_cpu_and_then_moved(monkeypatch, backend, on_cpu):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.mark.parametrize(("name", "on_cpu"), [("cpu", False), ("METAL", True), ("mps", True)])
+def test_parameters_are_made_on_the_cpu_and_then_moved(monkeypatch, name, on_cpu):
+    monkeypatch.setattr(jax, "default_backend", lambda: name)
     seen = []
 
     def create():

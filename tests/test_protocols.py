@@ -317,7 +317,7 @@ def test_what_is_no_probe_json_has_no_rows_and_is_not_overwritten(tmp_path, cont
 def test_processes_that_add_to_one_probe_json_lose_no_row(tmp_path):
     code = f"""
 import pathlib, sys
-from hjepa_jax.evaluation import results
+from hjepa_jax.runs.scores import write_probe_json
 for step in range(40):
     row = {ROW!r} | {{"step": step, "seed": sys.argv[1]}}
     write_probe_json(pathlib.Path({str(tmp_path)!r}) / "probe.json", [row])

@@ -63,7 +63,7 @@ def test_a_prepared_file_that_changes_is_noticed_whatever_its_time(tmp_path):
 
 
 def test_code_that_decides_what_is_kept_is_part_of_its_key(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path)
     digest = provenance.source_digest.__wrapped__
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.py").write_text("1")

@@ -10,6 +10,8 @@ import jax
 
 from hjepa_jax.runtime.backend import version
 
+PACKAGE = pathlib.Path(__file__).parent.parent
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes, and on what.
@@ -31,7 +33,7 @@ def source_digest(folder: str = "") -> str:
 
     Results that are kept carry it if their code decides what they are.
     """
-    root = pathlib.Path(__file__).parent / folder
+    root = PACKAGE / folder
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         content = path.read_bytes()
@@ -43,7 +45,7 @@ def source_digest(folder: str = "") -> str:
 @functools.cache
 def source_commit() -> str | None:
     """Commit of the package's own repository, marked when files differ; None where it has none."""
-    repository = pathlib.Path(__file__).parent.parent
+    repository = PACKAGE.parent
     if not (repository / ".git").exists():
         return None
     command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=40"]
