@@ -1,9 +1,9 @@
 """Mutation check of the suite: small faults in the code, and whether the tests notice them.
 
-    python experiments/mutation/mutants.py choose BEFORE AFTER > experiments/mutation/mutants.csv
+    python experiments/mutation/mutants.py choose DIR DIR ... > experiments/mutation/mutants.csv
     python experiments/mutation/mutants.py run DIR --suite=after --out=results.csv
 
-`choose` lists faults that can be made in both of two checkouts. Every comparison, arithmetic
+`choose` lists faults that can be made in all of several checkouts. Every comparison, arithmetic
 operator, small number and call statement gives one; `--per_module` of a module are taken at even
 distances. A fault is known by its function and the text of its line, so it is found again after the
 code has moved. `run` makes one fault at a time in a copy of a checkout and runs the tests of its
@@ -140,12 +140,12 @@ def mutants_of(module: str, repository: pathlib.Path) -> dict[Key, Place]:
     return mutants
 
 
-def choose(before: pathlib.Path, after: pathlib.Path, per_module: int) -> list[Key]:
-    """`per_module` mutants of each module that both checkouts have."""
+def choose(repositories: list[pathlib.Path], per_module: int) -> list[Key]:
+    """`per_module` mutants of each module that all checkouts have."""
     chosen = []
     for module in MODULES:
-        others = mutants_of(module, after)
-        common = [key for key in mutants_of(module, before) if key in others]
+        first, *others = (mutants_of(module, repository) for repository in repositories)
+        common = [key for key in first if all(key in other for other in others)]
         count = min(per_module, len(common))
         chosen += [common[(2 * i + 1) * len(common) // (2 * count)] for i in range(count)]
     return chosen
@@ -229,7 +229,9 @@ def run(repository: pathlib.Path, suite: str, out: pathlib.Path, modules: list[s
                     result = is_killed(places[key], key.mutant, copy, MODULES[module][1])
                 with out.open("a", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerow([suite, *key, *result])
-                print(module, key.line, "killed" if result[0] else "SURVIVED", result[1], flush=True)
+                print(
+                    module, key.line, "killed" if result[0] else "SURVIVED", result[1], flush=True
+                )
 
 
 def main() -> None:
@@ -237,9 +239,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     chooser = commands.add_parser("choose")
-    chooser.add_argument("before", type=pathlib.Path)
-    chooser.add_argument("after", type=pathlib.Path)
-    chooser.add_argument("--per_module", type=int, default=7)
+    chooser.add_argument("repositories", type=pathlib.Path, nargs="+")
+    chooser.add_argument("--per_module", type=int, default=8)
     runner = commands.add_parser("run")
     runner.add_argument("repository", type=pathlib.Path)
     runner.add_argument("--suite", required=True, help="name of the suite in the CSV file")
@@ -248,7 +249,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "choose":
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([Key._fields, *choose(given.before, given.after, given.per_module)])
+        writer.writerows([Key._fields, *choose(given.repositories, given.per_module)])
     else:
         run(given.repository.resolve(), given.suite, given.out, given.only)
 
