@@ -161,7 +161,8 @@ def streamed_config(tiny_config, shapes_folder):
                 "data.image_size": 32,
                 "data.num_workers": 1,
                 "model.patch_size": 8,
-                "train.num_steps": 60,
+                "train.num_steps": 22,  # of 10 steps an epoch
+                "train.steps_per_call": 4,
                 "train.checkpoint_every_steps": 4,
                 "eval.every_epochs": 0.0,
                 "log.every_steps": 1,
@@ -210,6 +211,7 @@ def test_what_cannot_be_streamed_is_refused(source, streaming, message):
 @pytest.mark.slow
 def test_sigkill_of_a_streamed_run_changes_nothing_and_leaves_no_worker(streamed_config, tmp_path):
     """Beside the same data resident: losses and state are equal bit for bit."""
+    streamed_config.train.num_steps, streamed_config.train.steps_per_call = 60, 1
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
@@ -258,8 +260,6 @@ def test_a_run_counts_corrupt_files_once_and_goes_on(
         streamed_config.data.source = f"folder:{damaged}"
         streamed_config.data.num_workers = 0
         streamed_config.data.max_labelled = 40
-        streamed_config.train.num_steps = 22  # two epochs: the file comes twice
-        streamed_config.train.steps_per_call = 4
     train.train_and_evaluate(streamed_config, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     trained = [line for line in said if "the next was trained on instead" in line]
@@ -278,7 +278,7 @@ def test_images_that_can_no_longer_be_read_are_not_blamed_on_the_workdir(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(streaming, "read_or_next", read)
-    streamed_config.data.num_workers = 0
+    streamed_config.data.num_workers, streamed_config.data.max_labelled = 0, 40
     rule = r"^data.source='folder:.*': can no longer be read \(.*Input/output error"
     with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(streamed_config, tmp_path / "run")
