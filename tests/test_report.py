@@ -26,7 +26,7 @@ from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.training import train
 from tests import programs
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, draw_small
 from tests.kept_checkpoint import read_checkpoint
 from tests.report_numbers import (
     WORDS,
@@ -40,7 +40,7 @@ from tests.report_numbers import (
     tables,
 )
 
-# The report of `finished` is drawn, those that tests write themselves have blank pictures.
+# The report of `finished` is drawn coarsely, those that tests write have blank pictures.
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
@@ -64,6 +64,7 @@ def finished(tmp_path_factory, shapes_npz) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         programs.shorten_probes(patch)
+        draw_small(patch, dpi=20)
         train.train_and_evaluate(c.lock(), workdir)
     return workdir
 
