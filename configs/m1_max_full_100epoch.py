@@ -12,7 +12,12 @@ def get_config() -> Config:
     c.model.name = "vit_small"
     c.model.num_levels = 3
     c.model.predictor_num_heads = 6
-    c.mask.scale = (0.15, 0.35)  # whole level-2 cells, 4x4 patches, exist in few sizes
+    # Scattered cells of 2x2 patches cover the 14x14 grid evenly at all three levels. Blocks of
+    # whole level-2 cells, 4x4 patches, would have one shape and nine places.
+    c.mask.kind = "random"
+    c.mask.align_level = 1
+    c.mask.scale = (0.5, 0.65)
+    c.mask.min_coverage = 0.5
     c.train.batch_size = 24
     c.train.num_epochs = 100.0
     c.train.checkpoint_every_epochs = 10.0

@@ -5,14 +5,30 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hjepa_jax.method import losses
-from hjepa_jax.method.keys import image_rngs, more_rngs, some_patches, view_rngs
-from hjepa_jax.method.objective import LossWeights
+from hjepa_jax.method.keys import image_rngs, some_patches, view_rngs
+from hjepa_jax.method.objective import (
+    SPREAD_MOMENTS,
+    Objective,
+    reported_terms,
+    second_moment,
+)
 from hjepa_jax.method.optimizer import decay_mask
+from hjepa_jax.method.step import LocalViews, Method, sample_inputs
+from hjepa_jax.method.train_state import create_train_state
 from hjepa_jax.models.projection import EPSILON, Projection
-from tests.test_options import init_params, jitted, losses_of, make_model, make_step
+from tests.test_options import (
+    MASKS,
+    VIEWS,
+    init_params,
+    jitted,
+    losses_of,
+    make_model,
+    make_step,
+)
 from tests.test_steps import BATCH, IMAGES, MASK, PATCH, RANDOM
 
 RNG = np.random.default_rng(0)
@@ -40,17 +56,81 @@ def test_spread_is_the_mean_squared_cosine_of_all_pairs_of_a_view():
     x = RNG.normal(size=(7, 2, 4))
     cosines = np.einsum("avk,bvk->vab", unit(x), unit(x))
     expected = 4 * (cosines**2).mean()
-    np.testing.assert_allclose(losses.spread_loss(jnp.asarray(x)), expected, rtol=1e-5)
+    np.testing.assert_allclose(spread(jnp.asarray(x)), expected, rtol=1e-5)
     even = jnp.asarray(np.repeat(np.eye(4), 3, axis=0)[:, None])
-    np.testing.assert_allclose(losses.spread_loss(even), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(spread(even), 1.0, rtol=1e-5)
     few = jnp.asarray(np.eye(4)[:2, None])  # of two images, two dimensions at most
-    np.testing.assert_allclose(losses.spread_loss(few), 2.0, rtol=1e-5)
+    np.testing.assert_allclose(spread(few), 2.0, rtol=1e-5)
     alike = jnp.ones((6, 1, 4)) * jnp.arange(1.0, 7.0)[:, None, None]
-    np.testing.assert_allclose(losses.spread_loss(alike), 4.0, rtol=1e-5)
+    np.testing.assert_allclose(spread(alike), 4.0, rtol=1e-5)
+
+
+def spread(x, kind="batch", old=None):
+    objective = Objective({"spread": 1.0}, spread_moment=kind)
+    return losses.spread_loss(second_moment(objective, x, old))
+
+
+def assert_value_and_gradient(fn, reference, x):
+    """Against a NumPy formula in float64, whose gradient is taken by central differences."""
+    value, grad = jax.value_and_grad(fn)(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, reference(x), rtol=1e-5)
+    expected, step = np.zeros_like(x), 1e-6
+    for at in np.ndindex(*x.shape):
+        move = np.zeros_like(x)
+        move[at] = step
+        expected[at] = (reference(x + move) - reference(x - move)) / (2 * step)
+    np.testing.assert_allclose(grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_a_teacher_is_a_weighted_member_of_the_centre_and_of_nothing_else(weight):
+    x, teacher = RNG.normal(size=(3, 2, 4)), RNG.normal(size=(3, 1, 4))
+
+    def reference(x):
+        centre = unit(unit(x).sum(axis=1, keepdims=True) + weight * unit(teacher))
+        return 1 - (unit(x) * centre).sum(axis=-1).mean()
+
+    found = lambda x: losses.agreement_loss(x, jnp.asarray(teacher, jnp.float32), weight)
+    assert_value_and_gradient(found, reference, x)
+
+
+def test_the_spread_of_views_compares_the_views_of_all_images_with_each_other():
+    def reference(x):
+        u = unit(x.reshape(-1, 4))
+        return 4 * ((u @ u.T) ** 2).mean()
+
+    assert_value_and_gradient(lambda x: spread(x, "views"), reference, RNG.normal(size=(3, 2, 4)))
+
+
+def test_a_running_spread_remembers_a_moment_that_has_no_gradient():
+    old = RNG.normal(size=(4, 4))
+
+    def reference(x):
+        u = unit(x.reshape(-1, 4))
+        return 4 * ((0.9 * old + 0.1 * u.T @ u / len(u)) ** 2).sum()
+
+    running = lambda x: spread(x, "running", jnp.asarray(old, jnp.float32))
+    assert_value_and_gradient(running, reference, RNG.normal(size=(3, 2, 4)))
+    to_old = jax.grad(lambda old: spread(jnp.ones((3, 2, 4)), "running", old))(jnp.eye(4))
+    assert not np.any(to_old)
+
+
+@pytest.mark.parametrize("kind", SPREAD_MOMENTS)
+def test_the_logged_spread_of_independent_images_is_1(kind):
+    objective, rng = Objective({"spread": 1.0}, spread_moment=kind), np.random.default_rng(5)
+    moment, found = np.eye(32, dtype=np.float32) / 32, []
+    for _ in range(200):
+        image = rng.normal(size=(16, 1, 32)).astype(np.float32)
+        views = jnp.asarray(np.repeat(image, 3, axis=1))  # which agree
+        moments = second_moment(objective, views, jnp.asarray(moment))
+        moment = moments[0]
+        terms = {"spread": losses.spread_loss(moments)}
+        found.append(float(reported_terms(objective, terms, views)["spread"]))
+    assert np.mean(found[100:]) == pytest.approx(1.0, abs=0.03)
 
 
 def test_both_are_finite_and_have_a_finite_gradient_where_features_vanish():
-    for loss in (losses.agreement_loss, losses.spread_loss):
+    for loss in (losses.agreement_loss, spread):
         value, grad = jax.value_and_grad(loss)(jnp.zeros((3, 2, 4)))
         assert np.isfinite(value)
         assert np.isfinite(grad).all()
@@ -91,43 +171,89 @@ def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
     assert np.abs(counts - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 4_000)
 
 
-@pytest.mark.parametrize(
-    ("shown", "num_masks"),
-    [
-        (None, 1),
-        (4, 2),
-        pytest.param(None, 2, marks=pytest.mark.slow),
-        pytest.param(4, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_the_masked_view_and_the_local_ones_agree(shown, num_masks):
-    model = make_model(projection=Projection(*SIZES))
-    weights = LossWeights(level_weights=(1, 0.5), agreement_weight=2.0, spread_weight=0.25)
-    local = {"augment_local": LOCAL, "num_local_views": 2, "num_local_patches": shown}
-    step, state = make_step(model, weights=weights, num_masks=num_masks, **local)
-    terms_found = losses_of(step, state)
-    assert "loss_local" not in terms_found
+WEIGHTS = {"level_0": 1, "level_1": 0.5, "summary": 1, "agreement": 2.0, "spread": 0.25}
 
+
+@pytest.mark.parametrize(
+    ("shown", "reads", "teacher_weight"),
+    [(None, "summary", 0.0), (4, "summary+patches", 1.5)],
+)
+def test_the_masked_view_the_local_ones_and_the_target_encoder_agree(shown, reads, teacher_weight):
+    model = make_model(projection=Projection(*SIZES), projection_input=reads)
+    objective = Objective(WEIGHTS, teacher_weight=teacher_weight)
+    step, state = make_step(model, objective=objective, local_views=LocalViews(2, LOCAL, shown))
+    state = dataclasses.replace(
+        state, target_params=jax.tree.map(lambda x: 0.9 * x, state.target_params)
+    )
+    found = losses_of(step, state)
     augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     params = state.params
 
-    def summarize(views, *seen):
-        variables = {"params": {"context_encoder": params["context_encoder"]}}
-        return jitted(model)(variables, views, *seen, method="encode")[1]
+    def features(encoder_params, views, index=None, valid=None):
+        variables = {"params": {"context_encoder": encoder_params}}
+        tokens, summary = jitted(model)(variables, views, index, valid, method="encode")
+        parts = [summary.reshape(BATCH, -1)]
+        if reads == "summary+patches":
+            count = jnp.ones(tokens.shape[:2]) if valid is None else valid
+            mean = jnp.sum(tokens * count[..., None], axis=1) / count.sum(axis=1)[:, None]
+            parts.append(mean)
+        return jnp.concatenate(parts, axis=1)
 
-    views = jnp.repeat(jax.jit(RANDOM)(augment_rngs, IMAGES), num_masks, axis=0)
-    masks = jax.jit(MASK)(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
-    masked = summarize(views, masks.context_index, masks.context_valid)
-    summaries = [masked[m::num_masks] for m in range(num_masks)]  # image by image
-    for view in (2, 3):
-        rngs = view_rngs(augment_rngs, view)
+    encoder, masks = params["context_encoder"], jax.jit(MASK)(mask_rngs)
+    view = jax.jit(RANDOM)(augment_rngs, IMAGES)
+    views = [features(encoder, view, masks.context_index, masks.context_valid)]
+    for number in (2, 3):
+        rngs = view_rngs(augment_rngs, number)
         index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
-        summaries.append(summarize(jax.jit(LOCAL)(rngs, IMAGES), index))
-    joined = jnp.stack(summaries, axis=1).reshape(BATCH, num_masks + 2, -1)
-    projected = jax.jit(model.projection.apply)({"params": params["projection"]}, joined)
-    for name, loss in (("agreement", losses.agreement_loss), ("spread", losses.spread_loss)):
-        np.testing.assert_allclose(terms_found[f"loss_{name}"], loss(projected), rtol=1e-3)
-    terms = {"loss_level_0": 1, "loss_level_1": 0.5, "loss_summary": 1}
-    terms |= {"loss_agreement": 2.0, "loss_spread": 0.25}
-    total = sum(weight * terms_found[name] for name, weight in terms.items())
-    np.testing.assert_allclose(terms_found["loss"], total, rtol=1e-5)
+        views.append(features(encoder, jax.jit(LOCAL)(rngs, IMAGES), index))
+    project = lambda x: jax.jit(model.projection.apply)({"params": params["projection"]}, x)
+    projected = project(jnp.stack(views, axis=1))
+    teacher = project(features(state.target_params, view)[:, None]) if teacher_weight else None
+    expected = losses.agreement_loss(projected, teacher, teacher_weight)
+    np.testing.assert_allclose(found["loss_agreement"], expected, rtol=1e-3)
+    floor = losses.spread_floor(SIZES[1], BATCH)
+    np.testing.assert_allclose(found["loss_spread"] * floor, spread(projected), rtol=1e-3)
+    total = sum(weight * found[f"loss_{name}"] for name, weight in WEIGHTS.items())
+    total += WEIGHTS["spread"] * (floor - 1) * found["loss_spread"]
+    np.testing.assert_allclose(found["loss"], total, rtol=1e-5)
+
+
+def test_no_gradient_flows_through_the_teacher():
+    model = make_model(projection=Projection(*SIZES), levels=())
+    params = init_params(model)
+    targets = jitted(model)({"params": params}, VIEWS, method="targets")
+
+    def teacher(params):
+        out = model.apply({"params": params}, VIEWS, MASKS, None, None, targets)
+        return jnp.sum(out.projected_target**2)
+
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(teacher))(params)))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_state_carries_the_running_moment_from_part_to_part(num_parts):
+    model = make_model(projection=Projection(*SIZES), levels=())
+    objective = Objective({"agreement": 1.0, "spread": 0.5}, spread_moment="running")
+    views = LocalViews(1, LOCAL)
+    step, state = make_step(model, objective=objective, local_views=views, num_parts=num_parts)
+    state = create_train_state(state.params, optax.sgd(0.1), state.rng, moment_width=SIZES[1])
+    new, outputs = step(state, IMAGES)
+    size = BATCH // num_parts
+    method = Method(model, optax.sgd(0.1), MASK, RANDOM, objective, None, views)
+    expected = np.eye(SIZES[1]) / SIZES[1]
+    keys = image_rngs(state.rng, state.step, BATCH)
+
+    @jax.jit
+    def projections(*part):
+        inputs = sample_inputs(method, *part)
+        seen = (inputs.view, inputs.masks, inputs.local_views)
+        return model.apply({"params": state.params}, *seen).projected
+
+    for start in range(0, BATCH, size):
+        part = slice(start, start + size)
+        projected = projections(IMAGES[part], *(rngs[part] for rngs in keys))
+        u = unit(np.asarray(projected).reshape(-1, SIZES[1]))
+        expected = 0.9 * expected + 0.1 * u.T @ u / len(u)
+    np.testing.assert_allclose(new.spread_moment, expected, atol=1e-5)
+    assert outputs.finite
+    assert outputs.spread_moment is None

@@ -1,3 +1,5 @@
+import colorsys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,13 @@ import pytest
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
 
-from hjepa_jax.data.augment import Augment, crop_and_resize, luma, resize_and_normalize
+from hjepa_jax.data.augment import (
+    Augment,
+    crop_and_resize,
+    luma,
+    resize_and_normalize,
+    shift_hue,
+)
 from hjepa_jax.data.base import square
 from hjepa_jax.evaluation.features import embed_pixels
 
@@ -182,6 +190,51 @@ def test_contrast_keeps_the_mean_luma_and_saturation_every_luma():
     saturation = Augment(16, **UNIT, saturation=0.5)(RNGS, images)
     np.testing.assert_allclose(jax.vmap(luma)(saturation), before, atol=1e-5)
     assert np.any(np.abs(np.asarray(saturation) - np.asarray(images) / 255.0) > 1e-3)
+
+
+def test_hue_is_shifted_as_in_the_hsv_of_the_standard_library():
+    image = np.asarray(IMAGES[0]) / 255.0
+    image[0, :4] = [[0.5] * 3, [0.0] * 3, [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    for shift in (-0.4, 0.0, 0.13, 0.5):
+        expected = [
+            colorsys.hsv_to_rgb((h + shift) % 1.0, s, v)
+            for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3))
+        ]
+        found = np.asarray(shift_hue(jnp.asarray(image), shift)).reshape(-1, 3)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_hue_is_drawn_from_both_sides_for_each_image():
+    red = jnp.zeros((300, 4, 4, 3), jnp.uint8).at[..., 0].set(255)
+    rngs = jax.random.split(jax.random.PRNGKey(4), 300)
+    views = np.asarray(Augment(4, **UNIT, hue=0.1)(rngs, red))[:, 0, 0]
+    hues = np.array([(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in views])
+    assert (hues.min(), hues.max()) == pytest.approx((-0.1, 0.1), abs=0.005)
+    assert abs(hues.mean()) < 0.015
+
+
+def test_colours_are_jittered_all_or_none_with_a_probability():
+    images = jnp.broadcast_to(IMAGES[:1], (300, 16, 16, 3))
+    rngs = jax.random.split(jax.random.PRNGKey(2), 300)
+    options = {"brightness": 0.4, "saturation": 0.4, "hue": 0.1}
+    always = np.asarray(Augment(16, **UNIT, **options)(rngs, images))
+    found = np.asarray(Augment(16, **UNIT, **options, jitter_probability=0.3)(rngs, images))
+    changed = np.isclose(found, always, atol=1e-6).all(axis=(1, 2, 3))
+    same = np.isclose(found, np.asarray(IMAGES[0]) / 255.0, atol=1e-6).all(axis=(1, 2, 3))
+    assert np.all(changed ^ same)
+    assert abs(changed.mean() - 0.3) < 0.09
+
+
+@pytest.mark.parametrize("scale", [0.2, 0.45])
+def test_small_crops_are_resized_as_pillow_does(scale):
+    side = 32 * np.sqrt(scale)
+    image = np.random.default_rng(3).integers(0, 256, (32, 32), np.uint8)
+    box = (3.3, 5.7, 3.3 + side, 5.7 + side)  # left, top, right, bottom
+    float_image = Image.fromarray(image.astype(np.float32), mode="F")
+    expected = np.asarray(float_image.resize((24, 24), Image.Resampling.BILINEAR, box=box))
+    pixels = jnp.asarray(image, jnp.float32)[..., None]
+    found = np.asarray(crop_and_resize(pixels, 5.7, 3.3, side, side, size=24))[..., 0]
+    np.testing.assert_allclose(found[2:-2, 2:-2], expected[2:-2, 2:-2], atol=0.02)
 
 
 def test_an_image_is_augmented_alike_alone_and_in_a_batch():

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from hjepa_jax.errors import InputError
-from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.train_state import MomentState, TrainState
 from hjepa_jax.method.window import empty_window, make_averages
 from hjepa_jax.runs import array_table, checkpoint, run
 from hjepa_jax.runs.array_table import crc_checksums, describe_arrays, differences, json_checksum
@@ -59,6 +59,17 @@ def restore(workdir, config, *, data="all-abc", width=3) -> TrainState:
 
 def assert_same_tree(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_running_moment_is_saved_and_restored(tmp_path, tiny_config):
+    moment = jnp.arange(9.0).reshape(3, 3)
+    state = MomentState(**vars(make_state(2)), spread_moment=moment)
+    checkpoints = checkpoint.Checkpoints(tmp_path, config=tiny_config, owner=True)
+    checkpoints.save(state, make_window(), scores={})
+    checkpoints.wait()
+    asked = MomentState(**vars(make_state(0)), spread_moment=0 * moment)
+    assert_same_tree(checkpoints.restore(asked, make_window())[0], state)
+    checkpoints.close()
 
 
 def test_the_newest_checkpoint_comes_back_bit_for_bit(workdir, tiny_config):

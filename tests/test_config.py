@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -13,10 +14,14 @@ from ml_collections import config_flags
 from hjepa_jax import cli
 from hjepa_jax.config import base_config, build
 from hjepa_jax.config import defaults as config_module
-from hjepa_jax.config.defaults import differing_fields, flatten
+from hjepa_jax.config.defaults import REMOVED_FIELDS, differing_fields
+from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.base import Source, SourceInfo
 from hjepa_jax.errors import InputError
+from hjepa_jax.masks.masks import target_union
+from hjepa_jax.models import hierarchy
+from hjepa_jax.reporting.snapshot import build_snapshot_fn
 from hjepa_jax.runs import run
 from hjepa_jax.runs.workdir import load_config
 
@@ -79,6 +84,23 @@ def test_m1_max_quick_val_is_the_reference_run():
     assert f"{float(built.schedules.learning_rate_fn(250)):.2e}" == "1.60e-05"
 
 
+def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels():
+    config = load("m1_max_full_100epoch")
+    assert config.model.num_levels == 3
+    sample, n = build.build_masks(config), 4_000
+    masks = jax.jit(sample)(jax.random.split(jax.random.PRNGKey(0), n))
+    hidden = target_union(masks, 196)
+    by_level = [
+        np.asarray(hierarchy.hidden_cells(hidden, 14, level, config.mask.min_coverage)).mean(axis=0)
+        for level in range(3)
+    ]
+    error = 4 * np.sqrt(0.571 * 0.429 / n)  # of 49 cells, 25 to 31 are hidden
+    for coverage in by_level[:2]:
+        assert np.abs(coverage - 28 / 49).max() < error
+    assert by_level[2].min() > 0.54
+    assert by_level[2].max() < 0.86  # a cell of 4 x 4 patches, of which half must be hidden
+
+
 def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
     """FLOPs of m1_max_quick_val against the same model whose context encoder computes on all."""
     config, flops = load("m1_max_quick_val"), []
@@ -88,6 +110,37 @@ def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
         program = run.build_run(config, CIFAR10).lower(steps_per_call=1, donate=False)
         flops.append(program.cost_analysis()["flops"])
     assert 0.3 < flops[0] / flops[1] <= 0.6
+
+
+def flops_and_params(config, **overrides):
+    """XLA's count for a step, and the names of the networks that are trained."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides)
+    validate(config)
+    built = run.build_run(config, Source("x", SourceInfo(240, 60, (16, 16, 3), ("a",)), list))
+    program = built.lower(steps_per_call=1, donate=False)
+    return program.cost_analysis()["flops"], set(jax.eval_shape(built.create)[0].params)
+
+
+def test_a_term_of_weight_0_costs_nothing(tiny_config):
+    """Without the levels: no target pass, no predictor pass, no gradient of either."""
+    agree = {"loss.agreement_weight": 1.0, "data.local_views": 1, "data.local_size": 8}
+    agree |= {"loss.regularizer": "none", "model.projection": (16, 8)}
+    full, networks = flops_and_params(tiny_config, **agree)
+    assert networks == {"context_encoder", "predictor", "projection"}
+    one_pass, _ = flops_and_params(tiny_config, **agree, **{"loss.summary_weight": 0.0})
+    none, networks = flops_and_params(tiny_config, **agree, **{"loss.level_weights": (0.0, 0.0)})
+    assert networks == {"context_encoder", "projection"}
+    teacher = {"loss.level_weights": (0.0, 0.0), "loss.teacher_weight": 1.0}
+    with_target, _ = flops_and_params(tiny_config, **agree, **teacher)
+
+    model = build.build_model(tiny_config)
+    images = jax.ShapeDtypeStruct((16, 16, 16, 3), "float32")
+    encoder = jax.eval_shape(model.context_encoder.init, jax.random.PRNGKey(0), images)
+    encode = jax.jit(model.context_encoder.apply)
+    target_pass = encode.lower(encoder, images).cost_analysis()["flops"]
+    assert with_target - none > target_pass  # and the projection of the teacher
+    assert full - none > target_pass + (full - one_pass)
 
 
 def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config):
@@ -120,13 +173,15 @@ OTHER_VALUES = {
     "data.std": ((0.5, 0.5, 0.5), {}),
     "data.crop_scale": ((0.3, 1.0), {}),
     "data.crop_ratio": ((1.0, 1.0), {}),
-    "data.local_size": (8, {}),
-    "data.local_crop_scale": ((0.2, 0.4), {}),
+    "data.local_views": (2, {}),
+    "data.local_size": (8, {"data.local_views": 1}),
+    "data.local_crop_scale": ((0.2, 0.4), {"data.local_views": 1}),
+    "data.local_patches": (3, {"data.local_views": 1}),
     **{
         f"data.{name}": (0.3, {})
         for name in (
-            "horizontal_flip", "vertical_flip", "brightness", "contrast", "saturation",
-            "grayscale", "blur", "solarize",
+            "horizontal_flip", "vertical_flip", "brightness", "contrast", "saturation", "hue",
+            "jitter_probability", "grayscale", "blur", "solarize",
         )
     },
     "data.blur_sigma": ((0.5, 1.0), {}),
@@ -136,6 +191,7 @@ OTHER_VALUES = {
     "model.num_heads": (2, {}),
     "model.mlp_ratio": (2.0, {}),
     "model.patch_size": (8, {}),
+    "model.stem": ("hmlp", {}),
     "model.num_levels": (1, {}),
     "model.num_summary_tokens": (2, {}),
     "model.num_registers": (2, {}),
@@ -148,11 +204,7 @@ OTHER_VALUES = {
     "model.predictor_depth": (1, {}),
     "model.predictor_num_heads": (2, {}),
     "model.predictor_mode": ("cross", {}),
-    "model.global_level": (True, {}),
-    "model.global_target": ("summary", {"model.global_level": True}),
     "model.pyramid": ("add", {}),
-    "model.level_depths": ((3, 6), {}),
-    "model.target_layers": (2, {}),
     "mask.kind": ("random", {}),
     "mask.num_blocks": (2, {}),
     "mask.scale": ((0.1, 0.25), {}),
@@ -166,11 +218,12 @@ OTHER_VALUES = {
     "loss.kind": ("mse", {}),
     "loss.level_weights": ((1.0, 0.5), {}),
     "loss.summary_weight": (0.5, {}),
-    "loss.cross_view": (0.5, {"model.global_level": True}),
-    "loss.local_weight": (0.5, {}),
     "loss.agreement_weight": (2.0, {}),
-    "loss.spread_weight": (0.1, {}),
+    "loss.spread_weight": (0.1, {"loss.agreement_weight": 1.0}),
+    "loss.teacher_weight": (1.0, {}),
+    "loss.spread_moment": ("views", {}),
     "model.projection": ((64, 32), {"loss.agreement_weight": 1.0}),
+    "model.projection_input": ("summary+patches", {}),
     "loss.regularizer": ("sigreg", {}),
     "loss.regularizer_weight": (0.1, {}),
     "loss.variance_weight": (5.0, {}),
@@ -181,8 +234,7 @@ OTHER_VALUES = {
 # Fields of the same groups that say where images come from, or that the step reads by itself.
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
-    "data.train_split", "data.class_list", "data.local_views", "model.target",
-    "data.local_patches", "mask.num_masks",
+    "data.train_split", "data.class_list", "model.target",
 }  # fmt: skip
 
 
@@ -196,7 +248,7 @@ def test_every_option_changes_what_is_built():
             part(config)
             for part in (
                 build.build_model, build.build_masks, build.build_augment,
-                build.build_augment_local, build.build_loss_weights, build.build_target_spec,
+                build.build_local_views, build.build_objective,
             )
         ]  # fmt: skip
 
@@ -230,6 +282,8 @@ def test_every_option_changes_what_is_built():
         ("data.blur_sigma", (0.0, 1.0)),
         ("data.solarize", 2.0),
         ("data.brightness", -0.1),
+        ("data.hue", 0.6),
+        ("data.jitter_probability", 1.1),
         ("model.name", "vit_enormous"),
         ("model.num_levels", 5),
         ("model.num_levels", 0),
@@ -245,14 +299,6 @@ def test_every_option_changes_what_is_built():
         ("model.pyramid", "tower"),
         ("model.target", "teacher"),
         ("model.target", "online"),
-        ("model.target_layers", 13),
-        ("model.global_target", "pixels"),
-        ("model.global_target", "summary"),
-        ("model.level_depths", (4,)),
-        ("model.level_depths", (0, 12)),
-        ("model.level_depths", (4, 13)),
-        ("model.level_depths", (4.5, 12)),
-        ("model.level_depths", ()),
         ("mask.kind", "stripes"),
         ("mask.progression", ("geometric",)),
         ("mask.progression", ("cubic", 1.5)),
@@ -261,7 +307,6 @@ def test_every_option_changes_what_is_built():
         ("mask.scale", (0.0, 0.2)),
         ("mask.scale", ("a", "b")),
         ("mask.num_blocks", 0),
-        ("mask.num_masks", 0),
         ("mask.align_level", 4),
         ("mask.min_coverage", 0.0),
         ("loss.kind", "l3"),
@@ -270,27 +315,27 @@ def test_every_option_changes_what_is_built():
         ("loss.regularizer", "hope"),
         ("loss.num_slices", 0),
         ("loss.summary_weight", -1.0),
-        ("loss.local_weight", -1.0),
-        ("data.local_views", 2),  # without a global level
+        ("data.local_views", 2),  # without agreement
         ("data.local_views", -1),
         ("data.local_patches", 0),
         ("loss.agreement_weight", 1.0),  # without a second view
         ("loss.agreement_weight", -1.0),
         ("loss.spread_weight", -1.0),
+        ("loss.teacher_weight", 1.0),  # without agreement
+        ("loss.teacher_weight", -1.0),
+        ("loss.spread_moment", "epoch"),
+        ("model.stem", "conv"),
+        ("model.projection_input", "pixels"),
         ("model.projection", (512,)),
         ("model.projection", (512, 0)),
         ("model.projection", (512, 2.5)),
         ("data.local_crop_scale", (0.5, 0.2)),
-        ("loss.cross_view", 0.5),
-        ("loss.cross_view", 1.5),
         ("optim.kind", "sgd"),
         ("optim.decay_epochs", -1.0),
         ("optim.b1", 1.0),
         ("optim.muon_momentum", 1.0),
         ("optim.ema_momentum", (0.9, 1.0, "sine")),
         ("optim.ema_momentum", (0.9, 1.1, "cosine")),
-        ("optim.max_ema_momentum", 0.97),
-        ("optim.max_ema_momentum", 1.1),
         ("optim.accumulation_steps", 3),
         ("train.batch_size", 0),
         ("train.num_steps", 0),
@@ -404,19 +449,20 @@ def test_views_that_agree_need_images_and_room_to_differ(field, value, rule):
     assert error.value.field == field
 
 
-def test_local_views_that_no_loss_reads_are_refused():
+def test_a_loss_without_any_term_is_refused():
     config = base_config()
-    config.model.global_level, config.data.local_views, config.loss.local_weight = True, 2, 0.0
-    with pytest.raises(InputError, match=r"above 0, or what they predict") as error:
+    config.loss.level_weights, config.loss.regularizer = (0.0, 0.0), "none"
+    with pytest.raises(InputError, match=r"^loss.level_weights=\(0.0, 0.0\): leaves the loss wi"):
         validate(config)
-    assert error.value.field == "data.local_views"
+    config.loss.regularizer = "vicreg"
+    validate(config)
 
 
 @pytest.mark.parametrize("size", [18, 0, -4, 516])
 def test_local_views_are_whole_patches(size):
     config = base_config()
     config.update_from_flattened_dict(
-        {"model.global_level": True, "data.local_views": 2, "data.local_size": size}
+        {"loss.agreement_weight": 1.0, "data.local_views": 2, "data.local_size": size}
     )
     with pytest.raises(InputError, match=r"1 to 128 patches of model\.patch_size=4") as error:
         validate(config)
@@ -435,37 +481,17 @@ def test_a_target_without_ema_needs_a_regularizer_of_what_it_is_made_of():
         else:
             with pytest.raises(InputError, match=r"model.target='online': needs loss.regularizer"):
                 validate(config)
-    config.model.global_level, config.model.global_target = True, "summary"
-    with pytest.raises(InputError, match=r"model.target='online': needs loss.regularized='both'"):
-        validate(config)
-    config.loss.regularized = "both"
-    validate(config)
-    for field, value in (("model.target_layers", 2), ("model.level_depths", (4, 12))):
-        earlier = config.copy_and_resolve_references().unlock()
-        earlier.update_from_flattened_dict({field: value})
-        with pytest.raises(InputError, match=r"model.target='online': needs targets of the last"):
-            validate(earlier)
 
 
-def test_the_ema_has_the_kind_and_the_cap_of_the_config():
+def test_the_ema_has_the_kind_of_the_config():
     config = base_config()
     config.train.batch_size, config.train.num_steps = 10, 11
-    config.optim.ema_momentum, config.optim.max_ema_momentum = (0.9, 1.0, "linear"), 0.97
+    config.optim.ema_momentum = (0.9, 1.0, "linear")
     momentum = build.build_schedules(config, 100).ema_momentum_fn
-    found = [float(momentum(step)) for step in (0, 5, 10)]
-    assert found == pytest.approx([0.9, 0.95, 0.97], abs=0.006)
+    found = [float(momentum(step)) for step in (0, 5, 11)]
+    assert found == pytest.approx([0.9, 0.9 + 0.1 * 5 / 11, 1.0])
     config.optim.ema_momentum = (0.9, 1.0, "constant")
     assert float(build.build_schedules(config, 100).ema_momentum_fn(5)) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("num_masks", [1, 3])
-def test_the_step_has_as_many_masks_an_image_as_the_config(num_masks, tiny_config):
-    tiny_config.mask.num_masks, tiny_config.mask.num_context = num_masks, 5
-    built = run.build_run(tiny_config, Source("x", SourceInfo(240, 60, (16, 16, 3), ("a",)), list))
-    program = built.lower(steps_per_call=1, donate=False).as_text()
-    # What the context encoder sees of 16 images: two summary tokens and five patches, of width 16.
-    for count in (1, 3):
-        assert (f"tensor<{16 * count}x7x16xf32>" in program) == (count == num_masks)
 
 
 def test_rotary_positions_need_heads_of_a_width_that_divides_by_four():
@@ -553,19 +579,18 @@ def edited(edit) -> str:
     [
         ("", "Expecting value"),
         ("[]", "not an object"),
-        ("{}", "missing data.blur, "),
         ("[" * 99_999, "recursion"),
         (edited(lambda c: c.update(colour="red")), "unknown colour"),
         (edited(lambda c: c["model"].update(teacher={"width": 3})), "unknown model.teacher.width"),
-        (edited(lambda c: c["model"].pop("patch_size")), "missing model.patch_size"),
         (edited(lambda c: c["model"].update(expander_width=8)), "unknown model.expander_width"),
+        (edited(lambda c: c["mask"].update(num_masks=2)), "unknown mask.num_masks"),
         (edited(lambda c: c.update(model=3)), "unknown model"),
         (edited(lambda c: c.update(seed="a")), "seed"),
         (edited(lambda c: c.update(seed=None)), "seed=None"),
         (edited(lambda c: c["mask"].update(scale=[{"a": 1}, [2]])), "mask.scale"),
         (edited(lambda c: c["optim"].update(learning_rate=float("nan"))), "optim.learning_rate"),
     ],
-    ids=range(13),
+    ids=range(12),
 )
 def test_a_config_json_of_another_version_is_refused_in_one_line(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
@@ -575,27 +600,16 @@ def test_a_config_json_of_another_version_is_refused_in_one_line(tmp_path, text,
     assert "\n" not in str(error.value)
 
 
-def test_a_config_json_comes_back_as_saved_and_lacks_only_what_changes_no_result(tmp_path):
+def test_a_config_json_may_lack_fields_and_hold_removed_ones_at_their_defaults(tmp_path):
     config = load("m1_max_quick_val")
     saved = config.to_dict()
     saved.pop("log")
-    saved["parallel"].pop("cpu_devices")
-    saved["model"].pop("target_layers")  # a field that came later
-    saved["model"]["expander_width"] = 0  # one that is gone, and was off
+    saved["model"].pop("pyramid")
+    for field, value in REMOVED_FIELDS.items():
+        group, name = field.split(".")
+        saved[group][name] = value
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert differing_fields(load_config(tmp_path).to_dict(), config.to_dict()) == []
-
-
-def test_depths_of_levels_come_back_and_reach_the_targets(tmp_path):
-    config = load("cifar10_tiny")
-    with config.unlocked():
-        config.model.level_depths = (4, 8)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    config = load_config(tmp_path)
-    assert build.build_target_spec(config).depths == ((4,), (8,), (12,))
-    config.model.target_layers = 5
-    with pytest.raises(InputError, match=r"model.target_layers=5.*\b4\b.*model.level_depths"):
-        validate(config)
 
 
 def test_a_workdir_that_cannot_be_looked_at_is_refused_by_name(tmp_path):
@@ -674,6 +688,6 @@ def test_every_kind_of_mask_is_built_shown_and_trained_with(kind, tiny_config):
     state, window = jax.eval_shape(built.create)
     assert "loss_sigreg" in window.averages.__annotations__
     images = jax.ShapeDtypeStruct((2, 16, 16, 3), "uint8")
-    snapshot = build.build_snapshot_fn(tiny_config, built.model)
+    snapshot = build_snapshot_fn(tiny_config, built.model)
     shown = jax.eval_shape(snapshot, state.params, state.target_params, images)
     assert shown.states[0].shape == (2, 4, 4)

@@ -28,12 +28,11 @@ METRIC_TOLERANCE = 1e-4
 # Everything that draws numbers, mixes images or adds parameters.
 OPTIONS = {
     "model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.5,
-    "model.drop_path": 0.2, "model.predictor_mode": "cross", "model.global_level": True,
-    "model.target_layers": 2, "loss.cross_view": 0.5, "data.local_views": 2, "data.local_size": 8,
+    "model.drop_path": 0.2, "model.predictor_mode": "cross", "data.local_views": 2,
+    "data.local_size": 8, "data.local_patches": 3,
     # Hidden features of a few images, made as large as 1, make rounding as large: a light term.
     "loss.agreement_weight": 0.1, "loss.spread_weight": 0.01, "model.projection": (16, 8),
-    "data.local_patches": 3,
-    "model.pyramid": "concat", "model.global_target": "summary", "loss.regularizer": "sigreg",
+    "model.pyramid": "concat", "loss.regularizer": "sigreg",
     "optim.accumulation_steps": 2,
 }  # fmt: skip
 

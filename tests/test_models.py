@@ -13,6 +13,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.matmul import Precision
 from hjepa_jax.models.positions import sincos2d_positions, turns_of
 from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.stem import PatchMLP
 from hjepa_jax.models.transformer import Block, layer_norm
 from hjepa_jax.models.vit import VisionTransformer, patchify
 
@@ -111,10 +112,9 @@ def test_padding_changes_no_valid_output(mode):
     a, b = jitted(model)(variables, x, MASKS), jitted(model)(variables, x, more)
     np.testing.assert_allclose(a.summary, b.summary, atol=1e-5)
     for levels in ("levels", "summary_levels"):
-        for valid_a, valid_b, pred_a, pred_b in zip(
-            a.query_valid, b.query_valid, getattr(a, levels), getattr(b, levels), strict=True
-        ):
-            np.testing.assert_allclose(pred_a[valid_a], pred_b[valid_b], atol=1e-5)
+        for n in (0, 1):
+            found = (getattr(out, levels)[n][out.query_valid[n]] for out in (a, b))
+            np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_predictions_follow_their_queries_when_blocks_change_places(model_and_params):
@@ -133,27 +133,29 @@ def test_summary_pass_sees_no_patch_token(model_and_params):
     model, variables = model_and_params
     prediction = jitted(model)(variables, images(), MASKS)
     bound = model.bind(variables)
-    target_index, query_valid = MASKS.target_index.reshape(3, -1), bound.query_valid(MASKS)
-    seen = jnp.ones((3, 2), bool)
-    levels = bound.predictor(prediction.summary, None, seen, target_index, query_valid)
-    assert [level.shape for level in levels] == [(3, 8, WIDTH), (3, 4, WIDTH)]
-    for expected, found, full in zip(
-        levels, prediction.summary_levels, prediction.levels, strict=True
-    ):
+    levels = bound.predictor(
+        prediction.summary,
+        context_valid=jnp.ones((3, 2), bool),
+        target_index=MASKS.target_index.reshape(3, -1),
+        query_valid=bound.query_valid(MASKS),
+    )
+    assert {n: x.shape for n, x in levels.items()} == {0: (3, 8, WIDTH), 1: (3, 4, WIDTH)}
+    for level, expected in levels.items():
+        found, full = prediction.summary_levels[level], prediction.levels[level]
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert np.abs(np.asarray(found) - full).max() > 1e-3  # which sees the patches
 
 
-def test_an_image_that_shows_nothing_is_asked_for_nothing_not_even_the_global_level():
+def test_an_image_without_visible_patches_predicts_nothing():
     """Four quarters hidden at random: in a tenth of the images they are all different."""
     mask = MultiBlockMask(8, 4, (0.25, 0.25), (1.0, 1.0), align_level=2)
     masks = mask(jax.random.split(jax.random.PRNGKey(0), 200))
     encoder = VisionTransformer(8, PATCH, WIDTH, depth=1, num_heads=2)
-    predictor = Predictor(8, 2, WIDTH, width=8, depth=1, num_heads=2, global_level=True)
+    predictor = Predictor(8, 2, WIDTH, width=8, depth=1, num_heads=2)
     valid = HJEPA(encoder, predictor).apply({}, masks, method="query_valid")
     shows = np.asarray(masks.context_valid).any(axis=1)
     assert 5 < np.sum(~shows) < 40
-    for level in valid:
+    for level in valid.values():
         np.testing.assert_array_equal(np.asarray(level).any(axis=1), shows)
 
 
@@ -190,7 +192,7 @@ def test_a_grid_of_14_works_with_any_number_of_levels(num_levels):
     masks = mask(jax.random.split(jax.random.PRNGKey(0), 2))
     x = jnp.zeros((2, 28, 28, 3))
     out, _ = jax.eval_shape(model.init_with_output, jax.random.PRNGKey(0), x, masks)
-    cells = [level.shape[1] for level in out.levels]
+    cells = [level.shape[1] for level in out.levels.values()]
     assert cells == [masks.target_index[0].size, 49, 16][:num_levels]
 
 
@@ -247,10 +249,11 @@ def test_tokens_that_see_others_before_them_become_what_they_become_beside_them(
         turns_of(jnp.asarray(angles, "f")),
     )
     params = jax.jit(block.init)(jax.random.PRNGKey(0), x)
-    beside = jax.jit(block.apply)(params, x, allowed, turns)[:, 3:]
-    found = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:], turns, before=x[:, :3])
+    apply, queries = jax.jit(block.apply), x[:, 3:]
+    beside = apply(params, x, allowed=allowed, turns=turns)[:, 3:]
+    found = apply(params, queries, memory=x[:, :3], allowed=allowed[:, 3:], turns=turns)
     np.testing.assert_allclose(found, beside, rtol=1e-4, atol=1e-5)
-    alone = jax.jit(block.apply)(params, x[:, 3:], allowed[:, 3:, 3:], turns[:, 3:])
+    alone = apply(params, queries, allowed=allowed[:, 3:, 3:], turns=turns[:, 3:])
     assert np.abs(found - alone).max() > 0.01
 
 
@@ -279,3 +282,41 @@ def test_layer_norm_is_right_where_the_mean_is_large(mean):
     norm = layer_norm()
     found = norm.apply(norm.init(jax.random.PRNGKey(0), x), x)
     np.testing.assert_allclose(found, exact, atol=2e-4)
+
+
+@pytest.mark.parametrize("patch_size", [4, 8, 16])
+def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
+    """Against NumPy: a sum over the pixels of each cell, a LayerNorm, a GELU."""
+    stem = PatchMLP(8, patch_size)
+    patches = RNG.normal(size=(2, 3, patch_size**2 * 2)).astype(np.float32)
+    params = jax.device_get(jax.jit(stem.init)(jax.random.PRNGKey(0), patches))["params"]
+    params = jax.tree.map(lambda p: p + np.float32(0.1), params)
+    found = jax.jit(stem.apply)({"params": params}, patches)
+    x = patches.astype(np.float64).reshape(6, patch_size, patch_size, 2)
+    strides = {4: [2, 2], 8: [2, 2, 2], 16: [4, 2, 2]}[patch_size]
+    for i, stride in enumerate(strides):
+        kernel, bias = params[f"layer_{i}"]["kernel"], params[f"layer_{i}"]["bias"]
+        kernel = kernel.reshape(stride, stride, x.shape[-1], -1)
+        side = x.shape[1] // stride
+        out = np.zeros((6, side, side, kernel.shape[-1]))
+        for dy in range(stride):
+            for dx in range(stride):
+                out += x[:, dy::stride, dx::stride] @ kernel[dy, dx]
+        x = out + bias
+        if i < len(strides) - 1:
+            norm = params[f"norm_{i}"]
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+            x = x * norm["scale"] + norm["bias"]
+            x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    np.testing.assert_allclose(found, x.reshape(2, 3, 8), rtol=1e-3, atol=1e-4)
+
+
+def test_a_hidden_pixel_does_not_pass_the_hmlp_stem():
+    encoder = make_model().context_encoder.clone(stem="hmlp")
+    x, index = images(1), jnp.asarray([[0, 5]])
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), x)
+    apply = jax.jit(encoder.apply)
+    before = apply(params, x, index)[0]
+    assert np.any(apply(params, x.at[:, 0, 0].add(1.0), index)[0] != before)
+    other = x.at[:, :PATCH, PATCH:].set(9.0)
+    np.testing.assert_array_equal(apply(params, other, index)[0], before)

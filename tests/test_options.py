@@ -10,11 +10,10 @@ import optax
 import pytest
 
 from hjepa_jax.masks.samplers import MultiBlockMask
-from hjepa_jax.method.keys import image_rngs, view_rngs
-from hjepa_jax.method.objective import LossWeights, hjepa_loss
+from hjepa_jax.method.keys import image_rngs
+from hjepa_jax.method.objective import Objective, loss_terms, weighted_sum
 from hjepa_jax.method.optimizer import decay_mask, global_norm
-from hjepa_jax.method.step import make_train_step
-from hjepa_jax.method.targets import TargetSpec, encode_targets, target_depths
+from hjepa_jax.method.step import Method, make_train_step
 from hjepa_jax.method.train_state import create_train_state
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
@@ -32,6 +31,7 @@ ENCODER = VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summar
 PREDICTOR = Predictor(GRID, 2, WIDTH, width=8, depth=1, num_heads=2)
 RNGS = jax.random.split(jax.random.PRNGKey(0), BATCH)
 MASKS = jax.jit(MASK)(RNGS)
+OBJECTIVE = Objective({"level_0": 1.0, "level_1": 0.5, "summary": 1.0})
 FIRST_MASK = jax.tree.map(lambda x: x[:1], MASKS)
 VIEWS = jnp.asarray(RNG.normal(size=(BATCH, SIZE, SIZE, 3)), jnp.float32)
 
@@ -160,7 +160,7 @@ def test_a_rotary_model_knows_positions_and_runs_at_one_and_a_half_times_the_res
     views = jnp.asarray(RNG.normal(size=(2, side * PATCH, side * PATCH, 3)), jnp.float32)
     prediction = predict(larger, params, mask(RNGS[:2]), views)
     assert prediction.levels[1].shape == (2, 9, WIDTH)
-    assert all(np.isfinite(level).all() for level in prediction.levels)
+    assert all(np.isfinite(level).all() for level in prediction.levels.values())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,8 +169,11 @@ def test_a_query_says_where_it_is_even_to_one_summary_token_that_is_nowhere(mode
     model = make_model(encoder, {"positions": "rope2d", "mode": mode})
     prediction = predict(model)
     for levels in (prediction.levels, prediction.summary_levels):
-        assert [level.shape for level in levels] == [(BATCH, 8, WIDTH), (BATCH, 4, WIDTH)]
-        for level in levels:
+        assert {n: x.shape for n, x in levels.items()} == {
+            0: (BATCH, 8, WIDTH),
+            1: (BATCH, 4, WIDTH),
+        }
+        for level in levels.values():
             assert np.asarray(level).std(axis=1).max() > 1e-4
             assert np.isfinite(level).all()
 
@@ -219,23 +222,30 @@ def test_in_blocks_the_context_does_not_listen_to_queries():
         seen, levels = jnp.ones((BATCH, 2), bool), []
         apply = jax.jit(functools.partial(model.predictor.apply, num_blocks=2))
         for masks in (MASKS, other_blocks(MASKS)):
-            valid = (masks.target_valid.reshape(BATCH, -1), jnp.ones((BATCH, 4), bool))
-            index = masks.target_index.reshape(BATCH, -1)
-            found = apply({"params": params["predictor"]}, context, None, seen, index, valid)
+            found = apply(
+                {"params": params["predictor"]},
+                context,
+                context_valid=seen,
+                target_index=masks.target_index.reshape(BATCH, -1),
+                query_valid={
+                    0: masks.target_valid.reshape(BATCH, -1),
+                    1: jnp.ones((BATCH, 4), bool),
+                },
+            )
             levels.append(found[1])
         assert np.allclose(*levels, atol=1e-5) == (mode != "self"), mode
 
 
 def test_cross_attention_by_hand():
     """One head, one query, two keys: a softmax over two scores."""
-    attention = Attention(1)
+    attention = Attention(1, cross=True)
     x, source = (jnp.asarray(RNG.normal(size=(1, n, 4)), jnp.float32) for n in (1, 2))
-    params = attention.init(jax.random.PRNGKey(0), x, None, None, source)["params"]
+    params = attention.init(jax.random.PRNGKey(0), x, memory=source)["params"]
     query, pair = (np.asarray(params[name]["kernel"]) for name in ("query", "key_value"))
     q, key, value = x[0] @ query, source[0] @ pair[:, :4], source[0] @ pair[:, 4:]
     score = np.exp(np.asarray(q @ key.T)[0] / 2)
     expected = (score / score.sum()) @ np.asarray(value) @ np.asarray(params["out"]["kernel"])
-    out = attention.apply({"params": params}, x, None, None, source)
+    out = attention.apply({"params": params}, x, memory=source)
     np.testing.assert_allclose(out[0, 0], expected, rtol=1e-4)
 
 
@@ -285,7 +295,7 @@ def test_remat_changes_no_number_and_no_parameter():
     def grads(model):
         def loss(params):
             prediction = model.apply({"params": params}, VIEWS, MASKS)
-            return sum(jnp.sum(level**2) for level in prediction.levels)
+            return sum(jnp.sum(level**2) for level in prediction.levels.values())
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -377,23 +387,23 @@ def test_predictions_go_through_the_pyramid_and_targets_through_its_ema(fusion):
     state = dataclasses.replace(state, params=moved, target_params=target_params)
     new_state, outputs = step(state, IMAGES)
 
-    views, _, masks = views_and_masks(state)
+    views, masks = views_and_masks(state)
     index = masks.target_index.reshape(BATCH, -1)
     online, ema = moved["context_encoder"]["pyramid"], target_params["pyramid"]
     prediction = predict(plain, without_pyramid(moved), masks, views)
     fuse = jax.jit(pyramid.apply)
     levels, summary_levels = (
-        fuse({"params": online}, x, index) for x in (prediction.levels, prediction.summary_levels)
+        dict(enumerate(fuse({"params": online}, (x[0], x[1]), index)))
+        for x in (prediction.levels, prediction.summary_levels)
     )
     tokens, _ = encode(
         plain, without_pyramid(moved | {"context_encoder": target_params})["context_encoder"], views
     )
     pooled = hierarchy.level_features(tokens, GRID, 2)
     finest, coarse = map(hierarchy.standardize, fuse({"params": ema}, pooled))
-    targets = (jnp.take_along_axis(finest, index[..., None], axis=1), coarse)
-    weights = LossWeights(level_weights=(1.0, 0.5))
+    targets = {0: jnp.take_along_axis(finest, index[..., None], axis=1), 1: coarse}
     fused = dataclasses.replace(prediction, levels=levels, summary_levels=summary_levels)
-    expected, _ = hjepa_loss(fused, targets, weights, jax.random.PRNGKey(0))
+    expected = loss_of(fused, targets)
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-3)
 
     expected = jax.tree.map(
@@ -414,20 +424,24 @@ def without_pyramid(params):
 # Steps
 
 
-def make_step(model, *, tx=None, ema_momentum=0.9, augment=RANDOM, weights=None, **kwargs):
+def loss_of(prediction, targets, objective=OBJECTIVE):
+    terms = loss_terms(objective, prediction, targets, jax.random.PRNGKey(0))
+    return weighted_sum(objective.weights, terms)
+
+
+def make_step(model, *, tx=None, ema_momentum=0.9, objective=OBJECTIVE, **kwargs):
     tx = tx or optax.sgd(0.1)
-    weights = weights or LossWeights(level_weights=(1.0, 0.5))
-    step = make_train_step(
+    method = Method(
         model=model,
         tx=tx,
         sample_masks=MASK,
-        augment=augment,
-        loss_weights=weights,
+        augment=RANDOM,
+        objective=objective,
         ema_momentum_fn=None if ema_momentum is None else lambda s: jnp.float32(ema_momentum),
         **kwargs,
     )
     state = create_train_state(init_params(model), tx, jax.random.PRNGKey(2))
-    return jax.jit(step), state
+    return jax.jit(make_train_step(method)), state
 
 
 def losses_of(step, state):
@@ -441,96 +455,13 @@ def losses_of(step, state):
 def views_and_masks_fn():
     def views_and_masks(rng, step):
         augment_rngs, mask_rngs = image_rngs(rng, step, BATCH)
-        second = RANDOM(view_rngs(augment_rngs, 1), IMAGES)
-        return RANDOM(augment_rngs, IMAGES), second, MASK(mask_rngs)
+        return RANDOM(augment_rngs, IMAGES), MASK(mask_rngs)
 
     return jax.jit(views_and_masks)
 
 
 def views_and_masks(state):
     return views_and_masks_fn()(state.rng, state.step)
-
-
-@pytest.mark.parametrize(
-    ("share", "whole"),
-    [
-        (0.25, "patches"),
-        (1.0, "summary"),
-        pytest.param(0.0, "patches", marks=pytest.mark.slow),
-        pytest.param(1.0, "patches", marks=pytest.mark.slow),
-        pytest.param(0.25, "summary", marks=pytest.mark.slow),
-    ],
-)
-def test_the_global_level_predicts_the_mean_of_the_image_and_of_its_other_view(share, whole):
-    model = make_model(None, {"global_level": True})
-    global_terms = {"loss_global": 1 - share, "loss_cross_view": share}
-    global_terms = {name: weight for name, weight in global_terms.items() if weight}
-    weights = LossWeights(level_weights=(1.0, 0.5), global_terms=tuple(global_terms.items()))
-    spec = TargetSpec(target_depths(2, 2), whole)
-    step, state = make_step(model, weights=weights, target_spec=spec)
-    found = losses_of(step, state)
-    views, second, masks = views_and_masks(state)
-    prediction = predict(model, state.params, masks, views)
-    assert [len(prediction.levels), prediction.levels[2].shape] == [3, (BATCH, 1, WIDTH)]
-    expected = []
-    for view in (views, second):
-        patches, summary = encode(model, state.target_params, view)
-        mean = np.asarray({"patches": patches, "summary": summary}[whole]).mean(axis=1)
-        target = (mean - mean.mean(axis=1, keepdims=True)) / mean.std(axis=1, keepdims=True)
-        error = np.abs(np.asarray(prediction.levels[2])[:, 0] - target)
-        expected.append(np.where(error < 1, error**2 / 2, error - 0.5).mean())
-    assert abs(expected[0] - expected[1]) > 1e-3 * expected[0]
-    by_name = dict(zip(("loss_global", "loss_cross_view"), expected, strict=True))
-    for name in by_name:
-        assert (name in found) == (name in global_terms)
-        if name in global_terms:
-            np.testing.assert_allclose(found[name], by_name[name], rtol=1e-3)
-    terms = {"loss_level_0": 1.0, "loss_level_1": 0.5, "loss_summary": 1.0, **global_terms}
-    total = sum(weight * found[name] for name, weight in terms.items())
-    np.testing.assert_allclose(found["loss"], total, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "mode", ["self", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])]
-)
-def test_local_views_predict_the_global_level_by_their_summary_tokens(mode):
-    model = make_model(None, {"global_level": True, "mode": mode})
-    local = dataclasses.replace(RANDOM, image_size=2 * PATCH, crop_scale=(0.1, 0.4))
-    global_terms = (("loss_global", 0.25), ("loss_cross_view", 0.75))
-    weights = LossWeights(level_weights=(1, 0.5), global_terms=global_terms, local_weight=0.5)
-    options = {"weights": weights, "augment_local": local, "num_local_views": 2}
-    step, state = make_step(model, **options)
-    losses = losses_of(step, state)
-
-    views, second, masks = views_and_masks(state)
-    augment_rngs, _ = image_rngs(state.rng, state.step, BATCH)
-    augment = jax.jit(lambda rngs, view: local(view_rngs(rngs, view), IMAGES), static_argnums=1)
-    local_views = [augment(augment_rngs, view) for view in (2, 3)]
-    assert local_views[0].shape == (BATCH, 2 * PATCH, 2 * PATCH, 3)
-    assert not np.allclose(*local_views)
-    expected, apply = 0.0, jax.jit(model.predictor.apply)
-    for view in local_views:
-        _, summary = encode(model, state.params["context_encoder"], view)
-        # The same as in a full pass over summary tokens, whose other queries nobody attends to.
-        variables, seen = {"params": state.params["predictor"]}, jnp.ones(summary.shape[:2], bool)
-        index = masks.target_index.reshape(BATCH, -1)
-        valid = (jnp.zeros(index.shape, bool), jnp.zeros((BATCH, 4), bool), seen[:, :1])
-        prediction = apply(variables, summary, None, seen, index, valid)[2]
-        for target_view, (_, share) in zip((views, second), global_terms, strict=True):
-            tokens, _ = encode(model, state.target_params, target_view)
-            error = np.abs(np.asarray(prediction - hierarchy.global_feature(tokens)))
-            loss = np.where(error < 1, error**2 / 2, error - 0.5).mean()
-            expected += share * loss / len(local_views)
-    np.testing.assert_allclose(losses["loss_local"], expected, rtol=1e-3)
-
-    without, _ = make_step(model, weights=weights)
-    rest = losses_of(without, state)["loss"]
-    np.testing.assert_allclose(losses["loss"], rest + 0.5 * expected, rtol=1e-3)
-
-    # Small views are of an image, however many masks it has; so are what they predict.
-    step, _ = make_step(model, **options, num_masks=2)
-    found = losses_of(step, state)["loss_local"]
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
@@ -546,69 +477,20 @@ def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions)
     np.testing.assert_array_equal(distance.argmin(axis=1), np.arange(4))
 
 
-@pytest.mark.parametrize(
-    ("depths", "finest_is", "coarse_is", "num_registers"),
-    [
-        (target_depths(2, 2, num_layers=2), "both", "both", 0),
-        (target_depths(2, 2, level_depths=(1, 2)), "first", "last", 0),
-        (target_depths(2, 2, level_depths=(2, 1)), "last", "first", 3),
-    ],
-)
-def test_targets_may_be_of_other_blocks_than_the_last(depths, finest_is, coarse_is, num_registers):
-    model = make_model({"num_registers": num_registers}, summary_pass=False)
-    step, state = make_step(model, target_spec=TargetSpec(depths))
-    found_loss = losses_of(step, state)["loss"]
-    views, _, masks = views_and_masks(state)
-    variables = {"params": {"context_encoder": state.target_params}}
-    apply = jax.jit(functools.partial(model.apply, method="encode", mutable=["intermediates"]))
-    (tokens, _), found = apply(variables, views)
-    # Behind two summary tokens and the registers.
-    first = found["intermediates"]["context_encoder"]["tokens_0"][0][:, 2 + num_registers :]
-    z = {"last": tokens, "first": hierarchy.standardize(first)}
-    z["both"] = (hierarchy.standardize(tokens) + z["first"]) / 2
-    finest, _ = hierarchy.level_features(z[finest_is], GRID, 2)
-    _, coarse = hierarchy.level_features(z[coarse_is], GRID, 2)
-    index = masks.target_index.reshape(BATCH, -1, 1)
-    targets = (jnp.take_along_axis(finest, index, axis=1), coarse)
-    prediction = predict(model, state.params, masks, views)
-    expected, _ = hjepa_loss(
-        prediction, targets, LossWeights(level_weights=(1.0, 0.5)), jax.random.PRNGKey(0)
-    )
-    np.testing.assert_allclose(found_loss, expected, rtol=1e-4)
-
-
-def test_the_global_level_and_the_tokens_are_of_the_last_block_whatever_the_levels_are_of():
-    model = make_model()
-    params = init_params(model)["context_encoder"]
-    find = jax.jit(functools.partial(encode_targets, model), static_argnums=2)
-    specs = (TargetSpec(target_depths(2, 2, level_depths=depths)) for depths in (None, (1, 1)))
-    last, first = (find(params, VIEWS, spec) for spec in specs)
-    np.testing.assert_allclose(first.whole, last.whole, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(first.tokens, last.tokens, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(first.levels[0], last.levels[0], atol=0.1)
-
-
-def test_each_level_averages_the_blocks_up_to_its_depth():
-    assert target_depths(12, 2) == ((12,), (12,), (12,))
-    assert target_depths(12, 2, num_layers=2) == ((12, 11),) * 3
-    assert target_depths(12, 2, num_layers=2, level_depths=(4, 8)) == ((4, 3), (8, 7), (12, 11))
-
-
 def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_judged():
     model = make_model(summary_pass=False)
-    step, state = make_step(model, ema_momentum=None)
+    objective = Objective({"level_0": 1.0, "level_1": 0.5})
+    step, state = make_step(model, ema_momentum=None, objective=objective)
     new_state, outputs = step(state, IMAGES)
-    views, _, masks = views_and_masks(state)
+    views, masks = views_and_masks(state)
     index = masks.target_index.reshape(BATCH, -1, 1)
 
     def loss_fn(params, *, stopped):
         tokens, _ = model.apply({"params": params}, views, method="encode")
         tokens = jax.lax.stop_gradient(tokens) if stopped else tokens
         finest, coarse = hierarchy.level_features(tokens, GRID, 2)
-        targets = (jnp.take_along_axis(finest, index, axis=1), coarse)
-        prediction = model.apply({"params": params}, views, masks)
-        weights = LossWeights(level_weights=(1.0, 0.5))
-        return hjepa_loss(prediction, targets, weights, jax.random.PRNGKey(0))[0]
+        targets = {0: jnp.take_along_axis(finest, index, axis=1), 1: coarse}
+        return loss_of(model.apply({"params": params}, views, masks), targets, objective)
 
     for stopped in (False, True):
         grads = jax.jit(jax.grad(functools.partial(loss_fn, stopped=stopped)))(state.params)
@@ -655,21 +537,13 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
     "overrides",
     [
         {"model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.1},
-        {"model.predictor_mode": "cross", "model.global_level": True, "loss.cross_view": 0.5},
+        {"model.predictor_mode": "cross", "loss.level_weights": (0.0, 1.0)},
         {"model.predictor_mode": "blocks", "model.drop_path": 0.1, "model.remat": True},
-        {"model.target_layers": 2, "model.level_depths": (2, 2)},
         {
             "loss.agreement_weight": 1.0,
             "data.local_views": 2,
             "data.local_size": 8,
             "data.local_patches": 3,
-        },
-        {
-            "model.global_level": True,
-            "loss.cross_view": 1.0,
-            "data.local_views": 2,
-            "data.local_size": 8,
-            "mask.num_masks": 2,
             "model.pyramid": "add",
         },
         {
@@ -677,7 +551,6 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
             "loss.regularizer": "sigreg",
             "loss.regularized": "both",
             "optim.accumulation_steps": 2,
-            "mask.num_masks": 2,
             "model.drop_path": 0.1,
         },
     ],
@@ -690,8 +563,6 @@ def test_a_config_builds_and_trains_with_its_options(tiny_config, overrides, tmp
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert np.isfinite(lines[-1]["train/loss"])
-    assert ("train/loss_cross_view" in lines[-1]) == ("model.global_level" in overrides)
     assert ("train/loss_agreement" in lines[-1]) == ("loss.agreement_weight" in overrides)
-    predict = "data.local_views" in overrides and "model.global_level" in overrides
-    assert ("train/loss_local" in lines[-1]) == predict
+    assert ("train/loss_level_0" in lines[-1]) == ("loss.level_weights" not in overrides)
     assert ("train/ema_momentum" in lines[-1]) == ("model.target" not in overrides)

@@ -109,11 +109,12 @@ class PlainAttention(nn.Module):
     num_heads: int
     precision: Precision
     out_scale: float
+    cross: bool
 
     @nn.compact
-    def __call__(self, x, allowed, turns, source, source_turns, before):
-        assert turns is source is source_turns is None
-        (b, n, d), seen = x.shape, x if before is None else jnp.concatenate([before, x], axis=1)
+    def __call__(self, x, *, memory, allowed, turns):
+        assert turns is None
+        (b, n, d), seen = x.shape, x if memory is None else jnp.concatenate([memory, x], axis=1)
         qkv = nn.Dense(3 * d, name="qkv")(seen).reshape(b, seen.shape[1], 3, self.num_heads, -1)
         query, key, value = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
         query = query[:, :, -n:]
@@ -141,8 +142,11 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
     def loss_and_grads():
         def loss(params):
             out = model.apply(params, images, masks)
-            passes = zip((*out.levels, *out.summary_levels), out.query_valid * 2, strict=True)
-            return sum(prediction_loss(p, jnp.ones_like(p), v, "mse") for p, v in passes)
+            return sum(
+                prediction_loss(p, jnp.ones_like(p), out.query_valid[level], "mse")
+                for levels in (out.levels, out.summary_levels)
+                for level, p in levels.items()
+            )
 
         return jax.jit(jax.value_and_grad(loss))(params)
 

@@ -17,6 +17,7 @@ from hjepa_jax.reporting.snapshot import (
     MASK_SEED,
     NUM_IMAGES,
     TARGET,
+    build_snapshot_fn,
     fixed_images,
 )
 from hjepa_jax.runtime.backend import initialise
@@ -32,7 +33,7 @@ def seen(shapes_npz):
     tx = build.build_optimizer(tiny_config, build.build_schedules(tiny_config, 16))
     state = initialise(build.build_create_state(tiny_config, model, tx))
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
-    snapshot = jax.jit(build.build_snapshot_fn(tiny_config, model))
+    snapshot = jax.jit(build_snapshot_fn(tiny_config, model))
     found = jax.device_get(snapshot(state.params, state.target_params, images))
     sample = jax.jit(build.build_masks(tiny_config))
     masks = jax.device_get(sample(jax.random.split(jax.random.PRNGKey(MASK_SEED), 3)))

@@ -14,14 +14,15 @@ from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.masks.samplers import MultiBlockMask
 from hjepa_jax.method import losses
 from hjepa_jax.method.embed import make_embed_fn
-from hjepa_jax.method.keys import batch_rng, image_rngs, more_rngs
-from hjepa_jax.method.objective import LossWeights, hjepa_loss
+from hjepa_jax.method.keys import batch_rng, image_rngs
+from hjepa_jax.method.objective import Objective, loss_terms, weighted_sum
 from hjepa_jax.method.optimizer import make_optimizer
-from hjepa_jax.method.step import make_run_steps, make_train_step
+from hjepa_jax.method.step import Method, make_train_step
 from hjepa_jax.method.train_state import TrainState, create_train_state, ema_update
 from hjepa_jax.method.window import (
     empty_window,
     make_averages,
+    make_run_steps,
     nonfinite_terms,
     reset_averages,
     update_window,
@@ -34,8 +35,8 @@ from hjepa_jax.training.alarms import spread, summarize
 
 GRID, PATCH, WIDTH, BATCH = 4, 4, 16, 8
 SIZE = GRID * PATCH
-WEIGHTS = LossWeights(
-    level_weights=(1.0, 0.5), summary_weight=0.7, variance_weight=1.0, covariance_weight=0.1
+OBJECTIVE = Objective(
+    {"level_0": 1.0, "level_1": 0.5, "summary": 0.7, "variance": 1.0, "covariance": 0.1}
 )
 PLAIN = Augment(SIZE, (0.5,) * 3, (0.25,) * 3)
 RANDOM = Augment(
@@ -61,20 +62,17 @@ def make_state(tx: optax.GradientTransformation) -> TrainState:
     return jax.jit(lambda p: create_train_state(p, tx, jax.random.PRNGKey(1)))(init_params())
 
 
-def make_step(
-    tx, *, ema_momentum=0.9, augment=PLAIN, weights=WEIGHTS, parts=1, sample_masks=MASK, num_masks=1
-):
-    step = make_train_step(
+def make_step(tx, *, ema_momentum=0.9, augment=PLAIN, objective=OBJECTIVE, parts=1):
+    method = Method(
         model=MODEL,
         tx=tx,
-        sample_masks=sample_masks,
+        sample_masks=MASK,
         augment=augment,
-        loss_weights=weights,
+        objective=objective,
         ema_momentum_fn=lambda s: jnp.float32(ema_momentum),
-        num_accumulation_steps=parts,
-        num_masks=num_masks,
+        num_parts=parts,
     )
-    return jax.jit(step)
+    return jax.jit(make_train_step(method))
 
 
 def adamw(learning_rate=1e-3):
@@ -89,37 +87,37 @@ def masks_and_targets(state: TrainState, target_params):
     _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     masks, views = jax.jit(MASK)(mask_rngs), jax.jit(PLAIN)(mask_rngs, IMAGES)
     tokens, _ = apply({"params": {"context_encoder": target_params}}, views, method="encode")
-    targets = hierarchy.level_features(tokens, GRID, 2)
+    finest, coarse = hierarchy.level_features(tokens, GRID, 2)
     index = masks.target_index.reshape(BATCH, -1)
-    return masks, views, (gather_tokens(targets[0], index), *targets[1:])
+    return masks, views, {0: gather_tokens(finest, index), 1: coarse}
 
 
-def test_loss_is_the_weighted_sum_of_its_terms():
+def test_summary_is_the_weighted_loss_of_all_levels_from_the_summary_tokens():
     state = make_state(adamw())
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    loss, terms = hjepa_loss(prediction, targets, WEIGHTS, batch_rng(state.rng, state.step))
-    expected = terms["loss_level_0"] + 0.5 * terms["loss_level_1"] + 0.7 * terms["loss_summary"]
-    expected += terms["loss_variance"] + 0.1 * terms["loss_covariance"]
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
+    assert list(terms) == list(OBJECTIVE.weights)
     by_hand = [
-        losses.prediction_loss(p, t, v)
-        for p, t, v in zip(prediction.summary_levels, targets, prediction.query_valid, strict=True)
+        losses.prediction_loss(prediction.summary_levels[n], targets[n], prediction.query_valid[n])
+        for n in (0, 1)
     ]
-    np.testing.assert_allclose(terms["loss_summary"], by_hand[0] + 0.5 * by_hand[1], rtol=1e-6)
+    np.testing.assert_allclose(terms["summary"], by_hand[0] + 0.5 * by_hand[1], rtol=1e-6)
 
 
 def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 5)), jnp.float32)
-    prediction = Prediction((x,), (), (jnp.ones((6, 2), bool),), None, x, None, x)
-    weights, rng = LossWeights(sigreg_weight=0.3, num_slices=7), jax.random.PRNGKey(3)
-    keys = [batch_rng(rng, jnp.int32(step)) for step in (0, 1)]
+    prediction = Prediction({}, {}, {}, context=None, summary=x, context_mean=None, regularized=x)
+    objective, rng = Objective({"sigreg": 0.3}, num_slices=7), jax.random.PRNGKey(3)
     values = []
-    for key in keys:
-        loss, terms = hjepa_loss(prediction, (0 * x,), weights, key)
+    for step in (0, 1):
+        key = batch_rng(rng, jnp.int32(step))
+        terms = loss_terms(objective, prediction, {}, key)
         expected = losses.sigreg_loss(x, losses.random_directions(key, 7, 5))
-        np.testing.assert_allclose(terms["loss_sigreg"], expected, rtol=1e-5)
-        np.testing.assert_allclose(loss, terms["loss_level_0"] + 0.3 * expected, rtol=1e-5)
+        np.testing.assert_allclose(terms["sigreg"], expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            weighted_sum(objective.weights, terms), 0.3 * expected, rtol=1e-5
+        )
         values.append(float(expected))
     assert values[0] != values[1]
 
@@ -129,8 +127,10 @@ def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
     state = make_state(tx)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
-    expected, _ = hjepa_loss(prediction, targets, WEIGHTS, batch_rng(state.rng, state.step))
+    terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
     _, outputs = make_step(tx)(state, IMAGES)
+    expected = terms["level_0"] + 0.5 * terms["level_1"] + 0.7 * terms["summary"]
+    expected += terms["variance"] + 0.1 * terms["covariance"]
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
 
 
@@ -191,10 +191,10 @@ def test_target_params_are_a_copy_and_not_the_same_buffers():
 
 def test_accumulated_gradient_is_the_mean_over_parts():
     """Without batch statistics, and with equally many targets per image, 2 parts equal 1."""
-    weights = LossWeights(level_weights=(1.0, 0.0), summary_weight=1.0)
+    objective = Objective({"level_0": 1.0, "summary": 1.0})
     tx = optax.sgd(0.1)
-    whole, a = make_step(tx, weights=weights)(make_state(tx), IMAGES)
-    in_two = make_step(tx, weights=weights, parts=2)
+    whole, a = make_step(tx, objective=objective)(make_state(tx), IMAGES)
+    in_two = make_step(tx, objective=objective, parts=2)
     parts, b = in_two(make_state(tx), IMAGES)
     cut = in_two(make_state(tx), IMAGES.reshape(2, BATCH // 2, *IMAGES.shape[1:]))  # as runs do
     jax.tree.map(np.testing.assert_array_equal, cut, (parts, b))
@@ -203,30 +203,6 @@ def test_accumulated_gradient_is_the_mean_over_parts():
     )
     np.testing.assert_allclose(a.scalars["loss"], b.scalars["loss"], rtol=1e-5)
     np.testing.assert_allclose(a.features, b.features, atol=1e-5)
-
-
-def test_two_masks_of_an_image_are_as_two_images_with_one():
-    tx, twice = optax.sgd(0.1), jnp.repeat(IMAGES, 2, axis=0)
-    state = make_state(tx)
-    _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
-    rngs = more_rngs(mask_rngs, 2)
-    assert len(np.unique(rngs, axis=0)) == 2 * BATCH
-    found, a = make_step(tx, num_masks=2)(state, IMAGES)
-
-    class Given(MultiBlockMask):
-        def __call__(self, _):
-            return super().__call__(rngs)
-
-    given = Given(**vars(MASK))
-    expected, b = make_step(tx, sample_masks=given)(make_state(tx), twice)
-    for name in ("loss", "loss_level_1", "loss_summary", "loss_variance"):
-        np.testing.assert_allclose(a.scalars[name], b.scalars[name], rtol=1e-5)
-    per_image, per_mask = (x.scalars["num_targets_level_0"] for x in (a, b))
-    np.testing.assert_allclose(per_image, 2 * per_mask)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), found.params, expected.params
-    )
-    assert len(a.features) == BATCH
 
 
 def test_every_image_has_keys_of_its_own_at_every_step():

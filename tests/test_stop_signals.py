@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from hjepa_jax.errors import Interrupted
-from hjepa_jax.training.loop import STOP_SIGNALS, _StopSignals
+from hjepa_jax.training.stop_signals import STOP_SIGNALS, StopSignals
 
 
 @pytest.mark.parametrize("name", STOP_SIGNALS)
@@ -14,7 +14,7 @@ def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
     signum = getattr(signal, name)
     outside = signal.signal(signum, signal.default_int_handler)  # the tests may run under nohup
     try:
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signum)
             assert stop.signum == signum
         assert signal.getsignal(signum) == signal.default_int_handler
@@ -28,7 +28,7 @@ def test_each_stop_signal_asks_to_stop_and_gives_its_status(name, capfd):
 def test_a_hangup_that_nohup_has_switched_off_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.signum is None
     finally:

@@ -93,15 +93,6 @@ def test_a_damaged_source_is_told_as_such(tiny_config, trained, tmp_path, damage
     assert not (tmp_path / "next").exists()
 
 
-def test_what_the_targets_are_of_may_change_between_two_runs(tiny_config, trained):
-    """The networks are the same, whatever is made of the target encoder's tokens."""
-    tiny_config.update_from_flattened_dict(
-        {"train.init_from": str(trained), "model.global_target": "summary",
-         "model.target_layers": 2, "model.level_depths": (2, 2)}
-    )  # fmt: skip
-    warm_start.check_source(tiny_config)
-
-
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
@@ -124,7 +115,6 @@ def test_another_run_must_have_the_same_networks_and_nothing_is_written_before(
 PARTS = {  # fields that decide which parameters there are
     "model.num_registers": 2,
     "model.pyramid": "add",
-    "model.global_level": True,
     "model.predictor_width": 12,
     "model.num_levels": 1,
     "model.num_summary_tokens": 3,

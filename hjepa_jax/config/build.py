@@ -18,15 +18,14 @@ from hjepa_jax.masks.choice import MAX_COMPARED
 from hjepa_jax.masks.random_mask import RandomMask
 from hjepa_jax.masks.samplers import HierarchicalMask, MaskSampler, MultiBlockMask
 from hjepa_jax.method.embed import make_embed_fn
-from hjepa_jax.method.objective import LossWeights
+from hjepa_jax.method.objective import Objective
 from hjepa_jax.method.optimizer import (
     Schedule,
     interpolation_schedule,
     make_optimizer,
     warmup_cosine_schedule,
 )
-from hjepa_jax.method.step import TrainStep, make_train_step
-from hjepa_jax.method.targets import TargetSpec, target_depths
+from hjepa_jax.method.step import LocalViews, Method, TrainStep, make_train_step
 from hjepa_jax.method.train_state import TrainState, create_train_state
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.matmul import Precision
@@ -78,6 +77,10 @@ def build_model(config: Config) -> HJEPA:
     projection = None
     if config.loss.agreement_weight:
         projection = Projection(*c.projection, precision=shared["precision"])
+    objective = build_objective(config)
+    levels = objective.levels
+    if pyramid and levels:  # a level of the pyramid is made of all levels above it
+        levels = tuple(range(c.num_levels))
     return HJEPA(
         context_encoder=VisionTransformer(
             patch_size=c.patch_size,
@@ -88,6 +91,7 @@ def build_model(config: Config) -> HJEPA:
             num_registers=c.num_registers,
             drop_path=c.drop_path,
             layer_scale=c.layer_scale,
+            stem=c.stem,
             pyramid=pyramid,
             **shared,
         ),
@@ -98,13 +102,14 @@ def build_model(config: Config) -> HJEPA:
             depth=c.predictor_depth,
             num_heads=c.predictor_num_heads,
             mode=c.predictor_mode,
-            global_level=c.global_level,
             **shared,
         ),
-        summary_pass=config.loss.summary_weight > 0,
+        levels=levels,
+        summary_pass="summary" in objective.weights,
         min_coverage=config.mask.min_coverage,
         regularized=config.loss.regularized,
         projection=projection,
+        projection_input=c.projection_input,
     )
 
 
@@ -162,6 +167,8 @@ def build_augment(config: Config) -> Augment:
         brightness=c.brightness,
         contrast=c.contrast,
         saturation=c.saturation,
+        hue=c.hue,
+        jitter_probability=c.jitter_probability,
         grayscale=c.grayscale,
         blur=c.blur,
         blur_sigma=tuple(c.blur_sigma),
@@ -169,46 +176,39 @@ def build_augment(config: Config) -> Augment:
     )
 
 
-def build_augment_local(config: Config) -> Augment:
-    """The augmentation of local views: as of training images, but for crop and size."""
-    return dataclasses.replace(
-        build_augment(config),
-        image_size=config.data.local_size,
-        crop_scale=tuple(config.data.local_crop_scale),
+def build_local_views(config: Config) -> LocalViews | None:
+    """The local views: augmented like the masked view, except for crop and size."""
+    c = config.data
+    if not c.local_views:
+        return None
+    augment = dataclasses.replace(
+        build_augment(config), image_size=c.local_size, crop_scale=tuple(c.local_crop_scale)
     )
+    return LocalViews(c.local_views, augment, c.local_patches)
 
 
-def build_loss_weights(config: Config) -> LossWeights:
-    """How the terms of the loss are combined."""
+def build_objective(config: Config) -> Objective:
+    """The terms of the loss and their weights."""
     c = config.loss
-    vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
     level_weights = c.level_weights or (1.0,) * config.model.num_levels
-    global_terms = ()
-    if config.model.global_level:
-        global_terms = ("loss_global", 1.0 - c.cross_view), ("loss_cross_view", c.cross_view)
-    return LossWeights(
+    vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
+    weights = {
+        **{f"level_{level}": weight for level, weight in enumerate(level_weights)},
+        "summary": c.summary_weight if any(level_weights) else 0.0,
+        "variance": vicreg_weight * c.variance_weight,
+        "covariance": vicreg_weight * c.covariance_weight,
+        "sigreg": c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
+        "agreement": c.agreement_weight,
+        "spread": c.spread_weight if c.agreement_weight else 0.0,
+    }
+    weights = {name: weight for name, weight in weights.items() if weight}
+    return Objective(
+        weights,
         kind=c.kind,
-        level_weights=tuple(level_weights),
-        summary_weight=c.summary_weight,
-        variance_weight=vicreg_weight * c.variance_weight,
-        covariance_weight=vicreg_weight * c.covariance_weight,
-        sigreg_weight=c.regularizer_weight if c.regularizer == "sigreg" else 0.0,
         num_slices=c.num_slices,
-        global_terms=tuple((name, weight) for name, weight in global_terms if weight),
-        local_weight=c.local_weight,
-        agreement_weight=c.agreement_weight,
-        spread_weight=c.spread_weight,
+        teacher_weight=c.teacher_weight,
+        spread_moment=c.spread_moment,
     )
-
-
-def build_target_spec(config: Config) -> TargetSpec:
-    """What the targets of every level are made of."""
-    c = config.model
-    _, depth, _ = encoder_size(config)
-    depths = target_depths(
-        depth, c.num_levels, num_layers=c.target_layers, level_depths=c.level_depths
-    )
-    return TargetSpec(depths, c.global_target)
 
 
 def build_schedules(config: Config, num_images: int) -> Schedules:
@@ -252,9 +252,7 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
             kind="cosine",
             num_steps=num_steps,
         ),
-        ema_momentum_fn=interpolation_schedule(
-            start, end, kind=kind, num_steps=num_steps, at_most=c.max_ema_momentum
-        ),
+        ema_momentum_fn=interpolation_schedule(start, end, kind=kind, num_steps=num_steps),
     )
 
 
@@ -275,20 +273,17 @@ def build_train_step(
     config: Config, model: HJEPA, tx: optax.GradientTransformation, schedules: Schedules
 ) -> TrainStep:
     """The training step of this config."""
-    return make_train_step(
+    method = Method(
         model=model,
         tx=tx,
         sample_masks=build_masks(config),
         augment=build_augment(config),
-        loss_weights=build_loss_weights(config),
+        objective=build_objective(config),
         ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
-        target_spec=build_target_spec(config),
-        num_accumulation_steps=config.optim.accumulation_steps,
-        augment_local=build_augment_local(config) if config.data.local_views else None,
-        num_local_views=config.data.local_views,
-        num_local_patches=config.data.local_patches,
-        num_masks=config.mask.num_masks,
+        local_views=build_local_views(config),
+        num_parts=config.optim.accumulation_steps,
     )
+    return make_train_step(method)
 
 
 def build_preprocess(config: Config) -> Any:
@@ -360,9 +355,11 @@ def build_create_state(
     """A function, to jit, that makes the state at step 0 from `config.seed`."""
     init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+    running = config.loss.agreement_weight and config.loss.spread_moment == "running"
+    moment_width = config.model.projection[1] if running else None
 
     def create_state() -> TrainState:
         params = model.init(init_rng, images, build_masks(config)(init_rng[None]))["params"]
-        return create_train_state(params, tx, train_rng)
+        return create_train_state(params, tx, train_rng, moment_width=moment_width)
 
     return create_state

@@ -15,8 +15,8 @@ from hjepa_jax.config.fields import flatten
 # An ml_collections.ConfigDict, whose fields no type checker knows.
 Config = Any
 
-# Fields that may differ between a run and its continuation: they change what is said about the
-# run, how fast it goes or where its data lies, not what it computes.
+# Fields that may differ between a run and its continuation: they change the log, the speed or the
+# place of the data, and no result.
 FREE_FIELDS = (
     "data.dir",
     "data.num_workers",
@@ -33,51 +33,31 @@ FREE_FIELDS = (
     "train.steps_per_call",
 )
 
-# Fields that a continuation may change where no update that was made would have been another one.
+# Fields that a continuation may change, if no update so far would have been another one.
 SCHEDULE_FIELDS = (
     "optim.decay_epochs",
     "optim.ema_momentum",
     "optim.final_learning_rate",
     "optim.final_weight_decay",
     "optim.learning_rate",
-    "optim.max_ema_momentum",
     "optim.warmup_epochs",
     "optim.weight_decay",
     "train.num_epochs",
     "train.num_steps",
 )
 
-# Fields that came later than others. A run without them did what their defaults do, so that its
-# config.json may lack them.
-ADDED_FIELDS = (
-    "data.local_crop_scale",
-    "data.local_patches",
-    "data.local_size",
-    "data.local_views",
-    "loss.agreement_weight",
-    "loss.cross_view",
-    "loss.local_weight",
-    "loss.spread_weight",
-    "mask.num_masks",
-    "model.drop_path",
-    "model.global_level",
-    "model.global_target",
-    "model.layer_scale",
-    "model.level_depths",
-    "model.num_registers",
-    "model.predictor_mode",
-    "model.projection",
-    "model.pyramid",
-    "model.target",
-    "model.target_layers",
-    "optim.decay_epochs",
-    "optim.kind",
-    "optim.muon_momentum",
-    "train.init_from",
-)
-
-# Fields that are gone, with the value at which they did nothing: a config.json may have them so.
-REMOVED_FIELDS = {"model.expander_width": 0}
+# Removed fields, with the value at which they did nothing: a config.json may hold this value.
+REMOVED_FIELDS = {
+    "loss.cross_view": 0.0,
+    "loss.local_weight": 1.0,
+    "mask.num_masks": 1,
+    "model.expander_width": 0,
+    "model.global_level": False,
+    "model.global_target": "patches",
+    "model.level_depths": None,
+    "model.target_layers": 1,
+    "optim.max_ema_momentum": 1.0,
+}
 
 
 def base_config() -> Config:
@@ -101,15 +81,17 @@ def base_config() -> Config:
     c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop, fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # its width / height
-    c.data.local_views = 0  # V, further crops of each image: they predict the global level, agree
+    c.data.local_views = 0  # V, further crops of each image, which agree with the masked view
     c.data.local_size = 16  # pixels per side of such a crop, as the model sees it
     c.data.local_crop_scale = (0.1, 0.4)  # its area, fraction of the image
-    c.data.local_patches = placeholder(int)  # of each, what is seen, at random; None: all
+    c.data.local_patches = placeholder(int)  # patches seen of each local view, at random; None: all
     c.data.horizontal_flip = 0.5  # probability
     c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # factor uniform in [1 - s, 1 + s]
     c.data.contrast = 0.2
     c.data.saturation = 0.2
+    c.data.hue = 0.0  # shift uniform in [-h, h], fraction of the colour circle; at most 0.5
+    c.data.jitter_probability = 1.0  # of these four changes of colour, all or none
     c.data.grayscale = 0.0  # probability
     c.data.blur = 0.0  # probability of a Gaussian blur
     c.data.blur_sigma = (0.1, 2.0)  # its standard deviation, pixels
@@ -122,13 +104,14 @@ def base_config() -> Config:
     c.model.num_heads = placeholder(int)
     c.model.mlp_ratio = 4.0
     c.model.patch_size = 4  # pixels per side of a patch
+    c.model.stem = "linear"  # patches to tokens: linear | hmlp (convolutions within each patch)
     c.model.num_levels = 2  # L; level l has cells of 2^l x 2^l patches
     c.model.num_summary_tokens = 4  # R
-    c.model.num_registers = 0  # further such tokens, that nobody reads
+    c.model.num_registers = 0  # further such tokens, which no loss and no probe reads
     c.model.positions = "learned"  # learned (from sine-cosine on) | sincos2d (fixed) | rope2d
-    # Of the encoder: initial factor of each residual branch, per feature, 0 for none; probability
-    # to leave out a branch of the last block (of the first: 0).
+    # Encoder: initial factor of each residual branch, per feature; 0 = none.
     c.model.layer_scale = 0.0
+    # Encoder: probability to leave out a branch of the last block; 0 at the first, linear between.
     c.model.drop_path = 0.0
     c.model.remat = False  # compute blocks again in the backward pass: less memory, slower
     c.model.dtype = "float32"  # of matrix products: float32 | bfloat16; parameters are float32
@@ -136,23 +119,17 @@ def base_config() -> Config:
     c.model.predictor_depth = 4
     c.model.predictor_num_heads = 3
     c.model.predictor_mode = "self"  # who attends: self (all) | blocks (each its own) | cross
-    c.model.global_level = False  # one query more, for the whole image
-    c.model.global_target = "patches"  # what that is the mean of: patches | summary (tokens)
-    # Hidden width and width of the features in which the views of an image agree, if they must.
+    # Hidden width and output width of the projection, where the views of an image agree.
     c.model.projection = (512, 256)
+    c.model.projection_input = "summary"  # summary (tokens) | summary+patches (and their mean)
     c.model.pyramid = "none"  # add | concat: levels inform those below them, on both sides
     c.model.target = "ema"  # ema | online: no EMA, gradients flow through both sides (sigreg)
-    # Of each level, the block of the target encoder (from 1) that its targets come from; None: the
-    # last, as for the global level. They are the mean of that block and the k - 1 before it.
-    c.model.level_depths = placeholder(tuple)
-    c.model.target_layers = 1  # k
 
     c.mask = ConfigDict()
-    # What is hidden. multiblock: M blocks of whole cells of align_level; hierarchical: block m of
-    # whole cells of level m mod L, larger by progression; random: scattered cells of align_level.
+    # multiblock (M blocks of whole cells of align_level) | hierarchical (block m has whole cells of
+    # level m mod L, and grows by progression) | random (scattered cells of align_level)
     c.mask.kind = "multiblock"
     c.mask.num_blocks = 4  # M, target blocks per image; random: always one set of cells
-    c.mask.num_masks = 1  # per image and step, whose targets are computed once
     c.mask.scale = (0.15, 0.25)  # area of a block (hierarchical: of level 0), or all of random's
     c.mask.progression = ("geometric", 1.5)  # hierarchical: geometric | linear, level 1 / level 0
     c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block; random: not read
@@ -167,15 +144,19 @@ def base_config() -> Config:
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None: 1 each
     c.loss.summary_weight = 1.0  # of the pass that sees the summary tokens only; 0: no such pass
-    c.loss.cross_view = 0.0  # share of the global loss whose target is a second augmentation
-    c.loss.local_weight = 1.0  # of what local views (data.local_views) predict
-    # Of what pulls the projected summary tokens of an image's views together (0: no projection),
-    # and of what keeps those of different images, of a part of a batch, apart.
+    # agreement pulls the projections of an image's views together; 0 = no projection. spread keeps
+    # the projections of different images apart, within a part of a batch.
     c.loss.agreement_weight = 0.0
     c.loss.spread_weight = 0.5
+    # Weight of the EMA encoder's view of the whole image in the mean direction of the agreement, in
+    # which every other view has weight 1; 0 = none.
+    c.loss.teacher_weight = 0.0
+    # Second moment that spread compares: batch (of each view) | views (of all views together) |
+    # running (as views, averaged over batches: 0.9 of the old one; a tenth of the gradient).
+    c.loss.spread_moment = "batch"
     c.loss.regularizer = "vicreg"  # vicreg | sigreg (to a standard normal) | none
-    # Multiplies the two terms of vicreg, or sigreg, which grows with its rows: the images of a part
-    # of a batch (optim.accumulation_steps) times mask.num_masks.
+    # Multiplies the two terms of vicreg, or sigreg. sigreg grows with the number of images in a
+    # part of a batch (optim.accumulation_steps).
     c.loss.regularizer_weight = 0.05
     c.loss.variance_weight = 25.0  # of vicreg
     c.loss.covariance_weight = 1.0  # of vicreg
@@ -183,8 +164,8 @@ def base_config() -> Config:
     c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
     c.optim = ConfigDict()
-    # adamw | muon: the weight matrices within encoder, predictor and projection move along their
-    # orthogonalized momentum, everything else by AdamW; at the same rate and decay.
+    # adamw | muon (weight matrices inside the networks move along their orthogonalized momentum,
+    # all other parameters by AdamW, at the same rate and decay)
     c.optim.kind = "adamw"
     c.optim.muon_momentum = 0.95
     c.optim.learning_rate = 1e-3  # peak
@@ -197,7 +178,6 @@ def base_config() -> Config:
     c.optim.b2 = 0.95
     c.optim.clip_norm = 3.0  # global gradient norm; 0: no clipping
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
-    c.optim.max_ema_momentum = 1.0  # where that schedule is above, this
     c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
 
     c.train = ConfigDict()
@@ -226,15 +206,15 @@ def base_config() -> Config:
     c.log = ConfigDict()
     c.log.every_steps = 50
     c.log.tensorboard = True
-    # Pictures of what the model sees, in TensorBoard: as far as 2 % of the time allows, and at the
-    # end; 0: never.
+    # Epochs between pictures in TensorBoard (as often as 2 % of the time allows, and at the end);
+    # 0 = never.
     c.log.figures_every_epochs = 5.0
     c.log.report = True  # write report.md and report.html when the run ends
     return c
 
 
 def encoder_size(config: Config) -> tuple[int, int, int]:
-    """Width, depth and heads of the encoder: those of `model.name` where not given."""
+    """Width, depth and heads of the encoder; `model.name` fills in the fields that are None."""
     given = (config.model.width, config.model.depth, config.model.num_heads)
     named = SIZES[config.model.name]
     return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from hjepa_jax.errors import InputError
@@ -66,12 +67,7 @@ def get_field(config: Any, field: str) -> Any:
     return value
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"name": ...}} as {"model.name": ...}."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{"model": {"name": ...}} as {"model.name": ...}, with lists for tuples, as in JSON."""
+    flat = traverse_util.flatten_dict(config, sep=".")
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in flat.items()}

@@ -1,6 +1,6 @@
 """Augmentation on the device, inside jit: uint8 images in, normalised float32 images out.
 
-One key per image decides everything about it, so a batch is the same however it is split.
+One key per image decides everything about its view, so the split of a batch does not matter.
 Cropping and resizing is separable linear interpolation, written as two matrix products.
 
 References:
@@ -32,6 +32,8 @@ class Augment:
       horizontal_flip: probability of a left-right flip.
       vertical_flip: probability of an upside-down flip.
       brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
+      hue: h draws the shift uniformly from [-h, h], as a fraction of the colour circle.
+      jitter_probability: probability of these four, all or none.
       grayscale: probability of dropping the colour.
       blur: probability of a Gaussian blur.
       blur_sigma: its standard deviation in pixels (uniform).
@@ -48,6 +50,8 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    hue: float = 0.0
+    jitter_probability: float = 1.0
     grayscale: float = 0.0
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -77,7 +81,14 @@ class Augment:
         if self.vertical_flip:
             flip = _happens(jax.random.fold_in(rng, 4), self.vertical_flip)
             x = jnp.where(flip, jnp.flip(x, axis=0), x)
-        x = _jitter(color_rng, x, self.brightness, self.contrast, self.saturation)
+        y = _jitter(color_rng, x, self.brightness, self.contrast, self.saturation)
+        if self.hue:
+            hue_rng = jax.random.fold_in(rng, 7)
+            y = shift_hue(y, jax.random.uniform(hue_rng, minval=-self.hue, maxval=self.hue))
+        if self.jitter_probability < 1:
+            changes = _happens(jax.random.fold_in(rng, 8), self.jitter_probability)
+            y = jnp.where(changes, y, x)
+        x = y
         if self.grayscale:
             drop = _happens(gray_rng, self.grayscale)
             x = jnp.where(drop, luma(x), x)
@@ -119,6 +130,28 @@ def normalize(
 def luma(image: Float[Array, "H W C"]) -> Float[Array, "H W 1"]:
     """Brightness of each pixel by ITU-R BT.601."""
     return jnp.sum(image * jnp.array(LUMA)[None, None], axis=-1, keepdims=True)
+
+
+def shift_hue(image: Float[Array, "H W C"], shift: Array | float) -> Float[Array, "H W C"]:
+    """Turns the colour circle by `shift`, a fraction of it; value and saturation stay.
+
+    References:
+      Smith 1978, "Color gamut transform pairs" (HSV). The way back is the formula without cases:
+      channel n is v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1.
+    """
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value, low = jnp.max(image, axis=-1), jnp.min(image, axis=-1)
+    chroma = value - low
+    size = jnp.where(chroma > 0, chroma, 1.0)
+    hue = jnp.where(
+        value == red,
+        (green - blue) / size,
+        jnp.where(value == green, 2.0 + (blue - red) / size, 4.0 + (red - green) / size),
+    )
+    hue = hue + 6.0 * shift
+    k = jnp.mod(hue[..., None] + jnp.array([5.0, 3.0, 1.0])[None, None], 6.0)
+    part = jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+    return value[..., None] - chroma[..., None] * part
 
 
 def crop_and_resize(

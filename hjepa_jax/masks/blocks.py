@@ -158,8 +158,8 @@ def block_tokens(
 def covers(blocks: Sequence[Block], grid_size: int) -> Bool[Array, " N"]:
     """Which patches of the grid at least one of the blocks covers.
 
-    Counted by a product of rows and columns, as compilers cannot repeat one for every entry of what
-    is made of its result: a `rank` of N^2 comparisons would count the blocks N^2 times.
+    Computed as a matrix product of rows and columns, so that XLA does not fuse it into `rank` and
+    recompute it N^2 times.
     """
     side = jnp.arange(grid_size)
 

@@ -6,11 +6,11 @@ in row-major order (N = G^2). Sampling sorts nothing (Apple's plugins do not sor
 random choice is a *rank*, counted by comparison.
 
 References:
-  Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Here a block may lie on
-  every placement, last row and column included, and blocks consist of whole cells of a level, so
-  that coarse targets are fully hidden; the size of a block is drawn among the shapes that
-  satisfy area and aspect ratio exactly, not rounded out of the range. (Where cells do not divide
-  the grid, a block on its last row or column is cut there, and smaller by that.)
+  Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Three things differ here. A
+  block may lie on every placement, last row and column included. Blocks consist of whole cells of
+  a level, so that coarse targets are fully hidden. The size of a block is drawn among the shapes
+  that satisfy area and aspect ratio exactly. If cells do not divide the grid, a block on the last
+  row or column is cut there.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class MaskSampler:
 
     @property
     def visible_fraction(self) -> float:
-        """Expected share of patches that are no target, if all were targets equally often."""
+        """Expected share of patches that are no target, if all are targets equally often."""
         raise NotImplementedError
 
     @property
@@ -209,9 +209,8 @@ class HierarchicalMask(BlockMask):
 
     Attributes:
       num_levels: L.
-      progression: (kind, factor). A block of level 1 has `factor` times the area of one of level
-        0, whose area `scale` is; above, each level multiplies by as much ("geometric",
-        factor^l) or adds as much ("linear", 1 + (factor - 1) l).
+      progression: (kind, factor). Blocks of level 0 have the area `scale`. Blocks of level l are
+        larger by factor^l ("geometric") or by 1 + (factor - 1) l ("linear").
     """
 
     num_levels: int = 2
@@ -232,7 +231,7 @@ class HierarchicalMask(BlockMask):
         kind, factor = self.progression
         growth = factor**level if kind == "geometric" else 1.0 + (factor - 1.0) * level
         low, high = (area * growth for area in self.scale)
-        # Level 0 is what mask.scale says; where a level above does not fit, it is the growth.
+        # mask.scale gives level 0. If a level above does not fit, the growth is to blame.
         try:
             if high > 1.0:
                 raise InputError("mask.scale", self.scale, f"blocks take {high:.3g} of the grid")

@@ -1,13 +1,13 @@
 """The features of an encoder that probes read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from hjepa_jax.method.targets import block_outputs
 from hjepa_jax.models import hierarchy
+from hjepa_jax.models.hierarchy import standardize
 from hjepa_jax.models.hjepa import HJEPA
 
 
@@ -17,7 +17,7 @@ def make_embed_fn(
     """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
     The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
-    very quantity that level l predicts, unless other blocks or a pyramid make its target) and
+    target of level l, unless there is a pyramid) and
     `summary` [B, R * n * D] (the summary tokens, concatenated).
 
     Args:
@@ -51,3 +51,30 @@ def make_embed_fn(
         return features
 
     return embed
+
+
+def block_outputs(
+    model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], blocks: Collection[int]
+) -> dict[int, tuple[Float[Array, "B N D"], Float[Array, "B R D"]]]:
+    """Patch and summary tokens after each of the wanted blocks of the encoder.
+
+    Tokens of the last block have passed the final LayerNorm. Those of earlier blocks are
+    standardized, as they have no such norm.
+
+    Args:
+      model: the networks.
+      encoder_params: of its encoder, online or EMA.
+      pixels: normalised images.
+      blocks: numbers from 1 to the encoder's depth.
+    """
+    apply: Any = model.apply
+    encoder, variables = model.context_encoder, {"params": {"context_encoder": encoder_params}}
+    if set(blocks) == {encoder.depth}:
+        return {encoder.depth: apply(variables, pixels, method="encode")}
+    last, found = apply(variables, pixels, method="encode", mutable=["intermediates"])
+    outputs = {encoder.depth: last}
+    for block in set(blocks) - {encoder.depth}:
+        (x,) = found["intermediates"]["context_encoder"][f"tokens_{block - 1}"]
+        x = standardize(x)
+        outputs[block] = x[:, encoder.num_prefix_tokens :], x[:, : encoder.num_summary_tokens]
+    return outputs

@@ -1,4 +1,6 @@
-"""What a training step says of its health, beside its loss, which alone says little."""
+"""Scalars that tell whether a training step is healthy; the loss alone says little."""
+
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -9,36 +11,34 @@ from hjepa_jax.models.hjepa import Prediction
 
 def health(
     prediction: Prediction,
-    targets: tuple[Float[Array, "K _ D"], ...],
-    tokens: Float[Array, "B N D"],
-    *,
-    num_levels: int,
+    targets: Mapping[int, Float[Array, "B _ D"]],
+    tokens: Float[Array, "B N D"] | None,
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars of a step by metric name.
+    """Scalars of a step by metric name. They need no computation that the loss does not need.
 
     Args:
       prediction: output of the online networks.
-      targets: aligned with `prediction.levels`, of each of K masks.
-      tokens: of the target encoder, in the order of the grid.
-      num_levels: L; of the global level, if there is one, nothing is said.
+      targets: by level, aligned with `prediction.levels`.
+      tokens: patch tokens of the target encoder; None if no term of the loss needs them.
     """
-    aligned = (prediction.levels, targets, prediction.query_valid)
-    queries = [*zip(*(x[:num_levels] for x in aligned), strict=True)]
-    finest_prediction, finest, finest_valid = queries[0]
-    cosine = losses.cosine_similarity(finest_prediction, finest)
-    scalars = {
-        "context_std": _mean_std(prediction.context_mean),
-        "target_std": _mean_std(jnp.mean(tokens, axis=1)),
-        "pred_target_cosine": losses.masked_mean(cosine, finest_valid),
-        "position_share": position_share(tokens),
-        "image_share": image_share(tokens),
-    }
-    for level, query in enumerate(queries):
-        scalars[f"num_targets_level_{level}"] = jnp.sum(query[2]) / len(tokens)
-        scalars[f"explained_variance_level_{level}"] = explained_variance(*query)
-    if prediction.summary_levels:
-        share = explained_variance(prediction.summary_levels[0], finest, finest_valid)
-        scalars["explained_variance_summary"] = share
+    scalars = {"context_std": _mean_std(prediction.context_mean)}
+    if tokens is not None:
+        scalars["target_std"] = _mean_std(jnp.mean(tokens, axis=1))
+        scalars["position_share"] = position_share(tokens)
+        scalars["image_share"] = image_share(tokens)
+    for level, predicted in prediction.levels.items():
+        valid = prediction.query_valid[level]
+        scalars[f"num_targets_level_{level}"] = jnp.sum(valid) / len(valid)
+        share = explained_variance(predicted, targets[level], valid)
+        scalars[f"explained_variance_level_{level}"] = share
+    if prediction.levels:
+        finest = min(prediction.levels)
+        target, valid = targets[finest], prediction.query_valid[finest]
+        cosine = losses.cosine_similarity(prediction.levels[finest], target)
+        scalars["pred_target_cosine"] = losses.masked_mean(cosine, valid)
+        if prediction.summary_levels:
+            share = explained_variance(prediction.summary_levels[finest], target, valid)
+            scalars["explained_variance_summary"] = share
     return scalars
 
 
@@ -47,8 +47,9 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
 
-    At most 0 where predictions are no better than the mean of all targets, however small the loss
-    is: a part that all targets share makes it small and is worth nothing. 0 without queries.
+    It is at most 0 if predictions are no better than the mean of all targets. The loss may be small
+    all the same: a part that all targets share makes it small and is worth nothing. 0 without
+    queries.
     """
     mask = valid[..., None]
     total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)
@@ -61,9 +62,9 @@ def explained_variance(
 def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
     """The part of the tokens' variance that their place alone decides, in [0, 1].
 
-    The predictor knows it without looking; where it grows, a falling loss and a rising explained
-    variance say little. The estimate has no bias by the number of images, for B >= 2: the means of
-    B images at places that nothing distinguishes still differ by a B-th of the tokens' variance.
+    The predictor knows the place without looking. If this part grows, a falling loss and a rising
+    explained variance say little. Means over B images differ between places by a B-th of the
+    tokens' variance even if no place is special. The estimate subtracts this, for B >= 2.
     """
     b = len(tokens)
     at_place = jnp.mean(tokens, axis=0, keepdims=True)
@@ -78,9 +79,9 @@ def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
 def image_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
     """The part of the tokens' variance that their image alone decides, in [0, 1].
 
-    Whatever the place: any patch of the image tells it of all others. Where it grows, targets of
-    one image draw together, and the loss falls for that. As `position_share`, without a bias by
-    the number of patches, for N >= 2.
+    Any patch of the image tells this part of all others. If it grows, targets of one image draw
+    together, and the loss falls because of that. Like `position_share`, it has no bias by the
+    number of patches, for N >= 2.
     """
     return position_share(jnp.swapaxes(tokens, 0, 1))
 

@@ -1,4 +1,4 @@
-"""PRNG keys of a step: one for each image, view and mask, folded from (run, step, row)."""
+"""PRNG keys of a step: for each image, view and mask, folded from (run, step, row)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jaxtyping import Array, Int, Shaped
 
 from hjepa_jax.masks.choice import lowest_first
 
-# Number of no image of a batch: those are below 2^20.
+# A number that no image of a batch has: batches are smaller than 2^20.
 NO_IMAGE = 2**31 - 1
 
 
@@ -21,7 +21,7 @@ def image_rngs(
 
 
 def batch_rng(rng: Array, step: Int[Array, ""]) -> Array:
-    """The key of a step that belongs to no image, and so is the same for all of them."""
+    """The key of a step for draws that all images share."""
     return jax.random.fold_in(jax.random.fold_in(rng, step), NO_IMAGE)
 
 
@@ -33,16 +33,10 @@ def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, 
 def some_patches(
     augment_rngs: Shaped[Array, "B ..."], *, num_patches: int, k: int
 ) -> Int[Array, "B K"]:
-    """K of the patches of each view, any as likely as any other, by the key of the view."""
+    """K random patches of each view, all equally likely, from the key of the view."""
 
     def choose(rng: Array) -> Array:
         u = jax.random.uniform(jax.random.fold_in(rng, NO_IMAGE), (num_patches,))
         return lowest_first(u, jnp.array(k), k)[0]
 
     return jax.vmap(choose)(augment_rngs)
-
-
-def more_rngs(rngs: Shaped[Array, "B ..."], count: int) -> Shaped[Array, "K ..."]:
-    """`count` keys for each of B, one image after the other, K = B * count."""
-    found = jax.vmap(lambda rng: jax.random.split(rng, count))(rngs)
-    return found.reshape(-1, *found.shape[2:])

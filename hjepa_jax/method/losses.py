@@ -1,7 +1,7 @@
-"""Losses as small pieces: prediction losses over valid targets, VICReg, SIGReg, views that agree.
+"""The terms of the loss, each a pure function.
 
-Everything is computed in float32, products too (whose operands GPUs round by default). Under jit
-with a batch that is split over devices, the means are means over the global batch.
+Everything is computed in float32. Products ask for it, as GPUs round their operands by default. If
+a batch is split over devices under jit, means are means over the global batch.
 """
 
 import math
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 VARIANCE_EPSILON = 1e-4
-# Where characteristic functions are compared: they agree at t = 0, and beyond 5 the weight
-# exp(-t^2 / 2) is below 4e-6. From point to point a projection of size 6 turns by 0.3 of a circle.
+# Points t at which characteristic functions are compared. They agree at t = 0, and beyond 5 the
+# weight exp(-t^2 / 2) is below 4e-6. From one point to the next a projection of size 6 turns by 0.3
+# of a circle.
 SIGREG_STEP = 0.3125
 SIGREG_POINTS = tuple(SIGREG_STEP * k for k in range(1, 17))
 PREDICTION_LOSSES = ("smooth_l1", "mse", "cosine")
@@ -45,13 +46,13 @@ def elementwise_loss(
 
 
 def cosine_similarity(x: Float[Array, "*B D"], y: Float[Array, "*B D"]) -> Float[Array, "*B"]:
-    """Cosine of the angle between vectors, in [-1, 1]; 0 where either is (nearly) zero."""
+    """Cosine of the angle between vectors, in [-1, 1]; 0 if either is (nearly) zero."""
     squared_norms = jnp.sum(x**2, axis=-1) * jnp.sum(y**2, axis=-1)
     return jnp.sum(x * y, axis=-1) / jnp.sqrt(squared_norms + 1e-12)
 
 
 def masked_mean(x: Float[Array, "*B"], valid: Bool[Array, "*B"]) -> Float[Array, ""]:
-    """Mean over the valid entries; 0 where there is none."""
+    """Mean over the valid entries; 0 if there is none."""
     return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
 
 
@@ -77,7 +78,7 @@ def variance_loss(x: Float[Array, "B R D"], target_std: float = 1.0) -> Float[Ar
       target_std: standard deviation below which a feature is penalised.
 
     Returns:
-      Mean over R and D; zero where every feature has at least `target_std`.
+      Mean over R and D; zero if every feature has at least `target_std`.
 
     References:
       Bardes, Ponce, LeCun 2022, arXiv 2105.04906, eq. 1 and 2 (unbiased variance, eps = 1e-4).
@@ -101,37 +102,68 @@ def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
     return jnp.mean(jnp.sum(off_diagonal**2, axis=(1, 2))) / d
 
 
-def agreement_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
+def agreement_loss(
+    x: Float[Array, "B V K"],
+    teacher: Float[Array, "B 1 K"] | None = None,
+    teacher_weight: float = 0.0,
+) -> Float[Array, ""]:
     """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 1].
 
-    Every view takes part in the mean, and has a gradient through it.
+    Every view takes part in the mean and has a gradient through it.
+
+    Args:
+      x: projections of the views.
+      teacher: one more direction per image, which takes part in the mean only.
+      teacher_weight: its weight in the mean; each view has weight 1.
 
     References:
       Tong et al. 2023, arXiv 2304.03977, eq. 4 (agreement of each patch with the mean of all).
     """
     unit = _normalize(x)
-    centre = _normalize(jnp.mean(unit, axis=1, keepdims=True))
+    mean = jnp.mean(unit, axis=1, keepdims=True)
+    if teacher is not None:
+        num_views = x.shape[1]
+        mean = (num_views * mean + teacher_weight * _normalize(teacher)) / (
+            num_views + teacher_weight
+        )
+    centre = _normalize(mean)
     return 1.0 - jnp.mean(jnp.sum(unit * centre, axis=-1))
 
 
-def spread_loss(x: Float[Array, "B V K"]) -> Float[Array, ""]:
-    """How unevenly the directions of the batch use the K dimensions: K if all are alike.
+def second_moment(x: Float[Array, "B V K"]) -> Float[Array, "V K K"]:
+    """Second moment of the directions u_b of each view over the batch: 1/B sum_b u_b u_b^T."""
+    unit = _normalize(x).transpose(1, 0, 2)
+    return jnp.matmul(unit.transpose(0, 2, 1), unit, precision="highest") / x.shape[0]
 
-      K * |1/B sum_b u_b u_b^T|_F^2 = K * mean over all pairs of cos^2, of the unit vectors u_b
 
-    averaged over views, whose directions are compared with those of the same view alone. 1 where
-    they use all dimensions evenly, for which it takes K images; of B < K it is K / B at least.
+def spread_loss(moment: Float[Array, "V K K"]) -> Float[Array, ""]:
+    """How unevenly directions use the K dimensions: K |C|_F^2, from their second moment C.
+
+    The value equals K times the mean squared cosine over all pairs of directions. It is 1 if they
+    use all dimensions evenly and K if all are alike.
+
+    Returns:
+      Mean over V.
 
     References:
       HaoChen et al. 2021, arXiv 2106.04156, eq. 6 (spectral contrastive loss, second term).
     """
-    unit = _normalize(x).transpose(1, 0, 2)
-    products = jnp.matmul(unit.transpose(0, 2, 1), unit, precision="highest") / x.shape[0]
-    return x.shape[-1] * jnp.mean(jnp.sum(products**2, axis=(1, 2)))
+    return moment.shape[-1] * jnp.mean(jnp.sum(moment**2, axis=(1, 2)))
+
+
+def spread_floor(width: int, num_directions: float) -> float:
+    """Expected `spread_loss` of independent directions, uniform on the sphere in K dimensions.
+
+    Args:
+      width: K.
+      num_directions: n, how many there are. n pairs of a direction with itself have cosine 1; all
+        others have a squared cosine of 1/K on average: K/n + 1 - 1/n.
+    """
+    return width / num_directions + 1.0 - 1.0 / num_directions
 
 
 def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
-    """Unit vectors of the same directions; of (nearly) zero vectors shorter ones."""
+    """Unit vectors of the same directions; shorter for (nearly) zero vectors."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-12)
 
@@ -145,16 +177,16 @@ def random_directions(rng: Array, num_slices: int, width: int) -> Float[Array, "
 def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Float[Array, ""]:
     """SIGReg: how far one-dimensional projections of the batch are from a standard normal.
 
-    Of the projections y_1 .. y_B on a direction, the Epps-Pulley statistic
+    For the projections y_1 .. y_B on one direction, the Epps-Pulley statistic
 
       B * integral of |1/B sum_b exp(i t y_b) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
 
     compares the empirical characteristic function with that of N(0, 1). The integrand is even and 0
-    at both ends: the trapezoidal rule is twice a sum over t > 0. Of normal features the statistic
-    is about 1 whatever B is (in the mean sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06); of collapsed ones it
-    grows with B: 0.41 B where they lie at the origin, more elsewhere. For 128 normal
-    projections with a standard deviation of up to 3 the sum's value and gradient are within 1 % of
-    the integral's; at 4 the gradient is off by about 3 %, at 5 by 12 %.
+    at both ends: the trapezoidal rule is twice a sum over t > 0. For normal features the statistic
+    is about 1 at any B; its mean is sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06. For collapsed features it
+    grows with B: 0.41 B if they lie at the origin, more elsewhere. For 128 normal projections with
+    a standard deviation of up to 3, value and gradient of the sum are within 1 % of the integral.
+    At 4 the gradient is off by about 3 %, at 5 by 12 %.
 
     Args:
       x: representations; each of the R tokens is a representation of its own.
@@ -171,7 +203,7 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
     rows = x.astype(jnp.float32).reshape(b * r, d)
     y = jnp.matmul(rows, directions, precision="highest").reshape(b, -1)
     total = jnp.zeros(y.shape[1])
-    for t in SIGREG_POINTS:  # unrolled: [B, R A] at a time, not all points of it
+    for t in SIGREG_POINTS:  # unrolled: memory for one point at a time
         normal = math.exp(-0.5 * t**2)
         real, imaginary = jnp.mean(jnp.cos(t * y), axis=0), jnp.mean(jnp.sin(t * y), axis=0)
         total += 2.0 * SIGREG_STEP * normal * ((real - normal) ** 2 + imaginary**2)

@@ -1,11 +1,10 @@
 """Muon: weight matrices move along their orthogonalized momentum.
 
-Adam looks at each weight by itself; Muon at a matrix as a whole. An update U S V^T of the momentum
-becomes U V^T, so that a direction that many examples share moves a layer no further than a rare
-one. Of optax's two implementations, in the versions that we run, one scales updates by shape and
-one does not, and one loops on the device, which Apple's plugins do not like: hence our own.
-Query, key and value are one matrix here, and orthogonalized as one; each by itself made no
-difference after an epoch (experiments/recipes).
+Adam treats each weight by itself, Muon each matrix as a whole. A momentum U S V^T becomes the update
+U V^T: a direction that many examples share moves a layer no further than a rare one. The optax
+versions that we support scale updates differently, and one loops on the device, which Apple's
+plugins do badly. Hence this file. Query, key and value are orthogonalized as one matrix. Each by
+itself made no difference after an epoch (experiments/recipes).
 
 References:
   Jordan 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, iteration);
@@ -22,11 +21,11 @@ from jaxtyping import Array, Float
 
 from hjepa_jax.models.matmul import FLOAT32, Precision, product
 
-# Of the quintic, Jordan 2024: steep at 0, so that five iterations do for all but tiny singular
-# values; what is around 1 stays between 0.7 and 1.2.
+# Coefficients of the quintic (Jordan 2024). It is steep at 0, so that five iterations suffice for
+# all but tiny singular values. Values around 1 stay between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_UPDATE_RMS = 0.2  # of exactly orthogonal matrices; usual of AdamW (Liu et al. 2025)
+_UPDATE_RMS = 0.2  # for orthogonal matrices; as usual for AdamW (Liu et al. 2025)
 
 
 class MuonState(NamedTuple):

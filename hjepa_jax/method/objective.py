@@ -1,127 +1,146 @@
-"""The training loss: what is predicted against its targets, and what keeps features apart.
+"""The training loss: named terms, each computed only if it has a weight.
 
 References:
-  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Variance and covariance are here of
-  the summary tokens unless `loss.regularized` says otherwise; the invariance of the means of two
-  views is the global level, where its target is of a second view (`loss.cross_view`): there a
-  distance through the predictor, not of the two means themselves.
+  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Here variance and covariance are
+  those of the summary tokens, unless `loss.regularized` says otherwise.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hjepa_jax.method import losses
 from hjepa_jax.models.hjepa import Prediction
 
+# Where the second moment of the spread comes from.
+SPREAD_MOMENTS = ("batch", "running", "views")
+# Share of the old moment in a running one, per batch.
+MOMENT_DECAY = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
-class LossWeights:
-    """How the pieces of the loss are combined.
+class Objective:
+    """Which terms the loss has, and how they are combined.
 
     Attributes:
+      weights: weight of each term by name, without weights of 0. The names are "level_0" ...
+        (prediction of one level), "summary" (all levels, predicted from the summary tokens alone),
+        "variance", "covariance", "sigreg", "agreement" and "spread".
       kind: distance of a prediction to its target, one of `losses.PREDICTION_LOSSES`.
-      level_weights: w_l of each level, in both passes.
-      summary_weight: weight of the summary pass.
-      variance_weight, covariance_weight: weights of the VICReg terms (0 and 0: none).
-      sigreg_weight: weight of SIGReg (0: none).
-      global_terms: names and weights of the terms of the global level, where the model has it:
-        "loss_global", whose target is of the same view, and "loss_cross_view", of a second one.
-      local_weight: weight of what the local views predict of the global level, if there are any.
-      agreement_weight: weight of the agreement of an image's views, where they are projected.
-      spread_weight: weight of what keeps the projected views of different images apart.
-      num_slices: random directions per step, of SIGReg.
+      num_slices: random directions per step, for SIGReg.
+      teacher_weight: weight of the target encoder's projection in the centre of the agreement.
+      spread_moment: second moment that the spread compares: "batch" (one per view), "views" (one
+        over all views) or "running" (the latter, averaged over batches; see `second_moment`).
     """
 
+    weights: Mapping[str, float]
     kind: str = "smooth_l1"
-    level_weights: tuple[float, ...] = (1.0,)
-    summary_weight: float = 1.0
-    variance_weight: float = 0.0
-    covariance_weight: float = 0.0
-    sigreg_weight: float = 0.0
     num_slices: int = 256
-    global_terms: tuple[tuple[str, float], ...] = ()
-    local_weight: float = 1.0
-    agreement_weight: float = 0.0
-    spread_weight: float = 0.0
+    teacher_weight: float = 0.0
+    spread_moment: str = "batch"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels that have a weight, finest first."""
+        names = (name for name in self.weights if name.startswith("level_"))
+        return tuple(int(name.removeprefix("level_")) for name in names)
 
 
-def hjepa_loss(
+def loss_terms(
+    objective: Objective,
     prediction: Prediction,
-    targets: tuple[Float[Array, "B _ D"], ...],
-    weights: LossWeights,
+    targets: Mapping[int, Float[Array, "B _ D"]],
     rng: Array,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The training loss: what is predicted of each level, by all and by part, and the regularizer.
-
-      sum_l w_l d_l + summary_weight * (the same, from the summary tokens)
-        + local_weight * (the global level, from local views) + regularizer
-        + agreement_weight * agreement + spread_weight * spread
+    moment: Float[Array, "V K K"] | None = None,
+) -> dict[str, Float[Array, ""]]:
+    """Every term of the loss that has a weight, by name, before its weight.
 
     Args:
+      objective: the terms and their weights.
       prediction: output of the online networks.
-      targets: per level, features aligned with `prediction.levels`; no gradient is stopped here.
-      weights: how the terms are combined.
-      rng: of the directions that SIGReg looks along.
-
-    Returns:
-      The loss, and every term of it by its metric name, before its own weight.
+      targets: by level, aligned with `prediction.levels`. No gradient is stopped here.
+      rng: of the directions of SIGReg.
+      moment: `second_moment` of the projections, for the spread.
     """
-    num_more = len(targets) - len(prediction.levels)  # the global prediction may have two targets
 
-    def level_losses(predictions: tuple[Array, ...]) -> list[Array]:
-        predictions, valid = (x + x[-1:] * num_more for x in (predictions, prediction.query_valid))
-        triples = zip(predictions, targets, valid, strict=True)
-        return [losses.prediction_loss(p, t, v, weights.kind) for p, t, v in triples]
+    def distance(predictions: Mapping[int, Float[Array, "B _ D"]], level: int) -> Array:
+        valid = prediction.query_valid[level]
+        return losses.prediction_loss(predictions[level], targets[level], valid, objective.kind)
 
-    term_weights = {f"loss_level_{level}": w for level, w in enumerate(weights.level_weights)}
-    term_weights |= dict(weights.global_terms)
+    def summary() -> Array:
+        weighted = jnp.zeros(())
+        for level in objective.levels:
+            weight = objective.weights[f"level_{level}"]
+            weighted += weight * distance(prediction.summary_levels, level)
+        return weighted
 
-    def weighted(values: list[Array]) -> Array:
-        return sum(
-            (w * v for w, v in zip(term_weights.values(), values, strict=True)),
-            start=jnp.zeros(()),
-        )
-
-    level_values = level_losses(prediction.levels)
-    terms = dict(zip(term_weights, level_values, strict=True))
-    loss = weighted(level_values)
-    if prediction.summary_levels:
-        terms["loss_summary"] = weighted(level_losses(prediction.summary_levels))
-        loss += weights.summary_weight * terms["loss_summary"]
-    if prediction.local_views is not None:
-        terms["loss_local"] = local_loss(prediction.local_views, targets, weights)
-        loss += weights.local_weight * terms["loss_local"]
-    if weights.variance_weight or weights.covariance_weight:
-        terms["loss_variance"] = losses.variance_loss(prediction.regularized)
-        terms["loss_covariance"] = losses.covariance_loss(prediction.regularized)
-        loss += weights.variance_weight * terms["loss_variance"]
-        loss += weights.covariance_weight * terms["loss_covariance"]
-    if weights.sigreg_weight:
+    def sigreg() -> Array:
         width = prediction.regularized.shape[-1]
-        directions = losses.random_directions(rng, weights.num_slices, width)
-        terms["loss_sigreg"] = losses.sigreg_loss(prediction.regularized, directions)
-        loss += weights.sigreg_weight * terms["loss_sigreg"]
-    if prediction.projected is not None:
-        terms["loss_agreement"] = losses.agreement_loss(prediction.projected)
-        terms["loss_spread"] = losses.spread_loss(prediction.projected)
-        loss += weights.agreement_weight * terms["loss_agreement"]
-        loss += weights.spread_weight * terms["loss_spread"]
-    return loss, {"loss": loss, **terms}
+        directions = losses.random_directions(rng, objective.num_slices, width)
+        return losses.sigreg_loss(prediction.regularized, directions)
+
+    terms = {
+        **{f"level_{n}": lambda n=n: distance(prediction.levels, n) for n in objective.levels},
+        "summary": summary,
+        "variance": lambda: losses.variance_loss(prediction.regularized),
+        "covariance": lambda: losses.covariance_loss(prediction.regularized),
+        "sigreg": sigreg,
+        "agreement": lambda: losses.agreement_loss(
+            prediction.projected, prediction.projected_target, objective.teacher_weight
+        ),
+        "spread": lambda: losses.spread_loss(moment),
+    }
+    return {name: terms[name]() for name in objective.weights}
 
 
-def local_loss(
-    predictions: Float[Array, "B V D"],
-    targets: tuple[Float[Array, "K _ D"], ...],
-    weights: LossWeights,
+def second_moment(
+    objective: Objective, projected: Float[Array, "B V K"] | None, old: Float[Array, "K K"] | None
+) -> Float[Array, "_ K K"] | None:
+    """The second moment that the spread compares; None if the loss has no spread.
+
+    Args:
+      objective: the terms of the loss.
+      projected: projections of the views.
+      old: the running moment before this batch. The new one is
+        0.9 * stop_gradient(old) + 0.1 * (moment of the batch over all views).
+    """
+    if projected is None or "spread" not in objective.weights:
+        return None
+    if objective.spread_moment == "batch":
+        return losses.second_moment(projected)
+    pooled = losses.second_moment(projected.reshape(-1, 1, projected.shape[-1]))
+    if objective.spread_moment == "views":
+        return pooled
+    assert old is not None
+    return MOMENT_DECAY * jax.lax.stop_gradient(old)[None] + (1.0 - MOMENT_DECAY) * pooled
+
+
+def reported_terms(
+    objective: Objective, terms: Mapping[str, Float[Array, ""]], projected: Any
+) -> dict[str, Float[Array, ""]]:
+    """The terms as they are logged: the spread as a multiple of its floor.
+
+    The floor is the expected spread of independent images whose views point the same way. B such
+    directions have weight in the moment of a batch. A running moment has the weight of
+    (1 + 0.9) / (1 - 0.9) = 19 batches.
+    """
+    if "spread" not in terms:
+        return dict(terms)
+    num_batches = (1.0 + MOMENT_DECAY) / (1.0 - MOMENT_DECAY)
+    num_batches = num_batches if objective.spread_moment == "running" else 1.0
+    floor = losses.spread_floor(projected.shape[-1], num_batches * len(projected))
+    return {**terms, "spread": terms["spread"] / floor}
+
+
+def weighted_sum(
+    weights: Mapping[str, float], terms: Mapping[str, Float[Array, ""]]
 ) -> Float[Array, ""]:
-    """What every local view predicts, against each of the global targets by its share."""
-    shares = [share for _, share in weights.global_terms]
+    """The loss: the sum of all terms times their weights."""
     loss = jnp.zeros(())
-    for share, target in zip(shares, targets[-len(shares) :], strict=True):
-        target = target[:: len(target) // len(predictions)]  # once per image, not per mask
-        target = jnp.broadcast_to(target, predictions.shape)
-        error = losses.elementwise_loss(predictions, target, weights.kind)
-        loss += share * jnp.mean(error)
+    for name, weight in weights.items():
+        loss += weight * terms[name]
     return loss

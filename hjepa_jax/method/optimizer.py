@@ -6,7 +6,6 @@ that says "step 50" shows the learning rate that made step 50 (but for steps tha
 not finite: optax does not count those).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,12 +63,8 @@ def warmup_cosine_schedule(
     return schedule
 
 
-def interpolation_schedule(
-    start: float, end: float, *, kind: str, num_steps: int, at_most: float = math.inf
-) -> Schedule:
+def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: int) -> Schedule:
     """From `start` to `end` over `num_steps`: "constant" (stays at start), "linear" or "cosine".
-
-    Values above `at_most` become `at_most`.
 
     Raises:
       ValueError: for another `kind`.
@@ -80,12 +75,10 @@ def interpolation_schedule(
     def schedule(step: Any) -> Any:
         progress = jnp.asarray(step, jnp.float32) / num_steps
         if kind == "constant":
-            value = jnp.full_like(progress, start)
-        elif kind == "cosine":
-            value = _cosine(start, end, progress)
-        else:
-            value = start + (end - start) * jnp.clip(progress, 0.0, 1.0)
-        return jnp.minimum(value, at_most)
+            return jnp.full_like(progress, start)
+        if kind == "cosine":
+            return _cosine(start, end, progress)
+        return start + (end - start) * jnp.clip(progress, 0.0, 1.0)
 
     return schedule
 

@@ -1,7 +1,9 @@
-"""The training step and the embedding function: pure functions of (state, batch).
+"""The training step, a pure function of (state, images).
 
-Nothing here reads a config. `make_train_step` closes over the static parts and returns a
-function to jit; `make_run_steps` puts several such steps and their metrics into one program.
+1. masks and views     `sample_inputs`
+2. targets             `encode_targets`
+3. loss and gradient   `gradient`, or `accumulated_gradient` for a batch in parts
+4. optimizer update and 5. EMA   `update`
 """
 
 import dataclasses
@@ -14,26 +16,91 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from hjepa_jax.data.augment import Augment
-from hjepa_jax.masks.masks import gather_tokens
+from hjepa_jax.masks.masks import Masks, gather_tokens
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method.health import health
-from hjepa_jax.method.keys import (
-    NO_IMAGE,
-    batch_rng,
-    image_rngs,
-    more_rngs,
-    some_patches,
-    view_rngs,
+from hjepa_jax.method.keys import NO_IMAGE, batch_rng, image_rngs, some_patches, view_rngs
+from hjepa_jax.method.objective import (
+    Objective,
+    loss_terms,
+    reported_terms,
+    second_moment,
+    weighted_sum,
 )
-from hjepa_jax.method.objective import LossWeights, hjepa_loss
 from hjepa_jax.method.optimizer import Schedule, global_norm
-from hjepa_jax.method.targets import TargetSpec, encode_targets, target_depths
 from hjepa_jax.method.train_state import TrainState, ema_update
-from hjepa_jax.method.window import LogWindow, select, update_window
-from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.models.hjepa import HJEPA, Targets
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalViews:
+    """Further small crops of each image, whose projections agree with the masked view.
+
+    Attributes:
+      count: V >= 1, views per image.
+      augment: as for the masked view, at a size of its own.
+      num_patches: patches of each view that the encoder sees, drawn at random; None = all.
+
+    References:
+      Caron et al. 2020, arXiv 2006.09882, section 3.4 ("multi-crop").
+    """
+
+    count: int
+    augment: Augment
+    num_patches: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The static parts of a training step.
+
+    Attributes:
+      model: the networks.
+      tx: optax transformation; its schedules count updates from 1.
+      sample_masks: masks of a batch from one key per image.
+      augment: uint8 images to normalised pixels, from one key per image.
+      objective: the terms of the loss.
+      ema_momentum_fn: m as a function of the number of the update, from 1. None = no EMA: the
+        context encoder gives the targets, with a gradient, and only the regularizer prevents a
+        collapse.
+      local_views: further views of each image; None = none.
+      num_parts: for gradient accumulation: parts of the batch whose gradients are averaged.
+        Statistics over a batch (VICReg, SIGReg, projection, spread) are those of a part.
+    """
+
+    model: HJEPA
+    tx: optax.GradientTransformation
+    sample_masks: MaskSampler
+    augment: Augment
+    objective: Objective
+    ema_momentum_fn: Schedule | None
+    local_views: LocalViews | None = None
+    num_parts: int = 1
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether a term of the loss reads the target encoder."""
+        return bool(self.model.predicted_levels) or self.objective.teacher_weight > 0
+
+
+@struct.dataclass
+class Inputs:
+    """What the networks see of a batch.
+
+    Attributes:
+      masks: which patches are visible, and which are predicted.
+      view: float32 [B, S, S, C], the images, augmented.
+      local_views: float32 [B, V, s, s, C]; None without local views.
+      local_index: int32 [B, V, P], the patches that are seen of them; None = all.
+    """
+
+    masks: Masks
+    view: Any
+    local_views: Any = None
+    local_index: Any = None
 
 
 @struct.dataclass
@@ -42,221 +109,195 @@ class StepOutputs:
 
     Attributes:
       scalars: by metric name, float32 [].
-      features: float32 [B, D], of each image.
-      finite: bool [], whether loss and gradient are; where not, the update was left out.
+      features: float32 [B, D], one vector per image: the mean patch token of the target encoder,
+        or of the context encoder if the loss needs no targets.
+      finite: bool [], whether loss and gradient are finite. If not, the update was left out.
+      spread_moment: float32 [K, K], the running moment after this batch; None if the state
+        carries none.
     """
 
     scalars: dict[str, Any]
     features: Any
     finite: Any = None
+    spread_moment: Any = None
 
 
 TrainStep = Callable[[TrainState, UInt8[Array, "*B H W C"]], tuple[TrainState, StepOutputs]]
 
 
-def make_train_step(
-    *,
-    model: HJEPA,
-    tx: optax.GradientTransformation,
-    sample_masks: MaskSampler,
-    augment: Augment,
-    loss_weights: LossWeights,
-    ema_momentum_fn: Schedule | None,
-    target_spec: TargetSpec | None = None,
-    num_accumulation_steps: int = 1,
-    augment_local: Augment | None = None,
-    num_local_views: int = 0,
-    num_local_patches: int | None = None,
-    num_masks: int = 1,
-) -> TrainStep:
-    """Returns `train_step(state, images) -> (state, outputs)`, one optimizer update.
+def make_train_step(method: Method) -> TrainStep:
+    """Returns `train_step(state, images) -> (state, outputs)`, to jit."""
+    return functools.partial(train_step, method)
 
-    Args:
-      model: the online networks.
-      tx: optax transformation; its schedules count updates from 1.
-      sample_masks: masks of a batch from one key per image.
-      augment: uint8 images to normalised pixels, from one key per image.
-      loss_weights: how the terms of the loss are combined.
-      ema_momentum_fn: m as a function of the number of the update, from 1. None for no EMA: the
-        targets are then features of the context encoder itself, and the gradient flows through
-        them too (the regularizer alone keeps them from collapsing).
-      target_spec: what the targets are made of; None for the output of the target encoder.
-      num_accumulation_steps: the batch is split into as many parts, whose gradients are averaged
-        before the update: consecutive images. The step also takes a batch that is cut already,
-        [parts, B / parts, H, W, C]. On several devices only such a batch lets every device keep
-        its images: of a batch that is not cut, each device would have images of one part alone,
-        and all of them would be sent around. Means over the batch (of valid queries; VICReg,
-        SIGReg, the projection, the spread of views) are then those of a part; SIGReg grows with
-        its rows, and so is smaller by as much.
-      augment_local: as `augment`, for local views: small crops, at a size of their own; None for
-        no such views.
-      num_local_views: V >= 1, how many of those each image has (Caron et al. 2020, arXiv
-        2006.09882, section 3.4, "multi-crop"); the model has a global level, which they predict,
-        or a projection, in which they agree.
-      num_local_patches: how many patches the encoder sees of each of them, drawn at random; None
-        for all.
-      num_masks: how many masks each image has, whose targets are computed once (Baevski et al.
-        2022, arXiv 2212.07525, section 3.3, "multi-mask training").
+
+def train_step(
+    method: Method, state: TrainState, images: UInt8[Array, "*B H W C"]
+) -> tuple[TrainState, StepOutputs]:
+    """One optimizer update.
+
+    With gradient accumulation the batch may be cut already, [parts, B / parts, H, W, C]. On several
+    devices only such a batch lets every device keep its images.
     """
-    apply, global_terms = _untyped_apply(model), dict(loss_weights.global_terms)
-    cross_view = "loss_cross_view" in global_terms
-    spec = target_spec or TargetSpec(
-        target_depths(model.context_encoder.depth, model.predictor.num_levels)
+    rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
+    make_gradient = gradient if method.num_parts == 1 else accumulated_gradient
+    grads, outputs = make_gradient(method, state, images, *rngs)
+    return update(method, state, grads, outputs)
+
+
+def gradient(
+    method: Method,
+    state: TrainState,
+    images: UInt8[Array, "B H W C"],
+    augment_rngs: Shaped[Array, "B ..."],
+    mask_rngs: Shaped[Array, "B ..."],
+) -> tuple[Any, StepOutputs]:
+    """Gradient of the loss with respect to the online parameters, and what the step reports."""
+    model, objective = method.model, method.objective
+
+    # 1. Masks, and the augmented views that they apply to.
+    inputs = sample_inputs(method, images, augment_rngs, mask_rngs)
+
+    # 2. Targets, from the EMA parameters alone.
+    ema_targets = None
+    if method.ema_momentum_fn is not None:
+        ema_targets = jax.lax.stop_gradient(encode_targets(method, state.target_params, inputs))
+
+    # 3. Loss and gradient.
+    rng = batch_rng(state.rng, state.step)
+    rngs = {}
+    if model.context_encoder.drop_path:  # drawn for this part of the batch
+        rngs["drop_path"] = jax.random.fold_in(mask_rngs[0], NO_IMAGE)
+
+    def loss_fn(params: Any) -> tuple[Array, Any]:
+        found = ema_targets
+        if method.ema_momentum_fn is None:
+            found = encode_targets(method, params["context_encoder"], inputs)
+        targets = {} if found is None else _at_queries(found.levels, inputs.masks)
+        apply: Any = model.apply
+        teacher = found if objective.teacher_weight else None
+        seen = (inputs.view, inputs.masks, inputs.local_views, inputs.local_index, teacher)
+        prediction = apply({"params": params}, *seen, rngs=rngs)
+        moment = second_moment(objective, prediction.projected, state.spread_moment)
+        terms = loss_terms(objective, prediction, targets, rng, moment)
+        loss = weighted_sum(objective.weights, terms)
+        return loss, (terms, prediction, found, targets, moment)
+
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    terms, prediction, found, targets, moment = aux
+    tokens = None if found is None else found.tokens
+    features = prediction.context_mean if tokens is None else jnp.mean(tokens, axis=1)
+    reported = reported_terms(objective, terms, prediction.projected)
+    scalars = {"loss": loss, **{f"loss_{name}": term for name, term in reported.items()}}
+    scalars |= health(prediction, targets, tokens)
+    running = None if moment is None or state.spread_moment is None else moment[0]
+    return grads, StepOutputs(scalars, features, spread_moment=running)
+
+
+def sample_inputs(
+    method: Method,
+    images: UInt8[Array, "B H W C"],
+    augment_rngs: Shaped[Array, "B ..."],
+    mask_rngs: Shaped[Array, "B ..."],
+) -> Inputs:
+    """Masks, the masked view and the local views of each image, from its keys."""
+    masks, view = method.sample_masks(mask_rngs), method.augment(augment_rngs, images)
+    local = method.local_views
+    if local is None:
+        return Inputs(masks, view)
+    # One call for all views, so that the program does not grow with their number.
+    per_view = functools.partial(jax.vmap, out_axes=1)
+    rngs = jnp.stack([view_rngs(augment_rngs, 2 + v) for v in range(local.count)])
+    views = per_view(functools.partial(local.augment, images=images))(rngs)
+    if local.num_patches is None:
+        return Inputs(masks, view, views)
+    side = local.augment.image_size // method.model.context_encoder.patch_size
+    choose = functools.partial(some_patches, num_patches=side**2, k=local.num_patches)
+    return Inputs(masks, view, views, per_view(choose)(rngs))
+
+
+def encode_targets(method: Method, encoder_params: Any, inputs: Inputs) -> Targets | None:
+    """Features of the whole masked view by an encoder; None if no term of the loss needs them."""
+    if not method.needs_targets:
+        return None
+    apply: Any = method.model.apply
+    variables = {"params": {"context_encoder": encoder_params}}
+    return apply(variables, inputs.view, method="targets")
+
+
+def _at_queries(levels: dict[int, Array], masks: Masks) -> dict[int, Float[Array, "B _ D"]]:
+    """The targets of each query: of the target patches at level 0, of all cells above."""
+    index = masks.target_index.reshape(len(masks.target_index), -1)
+    return {level: x if level else gather_tokens(x, index) for level, x in levels.items()}
+
+
+def accumulated_gradient(
+    method: Method,
+    state: TrainState,
+    images: UInt8[Array, "*B H W C"],
+    augment_rngs: Shaped[Array, "B ..."],
+    mask_rngs: Shaped[Array, "B ..."],
+) -> tuple[Any, StepOutputs]:
+    """The mean of `gradient` over the parts of a batch, one part at a time."""
+
+    def cut(x: Array) -> Array:
+        return x.reshape(method.num_parts, -1, *x.shape[1:])
+
+    # Images that are cut already stay as they are laid out on the devices.
+    images = images if images.ndim == 5 else cut(images)
+    parts = (images, cut(augment_rngs), cut(mask_rngs))
+
+    def add(carry: Any, part: Any) -> tuple[Any, StepOutputs]:
+        total, moment = carry
+        grads, outputs = gradient(method, _with_moment(state, moment), *part)
+        total = jax.tree.map(jnp.add, total, grads)
+        moment = outputs.spread_moment
+        return (total, moment), dataclasses.replace(outputs, spread_moment=None)
+
+    # A scan and no unrolled loop: the activations of one part are alive at a time.
+    start = (jax.tree.map(jnp.zeros_like, state.params), state.spread_moment)
+    (total, moment), outputs = jax.lax.scan(add, start, parts)
+    grads = jax.tree.map(lambda g: g / method.num_parts, total)
+    scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
+    features = outputs.features
+    features = features.reshape(-1, features.shape[-1])
+    return grads, StepOutputs(scalars, features, spread_moment=moment)
+
+
+def _with_moment(state: TrainState, moment: Float[Array, "K K"] | None) -> TrainState:
+    """The state with another running moment, if it carries one."""
+    return state if moment is None else dataclasses.replace(state, spread_moment=moment)
+
+
+def update(
+    method: Method, state: TrainState, grads: Any, outputs: StepOutputs
+) -> tuple[TrainState, StepOutputs]:
+    """The state after the optimizer update and the EMA, and the outputs with the step's norms."""
+    # 4. Optimizer update.
+    updates, opt_state = method.tx.update(grads, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+
+    # 5. EMA of the updated parameters. Without one, the encoder itself is evaluated.
+    target_params = params["context_encoder"]
+    if method.ema_momentum_fn is not None:
+        ema_momentum = method.ema_momentum_fn(state.step + 1)
+        target_params = ema_update(state.target_params, target_params, ema_momentum)
+
+    norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    scalars = outputs.scalars | {name: global_norm(tree) for name, tree in norms.items()}
+
+    # A step that is not finite changes nothing but the step number. Masks, augmentation and data of
+    # the next step differ, so it may do better.
+    finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
+    new = dataclasses.replace(
+        _with_moment(state, outputs.spread_moment),
+        params=params,
+        target_params=target_params,
+        opt_state=opt_state,
     )
-
-    def per_mask(x: Array) -> Array:
-        return x if num_masks == 1 else jnp.repeat(x, num_masks, axis=0)
-
-    def make_targets(
-        encoder_params: Any, views: Array, second_views: Array | None, target_index: Array
-    ) -> tuple[tuple[Array, ...], Array]:
-        """Targets of every level and query, and the tokens that the target encoder gave."""
-        found = encode_targets(model, encoder_params, views, spec)
-        levels = [*found.levels]
-        if "loss_global" in global_terms:
-            levels.append(found.whole)
-        if second_views is not None:
-            levels.append(encode_targets(model, encoder_params, second_views, spec).whole)
-        finest, *coarse = (per_mask(level) for level in levels)
-        return (gather_tokens(finest, target_index), *coarse), found.tokens
-
-    def loss_and_grads(
-        state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
-    ) -> tuple[Any, StepOutputs]:
-        # 1. Masks (and the augmented views they apply to).
-        masks = sample_masks(mask_rngs if num_masks == 1 else more_rngs(mask_rngs, num_masks))
-        views = augment(augment_rngs, images)
-
-        # 2. Forward, loss, gradient. The targets come from the EMA parameters alone (if any).
-        second_views = augment(view_rngs(augment_rngs, 1), images) if cross_view else None
-        local_views = local_index = None
-        if augment_local is not None:
-            # One call for all views, so that the program does not grow with their number.
-            of_views = functools.partial(jax.vmap, out_axes=1)
-            local_rngs = jnp.stack([view_rngs(augment_rngs, 2 + v) for v in range(num_local_views)])
-            local_views = of_views(functools.partial(augment_local, images=images))(local_rngs)
-            if num_local_patches is not None:
-                side = augment_local.image_size // model.context_encoder.patch_size
-                choose = functools.partial(some_patches, num_patches=side**2, k=num_local_patches)
-                local_index = of_views(choose)(local_rngs)
-        target_index = masks.target_index.reshape(num_masks * len(views), -1)
-        inputs = (views, second_views, target_index)
-        rng = batch_rng(state.rng, state.step)
-        rngs = {}
-        if model.context_encoder.drop_path:  # of this part of the batch
-            rngs["drop_path"] = jax.random.fold_in(mask_rngs[0], NO_IMAGE)
-        ema_targets = None
-        if ema_momentum_fn is not None:
-            ema_targets = jax.lax.stop_gradient(make_targets(state.target_params, *inputs))
-
-        def loss_fn(params: Any) -> tuple[Array, Any]:
-            targets, tokens = ema_targets or make_targets(params["context_encoder"], *inputs)
-            seen = (per_mask(views), masks, local_views, local_index)
-            prediction = apply({"params": params}, *seen, rngs=rngs)
-            loss, scalars = hjepa_loss(prediction, targets, loss_weights, rng)
-            return loss, (scalars, prediction, targets, tokens)
-
-        (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        scalars, prediction, targets, tokens = aux
-        features = jnp.mean(tokens, axis=1)
-        found = health(prediction, targets, tokens, num_levels=model.predictor.num_levels)
-        return grads, StepOutputs(scalars | found, features)
-
-    def accumulated(
-        state: TrainState, images: Array, augment_rngs: Array, mask_rngs: Array
-    ) -> tuple[Any, StepOutputs]:
-        def cut(x: Array) -> Array:
-            return x.reshape(num_accumulation_steps, -1, *x.shape[1:])
-
-        # Images that are cut already stay as they are laid out on the devices.
-        images = images if images.ndim == 5 else cut(images)
-        parts = (images, cut(augment_rngs), cut(mask_rngs))
-
-        def add(total: Any, part: Any) -> tuple[Any, StepOutputs]:
-            grads, outputs = loss_and_grads(state, *part)
-            return jax.tree.map(jnp.add, total, grads), outputs
-
-        # A scan, not an unrolled loop, so that one part's activations are alive at a time.
-        total, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), parts)
-        grads = jax.tree.map(lambda g: g / num_accumulation_steps, total)
-        scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
-        features = outputs.features
-        return grads, StepOutputs(scalars, features.reshape(-1, features.shape[-1]))
-
-    def train_step(
-        state: TrainState, images: UInt8[Array, "*B H W C"]
-    ) -> tuple[TrainState, StepOutputs]:
-        rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
-        gradient = loss_and_grads if num_accumulation_steps == 1 else accumulated
-        grads, outputs = gradient(state, images, *rngs)
-
-        # 3. Optimizer update.
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-
-        # 4. EMA, of the updated parameters. Without one, what is judged is the encoder itself.
-        target_params = params["context_encoder"]
-        if ema_momentum_fn is not None:
-            ema_momentum = ema_momentum_fn(state.step + 1)
-            target_params = ema_update(state.target_params, target_params, ema_momentum)
-
-        outputs.scalars["grad_norm"] = global_norm(grads)
-        outputs.scalars["update_norm"] = global_norm(updates)
-        outputs.scalars["param_norm"] = global_norm(params)
-
-        # A step that is not finite leaves all as it was, but for its number: masks, augmentation
-        # and data of the next one differ, so that it may do better.
-        finite = jnp.isfinite(outputs.scalars["loss"]) & jnp.isfinite(outputs.scalars["grad_norm"])
-        params, target_params, opt_state = select(
-            finite,
-            (params, target_params, opt_state),
-            (state.params, state.target_params, state.opt_state),
-        )
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            target_params=target_params,
-            opt_state=opt_state,
-            rng=state.rng,
-        )
-        return new_state, dataclasses.replace(outputs, finite=finite)
-
-    return train_step
+    new_state = dataclasses.replace(select(finite, new, state), step=state.step + 1)
+    return new_state, StepOutputs(scalars, outputs.features, finite)
 
 
-def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, LogWindow]]:
-    """Returns a function that makes up to S updates in one program.
-
-    The result, `run_steps(state, window, images, index, count)`, takes the whole training set
-    (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
-    run, which may change from call to call without compiling again. If the training set is not on
-    the device, it takes the batches themselves, uint8 [S, B, H, W, C], and None for the index.
-    With gradient accumulation, B stands for two dimensions: parts, and images of a part.
-    """
-
-    def run_steps(
-        state: TrainState,
-        window: LogWindow,
-        images: UInt8[Array, "... H W C"],
-        index: Int[Array, "S ..."] | None,
-        count: Int[Array, ""],
-    ) -> tuple[TrainState, LogWindow]:
-        def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:
-            state, window = carry
-            batch = images[i] if index is None else images[index[i]]
-            new_state, outputs = train_step(state, batch)
-            return new_state, update_window(
-                window, outputs.scalars, outputs.features, state.step, outputs.finite
-            )
-
-        num_batches = len(images) if index is None else len(index)
-        if num_batches == 1:  # no loop in the program where there is nothing to repeat
-            return body(0, (state, window))
-        return jax.lax.fori_loop(0, count, body, (state, window))
-
-    return run_steps
-
-
-def _untyped_apply(model: HJEPA) -> Any:
-    """`model.apply`, of whose results a type checker cannot know whether they are pairs."""
-    return model.apply
+def select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`new` if the condition holds, else `old`, for trees of arrays."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

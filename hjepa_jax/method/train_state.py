@@ -27,10 +27,40 @@ class TrainState:
     opt_state: Any
     rng: Any
 
+    spread_moment = None  # a field of `MomentState` only
 
-def create_train_state(params: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """A fresh state at step 0, whose target encoder is a copy of the context encoder."""
-    return TrainState(
+
+@struct.dataclass
+class MomentState(TrainState):
+    """A state with the running second moment of the projections (`loss.spread_moment`).
+
+    It is a class of its own, so that states without this moment, and their checkpoints, stay as
+    they are.
+
+    Attributes:
+      spread_moment: float32 [K, K].
+    """
+
+    spread_moment: Any = None
+
+
+def create_train_state(
+    params: Any,
+    tx: optax.GradientTransformation,
+    rng: jax.Array,
+    *,
+    moment_width: int | None = None,
+) -> TrainState:
+    """A fresh state at step 0, whose target encoder is a copy of the context encoder.
+
+    Args:
+      params: online parameters.
+      tx: optax transformation.
+      rng: the run's key.
+      moment_width: K, width of the projections whose running second moment the state carries. It
+        starts from that of evenly spread directions, I / K. None = no moment.
+    """
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # A real copy: an aliased tree could not be donated.
@@ -38,6 +68,9 @@ def create_train_state(params: Any, tx: optax.GradientTransformation, rng: jax.A
         opt_state=tx.init(params),
         rng=rng,
     )
+    if moment_width is None:
+        return state
+    return MomentState(**vars(state), spread_moment=jnp.eye(moment_width) / moment_width)
 
 
 def ema_update(target_params: Any, params: Any, ema_momentum: jax.Array | float) -> Any:

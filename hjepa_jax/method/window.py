@@ -1,4 +1,4 @@
-"""What is accumulated on the device between two lines of the log.
+"""Metrics that are accumulated on the device between two log lines, and the steps between them.
 
 CLU metrics are tiny pure structs with `merge` and `compute`; a window of them is carried through
 the training step next to the state, so that the host does nothing between logs, and is saved
@@ -11,6 +11,7 @@ with it, so that a resumed run writes the same lines.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from hjepa_jax.method.step import TrainStep, select
+from hjepa_jax.method.train_state import TrainState
 
 FEATURE_ROWS = 512
 
@@ -110,11 +114,6 @@ def update_window(
     )
 
 
-def select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` where the condition holds, else `old`, for trees of arrays."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
 def reset_averages(window: LogWindow) -> LogWindow:
     """The window after a log line: means start anew, features stay."""
     return dataclasses.replace(window, averages=type(window.averages).empty())
@@ -131,3 +130,36 @@ def nonfinite_terms(window: LogWindow) -> list[str]:
     """Names of the scalars that were not finite in the newest step that was not."""
     names = sorted(window.averages.compute())
     return [name for name, bad in zip(names, window.nonfinite.terms, strict=True) if bad]
+
+
+def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, LogWindow]]:
+    """Returns a function that makes up to S updates in one program.
+
+    The result is `run_steps(state, window, images, index, count)`. It takes the whole training set
+    (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
+    run. This number may change from call to call without a new compilation. If the training set is
+    not on the device, the function takes the batches themselves, uint8 [S, B, H, W, C], and None
+    for the index. With gradient accumulation, B stands for two axes: parts, and images of a part.
+    """
+
+    def run_steps(
+        state: TrainState,
+        window: LogWindow,
+        images: UInt8[Array, "... H W C"],
+        index: Int[Array, "S ..."] | None,
+        count: Int[Array, ""],
+    ) -> tuple[TrainState, LogWindow]:
+        def body(i: Any, carry: tuple[TrainState, LogWindow]) -> tuple[TrainState, LogWindow]:
+            state, window = carry
+            batch = images[i] if index is None else images[index[i]]
+            new_state, outputs = train_step(state, batch)
+            return new_state, update_window(
+                window, outputs.scalars, outputs.features, state.step, outputs.finite
+            )
+
+        num_batches = len(images) if index is None else len(index)
+        if num_batches == 1:  # a loop in the program would repeat nothing
+            return body(0, (state, window))
+        return jax.lax.fori_loop(0, count, body, (state, window))
+
+    return run_steps

@@ -1,7 +1,8 @@
-"""H-JEPA: a context encoder and a predictor that share one parameter tree."""
+"""H-JEPA: a context encoder, a predictor and a projection that share one parameter tree."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -14,37 +15,51 @@ from hjepa_jax.models.projection import Projection
 from hjepa_jax.models.vit import VisionTransformer
 
 REGULARIZED = ("summary", "context", "both")
+PROJECTION_INPUTS = ("summary", "summary+patches")
 
 
 @struct.dataclass
 class Prediction:
-    """What the online networks make of a masked batch.
+    """Output of the online networks for a masked batch.
 
     Attributes:
-      levels: per level, predictions from context and summary tokens, [B, Q_l, D]; after the L
-        levels that of the global one, [B, 1, D], where the predictor has it.
+      levels: by level, predictions from context and summary tokens, [B, Q_l, D].
       summary_levels: the same from the summary tokens alone; empty without a summary pass.
-      query_valid: per level, which predictions count, bool [B, Q_l].
+      query_valid: by level, which predictions count, bool [B, Q_l].
       context: tokens of the visible patches, float32 [B, K, D].
       summary: summary tokens, float32 [B, R, D].
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
-      regularized: representations of the image that the regularizer spreads, float32 [B, S, D].
-      local_views: the global level, as the summary tokens of each of V local views predict it,
-        float32 [I, V, D] for the I images of which B masks are drawn; None without such views or
-        without that level.
-      projected: float32 [I, B / I + V, K], where all views of an image are to agree, those that
-        masks leave of it first; None without a projection.
+      regularized: representations that the regularizer spreads, float32 [B, S, D].
+      projected: projection of the masked view, then of the V local views, float32
+        [B, 1 + V, K]; None without a projection.
+      projected_target: projection of the target encoder's features of the whole image, without a
+        gradient, float32 [B, 1, K]; None if they are not given.
     """
 
-    levels: tuple[Any, ...]
-    summary_levels: tuple[Any, ...]
-    query_valid: tuple[Any, ...]
+    levels: dict[int, Any]
+    summary_levels: dict[int, Any]
+    query_valid: dict[int, Any]
     context: Any
     summary: Any
     context_mean: Any
     regularized: Any
-    local_views: Any = None
     projected: Any = None
+    projected_target: Any = None
+
+
+@struct.dataclass
+class Targets:
+    """Output of an encoder for whole images.
+
+    Attributes:
+      levels: by level, float32 [B, N_l, D]: LN(A_l z_0), or LN of the pyramid's level l.
+      tokens: patch tokens z_0, float32 [B, N, D].
+      summary: summary tokens, float32 [B, R, D].
+    """
+
+    levels: dict[int, Any]
+    tokens: Any
+    summary: Any
 
 
 class HJEPA(nn.Module):
@@ -53,130 +68,143 @@ class HJEPA(nn.Module):
     Attributes:
       context_encoder: ViT over the visible patches.
       predictor: predicts hidden features at every level.
-      summary_pass: whether the summary tokens alone must predict everything as well.
+      levels: the levels that are predicted; None = all. Without any there is no predictor.
+      summary_pass: whether the summary tokens alone must predict these levels as well.
       min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
-      projection: of the summary tokens of each view to where all views of an image are to agree.
+      projection: of each view, into the space where the views of an image agree; None = none.
+      projection_input: what it reads of a view: "summary" (tokens), or "summary+patches": these,
+        and the mean of the visible patch tokens.
     """
 
     context_encoder: VisionTransformer
     predictor: Predictor
+    levels: tuple[int, ...] | None = None
     summary_pass: bool = True
     min_coverage: float = 1.0
     regularized: str = "summary"
     projection: Projection | None = None
+    projection_input: str = "summary"
+
+    @property
+    def predicted_levels(self) -> tuple[int, ...]:
+        """The levels that are predicted, finest first."""
+        return tuple(range(self.predictor.num_levels)) if self.levels is None else self.levels
 
     def __call__(
         self,
         images: Float[Array, "B H W C"],
         masks: Masks,
-        local_views: Float[Array, "I V h w C"] | None = None,
-        local_index: Int[Array, "I V P"] | None = None,
+        local_views: Float[Array, "B V h w C"] | None = None,
+        local_index: Int[Array, "B V P"] | None = None,
+        teacher: Targets | None = None,
     ) -> Prediction:
-        """Encodes what is visible and predicts what is not; local views are of I images.
+        """Encodes the visible patches and predicts the hidden ones.
 
-        B is I times the masks per image. Of each local view the encoder sees the patches
-        `local_index`, or all of them.
+        Args:
+          images: normalised pixels.
+          masks: which patches are visible and which are predicted.
+          local_views: further crops of the images, of any size.
+          local_index: the patches of each local view that the encoder sees; None = all.
+          teacher: features of the whole images by the target encoder; None = not projected.
         """
         context, summary = self.context_encoder(images, masks.context_index, masks.context_valid)
-        b, r, _ = summary.shape
-        num_blocks = masks.target_index.shape[1]
-        target_index = masks.target_index.reshape(b, -1)
         query_valid = self.query_valid(masks)
-        summary_valid = jnp.ones((b, r), bool)
-
-        levels = self.predictor(
-            jnp.concatenate([summary, context], axis=1),
-            masks.context_index,
-            jnp.concatenate([summary_valid, masks.context_valid], axis=1),
-            target_index,
-            query_valid,
-            num_blocks=num_blocks,
-        )
-        levels = self.fuse_levels(levels, target_index)
-        summary_levels = ()
-        if self.summary_pass:
-            summary_levels = self.predictor(
-                summary, None, summary_valid, target_index, query_valid, num_blocks=num_blocks
+        levels, summary_levels = {}, {}
+        if query_valid:
+            summary_valid = jnp.ones(summary.shape[:2], bool)
+            levels = self._predict(
+                masks,
+                query_valid,
+                context=jnp.concatenate([summary, context], axis=1),
+                context_valid=jnp.concatenate([summary_valid, masks.context_valid], axis=1),
+                context_index=masks.context_index,
             )
-            summary_levels = self.fuse_levels(summary_levels, target_index)
+            if self.summary_pass:
+                summary_levels = self._predict(
+                    masks, query_valid, context=summary, context_valid=summary_valid
+                )
         context_mean = _valid_mean(context, masks.context_valid)
         regularized = {
             "summary": summary,
             "context": context_mean[:, None],
             "both": jnp.concatenate([summary, context_mean[:, None]], axis=1),
         }[self.regularized]
-        local = None if local_views is None else self.summarize(local_views, local_index)
-        predicted = None
-        if local is not None and self.predictor.global_level:
-            predicted = self.predict_global(local)
+        projected = projected_target = None
+        if self.projection is not None:
+            views = self._view_features(summary, context_mean)[:, None]
+            if local_views is not None:
+                local = self._encode_local(local_views, local_index)
+                views = jnp.concatenate([views, local], axis=1)
+            projected = self.projection(views)
+            if teacher is not None:
+                whole = self._view_features(teacher.summary, jnp.mean(teacher.tokens, axis=1))
+                projected_target = jax.lax.stop_gradient(self.projection(whole[:, None]))
         return Prediction(
-            levels,
-            summary_levels,
-            query_valid,
-            context,
-            summary,
-            context_mean,
-            regularized,
-            predicted,
-            None if self.projection is None else self.project(summary, local),
+            levels=levels,
+            summary_levels=summary_levels,
+            query_valid=query_valid,
+            context=context,
+            summary=summary,
+            context_mean=context_mean,
+            regularized=regularized,
+            projected=projected,
+            projected_target=projected_target,
         )
 
-    def summarize(
-        self, views: Float[Array, "I V h w C"], index: Int[Array, "I V P"] | None = None
-    ) -> Float[Array, "I V R D"]:
-        """Summary tokens of each view, of any size: of all its patches or of those of `index`."""
-        i, v = views.shape[:2]
+    def _predict(
+        self, masks: Masks, query_valid: dict[int, Bool[Array, "B _"]], **context: Any
+    ) -> dict[int, Float[Array, "B _ D"]]:
+        """The predictor's output from some context tokens, through the pyramid if there is one."""
+        target_index = masks.target_index.reshape(len(masks.target_index), -1)
+        levels = self.predictor(
+            target_index=target_index,
+            query_valid=query_valid,
+            num_blocks=masks.target_index.shape[1],
+            **context,
+        )
+        return self._fuse(levels, target_index)
+
+    def _view_features(
+        self, summary: Float[Array, "B R D"], mean: Float[Array, "B D"]
+    ) -> Float[Array, "B E"]:
+        """What the projection reads of a view, side by side."""
+        flat = summary.reshape(len(summary), -1)
+        if self.projection_input == "summary":
+            return flat
+        return jnp.concatenate([flat, mean], axis=1)
+
+    def _encode_local(
+        self, views: Float[Array, "B V h w C"], index: Int[Array, "B V P"] | None
+    ) -> Float[Array, "B V E"]:
+        """What the projection reads of each local view."""
+        b, v = views.shape[:2]
         if index is not None:
-            index = index.reshape(i * v, -1)
-        _, summary = self.context_encoder(views.reshape(i * v, *views.shape[2:]), index)
-        return summary.reshape(i, v, *summary.shape[1:])
+            index = index.reshape(b * v, -1)
+        tokens, summary = self.context_encoder(views.reshape(b * v, *views.shape[2:]), index)
+        return self._view_features(summary, jnp.mean(tokens, axis=1)).reshape(b, v, -1)
 
-    def predict_global(self, summary: Float[Array, "I V R D"]) -> Float[Array, "I V D"]:
-        """The global level as the summary tokens of each view predict it."""
-        i, v, r, d = summary.shape
-        seen = jnp.ones((i * v, r), bool)
-        tokens = summary.reshape(i * v, r, d)
-        (prediction,) = self.predictor(tokens, None, seen, None, (seen[:, :1],))
-        return prediction.reshape(i, v, -1)
-
-    def project(
-        self, summary: Float[Array, "B R D"], local: Float[Array, "I V R D"] | None
-    ) -> Float[Array, "I W K"]:
-        """Where the views of an image are to agree: those that masks leave of it, then local."""
-        assert self.projection is not None
-        num_images = len(summary) if local is None else len(local)
-        views = summary.reshape(num_images, -1, *summary.shape[1:])
-        if local is not None:
-            views = jnp.concatenate([views, local], axis=1)
-        return self.projection(views.reshape(*views.shape[:2], -1))
-
-    def fuse_levels(
+    def _fuse(
         self,
-        levels: tuple[Float[Array, "B _ D"], ...],
+        levels: dict[int, Float[Array, "B _ D"]],
         target_index: Int[Array, "B Q"] | None = None,
-    ) -> tuple[Float[Array, "B _ D"], ...]:
-        """The levels through the pyramid, if there is one; a global one stays as it is."""
+    ) -> dict[int, Float[Array, "B _ D"]]:
+        """The levels through the pyramid, if there is one."""
         if self.context_encoder.pyramid is None:
             return levels
-        num_levels = self.predictor.num_levels
-        fused = self.context_encoder.pyramid(levels[:num_levels], target_index)
-        return (*fused, *levels[num_levels:])
+        fused = self.context_encoder.pyramid(tuple(levels.values()), target_index)
+        return dict(zip(levels, fused, strict=True))
 
-    def query_valid(self, masks: Masks) -> tuple[Bool[Array, "B _"], ...]:
-        """Which level-0 targets are real, then which cells of each level above are hidden.
-
-        The global query, where there is one, is valid where the image shows something.
-        """
-        grid_size, num_levels = self.predictor.grid_size, self.predictor.num_levels
+    def query_valid(self, masks: Masks) -> dict[int, Bool[Array, "B _"]]:
+        """By level: which targets of level 0 are real, which cells above are hidden."""
+        grid_size = self.predictor.grid_size
         hidden = target_union(masks, grid_size**2)
-        cells = (
-            hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
-            for level in range(1, num_levels)
-        )
-        shown = jnp.any(masks.context_valid, axis=1, keepdims=True)
-        whole = (shown,) * self.predictor.global_level
-        return (masks.target_valid.reshape(len(hidden), -1), *cells, *whole)
+        return {
+            level: hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
+            if level
+            else masks.target_valid.reshape(len(hidden), -1)
+            for level in self.predicted_levels
+        }
 
     def encode(
         self,
@@ -184,14 +212,26 @@ class HJEPA(nn.Module):
         index: Int[Array, "B K"] | None = None,
         valid: Bool[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B _ D"], Float[Array, "B R D"]]:
-        """Patch and summary tokens of whole images (or of the patches `index`)."""
+        """Patch and summary tokens of whole images, or of the patches `index`."""
         return self.context_encoder(images, index, valid)
+
+    def targets(self, images: Float[Array, "B H W C"]) -> Targets:
+        """Features of whole images at every predicted level. The parameters decide whose."""
+        tokens, summary = self.context_encoder(images)
+        grid_size = self.predictor.grid_size
+        levels = {
+            level: hierarchy.standardize(hierarchy.pool(tokens, grid_size, level))
+            for level in self.predicted_levels
+        }
+        if self.context_encoder.pyramid is not None:
+            levels = {level: hierarchy.standardize(x) for level, x in self._fuse(levels).items()}
+        return Targets(levels, tokens, summary)
 
 
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
-    """Means over the valid tokens; of an image without one, the mean of all other images.
+    """Means over the valid tokens; an image without any gets the mean of all other images.
 
-    There it adds nothing to the spread of the batch, which a vector of zeros would.
+    Such an image adds nothing to the spread of the batch. A vector of zeros would.
     """
     weight = valid.astype(jnp.float32)[..., None]
     means = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)

@@ -1,10 +1,13 @@
 """Matrix products in a chosen precision, laid out as XLA's compilers are fastest with.
 
-Three things about XLA on CPU (experiments/throughput) shape this file. The gradient of a weight
-that multiplies [B, N, D] sums over two axes, for which both operands are transposed first: all
-tokens of a batch are therefore one matrix. Products of bfloat16 numbers use the processor's matrix
-units only where their results are float32, in the backward pass too; and only where they do not sum
-over the first axes of both operands, as the gradients of weights, keys and values do.
+Three facts about XLA on CPU (experiments/throughput) shape this file:
+
+* The gradient of a weight that multiplies [B, N, D] sums over two axes, and XLA transposes both
+  operands first. So all tokens of a batch form one matrix here.
+* Products of bfloat16 numbers use the processor's matrix units only if the results are float32, in
+  the backward pass too.
+* They do so only if the sum does not run over the first axes of both operands. The gradients of
+  weights, keys and values are such sums, so one operand is transposed here (`_product_over_first`).
 """
 
 import dataclasses
@@ -66,7 +69,7 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
     grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
-    # Of a by what only a has, its last axis but one; what comes before is of all three.
+    # True if the gradient of b sums over the last axis but one of a, which b does not have.
     by_rows = in_a[:-1] == out[:-1] and set(in_a) - set(in_b) == {in_a[-2]}
     tiles = precision.results == jnp.float32 and _has_tiles(min(a.shape[-1], grad.shape[-1]))
     if by_rows and tiles:
@@ -81,7 +84,7 @@ _rounded_product.defvjp(_forward, _backward)
 
 
 def _has_tiles(size: int) -> bool:
-    """Whether an axis of such a size is several tiles, and nothing beside them."""
+    """Whether an axis of this size consists of two or more whole tiles."""
     return size % _TILE == 0 and size > _TILE
 
 
@@ -97,7 +100,7 @@ def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) ->
 
 
 def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
-    """x^T, in tiles where it has them: a plain transpose would be folded back into the product.
+    """x^T, in tiles if possible: XLA would fold a plain transpose back into the product.
 
     The barrier keeps a reshape of x out of the copy, which would divide every index by its sizes
     and be ten times as slow.
@@ -111,7 +114,7 @@ def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
 
 
 class Dense(nn.Module):
-    """x W + b over the last axis, of all tokens at once; Xavier-uniform W times `scale`.
+    """x W + b over the last axis, for all tokens at once; Xavier-uniform W times `scale`.
 
     Attributes:
       features: width of the result, F.

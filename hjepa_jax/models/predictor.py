@@ -24,22 +24,21 @@ MODES = ("self", "blocks", "cross")
 class Predictor(nn.Module):
     """A transformer over context and queries, with one linear head per level.
 
-    Who attends to whom is its `mode`:
-      self: all tokens to all, so that what is predicted of one block depends on the others.
-      blocks: each block's queries to the context and to themselves, as if every block were
-        predicted by a pass of its own, but for the context, which attends to itself and not to
-        queries; likewise the queries of each coarser level.
-      cross: each query to the context alone, whose tokens stay as they are: the cheapest.
+    Its `mode` says who attends to whom:
+      self: all tokens to all. The prediction of one block depends on the other blocks.
+      blocks: the queries of each block to the context and to themselves. This equals one pass per
+        block, except that the context attends to itself only and is computed once. The queries of
+        each coarser level form a block, too.
+      cross: each query to the context alone, whose tokens stay as they are. This is the cheapest.
 
     Attributes:
       grid_size: patches per side, G.
       num_levels: L.
       out_width: width of the encoder's tokens, D.
       width, depth, num_heads, mlp_ratio: size of the predictor.
-      global_level: whether one query more, on top of the levels, stands for the whole grid.
       mode: one of `MODES`.
-      positions: "learned", "sincos2d" or "rope2d"; the last beside "sincos2d", so that a query says
-        where it is even where it attends to summary tokens alone, which are nowhere.
+      positions: "learned", "sincos2d" or "rope2d". "rope2d" comes beside "sincos2d", so that a
+        query knows its place even if it attends to summary tokens only, which have no place.
       precision: of the matrix products; parameters are float32.
       remat: see `block_type`.
     """
@@ -51,7 +50,6 @@ class Predictor(nn.Module):
     depth: int
     num_heads: int
     mlp_ratio: float = 4.0
-    global_level: bool = False
     mode: str = "self"
     positions: str = "learned"
     precision: Precision = Precision()
@@ -60,119 +58,133 @@ class Predictor(nn.Module):
     def setup(self):
         added = "sincos2d" if self.positions == "rope2d" else self.positions
         self.position_table = PositionTable(added, self.grid_size, self.width)
-        num_levels = self.num_levels + self.global_level
         self.mask_token = self.param("mask_token", token_init, (1, 1, self.width))
-        self.level_tokens = self.param("level_tokens", token_init, (num_levels, self.width))
+        self.level_tokens = self.param("level_tokens", token_init, (self.num_levels, self.width))
         self.project_in = Dense(self.width, self.precision)
         scale, block_class = residual_scale(self.depth), block_type(remat=self.remat)
         self.blocks = [
-            block_class(self.num_heads, self.mlp_ratio, self.precision, out_scale=scale)
+            block_class(
+                self.num_heads,
+                self.mlp_ratio,
+                self.precision,
+                out_scale=scale,
+                cross=self.mode == "cross",
+            )
             for _ in range(self.depth)
         ]
         self.norm = layer_norm()
         if self.mode == "cross":
             self.norm_context = layer_norm()
-        self.heads = [Dense(self.out_width, self.precision) for _ in range(num_levels)]
+        self.heads = [Dense(self.out_width, self.precision) for _ in range(self.num_levels)]
 
     def __call__(
         self,
         context: Float[Array, "B C D"],
-        context_index: Int[Array, "B K"] | None,
-        context_valid: Bool[Array, "B C"],
-        target_index: Int[Array, "B Q"] | None,
-        query_valid: tuple[Bool[Array, "B _"], ...],
         *,
+        context_valid: Bool[Array, "B C"],
+        context_index: Int[Array, "B K"] | None = None,
+        target_index: Int[Array, "B Q"],
+        query_valid: dict[int, Bool[Array, "B _"]],
         num_blocks: int = 1,
-    ) -> tuple[Float[Array, "B _ D"], ...]:
-        """Predicts the level-0 features of `target_index` and those of all cells above.
+    ) -> dict[int, Float[Array, "B _ D"]]:
+        """Predicts the features of the patches `target_index` and of all cells above them.
 
         Args:
           context: encoder tokens to predict from: R summary tokens, then K patch tokens.
-          context_index: patches of the last K of them; None where there are summary tokens only.
           context_valid: False where a context token is padding.
-          target_index: patches to predict at level 0; None to predict the global level alone.
-          query_valid: per level, which queries count: [B, Q] for `target_index`, then [B, N_l]
-            for every cell of level l, [B, 1] for the global one. No other token attends to one
-            that does not.
-          num_blocks: M, how many blocks of equal size `target_index` consists of.
+          context_index: patches of the last K context tokens; None if there are summary tokens
+            only.
+          target_index: patches to predict at level 0.
+          query_valid: by level, which queries count: [B, Q] at level 0, [B, N_l] for the cells of
+            level l. No other token attends to a query that does not count. Only these levels are
+            predicted.
+          num_blocks: M, number of blocks of equal size in `target_index`.
 
         Returns:
-          Predictions per level: float32 [B, Q, D], then [B, N_l, D], then [B, 1, D]; without
-          `target_index` the last one alone, as `query_valid` has.
+          Predictions by level: float32 [B, Q, D] or [B, N_l, D].
         """
-        table = self.position_table()
+        table, levels = self.position_table(), list(query_valid)
         x = self.project_in(context)
-        num_context = x.shape[1]
+        b, num_context, _ = x.shape
         num_summary = num_context - (0 if context_index is None else context_index.shape[1])
 
-        def of_context(rows: Float[Array, "N _"]) -> Float[Array, "#B C _"]:
+        def at_context(rows: Float[Array, "N _"]) -> Float[Array, "#B C _"]:
             """Rows of the context's patches, and zeros for its summary tokens."""
             if context_index is None:
                 return jnp.zeros((1, num_summary, rows.shape[1]))
             found = gather_tokens(rows, context_index)
             return jnp.pad(found, ((0, 0), (num_summary, 0), (0, 0)))
 
-        def of_queries(rows: Float[Array, "N _"]) -> list[Float[Array, "#B _ _"]]:
-            """Rows of the target patches, and per level their means over its cells."""
-            found = []
-            if target_index is not None:
-                found.append(gather_tokens(rows, target_index))
-                for level in range(1, self.num_levels):
-                    found.append(hierarchy.pool(rows, self.grid_size, level)[None])
-            if self.global_level:
-                found.append(jnp.mean(rows, axis=0)[None, None])
-            return found
+        def at_queries(rows: Float[Array, "N _"], level: int) -> Float[Array, "#B _ _"]:
+            """Rows of the target patches, or their means over the cells of a level."""
+            if level == 0:
+                return gather_tokens(rows, target_index)
+            return hierarchy.pool(rows, self.grid_size, level)[None]
 
         if context_index is not None:
-            x = x + of_context(table).astype(x.dtype)
-        num_queries = [valid.shape[1] for valid in query_valid]
-        first = len(self.heads) - len(num_queries)
-        queries = [
-            jnp.broadcast_to(self.mask_token + token[None, None], (1, n, self.width))
-            for token, n in zip(self.level_tokens[first:], num_queries, strict=True)
-        ]
-        queries = [q + rows for q, rows in zip(queries, of_queries(table), strict=True)]
-        queries = _side_by_side(queries, len(x)).astype(x.dtype)
-        turns = source_turns = query_turns = None
+            x = x + at_context(table).astype(x.dtype)
+        num_queries = [query_valid[level].shape[1] for level in levels]
+        queries = []
+        for level, n in zip(levels, num_queries, strict=True):
+            token = self.mask_token + self.level_tokens[level][None, None]
+            token = jnp.broadcast_to(token, (1, n, self.width))
+            queries.append(token + at_queries(table, level))
+        queries = _side_by_side(queries, b).astype(x.dtype)
+        turns = None
         if self.positions == "rope2d":
             angles = jnp.asarray(rope2d_angles(self.grid_size, self.width // self.num_heads))
-            turns = turns_of(_side_by_side([of_context(angles), *of_queries(angles)], len(x)))
-            source_turns, query_turns = turns[:, :num_context], turns[:, num_context:]
-
+            places = [at_context(angles), *(at_queries(angles, level) for level in levels)]
+            turns = turns_of(_side_by_side(places, b))
         if self.mode == "cross":
-            x = self.norm_context(x).astype(x.dtype)
+            memory = self.norm_context(x).astype(x.dtype)
             for block in self.blocks:
-                queries = block(queries, context_valid[:, None], query_turns, x, source_turns)
+                queries = block(queries, memory=memory, allowed=context_valid[:, None], turns=turns)
         else:
-            tokens = jnp.concatenate([x, queries], axis=1)
-            allowed = jnp.concatenate([context_valid, *query_valid], axis=1)[:, None]
-            if self.mode == "blocks":
-                groups = _groups(num_context, num_blocks, num_queries)
-                of_context_or_own = (groups == 0) | (groups[:, None] == groups)
-                allowed = allowed & of_context_or_own[None]
-            *blocks, last_block = self.blocks
-            for block in blocks:
-                tokens = block(tokens, allowed, turns)
-            # Of the context nothing is asked any more.
-            x, queries = jax.lax.split(tokens, (num_context, sum(num_queries)), axis=1)
-            allowed = allowed[:, -queries.shape[1] :]
-            queries = last_block(queries, allowed, turns, before=x)
+            valid = jnp.concatenate([context_valid, *query_valid.values()], axis=1)
+            allowed = self._allowed(valid, num_context, num_queries, num_blocks)
+            queries = self._joint(x, queries, allowed, turns)
+        parts = jax.lax.split(self.norm(queries), num_queries, axis=1)
+        return {
+            level: self.heads[level](part).astype(jnp.float32)
+            for level, part in zip(levels, parts, strict=True)
+        }
 
-        levels = jax.lax.split(self.norm(queries), num_queries, axis=1)
-        return tuple(
-            head(level).astype(jnp.float32)
-            for head, level in zip(self.heads[first:], levels, strict=True)
-        )
+    def _allowed(
+        self, valid: Bool[Array, "B T"], num_context: int, num_queries: list[int], num_blocks: int
+    ) -> Bool[Array, "B _ T"]:
+        """Which of the valid tokens each token may attend to."""
+        allowed = valid[:, None]
+        if self.mode == "blocks":
+            groups = _groups(num_context, num_blocks, num_queries)
+            allowed = allowed & ((groups == 0) | (groups[:, None] == groups))[None]
+        return allowed
+
+    def _joint(
+        self,
+        x: Float[Array, "B C E"],
+        queries: Float[Array, "B Q E"],
+        allowed: Bool[Array, "B _ T"],
+        turns: Float[Array, "_ T _"] | None,
+    ) -> Float[Array, "B Q E"]:
+        """All blocks over context and queries. The last one updates the queries only."""
+        sizes = x.shape[1], queries.shape[1]
+        tokens = jnp.concatenate([x, queries], axis=1)
+        *blocks, last_block = self.blocks
+        for block in blocks:
+            tokens = block(tokens, allowed=allowed, turns=turns)
+        x, queries = jax.lax.split(tokens, sizes, axis=1)
+        return last_block(queries, memory=x, allowed=allowed[:, -sizes[1] :], turns=turns)
 
 
 def _side_by_side(parts: list[Float[Array, "_ _ D"]], batch_size: int) -> Float[Array, "B Q D"]:
-    """Parts that each or all images share, one after the other, for each image."""
+    """The parts concatenated along the tokens; a part of one row serves all images."""
     return jnp.concatenate(
         [jnp.broadcast_to(part, (batch_size, *part.shape[1:])) for part in parts], axis=1
     )
 
 
 def _groups(num_context: int, num_blocks: int, num_queries: list[int]) -> Int[np.ndarray, " T"]:
-    """Which of the tokens attend to each other: 0 for the context, then each block and level."""
-    sizes = [num_context] + [num_queries[0] // num_blocks] * num_blocks + num_queries[1:]
+    """The group of each token: 0 for the context, then one for each block and coarser level."""
+    finest = [num_queries[0] // num_blocks] * num_blocks
+    sizes = [num_context, *finest, *num_queries[1:]]
     return np.repeat(np.arange(len(sizes)), sizes)

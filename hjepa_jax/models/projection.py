@@ -1,4 +1,4 @@
-"""The space in which all views of an image agree: an MLP on top of their summary tokens.
+"""The projection: an MLP into the space where all views of an image agree.
 
 References:
   Chen et al. 2020, arXiv 2002.05709, section 4.2 (a nonlinear head between features and loss).
@@ -30,11 +30,9 @@ class BatchStandardize(nn.Module):
 class Projection(nn.Module):
     """MLP whose hidden features are standardized over all views of the batch.
 
-    The hidden layers have no bias: standardizing takes it away again, so that its gradient would be
-    rounding noise, by which Adam would move it.
-
-    The statistics are those of the batch at hand, in training as elsewhere: nothing but the loss
-    reads what it makes.
+    The hidden layers have no bias. Standardizing would remove it, its gradient would be rounding
+    noise, and Adam would follow the noise. The statistics are always those of the current batch:
+    only the loss reads the result.
 
     Attributes:
       hidden: width of each of the two hidden layers.

@@ -1,4 +1,4 @@
-"""A feature pyramid over the levels: what is coarse informs what is fine.
+"""A feature pyramid over the levels: coarse levels inform finer ones.
 
 References:
   Lin et al. 2017, arXiv 1612.03144, section 3 (lateral connections and a top-down pathway).

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks, of which encoder and predictor are made.
+"""Pre-norm transformer blocks of encoder and predictor.
 
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). The GELU is the tanh form (fast on every
@@ -24,46 +24,60 @@ token_init = nn.initializers.truncated_normal(0.02)
 class Attention(nn.Module):
     """Multi-head attention, explicit in [B, h, N, d], the layout every backend likes.
 
-    Of tokens to each other, and to those `before` them; given a `source`, to those of the source.
+    Attributes:
+      num_heads: h.
+      precision: of the matrix products.
+      out_scale: scale of the last kernel at initialisation.
+      cross: whether tokens attend to `memory` alone; otherwise also to each other.
     """
 
     num_heads: int
     precision: Precision = Precision()
     out_scale: float = 1.0
+    cross: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B N D"],
+        *,
+        memory: Float[Array, "B M D"] | None = None,
         allowed: Bool[Array, "B _ K"] | None = None,
         turns: Float[Array, "_ _ _"] | None = None,
-        source: Float[Array, "B K D"] | None = None,
-        source_turns: Float[Array, "_ K _"] | None = None,
-        before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
+        """Attends from `x` to `memory` and, unless `cross`, to `x`.
+
+        Args:
+          x: tokens that are updated.
+          memory: further tokens to attend to, which stay as they are.
+          allowed: which keys each token may attend to; keys are `memory`, then `x`.
+          turns: of rotary positions (`positions.rotate`), of `memory`, then of `x`.
+        """
         b, n, d = x.shape
-        if source is None:
-            seen = x if before is None else jnp.concatenate([before, x], axis=1)
+        key_turns = turns
+        if self.cross:
+            assert memory is not None
+            query = self._heads(Dense(d, self.precision, name="query")(x))
+            pair = Dense(2 * d, self.precision, name="key_value").parts(memory, 2)
+            key, value = map(self._heads, pair)
+            key_turns = None if turns is None else turns[:, :-n]
+        else:
+            seen = x if memory is None else jnp.concatenate([memory, x], axis=1)
             parts = Dense(3 * d, self.precision, name="qkv").parts(seen, 3)
             query, key, value = map(self._heads, parts)
-            query, source_turns = query[:, :, -n:], turns
-            turns = None if turns is None else turns[:, -n:]
-        else:
-            query = self._heads(Dense(d, self.precision, name="query")(x))
-            pair = Dense(2 * d, self.precision, name="key_value").parts(source, 2)
-            key, value = map(self._heads, pair)
-        if turns is not None and source_turns is not None:
-            query, key = rotate(query, turns), rotate(key, source_turns)
+            query = query[:, :, -n:]
+        if turns is not None and key_turns is not None:
+            query, key = rotate(query, turns[:, -n:]), rotate(key, key_turns)
         scale = (d // self.num_heads) ** -0.5
         logits = product("bhqd,bhkd->bhqk", query * scale, key, self.precision)
         logits = logits.astype(jnp.float32)
         if allowed is not None:
             # Finite, so that a row without one allowed key gives a mean and not NaN.
             logits = jnp.where(allowed[:, None], logits, -1e9)
-        # The softmax's division comes after the product: over d numbers a row instead of N.
+        # The softmax divides after the product: d numbers per row instead of N.
         weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        self.sow("intermediates", "weights", weights / total)  # for who asks; nothing in training
+        self.sow("intermediates", "weights", weights / total)  # read by snapshots only
         out = product("bhqk,bhkd->bhqd", weights, value, self.precision)
         out = out / total.astype(out.dtype)
         out = out.transpose(0, 2, 1, 3).reshape(b, n, d)
@@ -71,7 +85,7 @@ class Attention(nn.Module):
 
     def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B h N d"]:
         b, n, d = x.shape
-        x = x.astype(self.precision.operands)  # what is kept for the backward pass: half of it
+        x = x.astype(self.precision.operands)  # halves the memory that the backward pass keeps
         return x.reshape(b, n, self.num_heads, d // self.num_heads).transpose(0, 2, 1, 3)
 
 
@@ -93,12 +107,12 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    `out_scale` scales what either branch adds at initialisation. With 1 / sqrt(2 depth) the 2 depth
-    branches of a network together add about as much as one, however deep it is. `layer_scale` above
-    0 multiplies them by learned factors, which begin there (`LayerScale`).
+    `out_scale` scales both branches at initialisation. With 1 / sqrt(2 depth) the 2 depth branches
+    of a network together add about as much as one, at any depth. If `layer_scale` is above 0, each
+    branch is multiplied by learned factors that start at this value (`LayerScale`).
 
-    Where it is applied with a key of the name "drop_path", either branch is left out with
-    probability `drop_path`, per image, and scaled up by 1 / (1 - drop_path) where it stays.
+    If the block is applied with a key named "drop_path", each branch is left out with probability
+    `drop_path`, per image, and otherwise multiplied by 1 / (1 - drop_path).
 
     References:
       Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3
@@ -111,37 +125,30 @@ class Block(nn.Module):
     drop_path: float = 0.0
     out_scale: float = 1.0
     layer_scale: float = 0.0
+    cross: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B N D"],
+        *,
+        memory: Float[Array, "B M D"] | None = None,
         allowed: Bool[Array, "B _ K"] | None = None,
         turns: Float[Array, "_ _ _"] | None = None,
-        source: Float[Array, "B K D"] | None = None,
-        source_turns: Float[Array, "_ K _"] | None = None,
-        before: Float[Array, "B C D"] | None = None,
     ) -> Float[Array, "B N D"]:
-        """See `Attention`.
-
-        Args:
-          x: tokens.
-          allowed: which keys each token may attend to; None for all.
-          turns: of rotary positions, see `positions.rotate`; None for no rotation.
-          source: tokens to attend to; None for those of `x`.
-          source_turns: theirs.
-          before: tokens before `x` that are attended to like them, and not computed any further;
-            the keys of `allowed`, and `turns`, begin with theirs.
-        """
+        """Returns the updated tokens; see `Attention` for the arguments."""
         d = x.shape[-1]
         norm = layer_norm("norm_attention")
-        attention = Attention(self.num_heads, self.precision, self.out_scale, name="attention")
-        before = None if before is None else norm(before)
-        y = attention(norm(x), allowed, turns, source, source_turns, before)
+        attention = Attention(
+            self.num_heads, self.precision, self.out_scale, self.cross, name="attention"
+        )
+        if memory is not None and not self.cross:  # the predictor has normalised it otherwise
+            memory = norm(memory)
+        y = attention(norm(x), memory=memory, allowed=allowed, turns=turns)
         x = x + self._branch(y, "scale_attention")
         y = layer_norm("norm_mlp")(x)
         y = Dense(int(d * self.mlp_ratio), self.precision, name="mlp_in")(y)
-        y = y.astype(self.precision.operands)  # what is kept for the backward pass: half of it
+        y = y.astype(self.precision.operands)  # halves the memory that the backward pass keeps
         y = nn.gelu(y.astype(jnp.float32), approximate=True)
         y = Dense(d, self.precision, self.out_scale, name="mlp_out")(y)
         return x + self._branch(y, "scale_mlp")

@@ -14,6 +14,7 @@ from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.models.matmul import Dense, Precision
 from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles, turns_of
 from hjepa_jax.models.pyramid import FeaturePyramid
+from hjepa_jax.models.stem import PatchMLP
 from hjepa_jax.models.transformer import (
     block_type,
     drop_path_rates,
@@ -45,6 +46,7 @@ class VisionTransformer(nn.Module):
       drop_path: probability to leave out a branch of the last block, see `Block` and
         `drop_path_rates`.
       layer_scale: see `Block`; 0 for none.
+      stem: from pixels of a patch to its token: "linear" or "hmlp" (`PatchMLP`).
       remat: see `block_type`.
       pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
 
@@ -64,6 +66,7 @@ class VisionTransformer(nn.Module):
     precision: Precision = Precision()
     drop_path: float = 0.0
     layer_scale: float = 0.0
+    stem: str = "linear"
     remat: bool = False
     pyramid: FeaturePyramid | None = None
 
@@ -108,7 +111,11 @@ class VisionTransformer(nn.Module):
         else:
             patches = gather_tokens(patches, index)
             positions = gather_tokens(positions, index)
-        x = Dense(self.width, self.precision, name="patch_embedding")(patches)
+        if self.stem == "linear":
+            x = Dense(self.width, self.precision, name="patch_embedding")(patches)
+        else:
+            stem = PatchMLP(self.width, self.patch_size, self.precision, name="patch_embedding")
+            x = stem(patches)
         if self.positions != "rope2d":
             x = x + positions.astype(x.dtype)
 
@@ -139,7 +146,7 @@ class VisionTransformer(nn.Module):
                 layer_scale=self.layer_scale,
                 name=f"block_{i}",
             )
-            x = block(x, allowed, turns)
+            x = block(x, allowed=allowed, turns=turns)
             self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
         x = layer_norm("norm")(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)

@@ -15,12 +15,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from hjepa_jax.config import Config
-from hjepa_jax.config.build import build_masks, build_preprocess, build_target_spec
+from hjepa_jax.config.build import build_masks, build_preprocess
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method import losses
-from hjepa_jax.method.targets import TargetSpec, encode_targets
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 
@@ -70,7 +69,6 @@ def make_snapshot_fn(
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],
-    target_spec: TargetSpec,
 ) -> Callable[..., Snapshot]:
     """Returns `snapshot(params, target_params, images)`.
 
@@ -79,12 +77,12 @@ def make_snapshot_fn(
       sample_masks: the masks of training.
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
-      target_spec: what the targets are made of.
     """
-    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    grid_size = model.predictor.grid_size
     encoder = model.context_encoder
     num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
     apply: Any = model.apply
+    all_levels: Any = model.clone(levels=None).apply  # also levels that are not predicted
 
     def snapshot(params: Any, target_params: Any, images: UInt8[Array, "B H W C"]) -> Snapshot:
         masks = sample_masks(jax.random.split(jax.random.PRNGKey(MASK_SEED), len(images)))
@@ -97,17 +95,17 @@ def make_snapshot_fn(
         )
         parts = intermediates["intermediates"]["context_encoder"]
         weights = [parts[f"block_{i}"]["attention"]["weights"][0] for i in range(encoder.depth)]
-        levels = encode_targets(model, target_params, views, target_spec).levels
+        variables = {"params": {"context_encoder": target_params}}
+        levels = tuple(all_levels(variables, views, method="targets").levels.values())
         prediction = apply({"params": params}, views, masks)
+        valid = all_levels({}, masks, method="query_valid")
         cosine = _cosine(prediction, levels, masks)
         shown = [
             _seen(x, num_summary, num_prefix) for x in (weights[-1], _rollout(weights)[:, None])
         ]
         return Snapshot(
             pixels=as_pixels(images),
-            states=tuple(
-                map(_square, _states(prediction.query_valid[:num_levels], masks, grid_size))
-            ),
+            states=tuple(map(_square, _states(valid, masks, grid_size))),
             tokens=levels,
             cosine=tuple(map(_square, cosine)),
             attention=_square(shown[0]),
@@ -117,31 +115,40 @@ def make_snapshot_fn(
     return snapshot
 
 
-def _states(valid: tuple[Array, ...], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
+def _states(valid: dict[int, Array], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
     """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
     patches = jnp.arange(grid_size**2)
     seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
     seen = jnp.any(seen, axis=1)
     found = []
-    for level in range(len(valid)):
-        target = target_union(masks, grid_size**2) if level == 0 else valid[level]
+    for level, hidden in valid.items():
+        target = hidden if level else target_union(masks, grid_size**2)
         share = hierarchy.pool(seen[..., None].astype(jnp.float32), grid_size, level)[..., 0]
         found.append(jnp.where(target, TARGET, jnp.where(share > 0, CONTEXT, DROPPED)))
     return found
 
 
-def _cosine(prediction: Any, levels: tuple[Array, ...], masks: Masks) -> list[Float[Array, "B _"]]:
-    """Per level and cell; of a patch in several blocks, the mean of its predictions."""
-    b, n = len(levels[0]), levels[0].shape[1]
-    index = masks.target_index.reshape(b, -1)
-    values = losses.cosine_similarity(prediction.levels[0], gather_tokens(levels[0], index))
-    hits = (index[..., None] == jnp.arange(n)[None, None]) & prediction.query_valid[0][..., None]
-    counts = jnp.sum(hits, axis=1)
-    finest = jnp.sum(hits * values[..., None], axis=1) / jnp.maximum(counts, 1)
-    found = [jnp.where(counts > 0, finest, jnp.nan)]
-    for level in range(1, len(levels)):
-        values = losses.cosine_similarity(prediction.levels[level], levels[level])
-        found.append(jnp.where(prediction.query_valid[level], values, jnp.nan))
+def _cosine(
+    prediction: Any, levels: tuple[Float[Array, "B _ D"], ...], masks: Masks
+) -> list[Float[Array, "B _"]]:
+    """Per level and cell, NaN where nothing is predicted. A patch in several blocks has a mean."""
+    found = []
+    for level, target in enumerate(levels):
+        b, n, _ = target.shape
+        if level not in prediction.levels:
+            found.append(jnp.full((b, n), jnp.nan))
+            continue
+        predicted, valid = prediction.levels[level], prediction.query_valid[level]
+        if level:
+            values = losses.cosine_similarity(predicted, target)
+            found.append(jnp.where(valid, values, jnp.nan))
+            continue
+        index = masks.target_index.reshape(b, -1)
+        values = losses.cosine_similarity(predicted, gather_tokens(target, index))
+        hits = (index[..., None] == jnp.arange(n)[None, None]) & valid[..., None]
+        counts = jnp.sum(hits, axis=1)
+        mean = jnp.sum(hits * values[..., None], axis=1) / jnp.maximum(counts, 1)
+        found.append(jnp.where(counts > 0, mean, jnp.nan))
     return found
 
 
@@ -182,5 +189,4 @@ def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
         build_masks(config),
         preprocess=build_preprocess(config),
         as_pixels=as_pixels,
-        target_spec=build_target_spec(config),
     )

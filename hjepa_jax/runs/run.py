@@ -14,9 +14,8 @@ from hjepa_jax.data.base import Source, check_size
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
-from hjepa_jax.method.step import make_run_steps
 from hjepa_jax.method.train_state import TrainState
-from hjepa_jax.method.window import LogWindow, empty_window, make_averages
+from hjepa_jax.method.window import LogWindow, empty_window, make_averages, make_run_steps
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runtime.backend import initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
@@ -32,7 +31,7 @@ class Run:
       schedules: length, learning rate, weight decay, EMA momentum.
       create: makes state and metrics window at step 0, laid out on the devices.
       lower: (steps_per_call, donate) to the lowered program
-        `(state, window, images, index, count) -> (state, window)`, see `steps.make_run_steps`; for
+        `(state, window, images, index, count) -> (state, window)`, see `window.make_run_steps`; for
         other backends than this process has, by their names in `platforms`.
       placement: where the arguments of that program live.
       batch_shape: (batch_size,), or with gradient accumulation (parts, images of a part).

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from hjepa_jax.config.defaults import ADDED_FIELDS, FREE_FIELDS, REMOVED_FIELDS, Config, base_config
+from hjepa_jax.config.defaults import REMOVED_FIELDS, Config, base_config
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.fingerprint import other_content
@@ -341,16 +341,12 @@ def parse_config(saved: Any) -> Config:
 
 
 def _of_this_version(saved: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """A run is described by all fields: what another version lacks is known, or not guessed."""
+    """The fields of a config.json: those that it lacks take their defaults, none is unknown."""
     if not isinstance(saved, dict):
         raise TypeError("not an object")
     kept = _without_removed(saved)
-    found, expected = flatten(kept).keys(), flatten(defaults).keys()
-    missing = expected - found - {*ADDED_FIELDS}
-    missing = [field for field in missing if not field.startswith(FREE_FIELDS)]
-    for which, fields in (("unknown", found - expected), ("missing", missing)):
-        if fields:
-            raise ValueError(f"{which} {', '.join(sorted(fields))}")
+    if unknown := flatten(kept).keys() - flatten(defaults).keys():
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     return kept
 
 

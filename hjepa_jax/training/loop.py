@@ -6,12 +6,9 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -38,9 +35,9 @@ from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.backend import current_rules
 from hjepa_jax.runtime.host_memory import return_unused_memory, stop_keeping_memory
 from hjepa_jax.training.alarms import Alarms, spread, summarize
+from hjepa_jax.training.stop_signals import StopSignals
 
-# Calls that the device may have before it: enough that it never waits for the next, few enough that
-# who stops a run does not wait for more.
+# Maximum number of queued calls: keeps the device busy and Ctrl-C quick.
 MAX_CALLS_UNDER_WAY = 2
 
 # Share of the memory beyond which none is kept from call to call.
@@ -110,8 +107,41 @@ class Loop:
             return state
         with writing(self._workdir):
             self._remember(step)
+        run_steps, size = self._compile(state, step)
+        begin()
+        cluster.meet()  # compiling takes each process its own time
+        with self._batches(step, size) as batches, StopSignals() as stop:
+            self._timer.restart()
+            under_way: collections.deque[Any] = collections.deque()
+            while step < num_steps:
+                count = min(size, self._next_stop(step) - step)
+                self._wait(state, under_way)
+                before = time.perf_counter()
+                images, index = self._take(batches, step, count)
+                data_wait = time.perf_counter() - before
+                state, window = run_steps(state, window, images, index, np.int32(count))
+                under_way.append(state.step + 0)  # a copy: the next call is given the state
+                step += count
+                self._timer.add_steps(count, data_wait)
+                return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
+                signum = self._agreed(stop.signum, step)
+                with writing(self._workdir):
+                    window = self._end_call(state, window, step, signum)
+                if signum:
+                    raise Interrupted(signum, step)
+                if step == count:  # the run's first call, not that of a resumed run
+                    with writing(self._workdir):
+                        self._introduce(state)
+            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
+                raise Interrupted(signum, step)
+        self._progress.end()
+        return state
+
+    def _compile(self, state: TrainState, step: int) -> tuple[Any, int]:
+        """The compiled program, and how many steps it makes at most in one call."""
         rules = current_rules()
-        size = min(self._config.train.steps_per_call, num_steps) if rules.loops else 1
+        size = self._config.train.steps_per_call if rules.loops else 1
+        size = min(size, self._schedules.num_steps)
         started = time.perf_counter()
         run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
         if self._backend != "cpu":
@@ -124,38 +154,15 @@ class Loop:
             + (f"going on at step {step}" if step else "starting"),
             flush=True,
         )
-        begin()
-        cluster.meet()  # compiling takes each process its own time
-        with self._batches(step, size) as batches, _StopSignals() as stop:
-            self._timer.restart()
-            under_way: collections.deque[Any] = collections.deque()
-            while step < num_steps:
-                count = min(size, self._next_stop(step) - step)
-                if self._records is not None:  # else batch after batch would queue on the device
-                    jax.block_until_ready(state)
-                elif len(under_way) == MAX_CALLS_UNDER_WAY:
-                    jax.block_until_ready(under_way.popleft())
-                before = time.perf_counter()
-                images, index = self._take(batches, step, count)
-                data_wait = time.perf_counter() - before
-                state, window = run_steps(state, window, images, index, np.int32(count))
-                if self._records is None:
-                    under_way.append(state.step + 0)  # a copy: the next call is given the state
-                step += count
-                self._timer.add_steps(count, data_wait)
-                return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
-                signum = self._agreed(stop.signum, step)
-                with writing(self._workdir):
-                    window = self._end_call(state, window, step, signum)
-                if signum:
-                    raise Interrupted(signum, step)
-                if step == count:  # the run's first call, not that of a run resumed
-                    with writing(self._workdir):
-                        self._introduce(state)
-            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
-                raise Interrupted(signum, step)
-        self._progress.end()
-        return state
+        return run_steps, size
+
+    def _wait(self, state: TrainState, under_way: collections.deque[Any]) -> None:
+        """Waits until the device may be given another call."""
+        if self._records is not None:  # else batch after batch would queue on the device
+            jax.block_until_ready(state)
+            under_way.clear()
+        elif len(under_way) == MAX_CALLS_UNDER_WAY:
+            jax.block_until_ready(under_way.popleft())
 
     def _remember(self, step: int) -> None:
         """The log up to the step at which the run goes on: the same in all processes."""
@@ -355,41 +362,3 @@ class Loop:
         )
         self._progress.note(f"k-NN on held-out training images at step {step}: {told}")
         return scores
-
-
-# Signals on which a run saves and stops, by name, as Windows lacks SIGHUP: that of a terminal which
-# is closed, or of a connection that is lost.
-STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
-
-
-class _StopSignals:
-    """Within the context `STOP_SIGNALS` ask to stop, by `signum`; a second SIGINT kills.
-
-    SIGHUP keeps being ignored where the caller ignores it, as nohup does.
-    """
-
-    def __init__(self):
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        for signum in (getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)):
-            if signum != signal.SIGINT and signal.getsignal(signum) == signal.SIG_IGN:
-                continue
-            try:
-                self._previous[signum] = signal.signal(signum, self._handle)
-            except ValueError:  # not the main thread: signals are not ours to handle
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signum = signum
-        # Not by print: the step may be in the middle of one, which cannot be entered again.
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

@@ -23,10 +23,7 @@ from hjepa_jax.runtime.placement import Placement
 
 FIELD = "train.init_from"
 # Fields of `model` that may differ: how the networks are computed or trained, not what they are.
-FREE = {
-    "dtype", "drop_path", "global_target", "level_depths", "projection", "remat", "target",
-    "target_layers",
-}  # fmt: skip
+FREE = {"dtype", "drop_path", "projection", "projection_input", "remat", "target"}
 # A head that training needs and features do not. One run may have it and the other not.
 HEAD = "projection"
 

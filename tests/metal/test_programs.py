@@ -86,8 +86,10 @@ def test_the_plugin_takes_sigreg_every_augmentation_local_views_and_a_pyramid(
     for option in ("vertical_flip", "blur", "solarize"):
         tiny_config.data[option] = 0.5
     tiny_config.model.positions, tiny_config.model.pyramid = positions, "concat"
-    tiny_config.model.global_level, tiny_config.loss.cross_view = True, 0.5
-    tiny_config.model.global_target = "summary"
+    tiny_config.loss.agreement_weight = tiny_config.loss.teacher_weight = 1.0
+    tiny_config.loss.spread_moment, tiny_config.data.hue = "running", 0.1
+    tiny_config.model.projection_input, tiny_config.model.stem = "summary+patches", "hmlp"
+    tiny_config.data.jitter_probability = 0.8
     tiny_config.data.local_views, tiny_config.data.local_size = 2, 8
     assert refusals(Step(tiny_config), PLATFORM) == []
 

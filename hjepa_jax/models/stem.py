@@ -1,0 +1,41 @@
+"""The hMLP stem: from the pixels of a patch to its token, in several small steps."""
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from hjepa_jax.models.matmul import Dense, Precision
+from hjepa_jax.models.transformer import layer_norm
+
+STEMS = ("linear", "hmlp")
+
+
+class PatchMLP(nn.Module):
+    """Convolutions whose stride is their width, within each patch, normed between.
+
+    The last two layers merge 2 x 2 pixels or cells, the one before them the rest: 4 x 4 for patches
+    of 16. The norm is a LayerNorm over channels, as a BatchNorm would mix patches and images.
+
+    References:
+      Touvron et al. 2022, arXiv 2203.09795, section 4 (hMLP; hidden layers of width D / 4).
+    """
+
+    width: int
+    patch_size: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B K P2C"]) -> Float[Array, "B K D"]:
+        b, n, _ = patches.shape
+        side, strides = self.patch_size, [2, 2]
+        if self.patch_size > 4:
+            strides.insert(0, self.patch_size // 4)
+        x = patches
+        for i, stride in enumerate(strides):
+            cells, last = side // stride, i == len(strides) - 1
+            x = x.reshape(b, n, cells, stride, cells, stride, -1).transpose(0, 1, 2, 4, 3, 5, 6)
+            x = x.reshape(b, n * cells**2, -1)
+            x = Dense(self.width if last else self.width // 4, self.precision, name=f"layer_{i}")(x)
+            if not last:
+                x = nn.gelu(layer_norm(f"norm_{i}")(x), approximate=True)
+            side = cells
+        return x.reshape(b, n, self.width)
