@@ -4,8 +4,9 @@ VENV ?= .venv
 VENV_JAX050 ?= .venv-jax050
 VENV_DOCS ?= .venv-docs
 WORKERS ?= 2
-# The tests of a file stay on one worker, and share what they train and compile.
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# The tests of a file stay on one worker, and share what they train and compile. The workers take
+# the files in the order of tests/suite.py.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 
 # The package set that is tested together, where it has wheels: Python 3.11 on Linux.

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 
 def temporary(what: str) -> str:
@@ -95,11 +96,23 @@ def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have blank pictures, as drawing one takes half a second; not of module fixtures."""
+    draw_small(monkeypatch, dpi=0)
+
+
+def draw_small(patch: pytest.MonkeyPatch, dpi: int) -> None:
+    """The pictures of reports are blank files. With a `dpi`, each is drawn once and thrown away."""
     from hjepa_jax.reporting import publish  # matplotlib takes its time to load
 
     blank = io.BytesIO()
     Image.new("RGB", (1, 1)).save(blank, "png")
-    monkeypatch.setattr(publish, "png", lambda figure, dark=False: blank.getvalue())
+
+    def png(figure: Any, *, dark: bool = False) -> bytes:
+        if dpi and not dark:
+            figure.set_dpi(dpi)
+            figure.canvas.draw()
+        return blank.getvalue()
+
+    patch.setattr(publish, "png", png)
 
 
 @pytest.fixture(scope="session")

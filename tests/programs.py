@@ -20,13 +20,15 @@ from hjepa_jax.reporting import look, showcase, snapshot
 from hjepa_jax.runs import run
 from hjepa_jax.training import train
 
+# Fields that say where images come from; the images of a source are part of the key themselves.
+OF_THE_SOURCE = {"data.source", "data.dir", "data.num_workers", "data.max_labelled"}
 # Fields that change no program of a run; all others may.
-NOT_OF_A_RUN = {
+NOT_OF_A_RUN = OF_THE_SOURCE | {
     "log", "eval", "train.checkpoint_every_epochs", "train.checkpoint_every_steps",
     "train.keep_checkpoints", "train.max_nonfinite_steps", "train.on_collapse", "train.init_from",
 }  # fmt: skip
 # Fields that change no program of features or pictures; the model itself is part of their key.
-NOT_OF_FEATURES = {"log", "eval", "train", "optim", "loss", "seed"}
+NOT_OF_FEATURES = OF_THE_SOURCE | {"log", "eval", "train", "optim", "loss", "seed"}
 
 
 def key_of(config: Any, without: set[str]) -> str:

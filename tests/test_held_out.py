@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 
 from experiments import held_out, sweep
-from hjepa_jax.config import base_config
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
 from hjepa_jax.runs.scores import read_probe_json
-from hjepa_jax.training.train import train_and_evaluate
+from tests.test_embed import make_run
 
 NUM_FIT = 120
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run of one step on images that show their class; the test images show another class."""
+    """A run on images that show their class, with test images that show another."""
     folder = tmp_path_factory.mktemp("held_out")
     rng = np.random.default_rng(0)
     labels = np.arange(240, dtype=np.int32) % 4
@@ -28,16 +27,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     )
     test = Split(images[:40], (labels[:40] + 1) % 4)
     save_npz(folder / "data.npz", Split(images, labels), test)
-    c = base_config()
-    c.data.source = f"npz:{folder / 'data.npz'}"
-    c.data.image_size = 8
-    c.model.width, c.model.depth, c.model.num_heads, c.model.num_levels = 16, 1, 2, 1
-    c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
-    c.mask.num_blocks, c.mask.scale = 1, (0.25, 0.25)
-    c.train.batch_size, c.train.num_steps = 16, 1
-    c.eval.every_epochs, c.eval.num_val, c.eval.probe_at_end = 0.0, 40, False
-    c.log.tensorboard = c.log.report = False
-    train_and_evaluate(c.lock(), folder / "run")
+    make_run(folder / "run", f"npz:{folder / 'data.npz'}", **{"eval.num_val": 40})
     return folder / "run"
 
 

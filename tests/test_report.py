@@ -22,8 +22,9 @@ from hjepa_jax.reporting.verdicts import next_steps
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.training import train
 from tests import programs
+from tests.conftest import draw_small
 
-# The report of `finished` is drawn; reports that tests write have blank pictures.
+# The report of `finished` is drawn coarsely; reports that tests write have blank pictures.
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
@@ -47,6 +48,7 @@ def finished(tmp_path_factory, shapes_npz) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         programs.shorten_probes(patch)
+        draw_small(patch, dpi=20)
         train.train_and_evaluate(c.lock(), workdir)
     return workdir
 

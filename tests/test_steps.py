@@ -35,20 +35,32 @@ from hjepa_jax.training.alarms import spread, summarize
 
 GRID, PATCH, WIDTH, BATCH = 4, 4, 16, 8
 SIZE = GRID * PATCH
+
+
+class Spoiled(Augment):
+    """Pixels that are not finite where an image begins with 255."""
+
+    def __call__(self, rngs, images):
+        return jnp.where(images[:, :1, :1, :1] == 255, jnp.nan, super().__call__(rngs, images))
+
+
 OBJECTIVE = Objective(
     {"level_0": 1.0, "level_1": 0.5, "summary": 0.7, "variance": 1.0, "covariance": 0.1}
 )
+LEVELS = Objective({"level_0": 1.0, "summary": 1.0})
 PLAIN = Augment(SIZE, (0.5,) * 3, (0.25,) * 3)
+SPOILED = Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3)  # as plain as that, but for images of 255
 RANDOM = Augment(
     SIZE, (0.5,) * 3, (0.25,) * 3, crop_scale=(0.5, 1.0), horizontal_flip=0.5, brightness=0.2
 )
 MASK = MultiBlockMask(GRID, 2, (0.25, 0.25), (1.0, 1.0), align_level=1, context_scale=(1.0, 1.0))
 MODEL = HJEPA(
-    VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2),
+    VisionTransformer(GRID, PATCH, WIDTH, depth=1, num_heads=2, num_summary_tokens=2),
     Predictor(GRID, 2, WIDTH, width=8, depth=1, num_heads=2),
 )
 apply = jax.jit(MODEL.apply, static_argnames="method")
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8))
+IMAGES = IMAGES.at[:, 0, 0, 0].set(0)  # none of them is spoiled
 
 
 @functools.cache
@@ -58,29 +70,40 @@ def init_params():
     return jax.jit(MODEL.init)(rng, jnp.zeros((1, SIZE, SIZE, 3)), masks)["params"]
 
 
+@functools.cache
 def make_state(tx: optax.GradientTransformation) -> TrainState:
     return jax.jit(lambda p: create_train_state(p, tx, jax.random.PRNGKey(1)))(init_params())
 
 
-def make_step(tx, *, ema_momentum=0.9, augment=PLAIN, objective=OBJECTIVE, parts=1):
+# Behind these steps the EMA momentum is 1, and then 0: tests of each have one program.
+KEEPS, COPIES = 100, 200
+
+
+def ema_momentum(step):
+    return jnp.select([step <= KEEPS, step <= COPIES], [jnp.float32(0.98), jnp.float32(1.0)], 0.0)
+
+
+@functools.cache
+def make_step(tx, *, augment=SPOILED, levels_alone=False, parts=1):
+    """The step; tests that ask for the same one compile it once."""
     method = Method(
         model=MODEL,
         tx=tx,
         sample_masks=MASK,
         augment=augment,
-        objective=objective,
-        ema_momentum_fn=lambda s: jnp.float32(ema_momentum),
+        objective=LEVELS if levels_alone else OBJECTIVE,
+        ema_momentum_fn=ema_momentum,
         num_parts=parts,
     )
     return jax.jit(make_train_step(method))
 
 
-def adamw(learning_rate=1e-3):
-    return make_optimizer(
-        learning_rate_fn=lambda s: jnp.float32(learning_rate),
-        weight_decay_fn=lambda s: jnp.float32(0.05),
-        clip_norm=3.0,
-    )
+ADAMW = make_optimizer(
+    learning_rate_fn=lambda s: jnp.float32(3e-3),
+    weight_decay_fn=lambda s: jnp.float32(0.05),
+    clip_norm=3.0,
+)
+SGD = optax.sgd(0.1)
 
 
 def masks_and_targets(state: TrainState, target_params):
@@ -93,7 +116,7 @@ def masks_and_targets(state: TrainState, target_params):
 
 
 def test_summary_is_the_weighted_loss_of_all_levels_from_the_summary_tokens():
-    state = make_state(adamw())
+    state = make_state(ADAMW)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
     terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
@@ -123,12 +146,11 @@ def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
 
 
 def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
-    tx = adamw()
-    state = make_state(tx)
+    state = make_state(ADAMW)
     masks, views, targets = masks_and_targets(state, state.target_params)
     prediction = apply({"params": state.params}, views, masks)
     terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
-    _, outputs = make_step(tx)(state, IMAGES)
+    _, outputs = make_step(ADAMW)(state, IMAGES)
     expected = terms["level_0"] + 0.5 * terms["level_1"] + 0.7 * terms["summary"]
     expected += terms["variance"] + 0.1 * terms["covariance"]
     np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
@@ -150,20 +172,17 @@ def test_gradient_reaches_every_leaf_of_params():
 
 def test_gradient_does_not_reach_target_params():
     """With m = 1 the target network must stay as it was, whatever the gradients."""
-    tx = adamw(1e-1)
-    state = make_state(tx)
+    state = dataclasses.replace(make_state(ADAMW), step=jnp.int32(KEEPS))
     before = jax.device_get(state.target_params)
-    step = make_step(tx, ema_momentum=1.0)
     for _ in range(3):
-        state, _ = step(state, IMAGES)
+        state, _ = make_step(ADAMW)(state, IMAGES)
     jax.tree.map(np.testing.assert_array_equal, state.target_params, before)
 
 
 def test_ema_momentum_of_zero_copies_the_updated_parameters():
     """m = 0: the target equals the parameters *after* the update, not before."""
-    tx = adamw(1e-2)
-    state = make_state(tx)
-    new, _ = make_step(tx, ema_momentum=0.0)(state, IMAGES)
+    state = dataclasses.replace(make_state(ADAMW), step=jnp.int32(COPIES))
+    new, _ = make_step(ADAMW)(state, IMAGES)
     jax.tree.map(np.testing.assert_array_equal, new.target_params, new.params["context_encoder"])
     old, changed = state.params["context_encoder"], new.target_params
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), old, changed)
@@ -180,7 +199,7 @@ def test_ema_in_closed_form():
 
 
 def test_target_params_are_a_copy_and_not_the_same_buffers():
-    state = make_state(adamw())
+    state = make_state(ADAMW)
     pairs = zip(
         jax.tree.leaves(state.target_params),
         jax.tree.leaves(state.params["context_encoder"]),
@@ -191,12 +210,10 @@ def test_target_params_are_a_copy_and_not_the_same_buffers():
 
 def test_accumulated_gradient_is_the_mean_over_parts():
     """Without batch statistics, and with equally many targets per image, 2 parts equal 1."""
-    objective = Objective({"level_0": 1.0, "summary": 1.0})
-    tx = optax.sgd(0.1)
-    whole, a = make_step(tx, objective=objective)(make_state(tx), IMAGES)
-    in_two = make_step(tx, objective=objective, parts=2)
-    parts, b = in_two(make_state(tx), IMAGES)
-    cut = in_two(make_state(tx), IMAGES.reshape(2, BATCH // 2, *IMAGES.shape[1:]))  # as runs do
+    whole, a = make_step(SGD, levels_alone=True)(make_state(SGD), IMAGES)
+    in_two = make_step(SGD, levels_alone=True, parts=2)
+    parts, b = in_two(make_state(SGD), IMAGES)
+    cut = in_two(make_state(SGD), IMAGES.reshape(2, BATCH // 2, *IMAGES.shape[1:]))  # as runs do
     jax.tree.map(np.testing.assert_array_equal, cut, (parts, b))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), whole.params, parts.params
@@ -215,8 +232,7 @@ def test_every_image_has_keys_of_its_own_at_every_step():
 
 
 def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
-    tx = adamw(3e-3)
-    state, step = make_state(tx), make_step(tx, ema_momentum=0.98)
+    state, step = make_state(ADAMW), make_step(ADAMW)
     state, first = step(state, IMAGES)
     for _ in range(50):
         state, last = step(state, IMAGES)
@@ -225,12 +241,11 @@ def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
 
 @pytest.mark.parametrize(("count", "streamed"), [(1, True), (3, False)])
 def test_several_steps_in_one_program_are_the_same_steps(count, streamed):
-    tx = optax.sgd(0.1)  # Adam would blow up the rounding of a gradient near zero
-    step = make_step(tx, augment=RANDOM)
+    step = make_step(SGD, augment=RANDOM)  # Adam would blow up the rounding of a gradient near 0
     rng = np.random.default_rng(1)
     data = jnp.asarray(rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8))
     index = jnp.asarray(rng.integers(0, 40, (3, BATCH)), jnp.int32)
-    state = make_state(tx)
+    state = make_state(SGD)
     outputs = jax.eval_shape(step, state, IMAGES)[1]
     window = empty_window(make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH)
     given = (data[index], None) if streamed else (data, index)
@@ -263,7 +278,7 @@ def test_log_window_keeps_the_newest_features():
 
 
 def test_embed_returns_each_level_and_the_summary():
-    state = make_state(adamw())
+    state = make_state(ADAMW)
     embed = jax.jit(make_embed_fn(MODEL, lambda images: (images / 255.0 - 0.5) / 0.25))
     features = embed(state.target_params, IMAGES)
     assert {k: v.shape for k, v in features.items()} == {
@@ -278,10 +293,12 @@ def test_embed_returns_each_level_and_the_summary():
 
 
 def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
-    params = make_state(adamw()).target_params
     preprocess = lambda images: (images / 255.0 - 0.5) / 0.25
+    model = MODEL.clone(context_encoder=MODEL.context_encoder.clone(depth=2))
+    rng, views = jax.random.PRNGKey(0), jnp.zeros((1, SIZE, SIZE, 3))
+    params = jax.jit(model.context_encoder.init)(rng, views)["params"]
     one, two = (
-        jax.jit(make_embed_fn(MODEL, preprocess, num_layers=n))(params, IMAGES) for n in (1, 2)
+        jax.jit(make_embed_fn(model, preprocess, num_layers=n))(params, IMAGES) for n in (1, 2)
     )
     assert {k: v.shape[1] for k, v in two.items()} == {k: 2 * v.shape[1] for k, v in one.items()}
     for name, value in one.items():
@@ -289,14 +306,13 @@ def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
 
     # The block before the last of two is the last of an encoder that is one block shorter, whose
     # final LayerNorm does nothing at step 0.
-    short = HJEPA(MODEL.context_encoder.clone(depth=1), MODEL.predictor)
-    expected = make_embed_fn(short, preprocess)(params, IMAGES)
+    expected = jax.jit(make_embed_fn(MODEL, preprocess))(params, IMAGES)
     for name, value in expected.items():
         np.testing.assert_allclose(two[name][:, value.shape[1] :], value, atol=1e-4)
 
 
 def test_embed_of_views_uses_the_keys():
-    params = make_state(adamw()).target_params
+    params = make_state(ADAMW).target_params
     embed = jax.jit(make_embed_fn(MODEL, lambda images, rngs: RANDOM(rngs, images)))
     rngs = jax.random.split(jax.random.PRNGKey(3), BATCH)
     same, other = embed(params, IMAGES, rngs), embed(params, IMAGES, rngs[::-1])
@@ -321,19 +337,11 @@ def test_what_is_regularized_is_the_summary_tokens_the_mean_of_what_is_seen_or_b
     np.testing.assert_allclose(found.regularized, expected, atol=1e-5)
 
 
-class Spoiled(Augment):
-    """Pixels that are not finite where an image begins with 255."""
-
-    def __call__(self, rngs, images):
-        return jnp.where(images[:, :1, :1, :1] == 255, jnp.nan, super().__call__(rngs, images))
-
-
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(parts):
-    tx = adamw()
-    step = make_step(tx, augment=Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3), parts=parts)
-    good, bad = IMAGES.at[:, 0, 0, 0].set(0), IMAGES.at[3, 0, 0, 0].set(255)
-    state, outputs = step(make_state(tx), good)
+    step = make_step(ADAMW, parts=parts)
+    good, bad = IMAGES, IMAGES.at[3, 0, 0, 0].set(255)
+    state, outputs = step(make_state(ADAMW), good)
     assert outputs.finite
     after, outputs = step(state, bad)
     assert not outputs.finite

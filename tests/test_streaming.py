@@ -151,7 +151,8 @@ def streamed_config(tiny_config, shapes_folder):
                 "data.image_size": 32,
                 "data.num_workers": 1,
                 "model.patch_size": 8,
-                "train.num_steps": 60,
+                "train.num_steps": 22,  # of 10 steps an epoch
+                "train.steps_per_call": 4,
                 "train.checkpoint_every_steps": 4,
                 "eval.every_epochs": 0.0,
                 "log.every_steps": 1,
@@ -200,6 +201,7 @@ def test_sources_that_cannot_be_streamed_are_refused(source, streaming, message)
 @pytest.mark.slow
 def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     """Losses and state equal a run on resident data bit for bit."""
+    streamed_config.train.num_steps, streamed_config.train.steps_per_call = 60, 1
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
@@ -246,8 +248,6 @@ def test_a_run_counts_corrupt_files_once(streamed_config, shapes_folder, tmp_pat
         streamed_config.data.source = f"folder:{damaged}"
         streamed_config.data.num_workers = 0
         streamed_config.data.max_labelled = 40
-        streamed_config.train.num_steps = 22  # two epochs: the file is read twice
-        streamed_config.train.steps_per_call = 4
     train.train_and_evaluate(streamed_config, tmp_path / "run")
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     trained = [line for line in said if "the next was trained on instead" in line]
@@ -264,7 +264,7 @@ def test_a_failing_disk_is_reported_as_the_data_source(streamed_config, tmp_path
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(streaming, "read_or_next", read)
-    streamed_config.data.num_workers = 0
+    streamed_config.data.num_workers, streamed_config.data.max_labelled = 0, 40
     rule = r"^data.source='folder:.*': can no longer be read \(.*Input/output error"
     with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(streamed_config, tmp_path / "run")

@@ -11,6 +11,7 @@ def test_each_test_file_is_on_exactly_one_of_the_two_lists():
     """A new file is added to tests/suite.py, or this test fails."""
     assert not suite.ON_EVERY_JAX & suite.ON_ONE_JAX
     assert suite.test_files() == suite.ON_EVERY_JAX | suite.ON_ONE_JAX
+    assert set(suite.LONGEST) <= suite.test_files()
 
 
 def test_a_seed_changes_the_order_and_loses_no_test():

@@ -246,6 +246,7 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_run_steps", counting)
     tiny_config.train.num_steps = 17
     tiny_config.train.steps_per_call = 4
+    tiny_config.eval.every_epochs = 0.0
     train.train_and_evaluate(tiny_config, tmp_path / "first")
     assert len(compiled) == 1
     tiny_config.train.steps_per_call = 1

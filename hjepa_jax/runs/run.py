@@ -62,8 +62,10 @@ def build_run(config: Config, source: Source) -> Run:
     schedules = build.build_schedules(config, source.num_images)
     model = build.build_model(config)
     tx = build.build_optimizer(config, schedules)
-    train_step = build.build_train_step(config, model, tx, schedules)
-    create_state = build.build_create_state(config, model, tx)
+    # jax.jit remembers its traces: the shapes below and the program share one trace. `inline` keeps
+    # the program itself the same.
+    train_step = jax.jit(build.build_train_step(config, model, tx, schedules), inline=True)
+    create_state = jax.jit(build.build_create_state(config, model, tx), inline=True)
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
