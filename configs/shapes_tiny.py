@@ -11,24 +11,38 @@ def get_config() -> Config:
     c.data.source = "shapes"
     c.data.mean = (0.5, 0.5, 0.5)
     c.data.std = (0.25, 0.25, 0.25)
+    c.data.crop_scale = (0.4, 1.0)
+    c.data.vertical_flip = 0.5  # shapes have no upright position
+    c.data.brightness = c.data.contrast = c.data.saturation = 0.4
+    c.data.grayscale = 0.2
+    c.data.local_views = 3
+    c.data.local_size = 32
+    c.data.local_patches = 16  # of 64
+    c.data.local_crop_scale = (0.4, 1.0)
 
-    c.model.width = 96
-    c.model.depth = 4
-    c.model.num_heads = 3
-    c.model.positions = "sincos2d"
-    c.model.predictor_width = 64
+    c.model.width = 64
+    c.model.depth = 3
+    c.model.num_heads = 2
+    c.model.positions = "rope2d"
+    c.model.predictor_width = 32
     c.model.predictor_depth = 1
-    c.model.predictor_num_heads = 2
+    c.model.predictor_num_heads = 1
+    c.model.projection = (256, 128)
 
     c.mask.align_level = 0
     c.mask.scale = (0.09, 0.19)  # 3x2, 3x3, 3x4 or 4x3 of the 8x8 patches
-    c.loss.regularizer_weight = 0.01
+    c.mask.num_context = 16
+    c.loss.summary_weight = 0.0
+    c.loss.agreement_weight = 2.0
+    c.loss.spread_weight = 0.5
+    c.loss.regularizer = "none"
+    c.loss.regularizer_weight = 0.0
 
-    c.optim.learning_rate = 2e-3
+    c.optim.kind = "muon"
+    c.optim.learning_rate = 3e-3
     c.optim.warmup_epochs = 0.2
     c.train.batch_size = 64
-    c.train.num_epochs = 3.0
-    c.eval.every_epochs = 1.5
+    c.train.num_epochs = 4.0
+    c.eval.every_epochs = 2.0
     c.eval.knn_bank_size = 2_000
-    c.parallel.cpu_devices = 2
     return c.lock()
