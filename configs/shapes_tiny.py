@@ -40,9 +40,9 @@ def get_config() -> Config:
 
     c.optim.kind = "muon"
     c.optim.learning_rate = 3e-3
-    c.optim.warmup_epochs = 0.2
+    c.optim.warmup_epochs = 0.5
     c.train.batch_size = 64
-    c.train.num_epochs = 4.0
+    c.train.num_epochs = 8.0
     c.eval.every_epochs = 2.0
     c.eval.knn_bank_size = 2_000
     return c.lock()

@@ -2,7 +2,7 @@
 
 No download and no file: the whole set is a function of three numbers.
 
-    train, test = create_shapes(num_train=10_000, num_test=2_000, seed=0)
+    train, test = create_shapes(num_train=5_000, num_test=2_000, seed=0)
 
 The label fixes the outline and nothing else. Colours, textures, area, position, rotation, the
 distractor and the noise are drawn in the same way for every class. The shape is light on dark as
@@ -20,13 +20,14 @@ from jaxtyping import Float, Int, UInt8
 from hjepa_jax.data.sources import Split
 
 IMAGE_SIZE = 32
-NUM_TRAIN, NUM_TEST = 10_000, 2_000  # images of the source `shapes`
-AREA = (80.0, 320.0)  # of the shape, square pixels: a disk 10 to 20 pixels across
-MAX_OFFSET = 8.0  # of the shape's centroid from the image centre, pixels per axis
+NUM_TRAIN, NUM_TEST = 5_000, 2_000  # images of the source `shapes`
+AREA = (80.0, 240.0)  # of the shape, square pixels: a disk 10 to 17 pixels across
+MAX_OFFSET = 9.0  # of the shape's centroid from the image centre, pixels per axis
 DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
 LIGHT = 0.65  # every channel of a light one is at least this
-TEXTURE = 0.45  # amplitude per colour channel, in [0, 1]
-NOISE = 0.12  # standard deviation per pixel and channel
+LIGHT_BACKGROUNDS = 0.5  # share of images whose shape is the darker
+TEXTURE = 0.1  # amplitude per colour channel, in [0, 1]
+NOISE = 0.06  # standard deviation per pixel and channel
 CHUNK = 1000  # images drawn at once; part of what the seed determines
 
 Number = float | int  # the run-time checks of the tests tell them apart
@@ -81,7 +82,7 @@ def _draw(labels: Int[np.ndarray, " n"], rng: np.random.Generator) -> UInt8[np.n
 def _contrasting_colours(n: int, rng: np.random.Generator) -> tuple[Colour, Colour]:
     """Draws a dark and a light colour; either may be the first, the background's."""
     dark, light = _colour(n, 0, DARK, rng), _colour(n, LIGHT, 1, rng)
-    swap = rng.random((n, 1, 1, 1)) < 0.5
+    swap = rng.random((n, 1, 1, 1)) < LIGHT_BACKGROUNDS
     return np.where(swap, light, dark), np.where(swap, dark, light)
 
 
