@@ -41,7 +41,7 @@ def main() -> None:
     config.log.tensorboard, config.log.report, config.log.figures_every_epochs = False, False, 0.0
     for argument in sys.argv[1:]:
         field, _, text = argument.partition("=")
-        value = ast.literal_eval(text) if not text.isalpha() else text
+        value = text if text.isalpha() and text != "None" else ast.literal_eval(text)
         if field.startswith("shapes."):
             setattr(shapes, field.removeprefix("shapes."), value)
         else:
