@@ -88,6 +88,7 @@ def _judge(
       options: fields of `Protocol`.
     """
     from hjepa_jax import checkpoint, run, run_dir
+    from hjepa_jax.data.fingerprint import fingerprint, why_redrawn
     from hjepa_jax.evaluation import results
     from hjepa_jax.evaluation.protocols import Protocol
     from hjepa_jax.judge import judge_run
@@ -106,6 +107,10 @@ def _judge(
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
     train, test = source.load()
+    trained_on = checkpoint.read_meta(workdir).get("data")
+    of_run = data in (None, config.data.source)
+    if of_run and (rule := why_redrawn(config.data.source, trained_on, fingerprint(train))):
+        raise InputError("--workdir", str(workdir), rule)
     with run_dir.writing(workdir):
         rows = judge_run(
             workdir,

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from hjepa_jax import build, checkpoint
 from hjepa_jax.collapse import PATIENCE, Limits, Spread, find_limits, spread_of, untrained_spread
 from hjepa_jax.config import Config
-from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content
+from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content, why_redrawn
 from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.features import Features, extract_features, representations
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
@@ -44,11 +44,13 @@ class Look:
       snapshot: of a few images.
       features: by name, of the held-out images, [Q, D].
       verdict: whether those of level 0 have collapsed, beside those of the untrained network.
-      labels, predictions: of the held-out images, [Q]; by k-NN on level 0.
+      best: the representation that pictures and predictions are made of, in words.
+      best_features: that representation of the held-out images, [Q, D].
+      labels, predictions: of the held-out images, [Q]; predicted by k-NN on the best features.
       class_names: by label.
       images: the held-out images, uint8 [Q, H, W, 3].
-      neighbours: to the first S of them, those of the bank with the most similar features, uint8
-        [S, k, H, W, 3].
+      neighbours: to the first S of them, those of the bank with the most similar best features,
+        uint8 [S, k, H, W, 3].
       same_class: bool [S, k].
       bank_size: how many images they were compared with.
     """
@@ -57,6 +59,8 @@ class Look:
     snapshot: Snapshot
     features: dict[str, Float[np.ndarray, "Q _"]]
     verdict: Verdict
+    best: str
+    best_features: Float[np.ndarray, "Q _"]
     labels: Int[np.ndarray, " Q"]
     predictions: Int[np.ndarray, " Q"]
     class_names: tuple[str, ...]
@@ -256,6 +260,8 @@ def _see(
         images = fingerprint(train, source.records)
         if not same_content(images, record.fingerprint):
             rule = "holds other images than the run was trained on"
+            if why_redrawn(config.data.source, record.fingerprint, images):
+                rule = "was redrawn since this run was trained"
             raise InputError("data.source", config.data.source, rule)
     # Without a folder's files that are no images.
     num_images = len(train.images) if source.records is None else source.num_images
@@ -339,16 +345,13 @@ def _look(
 
     bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
     untrained = features(initial.target_params, queries)["level_0"]
-    k = min(KNN_K, len(bank))
+    name, best_bank, best_queries = _best_features(bank_x, query_x, train.labels[bank])
     (predictions,) = knn_predict(
-        bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
+        best_bank, train.labels[bank], best_queries, ks=[min(KNN_K, len(bank))],
         num_classes=int(train.labels.max()) + 1,
     )  # fmt: skip
-    found = bank[
-        nearest_rows(
-            bank_x["level_0"], query_x["level_0"][:NUM_SHOWN], k=min(NUM_NEIGHBOURS, len(bank))
-        )
-    ]
+    shown, k = best_queries[:NUM_SHOWN], min(NUM_NEIGHBOURS, len(bank))
+    found = bank[nearest_rows(best_bank, shown, k=k)]
     return Look(
         step=int(state.step),
         snapshot=jax.device_get(
@@ -356,6 +359,8 @@ def _look(
         ),
         features=query_x,
         verdict=_verdict(query_x["level_0"], untrained),
+        best=name,
+        best_features=best_queries,
         labels=train.labels[queries],
         predictions=predictions,
         class_names=class_names,
@@ -364,6 +369,33 @@ def _look(
         same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
         bank_size=len(bank),
     )
+
+
+def _best_features(
+    bank_x: Features, query_x: Features, bank_y: Int[np.ndarray, " n"]
+) -> tuple[str, Float[np.ndarray, "n D"], Float[np.ndarray, "Q D"]]:
+    """The representation with the best k-NN score: in words, of the bank and of the queries.
+
+    Every second image of the bank is scored beside the others, so that the queries decide nothing.
+    Equal scores go to the first of `representations`, which has the fewest dimensions.
+    """
+    of_bank, of_queries = representations(bank_x), representations(query_x)
+    best, best_score = 0, -1.0
+    for i, (_, _, x) in enumerate(of_bank if len(bank_y) > 1 else ()):
+        (predicted,) = knn_predict(
+            x[::2], bank_y[::2], x[1::2], ks=[min(KNN_K, len(x[::2]))],
+            num_classes=int(bank_y.max()) + 1,
+        )  # fmt: skip
+        if (score := float((predicted == bank_y[1::2]).mean())) > best_score:
+            best, best_score = i, score
+    pool, level, x = of_bank[best]
+    levels = "all levels" if level == "all" else f"level {level}"
+    name = {
+        "mean": f"{levels}, mean over patches",
+        "summary": "summary tokens",
+        "concat": f"{levels} and summary tokens",
+    }[pool]
+    return name, x, of_queries[best][2]
 
 
 def _verdict(x: Float[np.ndarray, "Q _"], untrained: Float[np.ndarray, "Q _"]) -> Verdict:

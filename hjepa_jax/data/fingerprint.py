@@ -67,6 +67,24 @@ def other_content(old: object, new: object) -> bool:
     return differ(old, new) and not same_content(old, new)
 
 
+def why_redrawn(source: str, old: object, new: object) -> str:
+    """The rule that refuses a run on `shapes` as an older version drew them; else empty.
+
+    The program draws that set itself, so that nobody can restore the images of the run.
+
+    Args:
+      source: of the run, as its config spells it.
+      old: fingerprint of the images that the run was trained on; None if it is not known.
+      new: fingerprint of the images that are drawn now.
+    """
+    if source != "shapes" or not old or old == new:
+        return ""
+    return (
+        "was trained on shapes as an older version drew them, and the set was redrawn since; "
+        "choose another --workdir"
+    )
+
+
 def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
     """Returns 16 hexadecimal digits over types, shapes and every byte of some arrays.
 
