@@ -275,6 +275,21 @@ def test_a_run_does_not_go_on_with_more_or_fewer_images(tmp_path, num_images):
     run_dir.check_workdir(config, tmp_path, data=data)
 
 
+@pytest.mark.parametrize("fingerprint", ["all-old", "0123456789abcdef"])
+def test_a_run_on_shapes_as_they_were_drawn_before_is_refused(tmp_path, fingerprint):
+    overrides = {"data.source": "shapes"}
+    old = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": fingerprint})
+    config = with_changes(overrides)
+    start(config, tmp_path, record=old)
+    run_dir.check_workdir(config, tmp_path, data=RECORD)  # nothing was made yet
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    for saved in (None, saved_by(config, fingerprint=fingerprint)):
+        run_dir.check_workdir(config, tmp_path, saved=saved, data=old)
+        with pytest.raises(InputError, match=r"the set was redrawn since; choose") as refused:
+            run_dir.check_workdir(config, tmp_path, saved=saved, data=RECORD)
+        assert "\n" not in str(refused.value)
+
+
 def test_a_run_that_cannot_be_made_longer_says_what_can_be_done(tmp_path):
     config = workdir_of(tmp_path, {}, 200)
     config.train.num_epochs = 40.0

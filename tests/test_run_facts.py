@@ -87,6 +87,23 @@ def test_pictures_are_of_the_images_that_were_trained_on(tiny_run, tmp_path, sha
     assert facts.status == "finished"
 
 
+def test_pictures_are_made_of_the_features_with_the_best_neighbours():
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    noise, told = rng.normal(size=(2, 200, 4)), np.eye(4)[labels]
+    for best, name in (
+        ("level_1", "level 1, mean over patches"),
+        ("summary", "summary tokens"),
+    ):
+        bank = {key: noise[0] for key in ("level_0", "level_1", "summary")}
+        bank[best] = told + 0.01 * noise[1]
+        queries = {key: x[:10] for key, x in bank.items()}
+        found, of_bank, of_queries = run_facts._best_features(bank, queries, labels)
+        assert found == name
+        np.testing.assert_array_equal(of_bank, bank[best])
+        np.testing.assert_array_equal(of_queries, queries[best])
+
+
 def facts_with(tiny_run, tmp_path, ranks, stds=None):
     """Facts of a run with these values in its log; a batch has 16 images, a window 512."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")

@@ -24,8 +24,9 @@ NUM_TRAIN, NUM_TEST = 5_000, 2_000  # images of the source `shapes`
 AREA = (70.0, 130.0)  # of a shape, square pixels: a disk 9 to 13 pixels across
 CENTRES = ((-8.0, -8.0), (8.0, -8.0), (-8.0, 8.0), (8.0, 8.0))  # pixels from the image centre
 MAX_OFFSET = 2.5  # of a shape's centroid from its centre, pixels per axis
-DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
-LIGHT = 0.65  # every channel of a light one is at least this
+MAX_TURN = 3.1416  # of a shape from upright, radians either way
+DARK = 0.2  # every channel of a dark colour is at most this, in [0, 1]
+LIGHT = 0.6  # every channel of a light one is at least this
 LIGHT_BACKGROUNDS = 0.0  # share of images whose shape is the darker
 TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
 NOISE = 0.05  # standard deviation per pixel and channel
@@ -103,7 +104,7 @@ def _texture(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n H W 3"]:
 def _shape_cover(
     labels: Int[np.ndarray, " n"], centre: tuple[Number, Number], rng: np.random.Generator
 ) -> Cover:
-    x, y = _placed(len(labels), MAX_OFFSET, rng, centre)
+    x, y = _placed(len(labels), MAX_OFFSET, rng, centre=centre, max_turn=MAX_TURN)
     area = _uniform(rng, len(labels), *AREA)
     cover = np.empty(x.shape, np.float32)
     for label, name in enumerate(CLASS_NAMES):
@@ -125,13 +126,18 @@ def _distractor_cover(n: int, rng: np.random.Generator) -> Cover:
 
 
 def _placed(
-    n: int, max_offset: Number, rng: np.random.Generator, centre: tuple[Number, Number] = (0, 0)
+    n: int,
+    max_offset: Number,
+    rng: np.random.Generator,
+    *,
+    centre: tuple[Number, Number] = (0, 0),
+    max_turn: Number = np.pi,
 ) -> tuple[Cover, Cover]:
     """Returns pixel centres x and y as seen by a figure that is shifted and turned, pixels."""
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
     x = axis[None, None, :] - centre[0] - _uniform(rng, n, -max_offset, max_offset)
     y = axis[None, :, None] - centre[1] - _uniform(rng, n, -max_offset, max_offset)
-    angle = _uniform(rng, n, 0, 2 * np.pi)
+    angle = _uniform(rng, n, -max_turn, max_turn)
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
