@@ -52,6 +52,7 @@ def main() -> None:
         train_and_evaluate(config, workdir)
         seconds = time.perf_counter() - began
         model, state, initial = load_state(workdir)
+        print((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     train, _ = open_config_source(config).load()
     parts = fitted_and_scored(len(train.labels), 1000, 4000)
     embed = jax.jit(build.build_embed_fn(config, model))
