@@ -21,13 +21,13 @@ from hjepa_jax.data.sources import Split
 
 IMAGE_SIZE = 32
 NUM_TRAIN, NUM_TEST = 5_000, 2_000  # images of the source `shapes`
-AREA = (70.0, 130.0)  # of a shape, square pixels: a disk 9 to 13 pixels across
+AREA = (60.0, 140.0)  # of a shape, square pixels: a disk 9 to 13 pixels across
 CENTRES = ((-8.0, -8.0), (8.0, -8.0), (-8.0, 8.0), (8.0, 8.0))  # pixels from the image centre
-MAX_OFFSET = 2.5  # of a shape's centroid from its centre, pixels per axis
-MAX_TURN = 3.1416  # of a shape from upright, radians either way
-DARK = 0.2  # every channel of a dark colour is at most this, in [0, 1]
-LIGHT = 0.6  # every channel of a light one is at least this
-LIGHT_BACKGROUNDS = 0.0  # share of images whose shape is the darker
+MAX_OFFSET = 5.5  # of a shape's centroid from its centre, pixels per axis
+MAX_TURN = 0.4  # of a shape from upright, radians either way
+DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
+LIGHT = 0.65  # every channel of a light one is at least this
+LIGHT_BACKGROUNDS = 0.5  # share of images whose shape is the darker
 TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
 NOISE = 0.05  # standard deviation per pixel and channel
 CHUNK = 1000  # images drawn at once; part of what the seed determines
