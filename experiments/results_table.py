@@ -16,7 +16,7 @@ BEGIN, END = "<!-- results: experiments/results_table.py -->", "<!-- end of resu
 PROTOCOLS = {"linear": "linear", "knn": "k-NN"}
 ENCODERS = ("target", "random_init", "pixels")
 # Commits in the table that are older than bc926dd, which made random crops keep their drawn area.
-BEFORE_CROPS = ("bcbe262", "8b3ec22")
+BEFORE_CROPS = ("bcbe262",)
 FOOTNOTE = (
     "\\* made before random crops kept their drawn area (bc926dd): "
     "today's code trains on other crops."

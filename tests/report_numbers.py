@@ -436,8 +436,11 @@ def features(s: Sources) -> list:
         return [s.checkpoint.features]
     return [
         re.compile(
-            rf"\d+ held-out training images beside \d+ others, target encoder at step {s.saved}, "
-            r"level 0, mean over patches\. k-NN with k = \d+ gets [\d.]+ % of them right"
+            rf"\d+ held-out training images beside \d+ others, target encoder at step {s.saved}"
+            r"(, level 0, mean over patches\.|\. Neighbours, confusion matrix and maps are made of the "
+            r"features with the best k-NN score among those others: (level \d+|[a-z ]+)(, mean over "
+            r"patches| and summary tokens)?\.) k-NN with k = \d+ gets [\d.]+ % of (them|the held-out "
+            r"images) right"
         )
     ]
 

@@ -14,7 +14,7 @@ from hjepa_jax.evaluation.results import write_probe_json
 def write_run(workdir, lines):
     """What is read of a run: how many steps an epoch has, ten, and its log."""
     config = base_config()
-    config.data.source, config.train.batch_size = "shapes", 2000  # of 20,000 images
+    config.data.source, config.train.batch_size = "shapes", 500  # of 5,000 images
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
