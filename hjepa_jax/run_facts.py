@@ -372,21 +372,22 @@ def _look(
 
 
 def _best_features(
-    bank_x: Features, query_x: Features, bank_y: Int[np.ndarray, " n"]
+    bank_x: Features, query_x: dict[str, Float[np.ndarray, "Q _"]], bank_y: Int[np.ndarray, " n"]
 ) -> tuple[str, Float[np.ndarray, "n D"], Float[np.ndarray, "Q D"]]:
     """The representation with the best k-NN score: in words, of the bank and of the queries.
 
-    Every second image of the bank is scored beside the others, so that the queries decide nothing.
+    A fifth of the bank is scored beside the rest of it, so that the queries decide nothing.
     Equal scores go to the first of `representations`, which has the fewest dimensions.
     """
-    of_bank, of_queries = representations(bank_x), representations(query_x)
+    of_bank, of_queries = (representations(x) for x in (bank_x, query_x))
     best, best_score = 0, -1.0
-    for i, (_, _, x) in enumerate(of_bank if len(bank_y) > 1 else ()):
+    fit, val = hold_out(len(bank_y), num_val=len(bank_y))  # a fifth at most
+    for i, (_, _, x) in enumerate(of_bank):
         (predicted,) = knn_predict(
-            x[::2], bank_y[::2], x[1::2], ks=[min(KNN_K, len(x[::2]))],
+            x[fit], bank_y[fit], x[val], ks=[min(KNN_K, len(fit))],
             num_classes=int(bank_y.max()) + 1,
         )  # fmt: skip
-        if (score := float((predicted == bank_y[1::2]).mean())) > best_score:
+        if (score := float((predicted == bank_y[val]).mean())) > best_score:
             best, best_score = i, score
     pool, level, x = of_bank[best]
     levels = "all levels" if level == "all" else f"level {level}"

@@ -437,10 +437,10 @@ def features(s: Sources) -> list:
     return [
         re.compile(
             rf"\d+ held-out training images beside \d+ others, target encoder at step {s.saved}"
-            r"(, level 0, mean over patches\.|\. Neighbours, confusion matrix and maps are made of the "
-            r"features with the best k-NN score among those others: (level \d+|[a-z ]+)(, mean over "
-            r"patches| and summary tokens)?\.) k-NN with k = \d+ gets [\d.]+ % of (them|the held-out "
-            r"images) right"
+            r"(, level 0, mean over patches\.|\. Neighbours, confusion matrix and maps are made of "
+            r"the features with the best k-NN score among those others: (level \d+|[a-z ]+)"
+            r"(, mean over patches| and summary tokens)?\.) "
+            r"k-NN with k = \d+ gets [\d.]+ % of (them|the held-out images) right"
         )
     ]
 
