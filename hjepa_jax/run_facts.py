@@ -19,7 +19,7 @@ from hjepa_jax.data.sources import Source, Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.features import Features, extract_features, representations
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
-from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.labelled import MIN_ROWS, hold_out
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.evaluation.results import Row, read_probe_json, rows_on
 from hjepa_jax.history import History, read_history
@@ -381,7 +381,9 @@ def _best_features(
     """
     of_bank, of_queries = (representations(x) for x in (bank_x, query_x))
     best, best_score = 0, -1.0
-    fit, val = hold_out(len(bank_y), num_val=len(bank_y))  # a fifth at most
+    fit = val = np.arange(len(bank_y))
+    if len(bank_y) >= MIN_ROWS:
+        fit, val = hold_out(len(bank_y), num_val=len(bank_y))  # a fifth at most
     for i, (_, _, x) in enumerate(of_bank):
         (predicted,) = knn_predict(
             x[fit], bank_y[fit], x[val], ks=[min(KNN_K, len(fit))],

@@ -29,7 +29,7 @@ from hjepa_jax.run import open_config_source
 from hjepa_jax.train import train_and_evaluate
 
 RESULTS = pathlib.Path(__file__).with_name("trials.csv")
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "arguments", "seconds", "linear", "knn", "linear_summary", "knn_summary", "linear_level_0",
     "knn_level_0", "random_linear", "random_knn", "pixels_knn", "commit", "hardware",
 )  # fmt: skip
