@@ -1,4 +1,4 @@
-"""A small ViT on procedural shapes: no download, four minutes on two CPU cores.
+"""A small ViT on procedural shapes: no download, minutes on two CPU cores.
 
   python -m hjepa_jax.main --config=configs/shapes_tiny.py
 

@@ -52,7 +52,14 @@ def main() -> None:
     began = time.perf_counter()
     # Every layer at the same rate: nothing was learned before that has to be kept.
     settings = FinetuneSettings(
-        num_classes, num_epochs=args.num_epochs, layer_decay=1.0, seed=args.seed
+        num_classes,
+        num_epochs=args.num_epochs,
+        batch_size=64,
+        learning_rate=2e-3,
+        layer_decay=1.0,
+        drop_path=0.0,
+        label_smoothing=0.0,
+        seed=args.seed,
     )
     scores = finetune(
         encoder,
