@@ -24,7 +24,7 @@ from hjepa_jax.evaluation.linear import linear_probe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and the network")
-    parser.add_argument("--num_epochs", type=float, default=20.0, help="of the supervised network")
+    parser.add_argument("--num_epochs", type=float, default=8.0, help="of the supervised network")
     args = parser.parse_args()
     num_classes = len(CLASS_NAMES)
     began = time.perf_counter()
