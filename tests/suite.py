@@ -18,7 +18,8 @@ ON_EVERY_JAX = {
 ON_ONE_JAX = {
     "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
     "faults/test_resume", "test_alarms", "test_browser", "test_cli", "test_cluster",
-    "test_command_line", "test_config", "test_docs", "test_error_fields", "test_extras",
+    "test_command_line", "test_config", "test_demo", "test_docs", "test_error_fields",
+    "test_extras",
     "test_fewshot", "test_figures", "test_fingerprint", "test_fitted_curve", "test_folder_files",
     "test_given", "test_held_out", "test_history", "test_host_memory", "test_intervals",
     "test_labelled", "test_layering", "test_layouts", "test_logging", "test_lowshot", "test_names",
