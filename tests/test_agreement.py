@@ -171,7 +171,7 @@ def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
     assert np.abs(counts - 4 / 9).max() < 4 * np.sqrt(4 / 9 * 5 / 9 / 4_000)
 
 
-WEIGHTS = {"level_0": 1, "level_1": 0.5, "summary": 1, "agreement": 2.0, "spread": 0.25}
+WEIGHTS = {"level_0": 1.0, "level_1": 0.5, "summary": 1.0, "agreement": 2.0, "spread": 0.25}
 
 
 @pytest.mark.parametrize(
