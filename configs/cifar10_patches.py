@@ -2,11 +2,10 @@
 
   python -m hjepa_jax.main --config=configs/cifar10_patches.py
 
-What `cifar10_tiny` was before the views of an image had to agree, and what the sweeps of
-experiments/recipes and experiments/ablations vary.
-Blocks, weight, batch and context tokens were chosen by short runs scored on test images, the rate
-on held-out training images (experiments/recipes), the positions after a run of six epochs whose
-test scores were known by then (experiments/cifar10_tiny).
+`cifar10_tiny` without the agreement of views; the sweeps of experiments/recipes and
+experiments/ablations vary it. Blocks, weight, batch and context tokens were chosen by short runs
+scored on test images, the rate on held-out training images (experiments/recipes). The positions
+were chosen after a run of six epochs with known test scores (experiments/cifar10_tiny).
 """
 
 from hjepa_jax.config import Config, base_config

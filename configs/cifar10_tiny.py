@@ -2,12 +2,13 @@
 
   python -m hjepa_jax.main --config=configs/cifar10_tiny.py
 
-Hidden patches are predicted, as in `cifar10_patches`, and the views of an image agree: the masked
-one and seven further crops, of each of which the encoder sees a quarter. Views and colours follow
-a forerunner that was scored on held-out training images, optimizer and rate two epochs of half as
-deep an encoder (experiments/recipes); batch and the weights of the loss were not compared. Masks
-are those of `cifar10_patches`. The longest run so far (experiments/cifar10_tiny_agreement) was made
-with AdamW at 7e-4; the longest with Muon (experiments/cifar10_tiny_muon) has four epochs, three
+Hidden patches are predicted, with the masks of `cifar10_patches`, and the views of an image agree:
+the masked view and seven further crops. The encoder sees a quarter of each crop.
+
+Views and colours follow an earlier recipe that was scored on held-out training images. Optimizer
+and rate were chosen in two epochs with half as deep an encoder (experiments/recipes). Batch size
+and loss weights were not compared. The longest run so far (experiments/cifar10_tiny_agreement) used
+AdamW at 7e-4. The longest run with Muon (experiments/cifar10_tiny_muon) has four epochs, three
 further views and VICReg.
 """
 

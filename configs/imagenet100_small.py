@@ -3,8 +3,8 @@
   python -m hjepa_jax.main --config=configs/imagenet100_small.py
 
 ImageNet must be asked for: put its archives where tensorflow-datasets says when it misses them. The
-first start looks through all 1.28 million labels for those of the classes, once. Not
-trained to its end yet.
+first start looks through all 1.28 million labels once, to find these classes. Not trained to its
+end yet.
 
 References:
   Tian et al. 2020, Contrastive multiview coding, arXiv 1906.05849 (the 100 classes).

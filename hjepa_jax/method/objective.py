@@ -1,8 +1,8 @@
 """The training loss: named terms, each computed only if it has a weight.
 
 References:
-  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Here variance and covariance are
-  those of the summary tokens, unless `loss.regularized` says otherwise.
+  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Here variance and covariance
+  regularize the summary tokens, unless `loss.regularized` says otherwise.
 """
 
 import dataclasses
@@ -124,9 +124,9 @@ def reported_terms(
 ) -> dict[str, Float[Array, ""]]:
     """The terms as they are logged: the spread as a multiple of its floor.
 
-    The floor is the expected spread of independent images whose views point the same way. B such
-    directions have weight in the moment of a batch. A running moment has the weight of
-    (1 + 0.9) / (1 - 0.9) = 19 batches.
+    The floor is the expected spread of independent images, if the views of each point the same way.
+    The moment of a batch averages B such directions. A running moment averages as many as
+    (1 + 0.9) / (1 - 0.9) = 19 batches have.
     """
     if "spread" not in terms:
         return dict(terms)
