@@ -83,6 +83,10 @@ def loss_terms(
         directions = losses.random_directions(rng, objective.num_slices, width)
         return losses.sigreg_loss(prediction.regularized, directions)
 
+    def spread() -> Array:
+        assert moment is not None
+        return losses.spread_loss(moment)
+
     terms = {
         **{f"level_{n}": lambda n=n: distance(prediction.levels, n) for n in objective.levels},
         "summary": summary,
@@ -92,7 +96,7 @@ def loss_terms(
         "agreement": lambda: losses.agreement_loss(
             prediction.projected, prediction.projected_target, objective.teacher_weight
         ),
-        "spread": lambda: losses.spread_loss(moment),
+        "spread": spread,
     }
     return {name: terms[name]() for name in objective.weights}
 
