@@ -1,4 +1,4 @@
-"""The numbers in the README are the numbers of the runs in experiments/."""
+"""The README's numbers are those of the runs in experiments/."""
 
 import json
 import pathlib
