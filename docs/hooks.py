@@ -6,7 +6,7 @@ from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 DEFAULTS = REPOSITORY / "hjepa_jax/config/defaults.py"
-KEPT = (".md", ".csv", ".json", ".jsonl", ".png", ".py", ".sbatch", ".sh", ".yaml")
+KEPT = (".md", ".csv", ".png", ".py", ".sbatch", ".yaml")
 
 
 def config_fields() -> list[tuple[str, str, str]]:

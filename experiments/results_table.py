@@ -15,7 +15,7 @@ PAGES = {EXPERIMENTS.parent / "README.md": "", EXPERIMENTS.parent / "docs/result
 BEGIN, END = "<!-- results: experiments/results_table.py -->", "<!-- end of results -->"
 ENCODERS = ("target", "random_init", "pixels")
 # Commits in the table that are older than bc926dd, which made random crops keep their drawn area.
-BEFORE_CROPS = ("bcbe262", "8b3ec22")
+BEFORE_CROPS = ("bcbe262",)
 FOOTNOTE = (
     "\\* made before random crops kept their drawn area (bc926dd): "
     "today's code trains on other crops."

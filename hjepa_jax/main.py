@@ -87,7 +87,7 @@ def summary(workdir: pathlib.Path) -> str:
     if config.log.tensorboard:
         lines["curves"] = f"tensorboard --logdir {where}"
     lines["judge"] = f"python -m hjepa_jax.probe --workdir={where}"
-    lines["features"] = f"python -m hjepa_jax.embed --workdir={where} --input=... --output=..."
+    lines["features"] = f"python -m hjepa_jax.embed --workdir={where} ..."
     return summary_box(f"done: {workdir}", lines)
 
 

@@ -89,10 +89,12 @@ def _judge(
       data: data source to evaluate on; None = the run's.
       options: fields of `Protocol`.
     """
+    from hjepa_jax.data.fingerprint import fingerprint, why_redrawn
     from hjepa_jax.evaluation import results
     from hjepa_jax.evaluation.judge import judge_run
     from hjepa_jax.evaluation.protocols import Protocol
     from hjepa_jax.runs import run
+    from hjepa_jax.runs.checkpoint_meta import read_newest_meta
     from hjepa_jax.runs.load import load_state
     from hjepa_jax.runs.logger import write_tensorboard_scalars
     from hjepa_jax.runs.workdir import writing
@@ -110,6 +112,10 @@ def _judge(
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
     train, test = source.load()
+    trained_on = read_newest_meta(workdir).get("data")
+    of_run = data in (None, config.data.source)
+    if of_run and (rule := why_redrawn(config.data.source, trained_on, fingerprint(train))):
+        raise InputError("--workdir", str(workdir), rule)
     with writing(workdir):
         rows = judge_run(
             workdir,

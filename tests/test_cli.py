@@ -165,7 +165,7 @@ def test_sigterm_saves_the_run(tiny_flags, tmp_path, run_module):
         (["--flagfile=/nowhere"], ["flagfile", "/nowhere"]),
         (["--config.model.patch_size=5"], ["data.image_size=32", "model.patch_size=5"]),
         (["--config.mask.num_blocks=40"], ["mask.scale", "leave no context"]),
-        (["--config.train.batch_size=20001"], ["train.batch_size=20001", "20000"]),
+        (["--config.train.batch_size=5001"], ["train.batch_size=5001", "5000"]),
         (["--config.data.source=floppy:a"], ["data.source", "floppy:a", "tfds:<name>"]),
         (["--config.data.source=npz:nowhere.npz"], ["data.source", "nowhere.npz"]),
         (["--workdir=/proc/nowhere"], ["--workdir", "/proc/nowhere"]),

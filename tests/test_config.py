@@ -606,7 +606,7 @@ def test_a_config_json_comes_back_as_saved_with_defaults_for_missing_fields(tmp_
     saved = config.to_dict()
     saved.pop("log")
     saved["parallel"].pop("cpu_devices")
-    saved["model"].pop("patch_size")  # as of a version that did not have the field
+    saved["model"].pop("num_registers")  # as of a version that did not have the field
     for field, value in REMOVED_FIELDS.items():
         group, name = field.split(".")
         saved[group][name] = value

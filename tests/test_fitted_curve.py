@@ -14,7 +14,7 @@ from hjepa_jax.runs.scores import write_probe_json
 def write_run(workdir, lines):
     """Writes the config and log of a run with ten steps per epoch."""
     config = base_config()
-    config.data.source, config.train.batch_size = "shapes", 2000  # shapes has 20,000 images
+    config.data.source, config.train.batch_size = "shapes", 500  # shapes has 5,000 images
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -79,14 +79,14 @@ def test_missing_images_are_counted_from_the_probe_table(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     row = {
         "protocol": "knn", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
-        "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5}, "train_size": 4000,
+        "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5}, "train_size": 1000,
     }  # fmt: skip
     with pytest.raises(InputError, match="there is no such file"):
         fitted_curve.scores(tmp_path, "eval/knn_top1")
     write_probe_json(tmp_path / "probe.json", [row])
     epochs, _ = fitted_curve.scores(tmp_path, "eval/knn_top1")
-    np.testing.assert_allclose(epochs, [5.0], err_msg="two steps are an epoch of 4,000 images")
-    assert "4,000 images of shapes" in capsys.readouterr().out
+    np.testing.assert_allclose(epochs, [5.0], err_msg="two steps are an epoch of 1,000 images")
+    assert "1,000 images of shapes" in capsys.readouterr().out
     write_probe_json(tmp_path / "probe.json", [row | {"data": "other", "train_size": 5}])
     with pytest.raises(InputError, match="there is no such file"):
         fitted_curve.scores(tmp_path, "eval/knn_top1")

@@ -287,6 +287,20 @@ def test_a_run_does_not_resume_with_another_number_of_images(tmp_path, num_image
     check_workdir(config, tmp_path, data=data)
 
 
+@pytest.mark.parametrize("fingerprint", ["all-old", "0123456789abcdef"])
+def test_a_run_on_an_older_drawing_of_shapes_is_refused(tmp_path, fingerprint):
+    old = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": fingerprint})
+    config = with_changes({"data.source": "shapes"})
+    start(config, tmp_path, record=old)
+    check_workdir(config, tmp_path, data=RECORD)  # nothing was trained yet
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    for saved in (None, saved_by(config, fingerprint=fingerprint)):
+        check_workdir(config, tmp_path, saved=saved, data=old)
+        with pytest.raises(InputError, match=r"the set was redrawn since; choose") as refused:
+            check_workdir(config, tmp_path, saved=saved, data=RECORD)
+        assert "\n" not in str(refused.value)
+
+
 def test_a_run_that_cannot_become_longer_gives_advice(tmp_path):
     config = workdir_of(tmp_path, {}, 200)
     config.train.num_epochs = 40.0

@@ -8,6 +8,7 @@ import pytest
 
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
+from hjepa_jax.reporting import look
 from hjepa_jax.reporting.facts import read_facts
 
 
@@ -65,6 +66,23 @@ def test_other_images_than_in_training_give_no_pictures(tiny_run, tmp_path, shap
     facts = read_facts(workdir, images=True)
     assert "holds other images than the run was trained on" in facts.no_look
     assert facts.status == "finished"
+
+
+def test_pictures_are_made_of_the_features_with_the_best_neighbours():
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    noise, told = rng.normal(size=(2, 200, 4)), np.eye(4)[labels]
+    for best, name in (
+        ("level_1", "level 1, mean over patches"),
+        ("summary", "summary tokens"),
+    ):
+        bank = {key: noise[0] for key in ("level_0", "level_1", "summary")}
+        bank[best] = told + 0.01 * noise[1]
+        queries = {key: x[:10] for key, x in bank.items()}
+        found, of_bank, of_queries = look._best_features(bank, queries, labels)
+        assert found == name
+        np.testing.assert_array_equal(of_bank, bank[best])
+        np.testing.assert_array_equal(of_queries, queries[best])
 
 
 def facts_with(tiny_run, tmp_path, ranks, stds=None):

@@ -73,7 +73,7 @@ def test_shapes_info_is_what_load_returns(monkeypatch):
     assert len(source.info.class_names) == 10
     assert not asked
     source.load()
-    assert asked == [(source.info.num_train, source.info.num_test, 7)] == [(20_000, 4_000, 7)]
+    assert asked == [(source.info.num_train, source.info.num_test, 7)] == [(5_000, 2_000, 7)]
 
 
 # folder

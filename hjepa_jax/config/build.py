@@ -203,7 +203,7 @@ def build_objective(config: Config) -> Objective:
         "agreement": c.agreement_weight,
         "spread": c.spread_weight if c.agreement_weight else 0.0,
     }
-    weights = {name: weight for name, weight in weights.items() if weight}
+    weights = {name: float(weight) for name, weight in weights.items() if weight}
     return Objective(
         weights,
         kind=c.kind,

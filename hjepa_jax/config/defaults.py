@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from hjepa_jax.config.fields import flatten
 
-# An ml_collections.ConfigDict, whose fields no type checker knows.
+# An ml_collections.ConfigDict; type checkers do not know its fields.
 Config = Any
 
 # Fields that may differ between a run and its continuation: they change the log, the speed or the
@@ -190,7 +190,7 @@ def base_config() -> Config:
     c.optim.b2 = 0.95  # decay of AdamW's second moment; in [0, 1)
     c.optim.clip_norm = 3.0  # largest global gradient norm; 0 = no clipping
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
-    c.optim.accumulation_steps = 1  # parts of a batch whose gradients are averaged
+    c.optim.accumulation_steps = 1  # parts of a batch; their gradients are averaged
 
     c.train = ConfigDict()
     c.train.batch_size = 256  # images per update, over all devices

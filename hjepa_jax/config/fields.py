@@ -20,7 +20,7 @@ RULES = {
 
 
 def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Checks that the fields are those of `defaults`, each of the type that it has there.
+    """Checks that the fields are the fields of `defaults`, with the types that they have there.
 
     Only a field that is None in `defaults` may be None. Rules that come after can compare and count
     without a thought for what they are given.

@@ -149,7 +149,10 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of("adamw", "muon"), "optim.kind"),
     (Rule(_is_ema, _EMA), "optim.ema_momentum"),
     (_at_least(1, at_most=2**20), "optim.accumulation_steps train.batch_size"),
-    (_at_least(1, at_most=10_000), "train.steps_per_call"),  # whose batches are made at once
+    (
+        _at_least(1, at_most=10_000),
+        "train.steps_per_call",
+    ),  # made at once
     (_POSITIVE, "train.num_epochs train.num_steps train.keep_checkpoints"),
     (_POSITIVE, "train.checkpoint_every_epochs train.checkpoint_every_steps"),
     (_POSITIVE, "mask.num_context eval.knn_bank_size eval.num_val log.every_steps"),

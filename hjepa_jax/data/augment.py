@@ -112,8 +112,8 @@ def resize_and_normalize(
 ) -> Float[Array, "B S S C"]:
     """Returns what evaluation sees: the central square, resized and normalised, nothing random.
 
-    The filter is that of image files (`hjepa_jax.data.base.square`). So a picture has the same
-    features, to the rounding of its pixels, as a file and as a row of an array.
+    The filter is the same as for image files (`hjepa_jax.data.base.square`). So a picture has the
+    same features, to the rounding of its pixels, as a file and as a row of an array.
     """
     x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
     return normalize(x, mean, std)

@@ -69,6 +69,24 @@ def _comparable(*data: object) -> bool:
     return all(isinstance(each, str) and each.startswith(MARK) for each in data)
 
 
+def why_redrawn(source: str, old: object, new: object) -> str:
+    """Returns the rule that refuses a run on `shapes` as an older version drew them; else "".
+
+    The program draws this set itself, so nobody can restore the images of the run.
+
+    Args:
+      source: data source of the run, as in its config.
+      old: fingerprint of the images that the run was trained on; None if unknown.
+      new: fingerprint of the images that are drawn now.
+    """
+    if source != "shapes" or not old or old == new:
+        return ""
+    return (
+        "was trained on shapes as an older version drew them, and the set was redrawn since; "
+        "choose another --workdir"
+    )
+
+
 def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
     """Returns 16 hexadecimal digits over types, shapes and every byte of the arrays.
 

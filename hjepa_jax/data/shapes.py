@@ -2,28 +2,34 @@
 
 No download and no file: the whole set is a function of three numbers.
 
-    train, test = create_shapes(num_train=20_000, num_test=4_000, seed=0)
+    train, test = create_shapes(num_train=5_000, num_test=2_000, seed=0)
 
 The label fixes the outline and nothing else. Colours, textures, area, position, rotation, the
 distractor and the noise are drawn in the same way for every class. The shape is light on dark as
-often as dark on light, so that no linear function of the pixels tells the classes apart.
+often as dark on light, so that no linear function of the pixels tells the classes apart. Position
+and area vary so widely that the nearest image, pixel by pixel, is mostly of another class.
+`experiments/shapes_tiny` measures both, and that a network trained on the labels learns the set.
 """
 
 import functools
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from hjepa_jax.data.base import Split
 
 IMAGE_SIZE = 32
-AREA = (200.0, 360.0)  # of the shape, square pixels: a disk 16 to 21 pixels across
-MAX_OFFSET = 3.0  # of the shape's centroid from the image centre, pixels per axis
+NUM_TRAIN, NUM_TEST = 5_000, 2_000  # images of the source `shapes`
+AREA = (60.0, 140.0)  # of a shape, square pixels: a disk 9 to 13 pixels across
+CENTRES = ((-8.0, -8.0), (8.0, -8.0), (-8.0, 8.0), (8.0, 8.0))  # pixels from the image centre
+MAX_OFFSET = 5.5  # of a shape's centroid from its centre, pixels per axis
+MAX_TURN = 0.4  # of a shape from upright, radians either way
 DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
 LIGHT = 0.65  # every channel of a light one is at least this
+LIGHT_BACKGROUNDS = 0.5  # share of images whose shape is the darker
 TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
-NOISE = 0.1  # standard deviation per pixel and channel
+NOISE = 0.05  # standard deviation per pixel and channel
 CHUNK = 1000  # images drawn at once; part of what the seed determines
 
 Number = float | int  # the run-time checks of the tests tell them apart
@@ -35,7 +41,7 @@ SignedDistance = Callable[[Plane, Plane], Plane]  # (x, y) -> distance, negative
 
 
 def create_shapes(
-    num_train: int = 20_000, num_test: int = 4_000, seed: int = 0
+    num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, seed: int = 0
 ) -> tuple[Split, Split]:
     """Draws the training and the test images, from independent random streams.
 
@@ -61,25 +67,24 @@ def _create_split(num_images: int, rng: np.random.Generator) -> Split:
 
 
 def _draw(labels: Int[np.ndarray, " n"], rng: np.random.Generator) -> UInt8[np.ndarray, "n H W C"]:
-    """Paints background, shape and distractor, in this order, and adds pixel noise."""
+    """Paints background, shapes and distractor, in this order, and adds pixel noise."""
     n = len(labels)
-    background_colour, shape_colour = _contrasting_colours(n, rng)
-    canvas = background_colour + _texture(n, rng)
-    shape_cover = _shape_cover(labels, rng)
-    canvas += shape_cover[..., None] * (shape_colour + _texture(n, rng) - canvas)
-
-    in_front = _uniform(rng, n, 0, 1) < 0.5
-    distractor_cover = _distractor_cover(n, rng) * np.where(in_front, 1, 1 - shape_cover)
-    canvas += distractor_cover[..., None] * (_colour(n, 0, 1, rng) - canvas)
+    on_light = rng.random((n, 1, 1, 1)) < LIGHT_BACKGROUNDS
+    canvas = _either(on_light, rng) + _texture(n, rng)
+    for centre in CENTRES:
+        cover = _shape_cover(labels, centre, rng)
+        colour = _either(~on_light, rng) + _texture(n, rng)
+        canvas += cover[..., None] * (colour - canvas)
+    cover = _distractor_cover(n, rng)
+    canvas += cover[..., None] * (_colour(n, 0, 1, rng) - canvas)
     canvas += NOISE * rng.standard_normal(canvas.shape, np.float32)
     return np.rint(255 * canvas.clip(0, 1)).astype(np.uint8)
 
 
-def _contrasting_colours(n: int, rng: np.random.Generator) -> tuple[Colour, Colour]:
-    """Draws a dark and a light colour; either may be the first, the background's."""
-    dark, light = _colour(n, 0, DARK, rng), _colour(n, LIGHT, 1, rng)
-    swap = rng.random((n, 1, 1, 1)) < 0.5
-    return np.where(swap, light, dark), np.where(swap, dark, light)
+def _either(light: Bool[np.ndarray, "n 1 1 1"], rng: np.random.Generator) -> Colour:
+    """Draws a light or a dark colour for each image."""
+    n = len(light)
+    return np.where(light, _colour(n, LIGHT, 1, rng), _colour(n, 0, DARK, rng))
 
 
 def _texture(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n H W 3"]:
@@ -96,8 +101,10 @@ def _texture(n: int, rng: np.random.Generator) -> Float[np.ndarray, "n H W 3"]:
     return pattern[..., None] * direction
 
 
-def _shape_cover(labels: Int[np.ndarray, " n"], rng: np.random.Generator) -> Cover:
-    x, y = _placed(len(labels), MAX_OFFSET, rng)
+def _shape_cover(
+    labels: Int[np.ndarray, " n"], centre: tuple[Number, Number], rng: np.random.Generator
+) -> Cover:
+    x, y = _placed(len(labels), MAX_OFFSET, rng, centre=centre, max_turn=MAX_TURN)
     area = _uniform(rng, len(labels), *AREA)
     cover = np.empty(x.shape, np.float32)
     for label, name in enumerate(CLASS_NAMES):
@@ -118,12 +125,19 @@ def _distractor_cover(n: int, rng: np.random.Generator) -> Cover:
     return (0.5 - distance).clip(0, 1)
 
 
-def _placed(n: int, max_offset: Number, rng: np.random.Generator) -> tuple[Cover, Cover]:
+def _placed(
+    n: int,
+    max_offset: Number,
+    rng: np.random.Generator,
+    *,
+    centre: tuple[Number, Number] = (0, 0),
+    max_turn: Number = np.pi,
+) -> tuple[Cover, Cover]:
     """Returns pixel centres x and y as seen by a figure that is shifted and turned, pixels."""
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
-    x = axis[None, None, :] - _uniform(rng, n, -max_offset, max_offset)
-    y = axis[None, :, None] - _uniform(rng, n, -max_offset, max_offset)
-    angle = _uniform(rng, n, 0, 2 * np.pi)
+    x = axis[None, None, :] - centre[0] - _uniform(rng, n, -max_offset, max_offset)
+    y = axis[None, :, None] - centre[1] - _uniform(rng, n, -max_offset, max_offset)
+    angle = _uniform(rng, n, -max_turn, max_turn)
     cos, sin = np.cos(angle), np.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 

@@ -105,7 +105,7 @@ def _open(
 def _open_shapes(seed: int) -> Source:
     from hjepa_jax.data import shapes  # it needs Split from here
 
-    num_train, num_test = 20_000, 4_000
+    num_train, num_test = shapes.NUM_TRAIN, shapes.NUM_TEST
     info = SourceInfo(
         num_train, num_test, (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3), shapes.CLASS_NAMES
     )

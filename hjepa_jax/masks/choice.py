@@ -17,7 +17,7 @@ def lowest_first(
     return jnp.where(valid, index, 0), valid
 
 
-MAX_COMPARED = 4096  # entries of which each is compared with each: 64 x 64 patches
+MAX_COMPARED = 4096  # most entries that are compared pairwise: 64 x 64 patches
 
 
 def is_first_smallest(x: Float[Array, " N"]) -> Bool[Array, " N"]:

@@ -35,8 +35,8 @@ def gather_tokens(
 ) -> Float[Array, "B K D"]:
     """Rows `x[b, index[b, k]]` (or `x[index[b, k]]` of a table that all images share).
 
-    Computed as a product with a one-hot matrix, whose gradient is a product, too. The gradient of
-    an indexed gather is a scatter: slow on some backends, refused by others.
+    Computed as a product with a one-hot matrix: its gradient is a product, too. The gradient of an
+    indexed gather is a scatter, which is slow on some backends and refused by others.
     """
     one_hot = (index[..., None] == jnp.arange(x.shape[-2])[None, None]).astype(x.dtype)
     # HIGHEST: rows are copied exactly, where the backend would otherwise round the product.

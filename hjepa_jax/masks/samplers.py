@@ -98,7 +98,7 @@ class MaskSampler:
         """Checks that something can be seen.
 
         Raises:
-          InputError: naming `mask.num_context`, or `mask.scale`, whose value is given.
+          InputError: naming `mask.num_context`, or `mask.scale` with the value `scale`.
         """
         if self.num_context is not None and not 1 <= self.num_context <= self.num_patches:
             raise InputError(
@@ -141,7 +141,7 @@ class MaskSampler:
 
 @dataclasses.dataclass(frozen=True)
 class BlockMask(MaskSampler):
-    """Masks whose targets are rectangular blocks, `blocks` of them.
+    """Masks with rectangular blocks as targets.
 
     Attributes:
       num_blocks: target blocks per image, M.

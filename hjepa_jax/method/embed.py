@@ -21,11 +21,11 @@ def make_embed_fn(
     `summary` [B, R * n * D] (the summary tokens, concatenated).
 
     Args:
-      model: the networks whose encoder is used.
+      model: the networks; only the encoder is used.
       preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels; refuses
         images of another type.
       num_layers: n, how many of the last blocks give features. 1 is the output of the encoder;
-        of the blocks before the last, tokens are standardised, for they have no final LayerNorm.
+        tokens of earlier blocks are standardised, as they have no final LayerNorm.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     depth = model.context_encoder.depth

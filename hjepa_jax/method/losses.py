@@ -181,7 +181,7 @@ def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Fl
 
       B * integral of |1/B sum_b exp(i t y_b) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
 
-    compares the empirical characteristic function with that of N(0, 1). The integrand is even and 0
+    compares the empirical characteristic function with the one of N(0, 1). The integrand is even, 0
     at both ends: the trapezoidal rule is twice a sum over t > 0. For normal features the statistic
     is about 1 at any B; its mean is sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06. For collapsed features it
     grows with B: 0.41 B if they lie at the origin, more elsewhere. For 128 normal projections with

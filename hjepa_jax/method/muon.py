@@ -8,7 +8,7 @@ itself made no difference after an epoch (experiments/recipes).
 
 References:
   Jordan 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, iteration);
-  Liu et al. 2025, arXiv 2502.16982, section 2.2 (updates as large as those of AdamW).
+  Liu et al. 2025, arXiv 2502.16982, section 2.2 (updates as large as in AdamW).
 """
 
 import collections
@@ -39,10 +39,10 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalized, of matrices [m, n].
 
-    The root mean square of an update is `_UPDATE_RMS` times that of the singular values that the
-    iteration leaves, most of them between 0.7 and 1.2. It was 0.16 to 0.2 in all cases tried.
+    The iteration leaves singular values, most of them between 0.7 and 1.2. The root mean square of
+    an update is `_UPDATE_RMS` times their root mean square: 0.16 to 0.2 in all cases tried.
 
-    To be followed by weight decay and a learning rate, which may be those of AdamW.
+    Weight decay and a learning rate follow, at the values for AdamW.
 
     Args:
       momentum: decay rate of the momentum, in [0, 1).
@@ -81,7 +81,7 @@ def orthogonalize(
 
 
 def _by_shape(tree: Any, precision: Precision) -> Any:
-    """All matrices of a tree orthogonalized and scaled, those of one shape together.
+    """All matrices of a tree, orthogonalized and scaled; equal shapes together.
 
     A network has many of few shapes: few large products instead of many small ones.
     """

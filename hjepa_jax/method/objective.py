@@ -1,8 +1,8 @@
 """The training loss: named terms, each computed only if it has a weight.
 
 References:
-  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Here variance and covariance are
-  those of the summary tokens, unless `loss.regularized` says otherwise.
+  Mo, Tong 2024, arXiv 2410.19560 (C-JEPA: I-JEPA with VICReg). Here variance and covariance
+  regularize the summary tokens, unless `loss.regularized` says otherwise.
 """
 
 import dataclasses
@@ -83,6 +83,10 @@ def loss_terms(
         directions = losses.random_directions(rng, objective.num_slices, width)
         return losses.sigreg_loss(prediction.regularized, directions)
 
+    def spread() -> Array:
+        assert moment is not None
+        return losses.spread_loss(moment)
+
     terms = {
         **{f"level_{n}": lambda n=n: distance(prediction.levels, n) for n in objective.levels},
         "summary": summary,
@@ -92,7 +96,7 @@ def loss_terms(
         "agreement": lambda: losses.agreement_loss(
             prediction.projected, prediction.projected_target, objective.teacher_weight
         ),
-        "spread": lambda: losses.spread_loss(moment),
+        "spread": spread,
     }
     return {name: terms[name]() for name in objective.weights}
 
@@ -124,9 +128,9 @@ def reported_terms(
 ) -> dict[str, Float[Array, ""]]:
     """The terms as they are logged: the spread as a multiple of its floor.
 
-    The floor is the expected spread of independent images whose views point the same way. B such
-    directions have weight in the moment of a batch. A running moment has the weight of
-    (1 + 0.9) / (1 - 0.9) = 19 batches.
+    The floor is the expected spread of independent images, if the views of each point the same way.
+    The moment of a batch averages B such directions. A running moment averages as many as
+    (1 + 0.9) / (1 - 0.9) = 19 batches have.
     """
     if "spread" not in terms:
         return dict(terms)

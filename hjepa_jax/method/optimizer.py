@@ -96,7 +96,7 @@ def decay_mask(params: Any) -> Any:
 def muon_mask(params: Any) -> Any:
     """True for the leaves that Muon moves: the kernels that map features to features.
 
-    So not the embedding of patches, whose inputs are pixels, nor tokens and vectors.
+    Tokens and vectors are left out, and the patch embedding, which maps pixels.
     """
 
     def is_hidden(path: Any, leaf: Any) -> bool:
@@ -124,9 +124,9 @@ def make_optimizer(
       b1: decay rate of the first moment.
       b2: decay rate of the second.
       clip_norm: largest global gradient norm; None for no clipping.
-      muon_momentum: that of Muon, for the matrices of `muon_mask`, in place of Adam; with the same
-        rate and decay. None for Adam everywhere.
-      muon_precision: of its products.
+      muon_momentum: momentum of Muon, which replaces Adam for the matrices of `muon_mask`, at the
+        same rate and decay. None = Adam everywhere.
+      muon_precision: of Muon's products.
 
     References:
       Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).

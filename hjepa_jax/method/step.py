@@ -37,7 +37,7 @@ from hjepa_jax.models.hjepa import HJEPA, Targets
 
 @dataclasses.dataclass(frozen=True)
 class LocalViews:
-    """Further small crops of each image, whose projections agree with the masked view.
+    """Further small crops of each image. Their projections agree with the masked view.
 
     Attributes:
       count: V >= 1, views per image.
@@ -67,8 +67,8 @@ class Method:
         context encoder gives the targets, with a gradient, and only the regularizer prevents a
         collapse.
       local_views: further views of each image; None = none.
-      num_parts: for gradient accumulation: parts of the batch whose gradients are averaged.
-        Statistics over a batch (VICReg, SIGReg, projection, spread) are those of a part.
+      num_parts: for gradient accumulation: number of parts of the batch; their gradients are
+        averaged. Batch statistics (VICReg, SIGReg, projection, spread) are computed per part.
     """
 
     model: HJEPA

@@ -51,14 +51,14 @@ def create_train_state(
     *,
     moment_width: int | None = None,
 ) -> TrainState:
-    """A fresh state at step 0, whose target encoder is a copy of the context encoder.
+    """A fresh state at step 0; the target encoder is a copy of the context encoder.
 
     Args:
       params: online parameters.
       tx: optax transformation.
       rng: the run's key.
-      moment_width: K, width of the projections whose running second moment the state carries. It
-        starts from that of evenly spread directions, I / K. None = no moment.
+      moment_width: K, width of the projections; the state then carries their running second
+        moment, which starts at I / K (evenly spread directions). None = no moment.
     """
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

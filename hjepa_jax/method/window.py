@@ -29,7 +29,7 @@ FEATURE_ROWS = 512
 
 @struct.dataclass
 class NonfiniteSteps:
-    """Steps of a run whose update was left out because their loss or gradient was not finite.
+    """Steps without an update, because their loss or gradient was not finite.
 
     Attributes:
       count: int32 [], how many, over the whole run.

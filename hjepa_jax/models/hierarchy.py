@@ -69,7 +69,7 @@ def global_feature(tokens: Float[Array, "B N D"]) -> Float[Array, "B 1 D"]:
 def hidden_cells(
     hidden: Bool[Array, "B N"], grid_size: int, level: int, min_coverage: float
 ) -> Bool[Array, "B N_l"]:
-    """Cells of which at least one patch is hidden, and at least the fraction `min_coverage`."""
+    """Cells with at least one hidden patch and at least the fraction `min_coverage` hidden."""
     member = (pooling_matrix(grid_size, level) > 0).astype(np.float32)
     needed = np.maximum(1, np.ceil(min_coverage * member.sum(axis=1) - 1e-3))
     count = _product(member, hidden[..., None].astype(jnp.float32))[..., 0]

@@ -216,7 +216,7 @@ class HJEPA(nn.Module):
         return self.context_encoder(images, index, valid)
 
     def targets(self, images: Float[Array, "B H W C"]) -> Targets:
-        """Features of whole images at every predicted level. The parameters decide whose."""
+        """Features of whole images at every predicted level, by the encoder of the parameters."""
         tokens, summary = self.context_encoder(images)
         grid_size = self.predictor.grid_size
         levels = {

@@ -1,7 +1,7 @@
 """Where a patch is: embeddings that are added to tokens, or rotations of queries and keys.
 
-Tables have a row per patch of the grid, in row-major order. Means of rows stand for cells: of
-embeddings their mean, of angles the angle of the cell's centre.
+Tables have a row per patch of the grid, in row-major order. A cell has the mean of its rows: the
+mean embedding, or the angle of the cell's centre.
 """
 
 import jax
@@ -65,7 +65,7 @@ def rotate(x: Float[Array, "B h N d"], turns: Float[Array, "#B N d"]) -> Float[A
 
 
 def interpolate_positions(table: Float[Array, "N D"], num_patches: int) -> Float[Array, "M D"]:
-    """Position embeddings of a square grid, as those of another one, bilinear between centres."""
+    """Position embeddings of a square grid for another grid, bilinear between centres."""
     old_side, side = round(len(table) ** 0.5), round(num_patches**0.5)
     grid = table.reshape(old_side, old_side, -1)
     resized = jax.image.resize(grid, (side, side, grid.shape[-1]), "linear", antialias=False)

@@ -29,7 +29,7 @@ class Predictor(nn.Module):
       blocks: the queries of each block to the context and to themselves. This equals one pass per
         block, except that the context attends to itself only and is computed once. The queries of
         each coarser level form a block, too.
-      cross: each query to the context alone, whose tokens stay as they are. This is the cheapest.
+      cross: each query to the context alone. Context tokens are not updated. This is the cheapest.
 
     Attributes:
       grid_size: patches per side, G.

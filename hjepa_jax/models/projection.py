@@ -28,11 +28,11 @@ class BatchStandardize(nn.Module):
 
 
 class Projection(nn.Module):
-    """MLP whose hidden features are standardized over all views of the batch.
+    """MLP with hidden features that are standardized over all views of the batch.
 
     The hidden layers have no bias. Standardizing would remove it, its gradient would be rounding
-    noise, and Adam would follow the noise. The statistics are always those of the current batch:
-    only the loss reads the result.
+    noise, and Adam would follow the noise. The statistics always come from the current
+    batch: only the loss reads the result.
 
     Attributes:
       hidden: width of each of the two hidden layers.

@@ -17,7 +17,7 @@ FUSIONS = ("add", "concat")
 
 
 def upsampling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N_m"]:
-    """Row-stochastic matrix that takes cells of level m = l + 1 to those of level l.
+    """Row-stochastic matrix that takes cells of level m = l + 1 to cells of level l.
 
     Bilinear between the centres of cells (smaller ones at the edge of a grid have theirs too);
     beyond the outermost centres, the outermost cells.

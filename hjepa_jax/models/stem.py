@@ -10,10 +10,11 @@ STEMS = ("linear", "hmlp")
 
 
 class PatchMLP(nn.Module):
-    """Convolutions whose stride is their width, within each patch, normed between.
+    """Convolutions within each patch; each stride equals the kernel's width.
 
-    The last two layers merge 2 x 2 pixels or cells, the one before them the rest: 4 x 4 for patches
-    of 16. The norm is a LayerNorm over channels, as a BatchNorm would mix patches and images.
+    The last two layers merge 2 x 2 cells each. In larger patches a first layer merges the rest, for
+    example 4 x 4 pixels in patches of 16. A LayerNorm over channels and a GELU lie between. The
+    paper's BatchNorm would mix patches and images.
 
     References:
       Touvron et al. 2022, arXiv 2203.09795, section 4 (hMLP; hidden layers of width D / 4).

@@ -168,9 +168,9 @@ class Block(nn.Module):
 
 
 def block_type(*, remat: bool) -> Any:
-    """`Block`; with `remat`, one whose backward pass computes the forward pass again.
+    """`Block`; with `remat`, the backward pass computes the forward pass of the block again.
 
-    That keeps the input of each block only: less memory for a third more computation.
+    Only the input of each block is kept: less memory for a third more computation.
     """
     return nn.remat(Block) if remat else Block
 

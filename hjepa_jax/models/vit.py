@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before those of the patches: summary tokens, then registers."""
+        """Number of tokens before the patch tokens: summary tokens, then registers."""
         return self.num_summary_tokens + self.num_registers
 
     @nn.compact
@@ -89,8 +89,8 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B R D"]]:
         """Encodes the patches that `index` names, or all of them.
 
-        Images of another size than that of the grid have the grid's positions, interpolated: their
-        patches cover the same field. Rotary positions count patches instead.
+        For images of another size, the grid's positions are interpolated: their patches cover the
+        same field. Rotary positions count patches instead.
 
         Args:
           images: normalised pixels, square.

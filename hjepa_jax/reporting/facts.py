@@ -10,7 +10,7 @@ import optax
 
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.base import Split
-from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content
+from hjepa_jax.data.fingerprint import fingerprint, other_content, same_content, why_redrawn
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.collapse import (
     PATIENCE,
@@ -207,6 +207,8 @@ def _see(
         images = fingerprint(train, source.records)
         if not same_content(images, record.fingerprint):
             rule = "holds other images than the run was trained on"
+            if why_redrawn(config.data.source, record.fingerprint, images):
+                rule = "was redrawn since this run was trained"
             raise InputError("data.source", config.data.source, rule)
     return look_at(workdir, config, model, train, source.info.class_names)
 

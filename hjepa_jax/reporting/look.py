@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.base import Split
 from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
-from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.features import Features, extract_features, representations
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
-from hjepa_jax.evaluation.labelled import hold_out
+from hjepa_jax.evaluation.labelled import MIN_ROWS, hold_out
 from hjepa_jax.evaluation.quality import Verdict
 from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
 from hjepa_jax.runs.load import load_state
@@ -33,10 +33,12 @@ class Look:
       snapshot: pictures of a few images.
       features: features of the held-out images by name, [Q, D].
       verdict: whether the features of level 0 have collapsed, beside the untrained network.
-      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on level 0.
+      best: name of the features with the best k-NN score on images of the bank.
+      best_features: these features of the held-out images, [Q, D]. Pictures are made of them.
+      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on them.
       class_names: indexed by label.
       images: the held-out images, uint8 [Q, H, W, 3].
-      neighbours: images of the bank with the most similar features, for the first S held-out
+      neighbours: images of the bank with the most similar best features, for the first S held-out
         images, uint8 [S, k, H, W, 3].
       same_class: whether a neighbour has the class of its query, bool [S, k].
       bank_size: number of images in the bank.
@@ -46,6 +48,8 @@ class Look:
     snapshot: Snapshot
     features: dict[str, Float[np.ndarray, "Q _"]]
     verdict: Verdict
+    best: str
+    best_features: Float[np.ndarray, "Q _"]
     labels: Int[np.ndarray, " Q"]
     predictions: Int[np.ndarray, " Q"]
     class_names: tuple[str, ...]
@@ -74,13 +78,13 @@ def look_at(
 
     bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
     untrained = features(initial.target_params, queries)["level_0"]
-    k = min(KNN_K, len(bank))
+    name, best_bank, best_queries = _best_features(bank_x, query_x, train.labels[bank])
     (predictions,) = knn_predict(
-        bank_x["level_0"], train.labels[bank], query_x["level_0"], ks=[k],
+        best_bank, train.labels[bank], best_queries, ks=[min(KNN_K, len(bank))],
         num_classes=int(train.labels.max()) + 1,
     )  # fmt: skip
-    shown, k = query_x["level_0"][:NUM_SHOWN], min(NUM_NEIGHBOURS, len(bank))
-    found = bank[nearest_rows(bank_x["level_0"], shown, k=k)]
+    shown, k = best_queries[:NUM_SHOWN], min(NUM_NEIGHBOURS, len(bank))
+    found = bank[nearest_rows(best_bank, shown, k=k)]
     return Look(
         step=int(state.step),
         snapshot=jax.device_get(
@@ -88,6 +92,8 @@ def look_at(
         ),
         features=query_x,
         verdict=verdict_beside(query_x["level_0"], measure_spread(untrained)),
+        best=name,
+        best_features=best_queries,
         labels=train.labels[queries],
         predictions=predictions,
         class_names=class_names,
@@ -96,3 +102,28 @@ def look_at(
         same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
         bank_size=len(bank),
     )
+
+
+def _best_features(
+    bank_x: Features, query_x: dict[str, Float[np.ndarray, "Q _"]], bank_y: Int[np.ndarray, " n"]
+) -> tuple[str, Float[np.ndarray, "n D"], Float[np.ndarray, "Q D"]]:
+    """Returns the features with the best k-NN score: their name, of the bank, of the queries.
+
+    A fifth of the bank is scored beside the rest of it, so the queries decide nothing. Equal scores
+    go to the first of `representations`, which has the fewest dimensions.
+    """
+    fit = val = np.arange(len(bank_y))
+    if len(bank_y) >= MIN_ROWS:
+        fit, val = hold_out(len(bank_y), num_val=len(bank_y))  # a fifth at most
+
+    def score(x: Float[np.ndarray, "n D"]) -> float:
+        k, num_classes = min(KNN_K, len(fit)), int(bank_y.max()) + 1
+        (found,) = knn_predict(x[fit], bank_y[fit], x[val], ks=[k], num_classes=num_classes)
+        return float((found == bank_y[val]).mean())
+
+    in_bank, in_queries = (representations(x) for x in (bank_x, query_x))
+    best = max(range(len(in_bank)), key=lambda i: score(in_bank[i][2]))  # the first of equals
+    pool, level, x = in_bank[best]
+    levels = "all levels" if level == "all" else f"level {level}"
+    names = {"mean": f"{levels}, mean over patches", "summary": "summary tokens"}
+    return names.get(pool, f"{levels} and summary tokens"), x, in_queries[best][2]

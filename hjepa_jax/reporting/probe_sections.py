@@ -119,9 +119,10 @@ def features_section(facts: Facts) -> Section | None:
     top1 = float((look.predictions == look.labels).mean())
     text = (
         f"{len(look.labels)} held-out training images beside {look.bank_size} others, target "
-        f"encoder at step {look.step}, level 0, mean over patches. k-NN with k = "
-        f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of them right. The test images are left "
-        "to the probes."
+        f"encoder at step {look.step}. Neighbours, confusion matrix and maps are made of the "
+        f"features with the best k-NN score among those others: {look.best}. k-NN with k = "
+        f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of the held-out images right. The test "
+        "images are left to the probes."
     )
     values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
               levels.items()}  # fmt: skip
@@ -137,7 +138,7 @@ def features_section(facts: Facts) -> Section | None:
             "Confusion matrix of k-NN",
         ),
         "map": (
-            scatter_maps(_maps(look.features["level_0"]), look.labels, look.class_names),
+            scatter_maps(_maps(look.best_features), look.labels, look.class_names),
             "Maps of the features in two dimensions",
         ),
         "spectrum": (spectrum(values), "Spectrum of the features"),

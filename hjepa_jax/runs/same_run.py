@@ -10,7 +10,7 @@ import numpy as np
 from hjepa_jax.config.build import build_schedules
 from hjepa_jax.config.defaults import SCHEDULE_FIELDS, Config, differing_fields
 from hjepa_jax.config.fields import flatten
-from hjepa_jax.data.fingerprint import other_content, same_content
+from hjepa_jax.data.fingerprint import other_content, same_content, why_redrawn
 from hjepa_jax.runs.record import RunRecord
 
 # Fields that name files. The fingerprint of the images decides whether the data is the same.
@@ -67,6 +67,10 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
         return _of_another_config(past, config, "")
     if data is None:
         return ""
+    if past.num_updates and (
+        rule := why_redrawn(config.data.source, past.fingerprint, data.fingerprint)
+    ):
+        return rule
     if past.record and past.num_updates and past.record.num_images != data.num_images:
         return (
             f"was trained on {past.record.num_images} images, and data.source has "

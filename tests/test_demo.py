@@ -1,0 +1,44 @@
+"""What the README promises of `make demo`, on a shortened run of its config."""
+
+import json
+
+import pytest
+from hjepa_jax.train import train_and_evaluate
+
+from configs import shapes_tiny
+from hjepa_jax import main
+from hjepa_jax.evaluation import results
+
+
+def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = tmp_path / "runs" / "shapes_tiny"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(shapes_tiny.get_config().to_dict()))
+    (workdir / "report.html").touch()
+    where = {"step": 1, "pool": "concat", "level": "all", "dim": 8, "data": "shapes"}
+    rows = [
+        {
+            "protocol": protocol,
+            "encoder": encoder,
+            "top1": 1.0,
+            "chosen": {"val_top1": 1.0},
+            **where,
+        }
+        for protocol in ("linear", "knn")
+        for encoder in ("target", "random_init", "pixels")
+    ]
+    results.write_probe_json(workdir / "probe.json", rows)
+    box = main.summary(workdir.relative_to(tmp_path))
+    assert "best knn     target 100.0 %, random-init 100.0 %, pixels 100.0 %" in box
+    assert max(map(len, box.splitlines())) <= 80
+
+
+@pytest.mark.slow
+def test_a_third_of_the_demo_learns_more_than_an_untrained_network_knows(tmp_path):
+    config = shapes_tiny.get_config().unlock()
+    config.train.num_epochs, config.eval.every_epochs = 3.0, 3.0
+    config.eval.probe_at_end = config.log.tensorboard = config.log.report = False
+    train_and_evaluate(config.lock(), tmp_path)
+    *_, last = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert last["eval/knn_top1_summary"] > 0.35  # untrained: 0.25
