@@ -105,9 +105,9 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
         text = textwrap.fill(f"{flag.help}{default}", WIDTH - 6)
         parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
         if isinstance(flag.parser, ConfigFileFlagParser):
-            fields = pathlib.Path(__file__).parent / "config" / "defaults.py"
-            text = f"Sets a field of the config. All fields and their meaning: {fields}"
-            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}")
+            fields = pathlib.Path(__file__).with_name("config") / "defaults.py"
+            text = "Sets a field of the config. All fields and their meaning:"
+            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}\n      {fields}")
     return "\n\n".join(parts)
 
 
