@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from hjepa_jax.train import train_and_evaluate
 
-from configs import shapes_tiny
 from hjepa_jax import main
+from hjepa_jax.configs import shapes_tiny
 from hjepa_jax.evaluation import results
+from hjepa_jax.training.train import train_and_evaluate
 
 
 def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from configs import shapes_tiny
-from hjepa_jax import build
+from hjepa_jax.config import build
+from hjepa_jax.configs import shapes_tiny
 from hjepa_jax.data.shapes import CLASS_NAMES, create_shapes
 from hjepa_jax.evaluation.features import embed_pixels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune

@@ -15,18 +15,18 @@ import time
 
 import jax
 import numpy as np
-from hjepa_jax.checkpoint import load_state
-from hjepa_jax.provenance import source_commit
-from hjepa_jax.run import open_config_source
-from hjepa_jax.train import train_and_evaluate
 
-from configs import shapes_tiny
 from experiments.sweep import fitted_and_scored, hardware
-from hjepa_jax import build
+from hjepa_jax.config import build
+from hjepa_jax.configs import shapes_tiny
 from hjepa_jax.data import shapes
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_probe
 from hjepa_jax.evaluation.linear import linear_probe
+from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runtime.provenance import source_commit
+from hjepa_jax.training.train import train_and_evaluate
 
 RESULTS = pathlib.Path(__file__).with_name("trials.csv")
 COLUMNS: tuple[str, ...] = (
