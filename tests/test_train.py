@@ -26,7 +26,7 @@ from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
 from hjepa_jax.evaluation import collapse, quality
 from hjepa_jax.evaluation.labelled import hold_out
-from hjepa_jax.method.step import make_run_steps
+from hjepa_jax.method.window import make_run_steps
 from hjepa_jax.reporting import showcase
 from hjepa_jax.reporting.publish import write_report
 from hjepa_jax.runs import checkpoint, run
