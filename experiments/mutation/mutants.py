@@ -161,7 +161,7 @@ def run_tests(copy: pathlib.Path, tests: list[str], output: pathlib.Path) -> int
             os.dup2(descriptor, 2)
             os.chdir(copy)
             sys.path.insert(0, str(copy))
-            files = [f"tests/{name}.py" for name in tests]
+            files = [n if n.startswith("-") else f"tests/{n}.py" for n in tests]
             options = ["-n", "0", "-x", "-rfE", "-p", "no:cacheprovider"]
             options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
             os._exit(int(importlib.import_module("pytest").main([*options, *files])))
@@ -211,7 +211,7 @@ def run(repository: pathlib.Path, suite: str, out: pathlib.Path, modules: list[s
             csv.writer(file, lineterminator="\n").writerow(["suite", *Key._fields, "killed", "by"])
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, "repository")
-        ignored = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".*_cache")
+        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache")
         shutil.copytree(repository, copy, ignore=ignored)
         # Programs that no fault touches are compiled once for all mutants.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(folder, "programs"))
@@ -220,13 +220,15 @@ def run(repository: pathlib.Path, suite: str, out: pathlib.Path, modules: list[s
         for library in LIBRARIES:
             importlib.import_module(library)
         for module in modules:
-            places = mutants_of(module, copy)
+            places, tests = mutants_of(module, copy), MODULES[module][1]
+            if run_tests(copy, [*tests, "--collect-only"], copy / "output.txt") != 0:
+                raise RuntimeError((copy / "output.txt").read_text())
             for key in (key for key in keys if key.module == module):
                 if (suite, *key) in done:
                     continue
                 result = (False, "absent")
                 if key in places:
-                    result = is_killed(places[key], key.mutant, copy, MODULES[module][1])
+                    result = is_killed(places[key], key.mutant, copy, tests)
                 with out.open("a", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerow([suite, *key, *result])
                 print(
