@@ -6,7 +6,7 @@ import pytest
 
 from hjepa_jax import main
 from hjepa_jax.configs import shapes_tiny
-from hjepa_jax.evaluation import results
+from hjepa_jax.runs.scores import write_probe_json
 from hjepa_jax.training.train import train_and_evaluate
 
 
@@ -28,7 +28,7 @@ def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch)
         for protocol in ("linear", "knn")
         for encoder in ("target", "random_init", "pixels")
     ]
-    results.write_probe_json(workdir / "probe.json", rows)
+    write_probe_json(workdir / "probe.json", rows)
     box = main.summary(workdir.relative_to(tmp_path))
     assert "best knn     target 100.0 %, random-init 100.0 %, pixels 100.0 %" in box
     assert max(map(len, box.splitlines())) <= 80

@@ -19,6 +19,7 @@ from hjepa_jax.reporting.facts import read_facts
 from hjepa_jax.reporting.publish import write_report
 from hjepa_jax.reporting.sections import sections as run_sections
 from hjepa_jax.reporting.verdicts import next_steps
+from hjepa_jax.runs import history
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.training import train
 from tests import programs
@@ -54,7 +55,7 @@ def finished(tmp_path_factory, shapes_npz) -> pathlib.Path:
 
 
 def read_metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return history.read_metrics(workdir / "metrics.jsonl")
 
 
 def write_metrics(workdir, lines):
