@@ -25,7 +25,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 LIST = pathlib.Path(__file__).with_name("mutants.csv")
-LIMIT_SEC = 900  # of one mutant; a fault that makes the tests hang is noticed by this limit
+LIMIT_SEC = 900  # for one mutant: a fault may make the tests hang
 # Module: its files, before and after the package got folders; and the tests, the cheapest first.
 MODULES = {
     "losses": (["losses", "method/losses"], ["test_losses"]),
@@ -65,7 +65,7 @@ class Key(NamedTuple):
     line: str
     original: str
     mutant: str
-    nth: str  # of equal ones
+    nth: str  # number among equal ones
 
 
 class Place(NamedTuple):
@@ -131,7 +131,7 @@ def mutants_of_file(module: str, path: pathlib.Path, seen: Counter) -> dict[Key,
 
 
 def mutants_of(module: str, repository: pathlib.Path) -> dict[Key, Place]:
-    """All mutants of a module, from those of its files that there are."""
+    """All mutants of a module, from the files that exist."""
     seen, mutants = Counter(), {}
     for name in MODULES[module][0]:
         path = repository / "hjepa_jax" / f"{name}.py"

@@ -3,7 +3,7 @@
   PYTHONPATH=. python experiments/shapes_tiny/trial.py shapes.TEXTURE=0.2 data.local_views=2
 
 Arguments set constants of `hjepa_jax.data.shapes` and fields of `configs/shapes_tiny.py`. Scores
-are those of held-out training images, so that the test images decide nothing.
+are taken on held-out training images: the test images decide nothing.
 """
 
 import ast
