@@ -11,7 +11,7 @@ KEPT = (".md", ".csv", ".png", ".py", ".sbatch", ".yaml")
 
 def config_fields() -> list[tuple[str, str, str]]:
     """Returns name, default and comment of every field, in the order of `base_config`."""
-    text = DEFAULTS.read_text().split("def base_config")[1].split("\n    return c\n")[0]
+    text = DEFAULTS.read_text().split("def _run")[1].split("def base_config")[0]
     found, above = [], []
     for line in text.splitlines():
         if line.startswith("    # "):

@@ -60,12 +60,14 @@ REMOVED_FIELDS = {
 }
 
 
-def base_config() -> Config:
-    """The defaults. Values that experiments chose are in configs/, not here."""
-    c = ConfigDict()
+def _run(c: Config) -> None:
+    """Adds the fields of the whole run."""
     c.seed = 0  # parameters, masks, augmentation and data order; 0 or more
     c.platform = "auto"  # auto | cpu | cuda | rocm | tpu | metal | mps
 
+
+def _data(c: Config) -> None:
+    """Adds the fields of images and views."""
     c.data = ConfigDict()
     c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
     # folder of prepared TFDS sets; None = $TFDS_DATA_DIR or ~/tensorflow_datasets
@@ -100,6 +102,9 @@ def base_config() -> Config:
     c.data.blur_sigma = (0.1, 2.0)  # standard deviation of the blur; pixels
     c.data.solarize = 0.0  # probability of inverting the pixels brighter than 0.5
 
+
+def _model(c: Config) -> None:
+    """Adds the fields of the networks."""
     c.model = ConfigDict()
     c.model.name = "vit_tiny"  # size of the encoder: vit_tiny | vit_small | vit_base
     c.model.width = placeholder(int)  # features per token; None = from model.name
@@ -133,6 +138,9 @@ def base_config() -> Config:
     c.model.pyramid = "none"  # feature pyramid, predictions and targets: none | add | concat
     c.model.target = "ema"  # ema | online (no EMA, gradient through both sides; needs sigreg)
 
+
+def _mask(c: Config) -> None:
+    """Adds the fields of the masks."""
     c.mask = ConfigDict()
     # multiblock | hierarchical | random
     # multiblock: M blocks of whole cells of align_level. hierarchical: block m has whole cells of
@@ -151,6 +159,9 @@ def base_config() -> Config:
     c.mask.num_context = placeholder(int)  # K, context tokens kept; None = the expected number
     c.mask.min_coverage = 1.0  # hidden fraction from which a cell is a target; in (0, 1]
 
+
+def _loss(c: Config) -> None:
+    """Adds the fields of the loss."""
     c.loss = ConfigDict()
     c.loss.kind = "smooth_l1"  # smooth_l1 | mse | cosine
     c.loss.level_weights = placeholder(tuple)  # w_l, finest first; None = 1 each
@@ -173,6 +184,9 @@ def base_config() -> Config:
     c.loss.num_slices = 256  # random directions of SIGReg, drawn anew in each step
     c.loss.regularized = "summary"  # summary (each token) | context (mean of visible tokens) | both
 
+
+def _optim(c: Config) -> None:
+    """Adds the fields of optimizer, schedules and EMA."""
     c.optim = ConfigDict()
     # adamw | muon
     # Muon moves the weight matrices of encoder, predictor and projection along their
@@ -192,6 +206,9 @@ def base_config() -> Config:
     c.optim.ema_momentum = (0.98, 0.98, "constant")  # start, end, constant | linear | cosine
     c.optim.accumulation_steps = 1  # parts of a batch; their gradients are averaged
 
+
+def _train(c: Config) -> None:
+    """Adds the fields of length and checkpoints."""
     c.train = ConfigDict()
     c.train.batch_size = 256  # images per update, over all devices
     c.train.num_epochs = 20.0  # length of the run
@@ -207,6 +224,9 @@ def base_config() -> Config:
     c.train.max_nonfinite_steps = 10
     c.train.on_collapse = "warn"  # if the target features collapse: warn | stop | ignore
 
+
+def _eval(c: Config) -> None:
+    """Adds the fields of evaluation."""
     c.eval = ConfigDict()
     c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out training images; 0 = never
     c.eval.knn_bank_size = 10_000  # training images that k-NN compares with
@@ -215,10 +235,16 @@ def base_config() -> Config:
     c.eval.batch_size = 256  # images per call when features are extracted
     c.eval.probe_at_end = True  # linear and k-NN probes on the test set after the last step
 
+
+def _parallel(c: Config) -> None:
+    """Adds the fields of several devices."""
     c.parallel = ConfigDict()
     c.parallel.cpu_devices = 1  # virtual devices of the CPU; a batch is split over all devices
     c.parallel.fsdp = 1  # devices that share one copy of parameters, EMA and optimizer state
 
+
+def _log(c: Config) -> None:
+    """Adds the fields of logs and reports."""
     c.log = ConfigDict()
     c.log.every_steps = 50  # updates between log lines
     c.log.tensorboard = True  # write TensorBoard event files
@@ -226,6 +252,15 @@ def base_config() -> Config:
     # At most 2 % of a run's time; the last pictures are always made.
     c.log.figures_every_epochs = 5.0
     c.log.report = True  # write report.md and report.html when the run ends
+
+
+def base_config() -> Config:
+    """Returns the defaults. Values that experiments chose are in configs/, not here."""
+    c = ConfigDict()
+    for add_fields in (
+        _run, _data, _model, _mask, _loss, _optim, _train, _eval, _parallel, _log
+    ):  # fmt: skip
+        add_fields(c)
     return c
 
 
