@@ -180,7 +180,7 @@ def _write(
                 with replacing(path) as file:
                     np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             bar.update(len(rows))
-    skipped = [InputError("images", *told) for told in shards.whole("errors")]
+    skipped = [InputError("--input", *told) for told in shards.whole("errors")]
     report_skipped(source.name, skipped, f"{total} files")
     labels = shards.whole("labels")
     counts = [len(rows) for rows in shards.column("labels")]
