@@ -54,7 +54,10 @@ def workdir(shapes_npz, tmp_path_factory) -> pathlib.Path:
     from tests.test_cli import SHAPES, tiny_overrides
 
     overrides = tiny_overrides(shapes_npz)
-    overrides |= {"log.tensorboard": True, "log.report": True, "eval.every_epochs": 0.2}
+    overrides |= {
+        "log.tensorboard": True, "log.figures_every_epochs": 5.0, "log.report": True,
+        "eval.every_epochs": 0.2,
+    }  # fmt: skip
     flags = [f"--config.{field}={value}" for field, value in overrides.items()]
     path = tmp_path_factory.mktemp("runs") / "run"
     command = [sys.executable, "-m", "hjepa_jax.main", SHAPES, *flags, f"--workdir={path}"]
