@@ -112,10 +112,10 @@ def _judge(
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
     train, test = source.load()
-    trained_on = read_newest_meta(workdir).get("data")
-    of_run = data in (None, config.data.source)
-    if of_run and (rule := why_redrawn(config.data.source, trained_on, fingerprint(train))):
-        raise InputError("--workdir", str(workdir), rule)
+    if config.data.source == "shapes" and data in (None, "shapes"):
+        trained_on = read_newest_meta(workdir).get("data")
+        if rule := why_redrawn("shapes", trained_on, fingerprint(train)):
+            raise InputError("--workdir", str(workdir), rule)
     with writing(workdir):
         rows = judge_run(
             workdir,

@@ -61,11 +61,6 @@ def level_features(
     return tuple(standardize(pool(tokens, grid_size, level)) for level in range(num_levels))
 
 
-def global_feature(tokens: Float[Array, "B N D"]) -> Float[Array, "B 1 D"]:
-    """The top of the hierarchy, one cell over the whole grid: LN of the mean of all tokens."""
-    return standardize(jnp.mean(tokens, axis=1, keepdims=True))
-
-
 def hidden_cells(
     hidden: Bool[Array, "B N"], grid_size: int, level: int, min_coverage: float
 ) -> Bool[Array, "B N_l"]:
