@@ -5,6 +5,7 @@ import hjepa_jax
 encoder = hjepa_jax.load("runs/cifar10_tiny")  # or a file that `export` has made
 features = encoder.embed(["cat.jpg", "dog.png"])  # {"level_0": float32 [2, D], ...}
 tokens = encoder.tokens("cat.jpg")  # float32 [1, G, G, D], a row and a column per patch
+names, probabilities = encoder.predict("cat.jpg")  # if the run was fine-tuned
 """
 
 import dataclasses
@@ -16,12 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.special import softmax
 
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.given import GivenImages, images_of
 from hjepa_jax.data.records import Decoded, Images
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.classifier_file import read_classifier
 from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
+from hjepa_jax.evaluation.finetune import Classifier, make_classify_fn
 from hjepa_jax.exchange.encoder_file import read_encoder
 from hjepa_jax.exchange.export import describe
 from hjepa_jax.runs.load import load_encoder
@@ -41,6 +45,8 @@ class Encoder:
       tokens_fn: the same for the tokens of the patches, {"tokens": [B, N, D]}.
       config: of the run.
       describe: makes `info`.
+      read_classifier: returns the fine-tuned parameters, the names of the classes, and a jitted
+        function for {"logits": [B, classes]}; None if the encoder comes from a file.
     """
 
     params: Any
@@ -50,6 +56,7 @@ class Encoder:
     tokens_fn: EmbedFn | None = None
     config: Config = None
     describe: Callable[[], dict[str, Any]] = dict
+    read_classifier: Callable[[], tuple[Any, list[str], EmbedFn]] | None = None
 
     @property
     def info(self) -> dict[str, Any]:
@@ -96,6 +103,29 @@ class Encoder:
         """
         return self.token_records(self._given(images), stop_at_error=True)[0]
 
+    def predict(self, images: Any) -> tuple[list[str], Float[np.ndarray, "B classes"]]:
+        """Classifies images by the fine-tuned encoder and its head.
+
+        `hjepa probe --protocols=finetune` trains them and keeps them in the work directory.
+
+        Args:
+          images: see `embed`.
+
+        Returns:
+          The name of the most likely class of each image, and the probabilities of all classes, in
+          the order of the class names.
+
+        Raises:
+          InputError: see `embed`, or if the run was not fine-tuned ("workdir").
+        """
+        if self.read_classifier is None:
+            rule = "is an encoder without a classifier; give the work directory of its fine-tuning"
+            raise InputError("workdir", "", rule)
+        params, names, classify = self.read_classifier()
+        found, _, _ = self._extract(classify, self._given(images), "", True, params)
+        probabilities = softmax(found["logits"], axis=1)
+        return [names[i] for i in probabilities.argmax(axis=1)], probabilities
+
     def _given(self, images: Any) -> GivenImages:
         records = GivenImages(images_of(images), self.image_size)
         if not len(records):
@@ -128,12 +158,13 @@ class Encoder:
         return self._extract(self.embed_fn, records, what, stop_at_error)
 
     def _extract(
-        self, fn: EmbedFn, records: Images, what: str, stop_at_error: bool
+        self, fn: EmbedFn, records: Images, what: str, stop_at_error: bool, params: Any = None
     ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " n"], list[InputError]]:
         decoded = Decoded(records, stop_at_error=stop_at_error)
         # A small batch for few images. Powers of two, so that few programs are compiled.
         batch_size = min(self.batch_size, 2 ** (len(records) - 1).bit_length())
-        features = extract_features(fn, self.params, decoded, batch_size=batch_size, what=what)
+        params = self.params if params is None else params
+        features = extract_features(fn, params, decoded, batch_size=batch_size, what=what)
         rows = np.setdiff1d(np.arange(len(records)), [*decoded.errors])
         if decoded.errors:
             features = {name: value[rows] for name, value in features.items()}
@@ -162,7 +193,14 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
         return _encoder(found.config, found.model, found.params, lambda: found.info)
     config = load_config(path)
     model, params = load_encoder(path, step)
-    return _encoder(config, model, params, lambda: describe(path, config, params, step))
+
+    def classifier() -> tuple[Any, list[str], EmbedFn]:
+        fine_tuned, names = read_classifier(path)
+        network = Classifier(model.context_encoder, len(names))
+        return fine_tuned, names, make_classify_fn(network, build.build_preprocess(config))
+
+    found = _encoder(config, model, params, lambda: describe(path, config, params, step))
+    return dataclasses.replace(found, read_classifier=classifier)
 
 
 def _encoder(

@@ -30,7 +30,7 @@ def params():
 
 def run(params, settings=SETTINGS, test=TEST, **options):
     options = {"augment": AUGMENT, "preprocess": preprocess} | options
-    return finetune(ENCODER, params, TRAIN, test, settings, **options)
+    return finetune(ENCODER, params, TRAIN, test, settings, **options)[0]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def main() -> None:
         label_smoothing=0.0,
         seed=args.seed,
     )
-    scores = finetune(
+    scores, _ = finetune(
         encoder,
         params,
         train,

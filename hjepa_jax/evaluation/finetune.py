@@ -1,6 +1,8 @@
 """Fine-tuning: the encoder and a linear head, trained together on labelled images.
 
-    scores = finetune(encoder, encoder_params, train, test, settings, augment=..., preprocess=...)
+    scores, params = finetune(
+        encoder, encoder_params, train, test, settings, augment=..., preprocess=...
+    )
 
 References:
   Clark et al. 2020, "ELECTRA" (arXiv 2003.10555), section 3.1, and Bao et al. 2021, "BEiT"
@@ -123,7 +125,7 @@ def finetune(
     preprocess: Callable[[Any], Any],
     checkpoints: Checkpoints | None = None,
     what: str = "",
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Any]:
     """Trains encoder and head on all training images; scores the test set once, at the end.
 
     Args:
@@ -138,7 +140,8 @@ def finetune(
       what: title of the progress bar; empty = none.
 
     Returns:
-      "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last epoch, nats.
+      The scores, "top1" on the test set, fraction in [0, 1], and "train_loss", mean over the last
+      epoch, nats; and the parameters of the `Classifier`.
     """
     batch_size = min(settings.batch_size, len(train.images))
     order = BatchOrder(len(train.images), batch_size, settings.seed)
@@ -146,7 +149,8 @@ def finetune(
     model = Classifier(encoder.clone(drop_path=settings.drop_path), settings.num_classes)
     init_rng, run_rng = jax.random.split(jax.random.PRNGKey(settings.seed))
 
-    params = initialise(lambda: model.init(init_rng, preprocess(train.images[:1]))["params"])
+    first = jnp.asarray(train.images[:1])
+    params = initialise(lambda: model.init(init_rng, preprocess(first))["params"])
     params = {**params, "encoder": jax.tree.map(jnp.copy, encoder_params)}
     scales = layer_scales(params, depth=encoder.depth, layer_decay=settings.layer_decay)
     tx = _optimizer(settings, scales, num_steps)
@@ -168,18 +172,25 @@ def finetune(
         rule = f"the loss is not finite at a learning rate of {settings.learning_rate:g}"
         raise InputError("--protocols", "finetune", rule)
     top1 = _test_top1(model, state.params, test, preprocess, batch_size)
-    return {"top1": top1, "train_loss": train_loss}
+    return {"top1": top1, "train_loss": train_loss}, state.params
 
 
 def _test_top1(
     model: Classifier, params: Any, test: Split, preprocess: Callable[[Any], Any], batch_size: int
 ) -> float:
+    classify = make_classify_fn(model, preprocess)
+    logits = extract_features(classify, params, test.images, batch_size=batch_size)["logits"]
+    return float((logits.argmax(axis=-1) == test.labels).mean())
+
+
+def make_classify_fn(model: Classifier, preprocess: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Returns the jitted `classify(params, uint8 [B, H, W, C])` for {"logits": [B, classes]}."""
+
     @jax.jit
-    def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
+    def classify(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
         return {"logits": model.apply({"params": params}, preprocess(images))}
 
-    logits = extract_features(embed, params, test.images, batch_size=batch_size)["logits"]
-    return float((logits.argmax(axis=-1) == test.labels).mean())
+    return classify
 
 
 def _num_steps(settings: FinetuneSettings, order: BatchOrder) -> int:

@@ -14,6 +14,7 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
+from hjepa_jax.evaluation.classifier_file import write_classifier
 from hjepa_jax.evaluation.feature_cache import FeatureCache, params_digest
 from hjepa_jax.evaluation.features import check_levels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
@@ -44,7 +45,8 @@ def judge_run(
     """Runs the protocols, prints rows and tables, and adds every row to probe.json at once.
 
     Args:
-      workdir: the work directory; features go to its folder `features`, fine-tunings to `finetune`.
+      workdir: the work directory; features go to its folder `features`, fine-tunings to `finetune`,
+        and the fine-tuned encoder with its head to `classifier.npz`.
       config: config of the run.
       model: the networks.
       encoders: parameters by name, see `evaluate_encoders`.
@@ -80,7 +82,12 @@ def judge_run(
             add(_attentive(embed, encoder, params, train, test, num_classes, protocol) | common)
         if "finetune" in protocol.protocols and encoder != "pixels":
             settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
-            add(_finetune(workdir, config, model, encoder, params, train, test, settings) | common)
+            row, classifier = _finetune(
+                workdir, config, model, encoder, params, train, test, settings
+            )
+            if encoder == "target":
+                write_classifier(workdir, classifier, source.info.class_names)
+            add(row | common)
     print(results.format_tables(rows))
     return rows
 
@@ -148,8 +155,8 @@ def _finetune(
     train: Split,
     test: Split,
     settings: FinetuneSettings,
-) -> Row:
-    """Returns the row of a fine-tuning; "random_init" is training from scratch."""
+) -> tuple[Row, Any]:
+    """Returns row and parameters of a fine-tuning; "random_init" is training from scratch."""
     augment, network = build.build_augment(config), model.context_encoder
     made_from = " ".join(
         [source_digest(), fingerprint(train), params_digest(params)]
@@ -158,14 +165,14 @@ def _finetune(
     digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
     newest = NewestCheckpoint(workdir / "finetune" / f"{encoder}_{digest}")
     try:
-        scores = finetune(
+        scores, classifier = finetune(
             network, params, train, test, settings,
             augment=augment, preprocess=build.build_preprocess(config),
             checkpoints=newest, what=f"{encoder} fine-tuning",
         )  # fmt: skip
     finally:
         newest.close()
-    return {
+    row = {
         "protocol": "finetune",
         "level": 0,
         "pool": "mean",
@@ -175,3 +182,4 @@ def _finetune(
         "settings": dataclasses.asdict(settings),
         "chosen": {},
     }
+    return row, classifier
