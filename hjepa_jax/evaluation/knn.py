@@ -3,8 +3,12 @@
 The search is exact, and one pass over the data serves every k. It runs in NumPy on the host: not
 every accelerator sorts correctly, and NumPy is fast enough.
 
-    result = knn_probe(train_x, train_y, test_x, test_y, num_classes=10)
-    print(result.top1, result.chosen_k)
+>>> rng = np.random.default_rng(0)
+>>> y = np.arange(300) % 3
+>>> x = np.eye(3, dtype=np.float32)[y] + rng.normal(0, 0.2, (300, 3)).astype(np.float32)
+>>> result = knn_probe(x[:200], y[:200], x[200:], y[200:], num_classes=3, ks=(1, 5, 20))
+>>> result.top1 > 0.95
+True
 
 References:
   Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination"

@@ -5,6 +5,11 @@ array beside each says which entries are real. Every integer here counts patches
 in row-major order (N = G^2). Sampling sorts nothing (Apple's plugins do not sort reliably): a
 random choice is a *rank*, counted by comparison.
 
+>>> sample_masks = jax.jit(MultiBlockMask(8, num_blocks=4, scale=(0.15, 0.25)))
+>>> masks = sample_masks(jax.random.split(jax.random.PRNGKey(0), 16))  # of 16 images
+>>> masks.context_index.shape, masks.target_index.shape
+((16, 24), (16, 4, 16))
+
 References:
   Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Three things differ here. A
   block may lie on every placement, last row and column included. Blocks consist of whole cells of

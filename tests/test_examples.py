@@ -1,0 +1,36 @@
+"""The examples in docstrings and in the notebook run as they are written."""
+
+import doctest
+import importlib
+import json
+import pathlib
+
+import pytest
+
+WITH_EXAMPLES = (
+    "hjepa_jax.evaluation.knn",
+    "hjepa_jax.evaluation.linear",
+    "hjepa_jax.masks.samplers",
+    "hjepa_jax.reporting.figures",
+)
+NOTEBOOK = pathlib.Path(__file__).parent.parent / "examples" / "first_steps.ipynb"
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_docstring_examples_give_what_they_say(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted
+    assert not found.failed
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_as_written(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    names: dict[str, object] = {"__name__": "__main__"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    assert names["knn"].top1 > 0.25, "after 200 steps; chance is 0.1"
+    assert "k-NN after 200 steps" in capsys.readouterr().out
