@@ -151,7 +151,8 @@ def test_hidden_features_are_standardized_over_images_and_views_together():
 
 
 def test_kernels_of_the_projection_alone_are_decayed():
-    params = init_params(make_model())["projection"]
+    views = jnp.zeros((2, 1, 4))
+    params = jax.eval_shape(Projection(*SIZES).init, jax.random.PRNGKey(0), views)["params"]
     decayed = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     assert len(decayed) == 8
     assert all(decays == (path[-1].key == "kernel") for path, decays in decayed)
@@ -182,33 +183,35 @@ def test_the_masked_view_the_local_ones_and_the_target_encoder_agree(shown, read
         state, target_params=jax.tree.map(lambda x: 0.9 * x, state.target_params)
     )
     found = losses_of(step, state)
-    augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
-    params = state.params
 
-    def features(encoder_params, views, index=None, valid=None):
-        variables = {"params": {"context_encoder": encoder_params}}
-        tokens, summary = jitted(model)(variables, views, index, valid, method="encode")
-        parts = [summary.reshape(BATCH, -1)]
-        if reads == "summary+patches":
-            count = jnp.ones(tokens.shape[:2]) if valid is None else valid
-            mean = jnp.sum(tokens * count[..., None], axis=1) / count.sum(axis=1)[:, None]
-            parts.append(mean)
-        return jnp.concatenate(parts, axis=1)
+    @jax.jit
+    def expected(params, target_params):
+        augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
+        masks, view = MASK(mask_rngs), RANDOM(augment_rngs, IMAGES)
 
-    encoder, masks = params["context_encoder"], jax.jit(MASK)(mask_rngs)
-    view = jax.jit(RANDOM)(augment_rngs, IMAGES)
-    views = [features(encoder, view, masks.context_index, masks.context_valid)]
-    for number in (2, 3):
-        rngs = view_rngs(augment_rngs, number)
-        index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
-        views.append(features(encoder, jax.jit(LOCAL)(rngs, IMAGES), index))
-    project = lambda x: jax.jit(model.projection.apply)({"params": params["projection"]}, x)
-    projected = project(jnp.stack(views, axis=1))
-    teacher = project(features(state.target_params, view)[:, None]) if teacher_weight else None
-    expected = losses.agreement_loss(projected, teacher, teacher_weight)
-    np.testing.assert_allclose(found["loss_agreement"], expected, rtol=1e-3)
+        def features(encoder_params, views, index=None, valid=None):
+            variables = {"params": {"context_encoder": encoder_params}}
+            tokens, summary = model.apply(variables, views, index, valid, method="encode")
+            valid = jnp.ones(tokens.shape[:2]) if valid is None else valid
+            mean = jnp.sum(tokens * valid[..., None], axis=1) / valid.sum(axis=1)[:, None]
+            parts = {"summary": summary.reshape(BATCH, -1), "patches": mean}
+            return jnp.concatenate([parts[name] for name in reads.split("+")], axis=1)
+
+        encoder = params["context_encoder"]
+        views = [features(encoder, view, masks.context_index, masks.context_valid)]
+        for number in (2, 3):
+            rngs = view_rngs(augment_rngs, number)
+            index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
+            views.append(features(encoder, LOCAL(rngs, IMAGES), index))
+        project = lambda x: model.projection.apply({"params": params["projection"]}, x)
+        projected = project(jnp.stack(views, axis=1))
+        teacher = project(features(target_params, view)[:, None]) if teacher_weight else None
+        return losses.agreement_loss(projected, teacher, teacher_weight), spread(projected)
+
+    agreement, evenness = expected(state.params, state.target_params)
+    np.testing.assert_allclose(found["loss_agreement"], agreement, rtol=1e-3)
     floor = losses.spread_floor(SIZES[1], BATCH)
-    np.testing.assert_allclose(found["loss_spread"] * floor, spread(projected), rtol=1e-3)
+    np.testing.assert_allclose(found["loss_spread"] * floor, evenness, rtol=1e-3)
     total = sum(weight * found[f"loss_{name}"] for name, weight in WEIGHTS.items())
     total += WEIGHTS["spread"] * (floor - 1) * found["loss_spread"]
     np.testing.assert_allclose(found["loss"], total, rtol=1e-5)

@@ -38,7 +38,7 @@ crop = jax.jit(crop_and_resize, static_argnames="size")
 resized = jax.jit(resize_and_normalize, static_argnames=("image_size", "mean", "std"))
 
 
-@pytest.mark.parametrize("size", [16, 40, 23, 8, 5])
+@pytest.mark.parametrize("size", [16, 40, 5])
 def test_whole_image_is_resized_as_jax_image_does(size):
     image = IMAGES[0] / 255.0
     got = crop(image, 0.0, 0.0, 16.0, 16.0, size=size)

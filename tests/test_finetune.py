@@ -95,10 +95,11 @@ class Spy(NewestCheckpoint):
 def test_an_interrupted_fine_tuning_resumes(params, tuned, tmp_path, capsys):
     """At the end only the test is left, and its labels change the score alone."""
     scores, _ = tuned
-    cut, again = Spy(tmp_path, cuts=True), Spy(tmp_path)
+    cut = Spy(tmp_path, cuts=True)
     with pytest.raises(KeyboardInterrupt):
         run(params, checkpoints=cut)
     cut.close()
+    again = Spy(tmp_path)
     assert run(params, checkpoints=again) == scores
     assert again.saved == [24, 32, 40, 48]  # not 8 and 16: those epochs are not done again
     noise = np.random.default_rng(5).permutation(TEST.labels)

@@ -58,31 +58,27 @@ def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, name, 
     assert settings.get("jax_platforms") == jax_platforms
 
 
+BOTH = r"jax-metal and jax-mps exclude each other.*\[metal\]"
+
+
 @pytest.mark.parametrize(
-    ("choice", "plugin", "version"),
-    [("metal", "metal", "0.5.1"), ("auto", "metal", "0.10.2"), ("mps", "mps", "0.5.0")],
+    ("choice", "versions", "rule"),
+    [
+        ("metal", METAL | {"jax": "0.5.1"}, r"jax-metal cannot run with jax 0.5.1.*\[metal\]'$"),
+        ("auto", METAL | {"jax": "0.10.2"}, r"jax-metal cannot run with jax 0.10.2.*\[metal\]'$"),
+        ("mps", MPS | {"jax": "0.5.0"}, r"jax-mps cannot run with jax 0.5.0.*\[mps\]'$"),
+        *((choice, METAL | MPS, BOTH) for choice in ("metal", "mps", "auto")),
+        ("metal", MPS, r"needs jax-metal.*'hjepa-jax\[metal\]'$"),
+        ("mps", METAL, r"needs jax-mps.*'hjepa-jax\[mps\]'$"),
+        ("metal", {"jax": "0.5.0"}, "needs jax-metal"),
+        ("mps", {"jax": "0.10.2"}, "needs jax-mps"),
+    ],
 )
-def test_a_plugin_with_another_jax_names_the_extra(pretend, choice, plugin, version):
-    pretend(plugin, jax=version, **{f"jax_{plugin}": "0.1.1"})
-    rule = rf"jax-{plugin} cannot run with jax {version}.*pip install 'hjepa-jax\[{plugin}\]'$"
+def test_a_plugin_that_cannot_work_is_refused_with_the_extra_to_install(
+    pretend, choice, versions, rule
+):
+    pretend("METAL", **versions)
     with pytest.raises(InputError, match=rule):
-        backend.select_platform(choice)
-
-
-@pytest.mark.parametrize("choice", ["metal", "mps", "auto"])
-def test_both_plugins_at_once_are_refused(pretend, choice):
-    pretend("METAL", **(MPS | METAL))
-    with pytest.raises(InputError, match=r"jax-metal and jax-mps exclude each other.*\[metal\]"):
-        backend.select_platform(choice)
-
-
-@pytest.mark.parametrize(
-    ("choice", "versions"),
-    [("metal", MPS), ("mps", METAL), ("metal", {"jax": "0.5.0"}), ("mps", {"jax": "0.10.2"})],
-)
-def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions):
-    pretend("cpu", **versions)
-    with pytest.raises(InputError, match=rf"needs jax-{choice}.*'hjepa-jax\[{choice}\]'$"):
         backend.select_platform(choice)
 
 

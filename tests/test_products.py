@@ -83,17 +83,6 @@ def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_ar
     assert [result.dtype, *(g.dtype for g in pullback(result))] == ["bfloat16"] * 2 + ["float32"]
 
 
-@pytest.mark.parametrize("precision", [Precision(), LOW])
-def test_parts_are_columns_of_the_whole(precision):
-    layer, x = Dense(12, precision), random(2, 5, 8)
-    params = layer.init(jax.random.PRNGKey(0), x)
-    params = jax.tree.map(lambda p: p + 0.1 * random(*p.shape), params)
-    parts = layer.apply(params, x, 3, method="parts")
-    assert [part.shape for part in parts] == [(2, 5, 4)] * 3
-    whole = layer.apply(params, x)
-    np.testing.assert_allclose(np.concatenate(parts, axis=-1), whole, rtol=1e-5, atol=1e-6)
-
-
 class PlainAttention(nn.Module):
     """As in the paper: softmax, then the product."""
 
@@ -147,10 +136,3 @@ def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
         monkeypatch.setattr(module, "Dense", plain_dense)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
     jax.tree.map(close, fast, loss_and_grads())
-
-
-def test_dense_starts_within_xavier_bounds_times_its_scale():
-    params = Dense(300, scale=0.5).init(jax.random.PRNGKey(0), random(2, 100))["params"]
-    bound = 0.5 * (6 / 400) ** 0.5
-    assert 0.95 * bound < np.abs(params["kernel"]).max() <= bound
-    assert not params["bias"].any()

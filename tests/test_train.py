@@ -137,9 +137,25 @@ def test_a_run_stopped_at_its_last_step_probes_only_after_resume(
             train.train_and_evaluate(tiny_config, tmp_path)
     assert (tmp_path / "checkpoints/6").is_dir()
     assert not (tmp_path / "probe.json").exists()
-    train.train_and_evaluate(tiny_config, tmp_path)
+    rows = train.train_and_evaluate(tiny_config, tmp_path)
     assert "already trained: step 6 of 6" in capsys.readouterr().out
-    assert (tmp_path / "probe.json").exists()
+
+    # Trained, random and pixel rows.
+    assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    for row in rows:
+        assert 0 <= row["top1"] <= 1
+        assert (row["train_size"], row["test_size"]) == (240, 60)
+        assert row["step"] == (6 if row["encoder"] == "target" else 0)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    by_level = {
+        row["level"]: row["top1"]
+        for row in rows
+        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
+    }
+    assert last["eval/linear_top1"] == by_level["all"]
+    assert last["eval/linear_top1_level_1"] == by_level[1]
 
 
 def save_for_ever(config, workdir: pathlib.Path) -> None:
@@ -374,28 +390,6 @@ def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monk
     assert "**Status: stopped**, step 3 of 6." in report
     assert "the run ended: train.on_collapse=stop: effective rank" in report
     assert "Run the same command again" not in report
-
-
-@pytest.mark.usefixtures("short_probes")
-def test_the_final_probe_has_trained_random_and_pixel_rows(tiny_config, tmp_path):
-    tiny_config.eval.probe_at_end = True
-    rows = train.train_and_evaluate(tiny_config, tmp_path)
-    assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
-    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
-    assert {row["protocol"] for row in rows} == {"linear", "knn"}
-    for row in rows:
-        assert 0 <= row["top1"] <= 1
-        assert row["train_size"] == 240
-        assert row["test_size"] == 60
-        assert row["step"] == (6 if row["encoder"] == "target" else 0)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    by_level = {
-        row["level"]: row["top1"]
-        for row in rows
-        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
-    }
-    assert last["eval/linear_top1"] == by_level["all"]
-    assert last["eval/linear_top1_level_1"] == by_level[1]
 
 
 @pytest.mark.slow  # it loads TensorFlow
