@@ -33,6 +33,7 @@ os.environ.setdefault("XLA_FLAGS", FASTER)
 # Programs that several tests (and the commands they start) compile alike are compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["XDG_CACHE_HOME"] = temporary("home")
 # Matplotlib's list of fonts takes seconds to make: once for all workers and commands.
 if "MPLCONFIGDIR" not in os.environ:
@@ -45,7 +46,6 @@ for doing in ("reading", "writing"):
     others = os.environ.get("PYTHONWARNINGS")
     ignored = f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
     os.environ["PYTHONWARNINGS"] = f"{others},{ignored}" if others else ignored
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import pytest
@@ -182,8 +182,7 @@ def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathl
 @pytest.fixture(autouse=True)
 def own_numbers(request):
     """Each test draws the same numbers from its module's RNG, whichever ran before it."""
-    rng = getattr(request.module, "RNG", None)
-    if rng is not None:
+    if (rng := getattr(request.module, "RNG", None)) is not None:
         first = vars(request.module).setdefault("_first_state", rng.bit_generator.state)
         rng.bit_generator.state = first
 

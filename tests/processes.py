@@ -1,5 +1,6 @@
 """Runs and commands in processes of their own, forked from one that has everything imported."""
 
+import json
 import multiprocessing
 import os
 import pathlib
@@ -9,10 +10,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.runs.history import read_metrics
+from hjepa_jax.runs.progress import Progress
 from hjepa_jax.runtime import cluster
 from hjepa_jax.training import train
 
@@ -86,6 +93,21 @@ def _out(workdir: pathlib.Path, process: int) -> pathlib.Path:
     return workdir.with_suffix(f".{process}.out" if process else ".out")
 
 
+def call(fn: Callable[..., Any], *args: Any) -> Any:
+    """Returns `fn(*args)`, called in a process of its own, that has started no backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder, "result.json")
+        process = CONTEXT.Process(target=_write_result, args=(result, fn, *args))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return json.loads(result.read_text())
+
+
+def _write_result(result: pathlib.Path, fn: Callable[..., Any], *args: Any) -> None:
+    result.write_text(json.dumps(fn(*args)))
+
+
 def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m <module> <arguments>` in the repository, without the seconds of its imports.
 
@@ -116,6 +138,33 @@ def _run_module(
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
+def lines_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The log of a run, without what depends on time."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def state_and_lines(config: Any, workdir: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
+    """All arrays of the newest checkpoint of a run by path, and its log."""
+    built = train.build_run(config, run.open_config_source(config))
+    with checkpoint.Checkpoints(workdir, config=config) as checkpoints:
+        trees = jax.device_get(checkpoints.restore(*built.create()))
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, lines_of(workdir)
+
+
+def at_step(patch: Any, step: int, act: Callable[[], Any]) -> None:
+    """From now on runs in this process call `act` once the log shows `step`."""
+    show = Progress.show
+
+    def show_and_act(self, at, **kwargs):
+        show(self, at, **kwargs)
+        if at == step:
+            act()
+
+    patch.setattr(Progress, "show", show_and_act)
+
+
 def stop_in_step(step: int, signum: int = signal.SIGTERM) -> None:
     """From now on this process gets a real signal when the batch of `step` is asked for."""
     batches = BatchOrder.batches
@@ -129,11 +178,7 @@ def stop_in_step(step: int, signum: int = signal.SIGTERM) -> None:
 
 
 def _work(
-    config: Any,
-    workdir: pathlib.Path,
-    stop_step: int | None,
-    coordinator: str | None,
-    process: tuple[int, int],
+    config: Any, workdir: pathlib.Path, stop_step: Any, coordinator: Any, process: tuple[int, int]
 ) -> None:
     out = os.open(_out(workdir, process[0]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)

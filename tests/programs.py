@@ -6,16 +6,16 @@ are asked for the same again. A test about building itself asks for the fixture 
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from hjepa_jax.config import build
-from hjepa_jax.evaluation import protocols
+from hjepa_jax.evaluation import linear, protocols
 from hjepa_jax.reporting import look, showcase, snapshot
 from hjepa_jax.runs import run
 from hjepa_jax.training import train
@@ -67,8 +67,11 @@ def share(patch: pytest.MonkeyPatch) -> None:
 
 
 def shorten_probes(patch: pytest.MonkeyPatch) -> None:
-    """Linear probes end after 10 iterations, not 300: the same rows with other scores."""
-    short = functools.partial(protocols.linear_probe, num_iterations=10)
+    """Linear probes try few penalties in few iterations: the same rows with other scores."""
+
+    def short(*arrays: Any, l2_grid: Any, **options: Any) -> Any:
+        return linear.linear_probe(*arrays, l2_grid=l2_grid[::4], num_iterations=10, **options)
+
     patch.setattr(protocols, "linear_probe", short)
 
 
@@ -80,8 +83,26 @@ def sharing_runs(build_run: Callable[..., run.Run]) -> Callable[..., run.Run]:
         if key not in runs:
             # A copy: the config of a test may change under the run, which reads it when it lowers.
             built = build_run(config.copy_and_resolve_references(), source)
-            runs[key] = dataclasses.replace(built, lower=sharing_lowered(built.lower))
+            shared_parts = {
+                "lower": sharing_lowered(built.lower),
+                "create": sharing_state(built.create),
+            }
+            runs[key] = dataclasses.replace(built, **shared_parts)
         return dataclasses.replace(runs[key], config=config)
+
+    return shared
+
+
+def sharing_state(create: Callable[[], Any]) -> Callable[[], Any]:
+    """Copies of the initial state, as a run may overwrite the one that it is given."""
+    made: list[Any] = []
+
+    def shared() -> Any:
+        if jax.device_count() > 1:
+            return create()
+        if not made:
+            made.append(jax.device_get(create()))
+        return jax.device_put(jax.tree.map(np.copy, made[0]))
 
     return shared
 

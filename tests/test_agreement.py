@@ -10,25 +10,13 @@ import pytest
 
 from hjepa_jax.method import losses
 from hjepa_jax.method.keys import image_rngs, some_patches, view_rngs
-from hjepa_jax.method.objective import (
-    SPREAD_MOMENTS,
-    Objective,
-    reported_terms,
-    second_moment,
-)
+from hjepa_jax.method.objective import SPREAD_MOMENTS, Objective, reported_terms, second_moment
 from hjepa_jax.method.optimizer import decay_mask
 from hjepa_jax.method.step import LocalViews, Method, sample_inputs
 from hjepa_jax.method.train_state import create_train_state
 from hjepa_jax.models.projection import EPSILON, Projection
-from tests.test_options import (
-    MASKS,
-    VIEWS,
-    init_params,
-    jitted,
-    losses_of,
-    make_model,
-    make_step,
-)
+from tests import test_options
+from tests.test_options import MASKS, VIEWS, init_params, jitted, losses_of, make_step
 from tests.test_steps import BATCH, IMAGES, MASK, PATCH, RANDOM
 
 RNG = np.random.default_rng(0)
@@ -38,6 +26,10 @@ SIZES = (8, 6)
 
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_model(**kwargs):
+    return test_options.make_model({"depth": 1}, projection=Projection(*SIZES), **kwargs)
 
 
 def test_agreement_is_the_distance_to_the_mean_direction_of_an_image():
@@ -72,7 +64,7 @@ def spread(x, kind="batch", old=None):
 
 def assert_value_and_gradient(fn, reference, x):
     """Against a NumPy formula in float64, whose gradient is taken by central differences."""
-    value, grad = jax.value_and_grad(fn)(jnp.asarray(x, jnp.float32))
+    value, grad = jax.jit(jax.value_and_grad(fn))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(value, reference(x), rtol=1e-5)
     expected, step = np.zeros_like(x), 1e-6
     for at in np.ndindex(*x.shape):
@@ -111,27 +103,31 @@ def test_a_running_spread_remembers_a_moment_that_has_no_gradient():
 
     running = lambda x: spread(x, "running", jnp.asarray(old, jnp.float32))
     assert_value_and_gradient(running, reference, RNG.normal(size=(3, 2, 4)))
-    to_old = jax.grad(lambda old: spread(jnp.ones((3, 2, 4)), "running", old))(jnp.eye(4))
+    to_old = jax.jit(jax.grad(lambda old: spread(jnp.ones((3, 2, 4)), "running", old)))(jnp.eye(4))
     assert not np.any(to_old)
 
 
 @pytest.mark.parametrize("kind", SPREAD_MOMENTS)
 def test_the_logged_spread_of_independent_images_is_1(kind):
-    objective, rng = Objective({"spread": 1.0}, spread_moment=kind), np.random.default_rng(5)
-    moment, found = np.eye(32, dtype=np.float32) / 32, []
-    for _ in range(200):
-        image = rng.normal(size=(16, 1, 32)).astype(np.float32)
-        views = jnp.asarray(np.repeat(image, 3, axis=1))  # which agree
-        moments = second_moment(objective, views, jnp.asarray(moment))
-        moment = moments[0]
+    objective = Objective({"spread": 1.0}, spread_moment=kind)
+
+    @jax.jit
+    def logged(image, moment):
+        views = jnp.repeat(image, 3, axis=1)  # which agree
+        moments = second_moment(objective, views, moment)
         terms = {"spread": losses.spread_loss(moments)}
-        found.append(float(reported_terms(objective, terms, views)["spread"]))
+        return moments[0], reported_terms(objective, terms, views)["spread"]
+
+    moment, found, rng = jnp.eye(32) / 32, [], np.random.default_rng(5)
+    for _ in range(200):
+        moment, value = logged(jnp.asarray(rng.normal(size=(16, 1, 32)), jnp.float32), moment)
+        found.append(float(value))
     assert np.mean(found[100:]) == pytest.approx(1.0, abs=0.03)
 
 
 def test_both_are_finite_and_have_a_finite_gradient_where_features_vanish():
     for loss in (losses.agreement_loss, spread):
-        value, grad = jax.value_and_grad(loss)(jnp.zeros((3, 2, 4)))
+        value, grad = jax.jit(jax.value_and_grad(loss))(jnp.zeros((3, 2, 4)))
         assert np.isfinite(value)
         assert np.isfinite(grad).all()
 
@@ -155,7 +151,8 @@ def test_hidden_features_are_standardized_over_images_and_views_together():
 
 
 def test_kernels_of_the_projection_alone_are_decayed():
-    params = init_params(make_model(projection=Projection(*SIZES)))["projection"]
+    views = jnp.zeros((2, 1, 4))
+    params = jax.eval_shape(Projection(*SIZES).init, jax.random.PRNGKey(0), views)["params"]
     decayed = jax.tree_util.tree_leaves_with_path(decay_mask(params))
     assert len(decayed) == 8
     assert all(decays == (path[-1].key == "kernel") for path, decays in decayed)
@@ -179,47 +176,49 @@ WEIGHTS = {"level_0": 1.0, "level_1": 0.5, "summary": 1.0, "agreement": 2.0, "sp
     [(None, "summary", 0.0), (4, "summary+patches", 1.5)],
 )
 def test_the_masked_view_the_local_ones_and_the_target_encoder_agree(shown, reads, teacher_weight):
-    model = make_model(projection=Projection(*SIZES), projection_input=reads)
+    model = make_model(projection_input=reads)
     objective = Objective(WEIGHTS, teacher_weight=teacher_weight)
     step, state = make_step(model, objective=objective, local_views=LocalViews(2, LOCAL, shown))
     state = dataclasses.replace(
         state, target_params=jax.tree.map(lambda x: 0.9 * x, state.target_params)
     )
     found = losses_of(step, state)
-    augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
-    params = state.params
 
-    def features(encoder_params, views, index=None, valid=None):
-        variables = {"params": {"context_encoder": encoder_params}}
-        tokens, summary = jitted(model)(variables, views, index, valid, method="encode")
-        parts = [summary.reshape(BATCH, -1)]
-        if reads == "summary+patches":
-            count = jnp.ones(tokens.shape[:2]) if valid is None else valid
-            mean = jnp.sum(tokens * count[..., None], axis=1) / count.sum(axis=1)[:, None]
-            parts.append(mean)
-        return jnp.concatenate(parts, axis=1)
+    @jax.jit
+    def expected(params, target_params):
+        augment_rngs, mask_rngs = image_rngs(state.rng, state.step, BATCH)
+        masks, view = MASK(mask_rngs), RANDOM(augment_rngs, IMAGES)
 
-    encoder, masks = params["context_encoder"], jax.jit(MASK)(mask_rngs)
-    view = jax.jit(RANDOM)(augment_rngs, IMAGES)
-    views = [features(encoder, view, masks.context_index, masks.context_valid)]
-    for number in (2, 3):
-        rngs = view_rngs(augment_rngs, number)
-        index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
-        views.append(features(encoder, jax.jit(LOCAL)(rngs, IMAGES), index))
-    project = lambda x: jax.jit(model.projection.apply)({"params": params["projection"]}, x)
-    projected = project(jnp.stack(views, axis=1))
-    teacher = project(features(state.target_params, view)[:, None]) if teacher_weight else None
-    expected = losses.agreement_loss(projected, teacher, teacher_weight)
-    np.testing.assert_allclose(found["loss_agreement"], expected, rtol=1e-3)
+        def features(encoder_params, views, index=None, valid=None):
+            variables = {"params": {"context_encoder": encoder_params}}
+            tokens, summary = model.apply(variables, views, index, valid, method="encode")
+            valid = jnp.ones(tokens.shape[:2]) if valid is None else valid
+            mean = jnp.sum(tokens * valid[..., None], axis=1) / valid.sum(axis=1)[:, None]
+            parts = {"summary": summary.reshape(BATCH, -1), "patches": mean}
+            return jnp.concatenate([parts[name] for name in reads.split("+")], axis=1)
+
+        encoder = params["context_encoder"]
+        views = [features(encoder, view, masks.context_index, masks.context_valid)]
+        for number in (2, 3):
+            rngs = view_rngs(augment_rngs, number)
+            index = None if shown is None else some_patches(rngs, num_patches=9, k=shown)
+            views.append(features(encoder, LOCAL(rngs, IMAGES), index))
+        project = lambda x: model.projection.apply({"params": params["projection"]}, x)
+        projected = project(jnp.stack(views, axis=1))
+        teacher = project(features(target_params, view)[:, None]) if teacher_weight else None
+        return losses.agreement_loss(projected, teacher, teacher_weight), spread(projected)
+
+    agreement, evenness = expected(state.params, state.target_params)
+    np.testing.assert_allclose(found["loss_agreement"], agreement, rtol=1e-3)
     floor = losses.spread_floor(SIZES[1], BATCH)
-    np.testing.assert_allclose(found["loss_spread"] * floor, spread(projected), rtol=1e-3)
+    np.testing.assert_allclose(found["loss_spread"] * floor, evenness, rtol=1e-3)
     total = sum(weight * found[f"loss_{name}"] for name, weight in WEIGHTS.items())
     total += WEIGHTS["spread"] * (floor - 1) * found["loss_spread"]
     np.testing.assert_allclose(found["loss"], total, rtol=1e-5)
 
 
 def test_no_gradient_flows_through_the_teacher():
-    model = make_model(projection=Projection(*SIZES), levels=())
+    model = make_model(levels=())
     params = init_params(model)
     targets = jitted(model)({"params": params}, VIEWS, method="targets")
 
@@ -230,15 +229,13 @@ def test_no_gradient_flows_through_the_teacher():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(teacher))(params)))
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-def test_the_state_carries_the_running_moment_from_part_to_part(num_parts):
-    model = make_model(projection=Projection(*SIZES), levels=())
+def test_the_state_carries_the_running_moment_from_part_to_part():
+    model = make_model(levels=())
     objective = Objective({"agreement": 1.0, "spread": 0.5}, spread_moment="running")
     views = LocalViews(1, LOCAL)
-    step, state = make_step(model, objective=objective, local_views=views, num_parts=num_parts)
+    step, state = make_step(model, objective=objective, local_views=views, num_parts=2)
     state = create_train_state(state.params, optax.sgd(0.1), state.rng, moment_width=SIZES[1])
     new, outputs = step(state, IMAGES)
-    size = BATCH // num_parts
     method = Method(model, optax.sgd(0.1), MASK, RANDOM, objective, None, views)
     expected = np.eye(SIZES[1]) / SIZES[1]
     keys = image_rngs(state.rng, state.step, BATCH)
@@ -249,8 +246,7 @@ def test_the_state_carries_the_running_moment_from_part_to_part(num_parts):
         seen = (inputs.view, inputs.masks, inputs.local_views)
         return model.apply({"params": params}, *seen).projected
 
-    for start in range(0, BATCH, size):
-        part = slice(start, start + size)
+    for part in (slice(0, BATCH // 2), slice(BATCH // 2, BATCH)):
         projected = projections(state.params, IMAGES[part], *(rngs[part] for rngs in keys))
         u = unit(np.asarray(projected).reshape(-1, SIZES[1]))
         expected = 0.9 * expected + 0.1 * u.T @ u / len(u)

@@ -16,24 +16,17 @@ POINT = collapse_verdict(1 + 1e-4 * RNG.normal(size=(100, 16)))
 
 
 def make_alarms(*, max_nonfinite_steps=1, on_collapse="warn", batch_size=512):
-    said = []
-    alarms = Alarms(
-        max_nonfinite_steps=max_nonfinite_steps,
-        on_collapse=on_collapse,
-        say=said.append,
-        newest_checkpoint=lambda: 30,
-        batch_size=batch_size,
-    )
-    return alarms, said
+    said, limits = [], {"max_nonfinite_steps": max_nonfinite_steps, "on_collapse": on_collapse}
+    where = {"say": said.append, "newest_checkpoint": lambda: 30, "batch_size": batch_size}
+    return Alarms(**limits, **where), said
 
 
 def window_with(bad_steps):
     window = empty_window(make_averages(["grad_norm", "loss"]), batch_size=4, width=2)
     for step in bad_steps:
         scalars = {"loss": jnp.float32(1), "grad_norm": jnp.float32(np.inf)}
-        window = update_window(
-            window, scalars, jnp.ones((4, 2)), jnp.int32(step - 1), jnp.bool_(False)
-        )
+        end = jnp.int32(step - 1), jnp.bool_(False)
+        window = update_window(window, scalars, jnp.ones((4, 2)), *end)
     return window
 
 
@@ -52,18 +45,16 @@ def test_a_skipped_step_is_reported_once_with_its_number_and_term():
 def test_a_level_with_few_targets_is_reported_once():
     alarms, said = make_alarms()
     for _ in range(2):
-        alarms.check_targets(
-            {"num_targets_level_0": 30.0, "num_targets_level_2": 0.02, "loss": 0.1}
-        )
+        found = {"num_targets_level_0": 30.0, "num_targets_level_2": 0.02, "loss": 0.1}
+        alarms.check_targets(found)
     assert len(said) == 1
     assert "level 2 has 0.02 targets per image" in said[0]
 
 
 def test_too_many_skipped_steps_end_the_run():
     alarms, _ = make_alarms(max_nonfinite_steps=1)
-    with pytest.raises(
-        InputError, match=r"max_nonfinite_steps=1: .*2 of 40 .*checkpoint is step 30"
-    ):
+    rule = r"max_nonfinite_steps=1: .*2 of 40 .*checkpoint is step 30"
+    with pytest.raises(InputError, match=rule):
         alarms.check_finite(window_with([31, 32]), 40)
 
 

@@ -23,28 +23,34 @@ RNGS = jax.random.split(jax.random.PRNGKey(0), 6)
 UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
-@pytest.mark.parametrize("size", [16, 40, 23, 8, 5])
+def views_of(images, rngs=RNGS, size=16, **options):
+    """The augmented images, from one compiled program."""
+    return np.asarray(jax.jit(Augment(size, **UNIT, **options))(rngs, jnp.asarray(images)))
+
+
+def copies(count, seed=2):
+    """The first image many times, and a key for each."""
+    images = jnp.broadcast_to(IMAGES[:1], (count, 16, 16, 3))
+    return images, jax.random.split(jax.random.PRNGKey(seed), count)
+
+
+crop = jax.jit(crop_and_resize, static_argnames="size")
+resized = jax.jit(resize_and_normalize, static_argnames=("image_size", "mean", "std"))
+
+
+@pytest.mark.parametrize("size", [16, 40, 5])
 def test_whole_image_is_resized_as_jax_image_does(size):
     image = IMAGES[0] / 255.0
-    got = crop_and_resize(image, 0.0, 0.0, 16.0, 16.0, size=size)
+    got = crop(image, 0.0, 0.0, 16.0, 16.0, size=size)
     expected = jax.image.resize(image, (size, size, 3), "linear", antialias=True)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_integer_crop_of_the_same_size_is_a_slice():
-    image = IMAGES[0] / 255.0
-    got = crop_and_resize(image, 3.0, 5.0, 8.0, 8.0, size=8)
-    np.testing.assert_allclose(got, image[3:11, 5:13], atol=1e-6)
-
-
 def test_without_options_only_normalisation_is_left():
-    augment = Augment(16, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    expected = (np.asarray(IMAGES) / 255.0 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
-    np.testing.assert_allclose(augment(RNGS, IMAGES), expected, atol=1e-5)
-    evaluated = resize_and_normalize(
-        IMAGES, image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
-    )
-    np.testing.assert_allclose(evaluated, expected, atol=1e-5)
+    scale = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    expected = (np.asarray(IMAGES) / 255.0 - scale["mean"]) / scale["std"]
+    np.testing.assert_allclose(jax.jit(Augment(16, **scale))(RNGS, IMAGES), expected, atol=1e-5)
+    np.testing.assert_allclose(resized(IMAGES, image_size=16, **scale), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(32, 80), (80, 32), (33, 80)])
@@ -57,9 +63,9 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
     assert np.abs(squashed - expected).max() > 0.3
     images = jnp.asarray(np.asarray(smooth))[None]
     for got in (
-        resize_and_normalize(images, image_size=16, **UNIT),
-        Augment(16, **UNIT)(RNGS[:1], images),
-        Augment(16, **UNIT, crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0))(RNGS[:1], images),
+        resized(images, image_size=16, **UNIT),
+        views_of(images, RNGS[:1]),
+        views_of(images, RNGS[:1], crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0)),
     ):
         np.testing.assert_allclose(got[0], expected, atol=0.04)  # the last has a linear filter
     pixels = embed_pixels(None, images)["pixels"].reshape(32, 32, 3)
@@ -70,18 +76,18 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
 def test_stored_images_are_resized_as_image_files_are(side, size):
     stored = np.random.default_rng(2).integers(0, 256, (side, side, 3), np.uint8)
     expected = square(Image.fromarray(stored), size) / 255.0
-    got = resize_and_normalize(jnp.asarray(stored)[None], image_size=size, **UNIT)[0]
+    got = resized(jnp.asarray(stored)[None], image_size=size, **UNIT)[0]
     np.testing.assert_allclose(got, expected, atol=1.6 / 255)  # Pillow rounds twice
-    linear = crop_and_resize(jnp.asarray(stored) / 255.0, 0.0, 0.0, side, side, size=size)
+    linear = crop(jnp.asarray(stored) / 255.0, 0.0, 0.0, side, side, size=size)
     assert side == size or np.abs(linear - expected).max() > 5 / 255
 
 
 def test_crops_stay_inside_and_keep_their_area_range():
     """A ramp image tells where its crop came from: the mean is the centre, the range the size."""
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
-    images = jnp.asarray(np.tile(ramp[None], (400, 1, 1, 1)))
-    augment = Augment(32, **UNIT, crop_scale=(0.25, 0.64), crop_ratio=(1.0, 1.0))
-    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(1), 400), images))
+    rngs = jax.random.split(jax.random.PRNGKey(1), 400)
+    options = {"crop_scale": (0.25, 0.64), "crop_ratio": (1.0, 1.0)}
+    views = views_of(np.tile(ramp[None], (400, 1, 1, 1)), rngs, 32, **options)
     row = views[:, 0, :, 0]
     assert np.all(np.diff(row, axis=1) > -0.01), "never beyond the border"
     width = (row[:, -1] - row[:, 0]) * 64 * 32 / 31
@@ -98,9 +104,9 @@ def test_a_crop_has_the_area_drawn_for_it_in_the_central_square(height, width, s
     down = np.linspace(0, 255, side)[np.clip(np.arange(height) - (height - side) // 2, 0, side - 1)]
     across, down = across[None, :], down[:, None]
     image = np.stack(np.broadcast_arrays(across, down, 0), axis=-1).round().astype(np.uint8)
-    augment = Augment(32, **UNIT, crop_scale=(0.7, 0.7), crop_ratio=(0.5, 2.0))
-    images = jnp.asarray(np.tile(image[None], (200, 1, 1, 1)))
-    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(1), 200), images))
+    rngs = jax.random.split(jax.random.PRNGKey(1), 200)
+    options = {"crop_scale": (0.7, 0.7), "crop_ratio": (0.5, 2.0)}
+    views = views_of(np.tile(image[None], (200, 1, 1, 1)), rngs, 32, **options)
     middle = views[:, 8:24, 8:24]  # away from the border, where pixels beyond it are missing
     scale = 32 / 15 * (side - 1) / side
     across = (middle[:, 0, -1, 0] - middle[:, 0, 0, 0]) * scale
@@ -128,21 +134,22 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     ],
 )
 def test_what_happens_with_a_probability_is_what_others_compute(option, expected):
-    images = jnp.broadcast_to(IMAGES[:1], (300, 16, 16, 3))
-    views = Augment(16, **UNIT, **{option: 0.3}, blur_sigma=(1.3, 1.3))(
-        jax.random.split(jax.random.PRNGKey(2), 300), images
+    views = views_of(*copies(300), **{option: 0.3}, blur_sigma=(1.3, 1.3))
+    assert_a_share_is_changed(views, expected(np.asarray(IMAGES[0])) / 255.0)
+
+
+def assert_a_share_is_changed(views, changed):
+    """Three in ten views are `changed`, the others as the first image was."""
+    changed, same = (
+        np.isclose(views, expected, atol=1e-5).all(axis=(1, 2, 3))
+        for expected in (changed, np.asarray(IMAGES[0]) / 255.0)
     )
-    changed = np.isclose(views, expected(np.asarray(IMAGES[0])) / 255.0, atol=1e-5)
-    same = np.isclose(views, IMAGES[0] / 255.0, atol=1e-6)
-    changed, same = (x.all(axis=(1, 2, 3)) for x in (changed, same))
     assert np.all(changed ^ same)
     assert abs(changed.mean() - 0.3) < 0.09
 
 
 def test_how_much_an_image_is_blurred_is_drawn_from_the_whole_range():
-    images = jnp.broadcast_to(IMAGES[:1], (100, 16, 16, 3))
-    augment = Augment(16, **UNIT, blur=1.0, blur_sigma=(0.5, 2.0))
-    views = np.asarray(augment(jax.random.split(jax.random.PRNGKey(3), 100), images))
+    views = views_of(*copies(100, seed=3), blur=1.0, blur_sigma=(0.5, 2.0))
     # The more, the flatter.
     sigmas = np.linspace(0.5, 2.0, 61)
     flat = [np.std(blurred(np.asarray(IMAGES[0]), sigma) / 255.0) for sigma in sigmas]
@@ -162,7 +169,7 @@ def test_what_has_no_probability_is_not_in_the_program():
 
 
 def test_grayscale_leaves_three_equal_channels_of_luma():
-    views = Augment(16, **UNIT, grayscale=1.0)(RNGS, IMAGES)
+    views = views_of(IMAGES, grayscale=1.0)
     expected = (np.asarray(IMAGES) / 255.0) @ np.array([0.299, 0.587, 0.114])
     for channel in range(3):
         np.testing.assert_allclose(views[..., channel], expected, atol=1e-5)
@@ -170,8 +177,7 @@ def test_grayscale_leaves_three_equal_channels_of_luma():
 
 def test_brightness_scales_all_pixels_of_an_image_alike():
     images = (IMAGES // 4).astype(jnp.uint8)
-    views = Augment(16, **UNIT, brightness=0.5)(RNGS, images)
-    ratio = np.asarray(views) / np.maximum(np.asarray(images) / 255.0, 1e-9)
+    ratio = views_of(images, brightness=0.5) / np.maximum(np.asarray(images) / 255.0, 1e-9)
     ratio = np.where(np.asarray(images) > 0, ratio, np.nan).reshape(6, -1)
     assert np.all(np.nanstd(ratio, axis=1) < 1e-3)
     factors = np.nanmean(ratio, axis=1)
@@ -181,15 +187,15 @@ def test_brightness_scales_all_pixels_of_an_image_alike():
 
 def test_contrast_keeps_the_mean_luma_and_saturation_every_luma():
     images = (96 + IMAGES // 8).astype(jnp.uint8)  # far enough from 0 and 1 that nothing is clipped
-    before = np.asarray(jax.vmap(luma)(images / 255.0))
-    contrast = jax.vmap(luma)(Augment(16, **UNIT, contrast=0.5)(RNGS, images))
-    np.testing.assert_allclose(
-        contrast.mean(axis=(1, 2, 3)), before.mean(axis=(1, 2, 3)), atol=1e-5
-    )
+    luma_of = jax.jit(jax.vmap(luma))
+    before = luma_of(images / 255.0)
+    contrast = luma_of(views_of(images, contrast=0.5))
+    means = (x.mean(axis=(1, 2, 3)) for x in (contrast, before))
+    np.testing.assert_allclose(*means, atol=1e-5)
     assert np.any(np.abs(contrast - before) > 1e-3)
-    saturation = Augment(16, **UNIT, saturation=0.5)(RNGS, images)
-    np.testing.assert_allclose(jax.vmap(luma)(saturation), before, atol=1e-5)
-    assert np.any(np.abs(np.asarray(saturation) - np.asarray(images) / 255.0) > 1e-3)
+    saturation = views_of(images, saturation=0.5)
+    np.testing.assert_allclose(luma_of(saturation), before, atol=1e-5)
+    assert np.any(np.abs(saturation - np.asarray(images) / 255.0) > 1e-3)
 
 
 def test_hue_is_shifted_as_in_the_hsv_of_the_standard_library():
@@ -200,29 +206,23 @@ def test_hue_is_shifted_as_in_the_hsv_of_the_standard_library():
             colorsys.hsv_to_rgb((h + shift) % 1.0, s, v)
             for h, s, v in (colorsys.rgb_to_hsv(*pixel) for pixel in image.reshape(-1, 3))
         ]
-        found = np.asarray(shift_hue(jnp.asarray(image), shift)).reshape(-1, 3)
+        found = np.asarray(jax.jit(shift_hue)(jnp.asarray(image), shift)).reshape(-1, 3)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_hue_is_drawn_from_both_sides_for_each_image():
     red = jnp.zeros((300, 4, 4, 3), jnp.uint8).at[..., 0].set(255)
     rngs = jax.random.split(jax.random.PRNGKey(4), 300)
-    views = np.asarray(Augment(4, **UNIT, hue=0.1)(rngs, red))[:, 0, 0]
+    views = views_of(red, rngs, 4, hue=0.1)[:, 0, 0]
     hues = np.array([(colorsys.rgb_to_hsv(*pixel)[0] + 0.5) % 1 - 0.5 for pixel in views])
     assert (hues.min(), hues.max()) == pytest.approx((-0.1, 0.1), abs=0.005)
     assert abs(hues.mean()) < 0.015
 
 
 def test_colours_are_jittered_all_or_none_with_a_probability():
-    images = jnp.broadcast_to(IMAGES[:1], (300, 16, 16, 3))
-    rngs = jax.random.split(jax.random.PRNGKey(2), 300)
     options = {"brightness": 0.4, "saturation": 0.4, "hue": 0.1}
-    always = np.asarray(Augment(16, **UNIT, **options)(rngs, images))
-    found = np.asarray(Augment(16, **UNIT, **options, jitter_probability=0.3)(rngs, images))
-    changed = np.isclose(found, always, atol=1e-6).all(axis=(1, 2, 3))
-    same = np.isclose(found, np.asarray(IMAGES[0]) / 255.0, atol=1e-6).all(axis=(1, 2, 3))
-    assert np.all(changed ^ same)
-    assert abs(changed.mean() - 0.3) < 0.09
+    found = views_of(*copies(300), **options, jitter_probability=0.3)
+    assert_a_share_is_changed(found, views_of(*copies(300), **options))
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.45])
@@ -233,14 +233,16 @@ def test_small_crops_are_resized_as_pillow_does(scale):
     float_image = Image.fromarray(image.astype(np.float32), mode="F")
     expected = np.asarray(float_image.resize((24, 24), Image.Resampling.BILINEAR, box=box))
     pixels = jnp.asarray(image, jnp.float32)[..., None]
-    found = np.asarray(crop_and_resize(pixels, 5.7, 3.3, side, side, size=24))[..., 0]
+    found = np.asarray(crop(pixels, 5.7, 3.3, side, side, size=24))[..., 0]
     np.testing.assert_allclose(found[2:-2, 2:-2], expected[2:-2, 2:-2], atol=0.02)
 
 
 def test_an_image_is_augmented_alike_alone_and_in_a_batch():
-    augment = Augment(
-        16, **UNIT, crop_scale=(0.3, 1.0), horizontal_flip=0.5, brightness=0.4, grayscale=0.2
+    options = {"crop_scale": (0.3, 1.0), "horizontal_flip": 0.5, "grayscale": 0.2}
+    whole = views_of(IMAGES, brightness=0.4, **options)
+    alone, other = (
+        views_of(IMAGES[i : i + 1], RNGS[j : j + 1], brightness=0.4, **options)[0]
+        for i, j in ((3, 3), (0, 1))
     )
-    whole = augment(RNGS, IMAGES)
-    np.testing.assert_allclose(augment(RNGS[3:4], IMAGES[3:4])[0], whole[3], atol=1e-6)
-    assert np.any(whole[0] != augment(RNGS[1:2], IMAGES[:1])[0])
+    np.testing.assert_allclose(alone, whole[3], atol=1e-6)
+    assert np.any(whole[0] != other)

@@ -20,6 +20,7 @@ from hjepa_jax.runs.array_table import describe_arrays, differences, json_checks
 from hjepa_jax.runs.best import BEST_METRIC
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.checkpoint_meta import read_saved
+from tests.conftest import make_tiny_config
 
 
 def make_state(step: int, *, width: int = 3) -> TrainState:
@@ -38,14 +39,21 @@ def make_window():
     return empty_window(make_averages(["loss"]), batch_size=4, width=2)
 
 
-@pytest.fixture
-def workdir(tmp_path: pathlib.Path, tiny_config) -> pathlib.Path:
+@pytest.fixture(scope="module")
+def two_steps(shapes_npz, tmp_path_factory) -> pathlib.Path:
     """Checkpoints at steps 1 and 2."""
-    with Checkpoints(tmp_path, config=tiny_config, data="all-abc", owner=True) as checkpoints:
+    folder, config = tmp_path_factory.mktemp("checkpoints"), make_tiny_config(shapes_npz)
+    with Checkpoints(folder, config=config, data="all-abc", owner=True) as checkpoints:
         for step in (1, 2):
             checkpoints.save(make_state(step), make_window(), scores={})
             checkpoints.wait()
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def workdir(two_steps, tmp_path) -> pathlib.Path:
+    """A copy of them."""
+    return shutil.copytree(two_steps, tmp_path / "run")
 
 
 def restore(workdir, config, *, data="all-abc", width=3) -> TrainState:
@@ -78,12 +86,11 @@ def rewrite_meta(workdir, step, *, checksum: bool = False, **changes) -> None:
 def test_a_running_moment_is_saved_and_restored(tmp_path, tiny_config):
     moment = jnp.arange(9.0).reshape(3, 3)
     state = MomentState(**vars(make_state(2)), spread_moment=moment)
-    checkpoints = Checkpoints(tmp_path, config=tiny_config, owner=True)
-    checkpoints.save(state, make_window(), scores={})
-    checkpoints.wait()
     asked = MomentState(**vars(make_state(0)), spread_moment=0 * moment)
-    assert_same_tree(checkpoints.restore(asked, make_window())[0], state)
-    checkpoints.close()
+    with Checkpoints(tmp_path, config=tiny_config, owner=True) as checkpoints:
+        checkpoints.save(state, make_window(), scores={})
+        checkpoints.wait()
+        assert_same_tree(checkpoints.restore(asked, make_window())[0], state)
 
 
 # The table of arrays
@@ -111,22 +118,19 @@ def checksum_by_hand(x: np.ndarray) -> int:
 
 
 RNG = np.random.default_rng(0)
+ARRAYS = [
+    RNG.normal(size=(3, 5, 7)).astype(np.float32),
+    RNG.normal(size=(2, 5)).astype(jnp.bfloat16),
+    RNG.normal(size=(4, 3)),
+    RNG.integers(-128, 128, (3, 3), np.int8),
+    RNG.integers(0, 2, 9).astype(bool),
+    np.int32([7])[0],
+    np.zeros((0, 3), np.float32),
+    RNG.normal(size=(6, 4)).astype(np.float32).T,
+]
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        RNG.normal(size=(3, 5, 7)).astype(np.float32),
-        RNG.normal(size=(2, 5)).astype(jnp.bfloat16),
-        RNG.normal(size=(4, 3)),
-        RNG.integers(-128, 128, (3, 3), np.int8),
-        RNG.integers(0, 2, 9).astype(bool),
-        np.int32([7])[0],
-        np.zeros((0, 3), np.float32),
-        RNG.normal(size=(6, 4)).astype(np.float32).T,
-    ],
-    ids=lambda x: f"{x.dtype}{list(x.shape)}",
-)
+@pytest.mark.parametrize("x", ARRAYS, ids=lambda x: f"{x.dtype}{list(x.shape)}")
 def test_checksums_equal_those_by_hand_on_host_and_device(x, monkeypatch):
     expected = checksum_by_hand(x)
     assert array_table.word_checksums([x]) == [expected]
@@ -148,9 +152,8 @@ def test_every_flipped_bit_and_every_swap_changes_the_checksum():
 
 def test_only_the_sums_of_large_arrays_come_to_the_host(monkeypatch):
     x, fetched, copy = jnp.ones((256, 257)), [], np.asarray
-    monkeypatch.setattr(
-        np, "asarray", lambda a, *b, **k: fetched.append(np.size(a)) or copy(a, *b, **k)
-    )
+    spy = lambda a, *b, **k: fetched.append(np.size(a)) or copy(a, *b, **k)
+    monkeypatch.setattr(np, "asarray", spy)
     small = x[0]
     fetched.clear()
     describe_arrays({"x": x, "small": small})
@@ -158,10 +161,6 @@ def test_only_the_sums_of_large_arrays_come_to_the_host(monkeypatch):
 
 
 # Restoring
-
-
-def test_the_newest_checkpoint_restores_bit_for_bit(workdir, tiny_config):
-    assert_same_tree(restore(workdir, tiny_config), make_state(2))
 
 
 def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_config):
@@ -174,8 +173,9 @@ def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_con
         restore_part(workdir, tiny_config, target)
 
 
-def test_other_training_images_print_a_warning(workdir, tiny_config, capsys):
-    restore(workdir, tiny_config)
+def test_the_newest_checkpoint_restores_bit_for_bit(workdir, tiny_config, capsys):
+    """Other training images print a warning."""
+    assert_same_tree(restore(workdir, tiny_config), make_state(2))
     assert "warning" not in capsys.readouterr().err
     restore(workdir, tiny_config, data="all-xyz")
     assert "fingerprint all-abc -> all-xyz" in capsys.readouterr().err
@@ -187,11 +187,8 @@ FIELDS = ("step", "params", "target_params", "opt_state", "rng")
 @pytest.mark.parametrize("wanted", [("target_params",), ("step", "params", "target_params")])
 def test_only_the_requested_fields_are_read_and_checked(workdir, tiny_config, wanted, monkeypatch):
     checked = []
-    monkeypatch.setattr(
-        checkpoint_meta,
-        "describe_arrays",
-        lambda tree: checked.append(tree) or describe_arrays(tree),
-    )
+    spy = lambda tree: checked.append(tree) or describe_arrays(tree)
+    monkeypatch.setattr(checkpoint_meta, "describe_arrays", spy)
     whole = make_state(2)
     part = {name: getattr(whole, name) if name in wanted else None for name in FIELDS}
     assert_same_tree(restore_part(workdir, tiny_config, TrainState(**part)), TrainState(**part))
@@ -216,14 +213,6 @@ def test_a_damaged_array_is_refused_if_it_is_requested(workdir, tiny_config):
     change_checksum(workdir, ".target_params['kernel']")
     with pytest.raises(InputError, match=r"checksum of state \.target_params"):
         restore_part(workdir, tiny_config, target)
-
-
-def test_a_checkpoint_names_its_code_and_data(workdir, tiny_config):
-    meta = read_meta_file(workdir, 2)
-    assert (meta["format_version"], meta["data"]) == (3, "all-abc")
-    assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
-    assert meta["config"]["train"]["batch_size"] == tiny_config.train.batch_size
-    assert "commit" in meta
 
 
 @pytest.mark.parametrize("version", [1, 2, 4])
@@ -255,12 +244,18 @@ def test_another_config_is_refused_although_the_arrays_fit(workdir, tiny_config)
 # Damage
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_restored(
-    workdir, tiny_config, capsys
+@pytest.mark.parametrize("content", [None, "{}", "[]", "3", '{"format_version": "2"}', "{", ""])
+def test_a_damaged_meta_is_set_aside_and_the_step_before_restored(
+    workdir, tiny_config, capsys, content
 ):
-    rewrite_meta(workdir, 2, data="all-abd")
+    if content is None:
+        rewrite_meta(workdir, 2, data="all-abd")
+    else:
+        (workdir / "checkpoints/2/meta/metadata").write_text(content)
     assert_same_tree(restore(workdir, tiny_config), make_state(1))
-    assert "checkpoint 2 is damaged: the checksum of meta differs" in capsys.readouterr().err
+    assert "checkpoint 2 is damaged: " in (told := capsys.readouterr().err)
+    assert content is not None or "the checksum of meta differs" in told
+    assert f"moved it to {workdir / 'damaged/2'}" in told
     assert (workdir / "damaged/2").is_dir()
     assert not (workdir / "checkpoints/2").exists()
 
@@ -271,12 +266,6 @@ def test_readers_do_not_move_a_damaged_checkpoint(workdir, tiny_config):
         with pytest.raises(InputError, match=r"--step=2: is damaged .*the others are \[1\]"):
             checkpoints.restore_state(make_state(0))
         assert int(checkpoints.restore_state(make_state(0), 1).step) == 1
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"format_version": "2"}', "{", ""])
-def test_an_invalid_meta_is_damage(workdir, tiny_config, content):
-    (workdir / "checkpoints/2/meta/metadata").write_text(content)
-    assert_same_tree(restore(workdir, tiny_config), make_state(1))
 
 
 def test_if_all_checkpoints_are_damaged_none_is_moved(workdir, tiny_config):
@@ -311,10 +300,15 @@ def test_readers_create_nothing_without_checkpoints(tiny_config, tmp_path, which
 
 
 def test_the_newest_intact_meta_says_which_run_it_is(workdir, tiny_config):
+    """And of which code and data."""
     saved = read_saved(workdir)
     assert saved is not None
     assert (saved.step, saved.fingerprint) == (2, "all-abc")
     assert saved.config["train"]["batch_size"] == tiny_config.train.batch_size
+    meta = read_meta_file(workdir, 2)
+    assert meta["format_version"] == 3
+    assert {"python", "jax", "flax", "orbax-checkpoint", "hjepa-jax"} <= set(meta["versions"])
+    assert "commit" in meta
     rewrite_meta(workdir, 2, data="all-abd")
     saved = read_saved(workdir)
     assert saved is not None

@@ -21,14 +21,6 @@ def test_pooling_is_the_mean_over_the_patches_a_cell_has(grid_size, level):
     np.testing.assert_allclose(pooled[0], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("grid_size", range(2, 20))
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_pooling_matrix_is_row_stochastic_and_uses_each_patch_once(grid_size, level):
-    a = hierarchy.pooling_matrix(grid_size, level)
-    np.testing.assert_allclose(a.sum(axis=1), 1, atol=1e-6)
-    assert ((a > 0).sum(axis=0) == 1).all()
-
-
 def test_standardize_gives_zero_mean_and_unit_variance():
     x = hierarchy.standardize(jnp.asarray(3 + 5 * RNG.normal(size=(4, 64)), jnp.float32))
     np.testing.assert_allclose(x.mean(axis=-1), 0, atol=1e-5)
@@ -44,26 +36,21 @@ def test_level_features_pool_before_they_standardize():
     )
 
 
-def test_cell_counts_as_hidden_at_the_stated_coverage():
-    hidden = np.zeros((1, 16), bool)
-    hidden[0, [0, 1, 4, 5, 2]] = True  # the first 2x2 cell whole, a quarter of the second
-    cells = lambda c: np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 4, 1, c))[0].tolist()
-    assert cells(1.0) == [True, False, False, False]
-    assert cells(0.25) == [True, True, False, False]
-    assert cells(0.26) == [True, False, False, False]
-    assert cells(1e-5) == [True, True, False, False], "a cell that is all visible is no target"
+def hidden_cells(hidden, *args):
+    """`hidden` is a list of patches of the grid, whose side is the first argument."""
+    patches = np.zeros((1, args[0] ** 2), bool)
+    patches[0, hidden] = True
+    return np.asarray(hierarchy.hidden_cells(jnp.asarray(patches), *args))[0].tolist()
 
 
-def test_a_cell_of_thousands_of_patches_is_not_whole_with_one_of_them_visible():
-    hidden = np.ones((2, 128 * 128), bool)
-    hidden[1, 77] = False
-    found = np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 128, 7, 1.0))
-    assert found.tolist() == [[True], [False]]
+@pytest.mark.parametrize(("coverage", "second"), [(1.0, 0), (0.25, 1), (0.26, 0), (1e-5, 1)])
+def test_cell_counts_as_hidden_at_the_stated_coverage(coverage, second):
+    """The first 2x2 cell is hidden, a quarter of the second; one all visible is no target."""
+    assert hidden_cells([0, 1, 4, 5, 2], 4, 1, coverage) == [True, bool(second), False, False]
 
 
-def test_ragged_cell_is_hidden_when_all_its_patches_are():
-    hidden = np.zeros((1, 9), bool)
-    hidden[0, 8] = True  # the lone patch of the last cell of a 3x3 grid
-    assert np.asarray(hierarchy.hidden_cells(jnp.asarray(hidden), 3, 1, 1.0)).tolist() == [
-        [False, False, False, True]
-    ]
+def test_a_cell_is_whole_with_all_patches_that_it_has():
+    """Thousands and not one less, or the lone patch of the last cell of a 3x3 grid."""
+    assert hidden_cells(slice(None), 128, 7, 1.0) == [True]
+    assert hidden_cells([i for i in range(128**2) if i != 77], 128, 7, 1.0) == [False]
+    assert hidden_cells([8], 3, 1, 1.0) == [False, False, False, True]

@@ -56,21 +56,10 @@ def test_ties_go_to_the_lower_row_and_the_lower_class():
             assert row.tolist() == [bank_y[near[k - 1]]] * 2
 
 
-def test_block_size_changes_nothing():
-    bank_x, bank_y = blobs(200)
-    query_x, _ = blobs(50, seed=1)
-    one, many = (
-        knn_predict(bank_x, bank_y, query_x, ks=[3, 9], num_classes=4, block_size=size)
-        for size in (1, 1000)
-    )
-    np.testing.assert_array_equal(one, many)
-
-
 def test_zero_rows_are_tolerated():
     bank_x, bank_y = blobs(20)
-    assert knn_predict(bank_x * 0, bank_y, bank_x, ks=[1], num_classes=4).tolist() == [
-        [bank_y[0]] * 20
-    ]
+    (found,) = knn_predict(bank_x * 0, bank_y, bank_x, ks=[1], num_classes=4)
+    assert found.tolist() == [bank_y[0]] * 20
 
 
 def test_the_test_score_uses_all_rows_at_the_chosen_k():

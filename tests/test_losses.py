@@ -12,26 +12,43 @@ def normal(*shape: int) -> np.ndarray:
     return RNG.normal(size=shape).astype(np.float32)
 
 
-def test_smooth_l1_by_hand():
-    """Errors 0.5 and 3: mean of 0.5 * 0.25 and 3 - 0.5."""
-    loss = losses.elementwise_loss(jnp.array([[0.5, 3.0]]), jnp.zeros((1, 2)), "smooth_l1")
-    np.testing.assert_allclose(loss, [(0.125 + 2.5) / 2])
+def distances(x, y, kind):
+    return losses.elementwise_loss(jnp.asarray(x), jnp.asarray(y), kind)
 
 
-def test_mse_by_hand():
-    loss = losses.elementwise_loss(jnp.array([[1.0, 3.0]]), jnp.zeros((1, 2)), "mse")
-    np.testing.assert_allclose(loss, [5.0])
+COSINES = [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
+BY_HAND = {
+    # Errors 0.5 and 3: the mean of 0.5 * 0.25 and 3 - 0.5.
+    "smooth_l1": (lambda: distances([[0.5, 3.0]], [[0.0, 0.0]], "smooth_l1"), [1.3125]),
+    "mse": (lambda: distances([[1.0, 3.0]], [[0.0, 0.0]], "mse"), [5.0]),
+    "cosine": (lambda: distances(*COSINES, "cosine"), [0.0, 1 - 2**-0.5, 2.0]),
+    # Two images, one feature, values 0 and 1: variance 1/2.
+    "variance": (
+        lambda: losses.variance_loss(jnp.array([[[0.0]], [[1.0]]])),
+        1 - np.sqrt(0.5 + 1e-4),
+    ),
+    # Two equal features of variance 2: off the diagonal 2 and 2, so 8 / D = 4.
+    "covariance": (
+        lambda: losses.covariance_loss(jnp.array([[[-1.0, -1.0]], [[1.0, 1.0]]])),
+        4.0,
+    ),
+    # Three images at 0: 3 * integral of (1 - exp(-t^2/2))^2 exp(-t^2/2), three Gaussians.
+    "sigreg": (
+        lambda: losses.sigreg_loss(jnp.zeros((3, 1, 4)), jnp.eye(4)[:, :1]),
+        3 * np.sqrt(2 * np.pi) * (1 - 2 / np.sqrt(2) + 1 / np.sqrt(3)),
+    ),
+}
 
 
-def test_cosine_by_hand():
-    x = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    y = jnp.array([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    loss = losses.elementwise_loss(x, y, "cosine")
-    np.testing.assert_allclose(loss, [0.0, 1 - 2**-0.5, 2.0], atol=1e-6)
+@pytest.mark.parametrize("term", BY_HAND)
+def test_every_term_has_its_value_by_hand(term):
+    find, expected = BY_HAND[term]
+    np.testing.assert_allclose(jax.jit(find)(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", losses.PREDICTION_LOSSES)
 def test_prediction_loss_is_the_mean_over_valid_queries(kind):
+    """And what stands at invalid ones changes neither the loss nor its gradient."""
     prediction, target, valid = normal(3, 5, 8), 2 * normal(3, 5, 8), RNG.random((3, 5)) < 0.6
     p, t = prediction[valid].astype(np.float64), target[valid].astype(np.float64)
     if kind == "smooth_l1":
@@ -42,22 +59,15 @@ def test_prediction_loss_is_the_mean_over_valid_queries(kind):
     else:
         norms = np.linalg.norm(p, axis=1) * np.linalg.norm(t, axis=1)
         expected = (1 - (p * t).sum(1) / norms).mean()
-    got = losses.prediction_loss(*map(jnp.asarray, (prediction, target, valid)), kind)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", losses.PREDICTION_LOSSES)
-def test_padding_changes_neither_the_loss_nor_its_gradient(kind):
-    prediction, target, valid = normal(2, 6, 4), normal(2, 6, 4), np.ones((2, 6), bool)
-    valid[:, 4:] = False
-    other = prediction.copy()
-    other[:, 4:] = 1e3 * normal(2, 2, 4)
-    fn = jax.value_and_grad(lambda p: losses.prediction_loss(p, target, valid, kind))
+    fn = jax.jit(jax.value_and_grad(lambda p: losses.prediction_loss(p, target, valid, kind)))
+    other = np.where(valid[..., None], prediction, 1e3 * normal(3, 5, 8))
     target, valid = jnp.asarray(target), jnp.asarray(valid)
-    (loss_a, grad_a), (loss_b, grad_b) = fn(jnp.asarray(prediction)), fn(jnp.asarray(other))
-    assert loss_a == loss_b
-    np.testing.assert_array_equal(grad_a[:, :4], grad_b[:, :4])
-    assert not np.any(grad_b[:, 4:])
+    (loss, grad), (other_loss, other_grad) = fn(jnp.asarray(prediction)), fn(jnp.asarray(other))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert loss == other_loss
+    np.testing.assert_array_equal(grad, other_grad)
+    assert not np.any(grad[~valid])
+    assert np.all(np.any(grad[valid], axis=-1))
 
 
 def test_no_valid_query_gives_zero_and_not_nan():
@@ -67,7 +77,7 @@ def test_no_valid_query_gives_zero_and_not_nan():
 
 def test_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="huber"):
-        losses.elementwise_loss(jnp.ones((1, 2)), jnp.ones((1, 2)), "huber")
+        distances(np.ones((1, 2)), np.ones((1, 2)), "huber")
 
 
 def test_variance_loss_against_numpy():
@@ -75,21 +85,8 @@ def test_variance_loss_against_numpy():
     std = np.sqrt(x.astype(np.float64).var(axis=0, ddof=1) + 1e-4)
     expected = np.maximum(1 - std, 0).mean()
     np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), expected, rtol=1e-5)
-
-
-def test_variance_loss_by_hand():
-    """Two images, one feature, values 0 and 1: variance 1/2."""
-    x = jnp.array([0.0, 1.0]).reshape(2, 1, 1)
-    np.testing.assert_allclose(losses.variance_loss(x), 1 - np.sqrt(0.5 + 1e-4), rtol=1e-6)
-
-
-def test_variance_loss_is_zero_at_unit_variance():
-    x = normal(64, 1, 8)
-    x = (x - x.mean(0)) / x.std(0, ddof=1)
-    assert losses.variance_loss(jnp.asarray(x)) == 0
-
-
-def test_constant_difference_between_tokens_is_no_variance():
+    assert losses.variance_loss(jnp.asarray((x - x.mean(0)) / x.std(0, ddof=1))) == 0
+    # A constant difference between tokens is no variance.
     x = np.broadcast_to(np.array([0.0, 100.0], np.float32)[None, :, None], (16, 2, 4))
     np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), 1 - 1e-2, rtol=1e-5)
 
@@ -102,17 +99,11 @@ def test_covariance_loss_against_numpy():
         expected += (c**2).sum() - (np.diag(c) ** 2).sum()
     expected /= 3 * 5
     np.testing.assert_allclose(losses.covariance_loss(jnp.asarray(x)), expected, rtol=1e-4)
+    large = (1000 * x).astype(jnp.float16)
+    assert np.isfinite(losses.covariance_loss(jnp.asarray(large))), "overflow in low precision"
 
 
-def test_covariance_loss_by_hand():
-    """Identical features with variance 2: off-diagonal entries 2 and 2, 8 / D = 4."""
-    x = jnp.array([[-1.0, -1.0], [1.0, 1.0]]).reshape(2, 1, 2)
-    np.testing.assert_allclose(losses.covariance_loss(x), 4.0)
-
-
-def test_batch_statistics_do_not_overflow_in_low_precision():
-    x = (1000 * normal(16, 1, 4)).astype(jnp.float16)
-    assert np.isfinite(losses.covariance_loss(jnp.asarray(x)))
+sigreg_and_gradient = jax.jit(jax.value_and_grad(losses.sigreg_loss))
 
 
 def epps_pulley(y: np.ndarray) -> float:
@@ -123,12 +114,13 @@ def epps_pulley(y: np.ndarray) -> float:
     return len(y) * np.sqrt(2 * np.pi) * (pairs - np.sqrt(2) * singles + 1 / np.sqrt(3))
 
 
-def test_sigreg_against_the_closed_form_of_its_integral():
+def test_sigreg_is_the_mean_over_tokens_and_directions():
     x = 0.7 * normal(24, 2, 6) + 0.3
     directions = losses.random_directions(jax.random.PRNGKey(0), 5, 6)
     y = x @ np.asarray(directions)
     expected = np.mean([epps_pulley(y[:, r, a]) for r in range(2) for a in range(5)])
-    np.testing.assert_allclose(losses.sigreg_loss(jnp.asarray(x), directions), expected, rtol=1e-4)
+    found, _ = sigreg_and_gradient(jnp.asarray(x), directions)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +129,8 @@ def test_sigreg_against_the_closed_form_of_its_integral():
 def test_sigreg_and_its_gradient_are_those_of_the_integral(spread, tolerance):
     """Against the closed form; at a spread of 3 the gradient was 26 % off."""
     y = spread * np.random.default_rng(0).normal(size=128)
-    value, gradient = jax.value_and_grad(losses.sigreg_loss)(
-        jnp.asarray(y.reshape(-1, 1, 1), jnp.float32), jnp.ones((1, 1))
-    )
+    x = jnp.asarray(y.reshape(-1, 1, 1), jnp.float32)
+    value, gradient = sigreg_and_gradient(x, jnp.ones((1, 1)))
     assert value == pytest.approx(epps_pulley(y), rel=tolerance)
     apart = y[:, None] - y[None]
     pairs = -2 / len(y) * (apart * np.exp(-(apart**2) / 2)).sum(axis=1)
@@ -153,32 +144,21 @@ def test_sigreg_and_its_gradient_are_those_of_the_integral(spread, tolerance):
     assert epps_pulley(y) == pytest.approx(dense, rel=1e-6)
 
 
-def test_sigreg_by_hand():
-    """Three images at 0: 3 * integral of (1 - exp(-t^2/2))^2 exp(-t^2/2), three Gaussians."""
-    expected = 3 * np.sqrt(2 * np.pi) * (1 - 2 / np.sqrt(2) + 1 / np.sqrt(3))
-    loss = losses.sigreg_loss(jnp.zeros((3, 1, 4)), jnp.eye(4)[:, :1])
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
-
-
 def test_directions_are_uniform_on_the_sphere_and_drawn_anew():
-    directions = losses.random_directions(jax.random.PRNGKey(2), 8192, 3)
-    np.testing.assert_allclose(jnp.mean(directions, axis=1), 0, atol=0.03)  # 4.7 sigma
-    np.testing.assert_allclose(directions @ directions.T / 8192, np.eye(3) / 3, atol=0.02)
-    other = losses.random_directions(jax.random.PRNGKey(3), 8192, 3)
-    assert jnp.max(jnp.abs(jnp.sum(directions * other, axis=0))) > 0.99, (
-        "unit vectors, at any angle"
-    )
-    assert jnp.mean(jnp.abs(jnp.sum(directions * other, axis=0))) < 0.6
+    one, other = (losses.random_directions(jax.random.PRNGKey(i), 8192, 3) for i in (2, 3))
+    np.testing.assert_allclose(jnp.mean(one, axis=1), 0, atol=0.03)  # 4.7 sigma
+    np.testing.assert_allclose(one @ one.T / 8192, np.eye(3) / 3, atol=0.02)
+    cosines = np.abs(np.sum(np.asarray(one) * np.asarray(other), axis=0))
+    assert cosines.max() > 0.99, "unit vectors, at any angle"
+    assert cosines.mean() < 0.6
 
 
 def test_sigreg_of_isotropic_normal_features_is_a_tenth_of_that_of_collapsed_ones():
     directions = losses.random_directions(jax.random.PRNGKey(1), 64, 16)
     np.testing.assert_allclose(jnp.sum(directions**2, axis=0), 1, rtol=1e-5)
-    spread, grad = jax.value_and_grad(losses.sigreg_loss)(
-        jnp.asarray(normal(128, 1, 16)), directions
-    )
+    spread, grad = sigreg_and_gradient(jnp.asarray(normal(128, 1, 16)), directions)
     constant = jnp.broadcast_to(jnp.asarray(normal(1, 1, 16)), (128, 1, 16))
-    assert 0 < spread < 0.1 * losses.sigreg_loss(constant, directions)
+    assert 0 < spread < 0.1 * sigreg_and_gradient(constant, directions)[0]
     assert spread < 2  # 1.06 in the mean
     assert np.isfinite(grad).all()
     assert np.any(grad)

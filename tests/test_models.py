@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 def make_model(num_levels: int = 2, **kwargs) -> HJEPA:
     return HJEPA(
-        VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2, num_summary_tokens=2),
+        VisionTransformer(GRID, PATCH, WIDTH, depth=1, num_heads=2, num_summary_tokens=2),
         Predictor(GRID, num_levels, WIDTH, width=8, depth=2, num_heads=2),
         **kwargs,
     )
@@ -99,15 +99,12 @@ def test_padding_changes_no_valid_output(mode):
     model = model.clone(predictor=model.predictor.clone(mode=mode))
     x = images()
     variables = jax.jit(model.init)(jax.random.PRNGKey(0), x, MASKS)
+    twice = lambda x, other: jnp.concatenate([x, jnp.full_like(x, other)], axis=-1)
     more = MASKS.replace(
-        context_index=jnp.concatenate([MASKS.context_index, MASKS.context_index * 0 + 5], axis=1),
-        context_valid=jnp.concatenate(
-            [MASKS.context_valid, jnp.zeros_like(MASKS.context_valid)], axis=1
-        ),
-        target_index=jnp.concatenate([MASKS.target_index, MASKS.target_index * 0 + 3], axis=2),
-        target_valid=jnp.concatenate(
-            [MASKS.target_valid, jnp.zeros_like(MASKS.target_valid)], axis=2
-        ),
+        context_index=twice(MASKS.context_index, 5),
+        context_valid=twice(MASKS.context_valid, False),
+        target_index=twice(MASKS.target_index, 3),
+        target_valid=twice(MASKS.target_valid, False),
     )
     a, b = jitted(model)(variables, x, MASKS), jitted(model)(variables, x, more)
     np.testing.assert_allclose(a.summary, b.summary, atol=1e-5)
@@ -149,13 +146,12 @@ def test_summary_pass_sees_no_patch_token(model_and_params):
 def test_an_image_without_visible_patches_predicts_nothing():
     """Four quarters hidden at random: in a tenth of the images they are all different."""
     mask = MultiBlockMask(8, 4, (0.25, 0.25), (1.0, 1.0), align_level=2)
-    masks = mask(jax.random.split(jax.random.PRNGKey(0), 200))
+    masks = jax.jit(mask)(jax.random.split(jax.random.PRNGKey(0), 200))
     encoder = VisionTransformer(8, PATCH, WIDTH, depth=1, num_heads=2)
-    predictor = Predictor(8, 2, WIDTH, width=8, depth=1, num_heads=2)
-    valid = HJEPA(encoder, predictor).apply({}, masks, method="query_valid")
+    model = HJEPA(encoder, Predictor(8, 2, WIDTH, width=8, depth=1, num_heads=2))
     shows = np.asarray(masks.context_valid).any(axis=1)
     assert 5 < np.sum(~shows) < 40
-    for level in valid.values():
+    for level in model.apply({}, masks, method="query_valid").values():
         np.testing.assert_array_equal(np.asarray(level).any(axis=1), shows)
 
 
@@ -170,16 +166,6 @@ def test_an_image_that_shows_nothing_adds_nothing_to_the_spread_of_a_batch(model
     )
     np.testing.assert_array_equal(found[1:], plain[1:])
     np.testing.assert_allclose(found[0], plain[1:].mean(axis=0), atol=1e-6)
-
-
-def test_whole_hidden_cells_are_queried_at_the_coarse_level():
-    valid = make_model().query_valid(MASKS)
-    hidden = np.zeros((3, GRID, GRID), bool)
-    for row in range(3):
-        hidden[row].reshape(-1)[np.asarray(MASKS.target_index[row]).reshape(-1)] = True
-    cells = hidden.reshape(3, 2, 2, 2, 2).all(axis=(2, 4)).reshape(3, 4)
-    np.testing.assert_array_equal(valid[1], cells)
-    assert cells.any()
 
 
 @pytest.mark.parametrize("num_levels", [1, 3])
@@ -202,7 +188,7 @@ def test_bfloat16_computes_close_to_float32(results):
     encoder = make_model().context_encoder
     params = jax.jit(encoder.init)(jax.random.PRNGKey(0), x)
     low = encoder.clone(precision=Precision(jnp.bfloat16, results))
-    a, b = encoder.apply(params, x), low.apply(params, x)
+    a, b = jax.jit(encoder.apply)(params, x), jax.jit(low.apply)(params, x)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, a, b)))
     jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=0.1), a, b)
     assert np.any(np.asarray(a[0]) != np.asarray(b[0]))
@@ -215,24 +201,20 @@ def test_learned_positions_start_from_the_sine_cosine_table(model_and_params):
         tables = params[network]
         table = tables["positions" if network == "context_encoder" else "position_table"]
         np.testing.assert_array_equal(table["embedding"], sincos2d_positions(GRID, width))
-    fixed = make_model()
-    fixed = fixed.clone(context_encoder=fixed.context_encoder.clone(positions="sincos2d"))
-    assert (
-        "positions"
-        not in fixed.init(jax.random.PRNGKey(0), images(), MASKS)["params"]["context_encoder"]
-    )
+    fixed = make_model().context_encoder.clone(positions="sincos2d")
+    assert "positions" not in jax.eval_shape(fixed.init, jax.random.PRNGKey(0), images())["params"]
 
 
 def test_residual_branches_start_smaller_the_deeper_the_network():
     """Kernels that write to the residual stream are 1 / sqrt(2 depth) of Xavier's, the rest not."""
-    encoder = VisionTransformer(GRID, PATCH, 64, depth=8, num_heads=2)
-    params = encoder.init(jax.random.PRNGKey(0), images(1))["params"]
-    for block in (params["block_0"], params["block_7"]):
+    encoder = VisionTransformer(GRID, PATCH, 64, depth=2, num_heads=2)
+    params = jax.jit(encoder.init)(jax.random.PRNGKey(0), images(1))["params"]
+    for block in (params["block_0"], params["block_1"]):
         for kernel, scale in (
             (block["attention"]["qkv"]["kernel"], 1.0),
-            (block["attention"]["out"]["kernel"], 0.25),
+            (block["attention"]["out"]["kernel"], 0.5),
             (block["mlp_in"]["kernel"], 1.0),
-            (block["mlp_out"]["kernel"], 0.25),
+            (block["mlp_out"]["kernel"], 0.5),
         ):
             xavier = np.sqrt(2 / sum(kernel.shape))
             np.testing.assert_allclose(np.std(kernel), scale * xavier, rtol=0.05)
@@ -241,13 +223,9 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
 def test_tokens_that_see_others_before_them_become_what_they_become_beside_them():
     """What is left out of a block's last pass is only the part that nobody asks for."""
     block = Block(num_heads=2)
-    x, angles = RNG.normal(size=(2, 7, 16)), RNG.normal(size=(2, 7, 4))  # two heads of 8
-    allowed = RNG.random((2, 7, 7)) < 0.7
-    x, allowed, turns = (
-        jnp.asarray(x, "f"),
-        jnp.asarray(allowed),
-        turns_of(jnp.asarray(angles, "f")),
-    )
+    x = jnp.asarray(RNG.normal(size=(2, 7, 16)), "f")
+    allowed = jnp.asarray(RNG.random((2, 7, 7)) < 0.7)
+    turns = turns_of(jnp.asarray(RNG.normal(size=(2, 7, 4)), "f"))  # two heads of 8
     params = jax.jit(block.init)(jax.random.PRNGKey(0), x)
     apply, queries = jax.jit(block.apply), x[:, 3:]
     beside = apply(params, x, allowed=allowed, turns=turns)[:, 3:]
@@ -259,18 +237,14 @@ def test_tokens_that_see_others_before_them_become_what_they_become_beside_them(
 
 def test_the_gradient_of_a_block_pads_nothing():
     """Query, key and value are products of their own, by cuts of the kernel: no sum of parts."""
-    num_pads = []
-    for depth in (1, 3):
-        encoder = VisionTransformer(GRID, PATCH, WIDTH, depth=depth, num_heads=2)
-        params = jax.eval_shape(encoder.init, jax.random.PRNGKey(0), images(1))
+    encoder = VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2)
+    params = jax.eval_shape(encoder.init, jax.random.PRNGKey(0), images(1))
 
-        def loss(params, x, encoder=encoder):
-            patches, summary = encoder.apply(params, x)
-            return jnp.sum(patches**2) + jnp.sum(summary**2)
+    def loss(params, x):
+        patches, summary = encoder.apply(params, x)
+        return jnp.sum(patches**2) + jnp.sum(summary**2)
 
-        program = jax.jit(jax.grad(loss)).lower(params, images(1)).as_text()
-        num_pads.append(program.count("stablehlo.pad"))
-    assert num_pads == [0, 0]
+    assert "stablehlo.pad" not in jax.jit(jax.grad(loss)).lower(params, images(1)).as_text()
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])

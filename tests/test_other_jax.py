@@ -5,6 +5,7 @@ The interpreter of the other set is named by HJEPA_OTHER_PYTHON, as .ci/run does
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -18,8 +19,9 @@ pytestmark = [
     pytest.mark.skipif(not OTHER, reason="HJEPA_OTHER_PYTHON names no other interpreter"),
 ]
 
-# Each prints one line of JSON: the version of jax, the step, and a digest of state and window.
-PRELUDE = """
+# Prints a line of JSON for each work directory: the version of jax, the step, and a digest of state
+# and window. Where there is no run yet, it trains one.
+CODE = """
 import json, pathlib, sys
 import jax
 from hjepa_jax.config import base_config
@@ -27,39 +29,36 @@ from hjepa_jax.evaluation.feature_cache import params_digest
 from hjepa_jax.runs import checkpoint, run, workdir as directory
 from hjepa_jax.training import train
 
-workdir = pathlib.Path(sys.argv[1])
-def show():
+for workdir in map(pathlib.Path, sys.argv[2:]):
+    if not workdir.exists():
+        config = base_config().lock()
+        config.update(json.loads(sys.argv[1]))
+        train.train_and_evaluate(config, workdir)
     config = directory.load_config(workdir)
     built = run.build_run(config, run.open_config_source(config))
     checkpoints = checkpoint.Checkpoints(workdir, config=config)
     state, window = checkpoints.restore(*built.create())
     print(json.dumps([jax.__version__, int(state.step), params_digest([state, window])]))
 """
-WRITE = """
-config = base_config().lock()
-config.update(json.loads(sys.argv[2]))
-train.train_and_evaluate(config, workdir)
-show()
-"""
-READ = "\nshow()\n"
 
 
-def report(python: str, code: str, *arguments: object) -> list:
-    command = [python, "-c", PRELUDE + code, *map(str, arguments)]
+def report(python: str, config, *workdirs: pathlib.Path) -> list[list]:
+    command = [python, "-c", CODE, json.dumps(config.to_dict()), *map(str, workdirs)]
     flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "XLA_FLAGS": flags}  # those of neither set: see conftest.py
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(workdirs) :]]
 
 
-@pytest.mark.parametrize("we_write", [True, False], ids=["written_here", "written_there"])
-def test_a_checkpoint_restores_under_the_other_set(tiny_config, tmp_path, we_write):
+def test_checkpoints_restore_under_the_other_set(tiny_config, tmp_path):
     tiny_config.eval.every_epochs = 0.0
-    writer, reader = (sys.executable, OTHER) if we_write else (OTHER, sys.executable)
-    written = report(writer, WRITE, tmp_path, json.dumps(tiny_config.to_dict()))
-    read = report(reader, READ, tmp_path)
-    assert written[0] != read[0], "both interpreters have the same jax"
-    assert written[1:] == read[1:] == [6, read[2]]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    (we_wrote,) = report(sys.executable, tiny_config, ours)
+    they_read, they_wrote = report(OTHER, tiny_config, ours, theirs)
+    (we_read,) = report(sys.executable, tiny_config, theirs)
+    for written, read in ((we_wrote, they_read), (they_wrote, we_read)):
+        assert written[0] != read[0], "both interpreters have the same jax"
+        assert written[1:] == read[1:] == [6, read[2]]

@@ -1,8 +1,6 @@
 """Layouts: sharded axes by hand, and bytes on eight devices."""
 
-import json
 import math
-import pathlib
 import re
 import types
 
@@ -41,9 +39,15 @@ def test_a_single_device_needs_no_layout(tiny_config):
     np.testing.assert_array_equal(place.local(place.put({"x": np.ones(3)}, None))["x"], np.ones(3))
 
 
-def test_fsdp_that_does_not_divide_the_devices_is_refused(tiny_config):
-    tiny_config.parallel.fsdp = 3
-    rule = r"parallel\.fsdp=3: must divide the number of devices, 1"
+@pytest.mark.parametrize(
+    ("field", "rule"),
+    [
+        ("parallel.fsdp", "must divide the number of devices, 1"),
+        ("optim.accumulation_steps", "must be a multiple of the number of devices, 1, times"),
+    ],
+)
+def test_devices_that_do_not_divide_are_refused(tiny_config, field, rule):
+    tiny_config.update_from_flattened_dict({field: 3})
     with pytest.raises(InputError, match=rule):
         run.build_run(tiny_config, run.open_config_source(tiny_config))
 
@@ -65,26 +69,14 @@ def test_images_too_large_for_a_device_are_refused_with_numbers(tiny_config, mon
     placement.check_resident("tfds:x", 2**40)
 
 
-def in_a_process(fn, path: pathlib.Path, *args) -> dict:
-    """Returns `fn(*args)`, called in a process with 8 devices."""
-    process = processes.CONTEXT.Process(target=write_json, args=(fn, path, *args))
-    process.start()
-    process.join()
-    return json.loads(path.read_text())
-
-
-def write_json(fn, path: pathlib.Path, *args) -> None:
-    backend.select_platform("cpu", cpu_devices=8)
-    path.write_text(json.dumps(fn(*args)))
-
-
 def measure() -> dict:
+    backend.select_platform("cpu", cpu_devices=8)
     return {**measure_bytes(), "checksums": measure_checksums()}
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices(tmp_path_factory) -> dict:
-    return in_a_process(measure, tmp_path_factory.mktemp("eight") / "measured.json")
+def on_eight_devices() -> dict:
+    return processes.call(measure)
 
 
 def measure_bytes() -> dict:
@@ -120,17 +112,22 @@ def measure_checksums() -> dict:
 COLLECTIVE = re.compile(r"= (.*) (?:all-|collective-|reduce-scatter)[a-z-]*\(")
 
 
-def collectives(streamed: bool) -> list[str]:
-    """Returns the types that devices exchange in a program: "u8[4,8,32,32,3]{...}"."""
+def collectives() -> list[list[str]]:
+    """Returns the types that devices exchange in two programs: "u8[4,8,32,32,3]{...}"."""
+    backend.select_platform("cpu", cpu_devices=8)
     c = base_config()
     c.data.image_size, c.model.patch_size = 32, 8
     c.model.width, c.model.depth, c.model.num_heads = 16, 1, 2
     c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
     c.train.batch_size, c.optim.accumulation_steps = 32, 4
-    info = SourceInfo(64, 64, (32, 32, 3), ("a",))
-    source = Source("none", info, load=tuple, records=[0] * 64 if streamed else None)
-    program = run.build_run(c, source).lower(steps_per_call=2, donate=False).compile()
-    return COLLECTIVE.findall(program.as_text())
+    found = []
+    for records in (None, [0] * 64):  # resident, and streamed
+        source = Source(
+            "none", SourceInfo(64, 64, (32, 32, 3), ("a",)), load=tuple, records=records
+        )
+        program = run.build_run(c, source).lower(steps_per_call=2, donate=False).compile()
+        found.append(COLLECTIVE.findall(program.as_text()))
+    return found
 
 
 def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(on_eight_devices, record_property):
@@ -142,11 +139,10 @@ def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(on_eight_devices, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streamed", [False, True])
-def test_accumulation_sends_no_image_between_devices(tmp_path, streamed):
-    sent = in_a_process(collectives, tmp_path / "sent.json", streamed)
-    assert any("f32[" in types for types in sent)  # gradients are summed
-    assert not [types for types in sent if "u8[" in types or ",32,32,3]" in types]
+def test_accumulation_sends_no_image_between_devices():
+    for sent in processes.call(collectives):
+        assert any("f32[" in types for types in sent)  # gradients are summed
+        assert not [types for types in sent if "u8[" in types or ",32,32,3]" in types]
 
 
 def test_checksums_do_not_depend_on_sharding_and_need_no_collective(on_eight_devices):

@@ -1,8 +1,7 @@
 """The rules of backends that this machine does not have: names and versions are faked."""
 
+import dataclasses
 import importlib.metadata
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.runs import run
 from hjepa_jax.runtime import backend
 from hjepa_jax.training import train
+from tests import processes
 
 
 @pytest.fixture
@@ -58,67 +58,62 @@ def test_a_plugin_with_its_own_jax_is_accepted(pretend, choice, versions, name, 
     assert settings.get("jax_platforms") == jax_platforms
 
 
+BOTH = r"jax-metal and jax-mps exclude each other.*\[metal\]"
+
+
 @pytest.mark.parametrize(
-    ("choice", "plugin", "version"),
-    [("metal", "metal", "0.5.1"), ("auto", "metal", "0.10.2"), ("mps", "mps", "0.5.0")],
+    ("choice", "versions", "rule"),
+    [
+        ("metal", METAL | {"jax": "0.5.1"}, r"jax-metal cannot run with jax 0.5.1.*\[metal\]'$"),
+        ("auto", METAL | {"jax": "0.10.2"}, r"jax-metal cannot run with jax 0.10.2.*\[metal\]'$"),
+        ("mps", MPS | {"jax": "0.5.0"}, r"jax-mps cannot run with jax 0.5.0.*\[mps\]'$"),
+        *((choice, METAL | MPS, BOTH) for choice in ("metal", "mps", "auto")),
+        ("metal", MPS, r"needs jax-metal.*'hjepa-jax\[metal\]'$"),
+        ("mps", METAL, r"needs jax-mps.*'hjepa-jax\[mps\]'$"),
+        ("metal", {"jax": "0.5.0"}, "needs jax-metal"),
+        ("mps", {"jax": "0.10.2"}, "needs jax-mps"),
+    ],
 )
-def test_a_plugin_with_another_jax_names_the_extra(pretend, choice, plugin, version):
-    pretend(plugin, jax=version, **{f"jax_{plugin}": "0.1.1"})
-    rule = rf"jax-{plugin} cannot run with jax {version}.*pip install 'hjepa-jax\[{plugin}\]'$"
+def test_a_plugin_that_cannot_work_is_refused_with_the_extra_to_install(
+    pretend, choice, versions, rule
+):
+    pretend("METAL", **versions)
     with pytest.raises(InputError, match=rule):
         backend.select_platform(choice)
 
 
-@pytest.mark.parametrize("choice", ["metal", "mps", "auto"])
-def test_both_plugins_at_once_are_refused(pretend, choice):
-    pretend("METAL", **(MPS | METAL))
-    with pytest.raises(InputError, match=r"jax-metal and jax-mps exclude each other.*\[metal\]"):
-        backend.select_platform(choice)
-
-
-@pytest.mark.parametrize(
-    ("choice", "versions"),
-    [("metal", MPS), ("mps", METAL), ("metal", {"jax": "0.5.0"}), ("mps", {"jax": "0.10.2"})],
-)
-def test_a_backend_without_its_plugin_names_the_extra(pretend, choice, versions):
-    pretend("cpu", **versions)
-    with pytest.raises(InputError, match=rf"needs jax-{choice}.*'hjepa-jax\[{choice}\]'$"):
-        backend.select_platform(choice)
+def select_cuda():
+    try:
+        return backend.select_platform("cuda")
+    except InputError as error:
+        return str(error)
 
 
 def test_a_silent_fallback_to_the_cpu_is_refused():
     """JAX falls back to the CPU if there is no NVIDIA GPU or no plugin."""
-    code = (
-        "import jax; from hjepa_jax import errors; from hjepa_jax.runtime import backend\n"
-        "try: print(backend.select_platform('cuda'), jax.default_backend())\n"
-        "except errors.InputError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = "gpu gpu" if jax.default_backend() == "gpu" else "platform='cuda': JAX finds no"
-    assert done.stdout.startswith(expected)
+    expected = "gpu" if jax.default_backend() == "gpu" else "platform='cuda': JAX finds no"
+    assert processes.call(select_cuda).startswith(expected)
 
 
-def test_a_backend_that_does_not_start_is_an_input_error(pretend, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "choice", "error", "told"),
+    [
+        ("default_backend", "metal", "Unable to initialize\nat length", "Unable to initialize$"),
+        # As with JAX_PLATFORMS=METAL: the CPU must make the parameters.
+        ("devices", "auto", "Unknown backend cpu", "Unknown backend cpu"),
+    ],
+)
+def test_a_backend_that_does_not_start_is_an_input_error(
+    pretend, monkeypatch, function, choice, error, told
+):
     pretend("METAL", **METAL)
 
-    def fail():
-        raise RuntimeError("Unable to initialize backend 'METAL'\nat length")
+    def fail(*_):
+        raise RuntimeError(error)
 
-    monkeypatch.setattr(jax, "default_backend", fail)
-    with pytest.raises(InputError, match=r"does not start: Unable to initialize backend 'METAL'$"):
-        backend.select_platform("metal")
-
-
-def test_metal_without_the_cpu_backend_is_refused(pretend, monkeypatch):
-    """As with JAX_PLATFORMS=METAL: the CPU must make the parameters."""
-    pretend("METAL", **METAL)
-
-    def devices(backend):
-        raise RuntimeError(f"Unknown backend {backend}")
-
-    monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(InputError, match="Unknown backend cpu"):
-        backend.select_platform("auto")
+    monkeypatch.setattr(jax, function, fail)
+    with pytest.raises(InputError, match=f"does not start: {told}"):
+        backend.select_platform(choice)
 
 
 def test_the_rules_of_a_backend_name_its_limits(monkeypatch):
@@ -156,29 +151,24 @@ def test_bfloat16_is_refused_on_metal_only(tiny_config, monkeypatch, backend, re
 
 
 def test_a_run_on_metal_obeys_the_rules_and_logs_them(tiny_config, tmp_path, monkeypatch, capsys):
-    asked, build_run = [], run.build_run
+    """The program is that of the CPU, but for what the run asks of it."""
+    asked = []
+    built = train.build_run(tiny_config, run.open_config_source(tiny_config))
 
-    def spying(config, source):
-        built = build_run(config, source)
+    def lower(**kwargs):
+        asked.append(kwargs)
+        return built.lower(steps_per_call=1, donate=True)
 
-        def lower(**kwargs):
-            asked.append(kwargs)
-            return built.lower(**kwargs)
-
-        return run.dataclasses.replace(built, lower=lower)
-
-    monkeypatch.setattr(train, "build_run", spying)
+    spying = dataclasses.replace(built, lower=lower)
+    monkeypatch.setattr(train, "build_run", lambda *_: spying)
     monkeypatch.setattr(train, "select_platform", lambda *_, **__: "metal")
     monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
     tiny_config.train.steps_per_call = 4
-    tiny_config.train.num_steps = 2
     tiny_config.eval.every_epochs = 0.0
     train.train_and_evaluate(tiny_config, tmp_path)
     assert asked == [{"steps_per_call": 1, "donate": False}]
-    assert (
-        "on metal (no donated buffers, one step per call, parameters made on the CPU, float32 only)"
-        in capsys.readouterr().out
-    )
+    rules = "no donated buffers, one step per call, parameters made on the CPU, float32 only"
+    assert f"on metal ({rules})" in capsys.readouterr().out
 
 
 OTHERS = {
@@ -202,6 +192,8 @@ def test_a_setting_that_changes_results_is_ignored_with_a_note(name, capsys):
         return np.asarray(jax.random.normal(jax.random.PRNGKey(3), (5,)))
 
     expected = draw()
+    backend.fix_settings()
+    assert capsys.readouterr().err == "", "a note on settings that are as they should be"
     jax.config.update(name, OTHERS[name])
     try:
         assert backend.select_platform("auto") == jax.default_backend()
@@ -213,11 +205,6 @@ def test_a_setting_that_changes_results_is_ignored_with_a_note(name, capsys):
     value = backend.SETTINGS[name]
     line = f"note: {name.upper()}={OTHERS[name]} is ignored; every run uses {value}\n"
     assert capsys.readouterr().err == line
-
-
-def test_default_settings_give_no_note(capsys):
-    backend.fix_settings()
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", backend.CHOICES)

@@ -18,15 +18,12 @@ def entropy_rank(p):
     return np.exp(sum(-v * np.log(v) for v in p if v > 0))
 
 
-# Centred and uncentred alike: the columns are orthogonal, of mean 0 and length 6 and 2, so
-# p = (3/4, 1/4) and the rank is exp(3/4 log 4/3 + 1/4 log 4) = 4 / 3^(3/4).
-BY_HAND = np.array([[3, 1], [-3, 1], [3, -1], [-3, -1]], np.float32)
-
-
 def test_ranks_and_std_match_a_case_worked_by_hand():
-    assert quality.effective_rank(BY_HAND) == pytest.approx(4 / 3**0.75, rel=1e-7)
-    assert quality.rankme(BY_HAND) == pytest.approx(4 / 3**0.75, rel=1e-5)
-    assert quality.feature_std(BY_HAND) == pytest.approx(2.0)
+    """Columns of mean 0 and length 6 and 2, orthogonal: p = (3/4, 1/4), the rank 4 / 3^(3/4)."""
+    x = np.array([[3, 1], [-3, 1], [3, -1], [-3, -1]], np.float32)
+    assert quality.effective_rank(x) == pytest.approx(4 / 3**0.75, rel=1e-7)
+    assert quality.rankme(x) == pytest.approx(4 / 3**0.75, rel=1e-5)
+    assert quality.feature_std(x) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("n", "d"), [(100, 12), (12, 100)])
@@ -36,11 +33,8 @@ def test_ranks_match_an_independent_svd(n, d):
     assert quality.effective_rank(x) == pytest.approx(entropy_rank(sigma / sigma.sum()), rel=1e-5)
     sigma = np.linalg.svd(x, compute_uv=False)
     assert quality.rankme(x) == pytest.approx(entropy_rank(sigma / sigma.sum() + 1e-7), rel=1e-5)
-
-
-def test_rank_of_low_rank_features_is_at_most_their_rank():
-    rank = quality.effective_rank(features(d=64, rank=3))
-    assert 2.9 < rank <= 3 + 1e-4
+    centred = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
+    np.testing.assert_allclose(quality.singular_values(x), centred, rtol=1e-4, atol=1e-6)
 
 
 def test_effective_rank_ignores_a_shared_mean_and_rankme_does_not():
@@ -143,29 +137,26 @@ def test_lidar_counts_directions_of_images_not_of_views():
     assert quality.lidar(np.ones((6, 4, 8))) == 0.0
 
 
-def test_singular_values_are_those_of_the_centred_features():
-    x = features(50, 7) + 3
-    expected = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)
-    np.testing.assert_allclose(quality.singular_values(x), expected, rtol=1e-5)
+ROW = features(n=1)
 
 
-def test_constant_encoder_is_a_collapse():
-    row = features(n=1)
-    nearly = np.repeat(row, 100, axis=0) + 1e-4 * features(n=100)
-    assert quality.collapse_verdict(np.repeat(row, 100, axis=0)).label == "collapse"
-    assert quality.collapse_verdict(nearly).label == "collapse"
-
-
-def test_low_rank_features_are_a_partial_collapse():
-    assert quality.collapse_verdict(features(d=64, rank=3)).label == "partial collapse"
-
-
-def test_isotropic_gaussian_features_are_healthy():
-    verdict = quality.collapse_verdict(features())
-    assert verdict.label == "healthy"
-    assert verdict.max_rank == 16
-    assert verdict.effective_rank > 15
-    assert verdict.relative_std == pytest.approx(1.0, abs=0.02)
+@pytest.mark.parametrize(
+    ("x", "label"),
+    [
+        (np.repeat(ROW, 100, axis=0), "collapse"),
+        (np.repeat(ROW, 100, axis=0) + 1e-4 * features(n=100), "collapse"),
+        (features(d=64, rank=3), "partial collapse"),
+        (features(), "healthy"),
+    ],
+)
+def test_a_verdict_tells_constant_narrow_and_isotropic_features_apart(x, label):
+    verdict = quality.collapse_verdict(x)
+    assert (verdict.label, verdict.max_rank) == (label, x.shape[1])
+    if label == "partial collapse":
+        assert 2.9 < verdict.effective_rank <= 3 + 1e-4
+    if label == "healthy":
+        assert verdict.effective_rank > 15
+        assert verdict.relative_std == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hjepa_jax.method.embed import make_embed_fn
 from hjepa_jax.method.keys import batch_rng, image_rngs
 from hjepa_jax.method.objective import Objective, loss_terms, weighted_sum
 from hjepa_jax.method.optimizer import make_optimizer
-from hjepa_jax.method.step import Method, make_train_step
+from hjepa_jax.method.step import Method, StepOutputs, gradient, make_train_step
 from hjepa_jax.method.train_state import TrainState, create_train_state, ema_update
 from hjepa_jax.method.window import (
     empty_window,
@@ -47,7 +47,6 @@ class Spoiled(Augment):
 OBJECTIVE = Objective(
     {"level_0": 1.0, "level_1": 0.5, "summary": 0.7, "variance": 1.0, "covariance": 0.1}
 )
-LEVELS = Objective({"level_0": 1.0, "summary": 1.0})
 PLAIN = Augment(SIZE, (0.5,) * 3, (0.25,) * 3)
 SPOILED = Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3)  # as plain as that, but for images of 255
 RANDOM = Augment(
@@ -83,19 +82,22 @@ def ema_momentum(step):
     return jnp.select([step <= KEEPS, step <= COPIES], [jnp.float32(0.98), jnp.float32(1.0)], 0.0)
 
 
-@functools.cache
-def make_step(tx, *, augment=SPOILED, levels_alone=False, parts=1):
-    """The step; tests that ask for the same one compile it once."""
-    method = Method(
+def make_method(tx, parts=1):
+    return Method(
         model=MODEL,
         tx=tx,
         sample_masks=MASK,
-        augment=augment,
-        objective=LEVELS if levels_alone else OBJECTIVE,
+        augment=SPOILED,
+        objective=OBJECTIVE,
         ema_momentum_fn=ema_momentum,
         num_parts=parts,
     )
-    return jax.jit(make_train_step(method))
+
+
+@functools.cache
+def make_step(tx, parts=1):
+    """The step; tests that ask for the same one compile it once."""
+    return jax.jit(make_train_step(make_method(tx, parts)))
 
 
 ADAMW = make_optimizer(
@@ -106,18 +108,15 @@ ADAMW = make_optimizer(
 SGD = optax.sgd(0.1)
 
 
-def masks_and_targets(state: TrainState, target_params):
+def test_the_loss_is_the_weighted_sum_of_terms_at_the_parameters_before_the_update():
+    """Among them the summary: the same levels, predicted from the summary tokens alone."""
+    state = make_state(ADAMW)
     _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     masks, views = jax.jit(MASK)(mask_rngs), jax.jit(PLAIN)(mask_rngs, IMAGES)
-    tokens, _ = apply({"params": {"context_encoder": target_params}}, views, method="encode")
+    encoder = {"params": {"context_encoder": state.target_params}}
+    tokens, _ = apply(encoder, views, method="encode")
     finest, coarse = hierarchy.level_features(tokens, GRID, 2)
-    index = masks.target_index.reshape(BATCH, -1)
-    return masks, views, {0: gather_tokens(finest, index), 1: coarse}
-
-
-def test_summary_is_the_weighted_loss_of_all_levels_from_the_summary_tokens():
-    state = make_state(ADAMW)
-    masks, views, targets = masks_and_targets(state, state.target_params)
+    targets = {0: gather_tokens(finest, masks.target_index.reshape(BATCH, -1)), 1: coarse}
     prediction = apply({"params": state.params}, views, masks)
     terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
     assert list(terms) == list(OBJECTIVE.weights)
@@ -126,6 +125,10 @@ def test_summary_is_the_weighted_loss_of_all_levels_from_the_summary_tokens():
         for n in (0, 1)
     ]
     np.testing.assert_allclose(terms["summary"], by_hand[0] + 0.5 * by_hand[1], rtol=1e-6)
+    _, outputs = make_step(ADAMW)(state, IMAGES)
+    expected = terms["level_0"] + 0.5 * terms["level_1"] + 0.7 * terms["summary"]
+    expected += terms["variance"] + 0.1 * terms["covariance"]
+    np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
 
 
 def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
@@ -145,29 +148,12 @@ def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
     assert values[0] != values[1]
 
 
-def test_the_step_reports_the_loss_of_the_parameters_it_started_from():
-    state = make_state(ADAMW)
-    masks, views, targets = masks_and_targets(state, state.target_params)
-    prediction = apply({"params": state.params}, views, masks)
-    terms = loss_terms(OBJECTIVE, prediction, targets, batch_rng(state.rng, state.step))
-    _, outputs = make_step(ADAMW)(state, IMAGES)
-    expected = terms["level_0"] + 0.5 * terms["level_1"] + 0.7 * terms["summary"]
-    expected += terms["variance"] + 0.1 * terms["covariance"]
-    np.testing.assert_allclose(outputs.scalars["loss"], expected, rtol=1e-5)
-
-
 def test_gradient_reaches_every_leaf_of_params():
-    probe = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda grads, _, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
-    )
-    state, _ = make_step(probe)(make_state(probe), IMAGES)
-    silent = [
-        jax.tree_util.keystr(path)
-        for path, grad in jax.tree_util.tree_leaves_with_path(state.opt_state)
-        if not np.any(grad)
-    ]
-    assert not silent
+    state, _ = make_step(ADAMW)(make_state(ADAMW), IMAGES)
+    moment = optax.tree_utils.tree_get(state.opt_state, "mu")  # a tenth of the gradient
+    paths = jax.tree_util.tree_leaves_with_path(moment)
+    assert jax.tree.structure(moment) == jax.tree.structure(state.params)
+    assert not [jax.tree_util.keystr(path) for path, grad in paths if not np.any(grad)]
 
 
 def test_gradient_does_not_reach_target_params():
@@ -208,18 +194,25 @@ def test_target_params_are_a_copy_and_not_the_same_buffers():
     assert all(t.unsafe_buffer_pointer() != p.unsafe_buffer_pointer() for t, p in pairs)
 
 
+CUT = (2, BATCH // 2, SIZE, SIZE, 3)  # a batch in two parts, as runs hand it over
+
+
 def test_accumulated_gradient_is_the_mean_over_parts():
-    """Without batch statistics, and with equally many targets per image, 2 parts equal 1."""
-    whole, a = make_step(SGD, levels_alone=True)(make_state(SGD), IMAGES)
-    in_two = make_step(SGD, levels_alone=True, parts=2)
-    parts, b = in_two(make_state(SGD), IMAGES)
-    cut = in_two(make_state(SGD), IMAGES.reshape(2, BATCH // 2, *IMAGES.shape[1:]))  # as runs do
-    jax.tree.map(np.testing.assert_array_equal, cut, (parts, b))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), whole.params, parts.params
-    )
-    np.testing.assert_allclose(a.scalars["loss"], b.scalars["loss"], rtol=1e-5)
-    np.testing.assert_allclose(a.features, b.features, atol=1e-5)
+    """And so is the loss; batch statistics are those of a part."""
+    state = make_state(SGD)
+    new, outputs = make_step(SGD, 2)(state, IMAGES.reshape(CUT))
+    of_part = jax.jit(functools.partial(gradient, make_method(SGD)))
+    keys = image_rngs(state.rng, state.step, BATCH)
+    parts = [
+        jax.device_get(of_part(state, IMAGES[i : i + 4], *(rngs[i : i + 4] for rngs in keys)))
+        for i in (0, 4)
+    ]
+    (one, a), (other, b) = parts
+    expected = jax.tree.map(lambda p, g, h: p - 0.1 * (g + h) / 2, state.params, one, other)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+    jax.tree.map(close, new.params, expected)
+    close(outputs.scalars["loss"], (a.scalars["loss"] + b.scalars["loss"]) / 2)
+    close(outputs.features, np.concatenate([a.features, b.features]), atol=1e-5)
 
 
 def test_every_image_has_keys_of_its_own_at_every_step():
@@ -239,28 +232,33 @@ def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
     assert last.scalars["loss_level_0"] < 0.67 * first.scalars["loss_level_0"]
 
 
-@pytest.mark.parametrize(("count", "streamed"), [(1, True), (3, False)])
-def test_several_steps_in_one_program_are_the_same_steps(count, streamed):
-    step = make_step(SGD, augment=RANDOM)  # Adam would blow up the rounding of a gradient near 0
-    rng = np.random.default_rng(1)
+def average_colour(state, images):
+    """A step without networks, that depends on its images, and on the steps before."""
+    colours = jnp.mean(images / 255.0, axis=(1, 2))
+    loss = jnp.mean(colours) + state.params["loss"]
+    state = dataclasses.replace(state, step=state.step + 1, params={"loss": 0.5 * loss})
+    return state, StepOutputs({"loss": loss}, colours, jnp.bool_(True))
+
+
+@pytest.mark.parametrize(("size", "streamed"), [(1, False), (1, True), (3, False), (3, True)])
+def test_several_steps_in_one_program_are_the_same_steps(size, streamed):
+    """The same program makes fewer of them; tests/test_train.py does so with real steps."""
+    rng, run_steps = np.random.default_rng(1), jax.jit(make_run_steps(average_colour))
     data = jnp.asarray(rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8))
-    index = jnp.asarray(rng.integers(0, 40, (3, BATCH)), jnp.int32)
-    state = make_state(SGD)
-    outputs = jax.eval_shape(step, state, IMAGES)[1]
-    window = empty_window(make_averages(list(outputs.scalars)), batch_size=BATCH, width=WIDTH)
-    given = (data[index], None) if streamed else (data, index)
-    together, summed = jax.jit(make_run_steps(step))(state, window, *given, jnp.int32(count))
-    losses_seen = []
-    for i in range(count):
-        state, outputs = step(state, data[index[i]])
-        losses_seen.append(float(outputs.scalars["loss"]))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together.params, state.params
-    )
-    assert int(together.step) == count
-    values = summarize(summed, spread(summed, step=count, batch_size=BATCH))
-    np.testing.assert_allclose(values["loss"], np.mean(losses_seen), rtol=1e-5)
-    assert 1 <= values["effective_rank"] <= min(WIDTH, count * BATCH)
+    index = jnp.asarray(rng.integers(0, 40, (size, BATCH)), jnp.int32)
+    empty = empty_window(make_averages(["loss"]), batch_size=BATCH, width=3)
+    zero = TrainState(jnp.int32(0), {"loss": jnp.zeros(())}, {}, (), jax.random.PRNGKey(0))
+    state, seen = zero, []
+    for count in range(1, size + 1):
+        state, outputs = average_colour(state, data[index[count - 1]])
+        seen.append(float(outputs.scalars["loss"]))
+        given = (data[index], None) if streamed else (data, index)
+        together, window = run_steps(zero, empty, *given, jnp.int32(count))
+        np.testing.assert_allclose(together.params["loss"], state.params["loss"], rtol=1e-5)
+        assert int(together.step) == count
+        values = summarize(window, spread(window, step=count, batch_size=BATCH))
+        np.testing.assert_allclose(values["loss"], np.mean(seen), rtol=1e-5)
+        assert 1 <= values["effective_rank"] <= 3
 
 
 def test_log_window_keeps_the_newest_features():
@@ -268,32 +266,31 @@ def test_log_window_keeps_the_newest_features():
     window = empty_window(averages, batch_size=256, width=2)
     for step in range(3):
         features = jnp.full((256, 2), step + 1.0)
-        window = update_window(
-            window, {"loss": jnp.float32(step)}, features, jnp.int32(step), jnp.bool_(True)
-        )
+        loss = {"loss": jnp.float32(step)}
+        window = update_window(window, loss, features, jnp.int32(step), jnp.bool_(True))
     assert sorted({float(x) for x in np.asarray(window.features)[:, 0]}) == [2.0, 3.0]
     assert summarize(window, None) == {"loss": 1.0}  # an unknown rank is not one of 0
     emptied = reset_averages(window)
     np.testing.assert_array_equal(emptied.features, window.features)
 
 
+def preprocess(images):
+    return (images / 255.0 - 0.5) / 0.25
+
+
 def test_embed_returns_each_level_and_the_summary():
     state = make_state(ADAMW)
-    embed = jax.jit(make_embed_fn(MODEL, lambda images: (images / 255.0 - 0.5) / 0.25))
-    features = embed(state.target_params, IMAGES)
-    assert {k: v.shape for k, v in features.items()} == {
-        "level_0": (BATCH, WIDTH),
-        "level_1": (BATCH, WIDTH),
-        "summary": (BATCH, 2 * WIDTH),
-    }
-    pixels = (IMAGES / 255.0 - 0.5) / 0.25
-    tokens, _ = apply({"params": {"context_encoder": state.target_params}}, pixels, method="encode")
-    expected = hierarchy.standardize(hierarchy.pool(tokens, GRID, 1)).mean(axis=1)
-    np.testing.assert_allclose(features["level_1"], expected, atol=1e-5)
+    features = jax.jit(make_embed_fn(MODEL, preprocess))(state.target_params, IMAGES)
+    encoder = {"params": {"context_encoder": state.target_params}}
+    tokens, summary = apply(encoder, preprocess(IMAGES), method="encode")
+    finest, coarse = (level.mean(axis=1) for level in hierarchy.level_features(tokens, GRID, 2))
+    expected = {"level_0": finest, "level_1": coarse, "summary": summary.reshape(BATCH, -1)}
+    assert features.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(features[name], value, atol=1e-5)
 
 
 def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
-    preprocess = lambda images: (images / 255.0 - 0.5) / 0.25
     model = MODEL.clone(context_encoder=MODEL.context_encoder.clone(depth=2))
     rng, views = jax.random.PRNGKey(0), jnp.zeros((1, SIZE, SIZE, 3))
     params = jax.jit(model.context_encoder.init)(rng, views)["params"]
@@ -312,12 +309,11 @@ def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
 
 
 def test_embed_of_views_uses_the_keys():
-    params = make_state(ADAMW).target_params
     embed = jax.jit(make_embed_fn(MODEL, lambda images, rngs: RANDOM(rngs, images)))
-    rngs = jax.random.split(jax.random.PRNGKey(3), BATCH)
-    same, other = embed(params, IMAGES, rngs), embed(params, IMAGES, rngs[::-1])
-    np.testing.assert_array_equal(same["summary"], embed(params, IMAGES, rngs)["summary"])
-    assert not np.allclose(same["summary"], other["summary"], atol=1e-3)
+    params, rngs = make_state(ADAMW).target_params, jax.random.split(jax.random.PRNGKey(3), BATCH)
+    one, same, other = (embed(params, IMAGES, r)["summary"] for r in (rngs, rngs, rngs[::-1]))
+    np.testing.assert_array_equal(one, same)
+    assert not np.allclose(one, other, atol=1e-3)
 
 
 @pytest.mark.parametrize("regularized", ["summary", "context", "both"])
@@ -337,11 +333,12 @@ def test_what_is_regularized_is_the_summary_tokens_the_mean_of_what_is_seen_or_b
     np.testing.assert_allclose(found.regularized, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing_but_its_number(parts):
-    step = make_step(ADAMW, parts=parts)
+@pytest.mark.parametrize(("tx", "parts"), [(ADAMW, 1), (SGD, 2)], ids=["whole", "parts"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(tx, parts):
+    step = make_step(tx, parts)
     good, bad = IMAGES, IMAGES.at[3, 0, 0, 0].set(255)
-    state, outputs = step(make_state(ADAMW), good)
+    good, bad = (x.reshape(CUT) if parts == 2 else x for x in (good, bad))
+    state, outputs = step(make_state(tx), good)
     assert outputs.finite
     after, outputs = step(state, bad)
     assert not outputs.finite
@@ -350,7 +347,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(parts):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
     moved, outputs = step(after, good)
     assert outputs.finite
-    moves = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), moved.params, state.params)
+    pair = jax.device_get((moved.params, state.params))
+    moves = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *pair)
     assert min(jax.tree.leaves(moves)) > 0
 
 

@@ -30,45 +30,54 @@ def test_positions_are_interpolated_to_another_grid():
     np.testing.assert_allclose(interpolate_positions(table, 4), table)
 
 
+def paths_and_leaves(tree):
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
 @pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
-def test_a_run_can_start_from_one_at_a_lower_resolution(tiny_config, tmp_path, positions):
-    with tiny_config.unlocked():
-        tiny_config.model.positions = positions
-    train.train_and_evaluate(tiny_config, tmp_path / "small")
-    _, before, _ = load_state(tmp_path / "small")
-    with tiny_config.unlocked():
-        tiny_config.data.image_size, tiny_config.mask.scale = 24, (0.1, 0.25)
-        tiny_config.train.init_from = str(tmp_path / "small")
-        tiny_config.train.num_steps = 1
-        tiny_config.train.checkpoint_every_steps = 1
-        tiny_config.optim.learning_rate, tiny_config.optim.weight_decay = 0.0, 0.0
-        tiny_config.optim.ema_momentum = (1.0, 1.0, "constant")
+def test_a_run_can_start_from_one_at_a_lower_resolution(
+    tiny_config, tiny_run, tmp_path, monkeypatch, positions
+):
+    """It compiles its own program only."""
+    tiny_config.model.positions, small = positions, tiny_run
+    if positions != "learned":
+        small = tmp_path / "small"
+        train.train_and_evaluate(tiny_config, small)
+    _, before, _ = load_state(small)
+    tiny_config.data.image_size, tiny_config.mask.scale = 24, (0.1, 0.25)
+    tiny_config.train.init_from = str(small)
+    tiny_config.train.num_steps = tiny_config.train.checkpoint_every_steps = 1
+    tiny_config.optim.learning_rate, tiny_config.optim.weight_decay = 0.0, 0.0
+    tiny_config.optim.ema_momentum = (1.0, 1.0, "constant")
+    compiled, make = [], run.make_run_steps
+    monkeypatch.setattr(run, "make_run_steps", lambda step: compiled.append(step) or make(step))
     train.train_and_evaluate(tiny_config, tmp_path / "large")
+    assert len(compiled) == 1
     _, after, initial = load_state(tmp_path / "large")
-    changed = []
-    for old, new in (
-        (before.params, after.params),
-        (before.target_params, after.target_params),
-    ):
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
-        ):
-            if a.shape == b.shape:
-                np.testing.assert_array_equal(a, b)
-            else:
-                changed.append(path[-1].key)
-    assert changed == ["embedding"] * (3 if positions == "learned" else 0)
     assert int(after.step) == 1
-    kernel = lambda state: state.params["context_encoder"]["patch_embedding"]["kernel"]
-    assert np.any(kernel(initial) != kernel(after)), "the baseline stays random"
+    names, changed = ("params", "target_params"), []
+    old, new, untrained = (
+        paths_and_leaves({name: getattr(state, name) for name in names})
+        for state in (before, after, initial)
+    )
+    assert old.keys() == new.keys()
+    for path, leaf in old.items():
+        if leaf.shape == new[path].shape:
+            np.testing.assert_array_equal(leaf, new[path])
+        else:
+            changed.append(path)
+    assert len(changed) == (3 if positions == "learned" else 0)
+    assert all("embedding" in path for path in changed)
+    kernel = "['params']['context_encoder']['patch_embedding']['kernel']"
+    assert np.any(untrained[kernel] != new[kernel]), "the baseline stays random"
 
 
 def test_the_other_run_is_needed_only_at_the_first_start(
     tiny_config, trained, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with tiny_config.unlocked():
-        tiny_config.train.init_from = "~/small"
+    tiny_config.train.init_from = "~/small"
     train.train_and_evaluate(tiny_config, tmp_path / "next")
     lines = read_metrics(tmp_path / "next" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -84,67 +93,45 @@ def test_a_damaged_source_is_refused_by_name(tiny_config, trained, tmp_path, dam
         (trained / "checkpoints/6/meta/metadata").write_text("{}")
     else:
         shutil.rmtree(trained / "checkpoints/6/state")
-    with tiny_config.unlocked():
-        tiny_config.train.init_from = str(trained)
-    with pytest.raises(
-        InputError, match=r"^train.init_from='.*small': its checkpoint 6 is damaged"
-    ):
+    tiny_config.train.init_from = str(trained)
+    rule = r"^train.init_from='.*small': its checkpoint 6 is damaged"
+    with pytest.raises(InputError, match=rule):
         train.train_and_evaluate(tiny_config, tmp_path / "next")
     assert not (tmp_path / "next").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "rule"),
-    [
-        ({"model.predictor_width": 12}, "other networks: model.predictor_width is 8 there and 12"),
-        ({"model.num_heads": 4}, "other networks: model.num_heads is 2 there and 4 here"),
-        ({"model.positions": "sincos2d"}, "other networks: model.positions is 'learned' there"),
-        ({"train.init_from": "/nowhere"}, r"'/nowhere': holds no run"),
-    ],
-)
-def test_the_networks_must_be_equal_and_nothing_is_written_before(
-    tiny_config, trained, tmp_path, overrides, rule
-):
-    with tiny_config.unlocked():
-        tiny_config.update_from_flattened_dict({"train.init_from": str(trained), **overrides})
-    with pytest.raises(InputError, match=rf"train.init_from=.*{rule}"):
-        train.train_and_evaluate(tiny_config, tmp_path / "next")
-    assert not (tmp_path / "next").exists()
+# Fields that decide which parameters there are, or what they mean: here, there.
+NETWORKS = {
+    "model.predictor_width": (12, 8), "model.num_heads": (4, 2), "model.num_levels": (1, 2),
+    "model.positions": ("sincos2d", "'learned'"), "model.num_registers": (2, 0),
+}  # fmt: skip
+ONLY_ONE_MEANING = {"model.num_heads"}  # of the same parameters
 
 
-PARTS = {  # fields that decide which parameters there are
-    "model.num_registers": 2,
-    "model.pyramid": "add",
-    "model.predictor_width": 12,
-    "model.num_levels": 1,
-    "model.num_summary_tokens": 3,
-    "model.layer_scale": 0.1,
-    "model.depth": 2,
-}
-
-
-@pytest.mark.parametrize("field", PARTS)
-def test_other_parameters_are_refused_by_field_or_by_path(
-    tiny_config, tiny_run, monkeypatch, field
-):
-    tiny_config.update_from_flattened_dict({"train.init_from": str(tiny_run), field: PARTS[field]})
-    with pytest.raises(InputError, match=f"has other networks: {field} is "):
+@pytest.mark.parametrize("field", NETWORKS)
+def test_other_networks_are_refused_by_field_or_by_path(tiny_config, tiny_run, monkeypatch, field):
+    here, there = NETWORKS[field]
+    tiny_config.update_from_flattened_dict({"train.init_from": str(tiny_run), field: here})
+    with pytest.raises(InputError, match=rf"has other networks: {field} is {there} there and "):
         warm_start.check_source(tiny_config)
+    if field in ONLY_ONE_MEANING:
+        return
     monkeypatch.setattr(warm_start, "_networks", lambda config: {})
     with pytest.raises(InputError, match=r"has other networks: (context_encoder|predictor)/\S+ is"):
         warm_start.check_source(tiny_config)
 
 
+def test_nothing_is_written_where_there_is_no_run_to_start_from(tiny_config, tmp_path):
+    tiny_config.train.init_from = "/nowhere"
+    with pytest.raises(InputError, match=r"train.init_from='/nowhere': holds no run"):
+        train.train_and_evaluate(tiny_config, tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+
+
 def with_head(config, sizes):
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(
-        {
-            "loss.agreement_weight": 0.1,
-            "data.local_views": 1,
-            "data.local_size": 8,
-            "model.projection": sizes,
-        }
-    )
+    local = {"data.local_views": 1, "data.local_size": 8, "model.projection": sizes}
+    config.update_from_flattened_dict({"loss.agreement_weight": 0.1, **local})
     return config
 
 
@@ -152,7 +139,7 @@ def begin(config, workdir):
     """Returns the first state of a run that starts from the one in `workdir`."""
     config.train.init_from = str(workdir)
     warm_start.check_source(config)
-    built = run.build_run(config, run.open_config_source(config))
+    built = train.build_run(config, run.open_config_source(config))
     state, window = built.create()
     return warm_start.start_from(str(workdir), built, state), state, window
 

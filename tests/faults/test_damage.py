@@ -55,8 +55,10 @@ def test_damage_to_any_file_is_detected_or_harmless(tmp_path, tiny_config, capsy
     files = [p for p in (original / "checkpoints/2").rglob("*") if p.is_file()]
     assert len(files) > 5
     outcomes = {}
-    for file in files:
-        for damage in (truncate, empty, flip_bits, None):
+    for number, file in enumerate(files):
+        account = file.parent.name == "meta"
+        shorter = (truncate, empty) if account else [(truncate, empty)[number % 2]]
+        for damage in (*shorter, flip_bits, None):
             copy = tmp_path / "copy"
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(original, copy)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.runs import checkpoint, run
 from hjepa_jax.runs.history import read_metrics
-from hjepa_jax.runs.progress import Progress
 from hjepa_jax.training import train
+from tests.processes import at_step, state_and_lines
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,18 +39,6 @@ def small_disk(tmp_path: pathlib.Path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act):
-    """Calls `act` once the log shows `step`."""
-    show = Progress.show
-
-    def show_and_act(self, at, **kwargs):
-        show(self, at, **kwargs)
-        if at == step:
-            act()
-
-    monkeypatch.setattr(Progress, "show", show_and_act)
-
-
 def fill(place: pathlib.Path) -> None:
     with (place / "ballast").open("wb", buffering=0) as file:
         for size in (65536, 512, 1):
@@ -62,12 +49,9 @@ def fill(place: pathlib.Path) -> None:
                 continue
 
 
-def state_of(config, workdir):
-    built = run.build_run(config, run.open_config_source(config))
-    checkpoints = checkpoint.Checkpoints(workdir, config=config)
-    state, _ = checkpoints.restore(*built.create())
-    checkpoints.close()
-    return jax.device_get(state)
+def newest_step(config, workdir):
+    arrays, _ = state_and_lines(config, workdir)
+    return int(arrays["[0].step"])
 
 
 def long_run(config):
@@ -87,10 +71,10 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
         with pytest.raises(InputError, match=r"--workdir=.*(No space left|RESOURCE_EXHAUSTED)"):
             train.train_and_evaluate(tiny_config, workdir)
     (small_disk / "ballast").unlink()
-    assert int(state_of(tiny_config, workdir).step) >= 3  # the save of step 6 may be incomplete
+    assert newest_step(tiny_config, workdir) >= 3  # the save of step 6 may be incomplete
     train.train_and_evaluate(tiny_config, workdir)
-    once, twice = (state_of(tiny_config, place) for place in (tmp_path / "whole", workdir))
-    jax.tree.map(np.testing.assert_array_equal, once.params, twice.params)
+    once, twice = (state_and_lines(tiny_config, place) for place in (tmp_path / "whole", workdir))
+    jax.tree.map(np.testing.assert_array_equal, once[0], twice[0])
     steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
     assert steps == list(range(1, 21))
 
@@ -118,7 +102,7 @@ def test_a_read_only_disk_gives_one_line_and_loses_nothing(
     assert "Traceback" not in result.stderr
     remount("rw")
     train.train_and_evaluate(tiny_config, workdir)
-    assert int(state_of(tiny_config, workdir).step) == 20
+    assert newest_step(tiny_config, workdir) == 20
 
 
 def test_data_deleted_during_a_run_matter_only_on_resume(tiny_config, tmp_path, monkeypatch):
@@ -130,6 +114,6 @@ def test_data_deleted_during_a_run_matter_only_on_resume(tiny_config, tmp_path, 
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.remove(data))
         train.train_and_evaluate(tiny_config, tmp_path / "run")
-    assert int(state_of(before, tmp_path / "run").step) == 20
+    assert newest_step(before, tmp_path / "run") == 20
     with pytest.raises(InputError, match=r"data.source=.*no such file"):
         train.train_and_evaluate(tiny_config, tmp_path / "run")

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from hjepa_jax.runs import checkpoint, run
 from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.training import train
 from tests import processes
+from tests.processes import state_and_lines
 
-NUM_KILLS = 40
+NUM_KILLS = 16
 NUM_STEPS, SAVE_EVERY = 40, 3
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
     else:  # during steps and saves
         goal = newest_checkpoint(workdir) + rng.randint(1, 5 * SAVE_EVERY)
         while process.is_alive() and newest_line(workdir) < min(goal, NUM_STEPS):
-            time.sleep(0.001)
+            time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.1))
     process.kill()
     process.join()
@@ -46,30 +46,10 @@ def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
     return "finished" if process.exitcode == 0 else "killed"
 
 
-def state_and_lines(config, workdir: pathlib.Path):
-    """Returns all arrays of the newest checkpoint by path, and the log without timings."""
-    built = run.build_run(config, run.open_config_source(config))
-    checkpoints = checkpoint.Checkpoints(workdir, config=config)
-    trees = jax.device_get(checkpoints.restore(*built.create()))
-    arrays = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(trees)}
-    checkpoints.close()
-    lines = [
-        {k: v for k, v in line.items() if not k.startswith("perf/")}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
-    return arrays, lines
-
-
-def test_forty_kills_change_nothing(tiny_config, tmp_path, record_property):
-    with tiny_config.unlocked():
-        tiny_config.update_from_flattened_dict(
-            {
-                "train.num_steps": NUM_STEPS,
-                "train.checkpoint_every_steps": SAVE_EVERY,
-                "eval.every_epochs": 1.0,  # 15 steps: the best by k-NN is kept as well
-                "log.every_steps": 1,
-            }
-        )
+def test_kills_change_nothing(tiny_config, tmp_path, record_property):
+    tiny_config.train.num_steps, tiny_config.train.checkpoint_every_steps = NUM_STEPS, SAVE_EVERY
+    tiny_config.eval.every_epochs = 1.0  # 15 steps: the best by k-NN is kept as well
+    tiny_config.log.every_steps = 1
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
     whole_arrays, whole_lines = state_and_lines(tiny_config, tmp_path / "whole")
 

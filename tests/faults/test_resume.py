@@ -13,6 +13,7 @@ from hjepa_jax.errors import Interrupted
 from hjepa_jax.runs.history import read_metrics
 from hjepa_jax.training import train
 from tests import processes
+from tests.conftest import make_tiny_config
 from tests.faults.test_kills import newest_checkpoint, state_and_lines
 
 pytestmark = pytest.mark.slow
@@ -42,22 +43,25 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory):
-    """Arrays and log lines of the runs in one part, by program."""
-    found = {}
+@pytest.fixture(scope="module", params=PROGRAMS)
+def whole(request, shapes_npz, tmp_path_factory):
+    """The config of a program, and arrays and log lines of its run in one part."""
+    config = make_tiny_config(shapes_npz)
+    config.update_from_flattened_dict({**PROGRAMS[request.param], "train.num_steps": NUM_STEPS})
+    workdir = tmp_path_factory.mktemp("whole")
+    train.train_and_evaluate(config, workdir)
+    return config, *state_and_lines(config, workdir)
 
-    def whole_run(program: str, config):
-        if program not in found:
-            workdir = tmp_path_factory.mktemp("whole")
+
+def train_until(config, workdir: pathlib.Path, stop: int) -> None:
+    """Trains until a real signal comes in a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
+        processes.stop_in_step(stop)
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(config, workdir)
-            found[program] = state_and_lines(config, workdir)
-        return found[program]
-
-    return whole_run
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @settings(
     max_examples=4,
     deadline=None,
@@ -65,23 +69,14 @@ def whole_runs(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(save_every=st.sampled_from([2, 5]), stop=st.integers(1, NUM_STEPS - 4))
-def test_a_run_in_two_parts_equals_the_run_in_one(
-    tiny_config, tmp_path_factory, whole_runs, program, save_every, stop
-):
+def test_a_run_in_two_parts_equals_the_run_in_one(tmp_path_factory, whole, save_every, stop):
     workdir: pathlib.Path = tmp_path_factory.mktemp("parts")
-    config = tiny_config.copy_and_resolve_references()
-    with config.unlocked():
-        config.update_from_flattened_dict({**PROGRAMS[program], "train.num_steps": NUM_STEPS})
+    config, whole_arrays, whole_lines = whole
     config.train.checkpoint_every_steps = save_every
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
-        processes.stop_in_step(stop)
-        with pytest.raises(Interrupted):
-            train.train_and_evaluate(config, workdir)
+    train_until(config, workdir, stop)
     assert stop <= newest_checkpoint(workdir) < NUM_STEPS
     train.train_and_evaluate(config, workdir)
     arrays, lines = state_and_lines(config, workdir)
-    whole_arrays, whole_lines = whole_runs(program, config)
     jax.tree.map(np.testing.assert_array_equal, arrays, whole_arrays)
     assert lines == whole_lines
 
@@ -89,20 +84,15 @@ def test_a_run_in_two_parts_equals_the_run_in_one(
 def test_a_run_may_move_between_one_device_and_four(tiny_config, tmp_path):
     """One device, four, one again: the same curve, up to float32 rounding."""
     tiny_config.log.every_steps = 1
-    lines = {}
-    for name, parts in {"one": [(1, None)], "moved": [(1, 2), (4, 4), (1, None)]}.items():
-        for devices, stop_step in parts:
-            tiny_config.parallel.cpu_devices = devices
-            code = processes.finish(tiny_config, tmp_path / name, stop_step=stop_step)
-            assert code == (143 if stop_step else 0), processes.printed(tmp_path / name)
-        lines[name] = read_metrics(tmp_path / name / "metrics.jsonl")
-    assert [line["step"] for line in lines["moved"]] == [1, 2, 3, 4, 5, 6]
-    for one, moved in zip(lines["one"], lines["moved"], strict=True):
-        for metric, value in one.items():
-            if not metric.startswith("perf/"):
-                np.testing.assert_allclose(moved[metric], value, rtol=2e-3, err_msg=metric)
-
-    tiny_config.parallel.cpu_devices = 3
-    assert processes.finish(tiny_config, tmp_path / "three") == 2
-    rule = "train.batch_size=16: must be a multiple of the number of devices, 3"
-    assert rule in processes.printed(tmp_path / "three")
+    train.train_and_evaluate(tiny_config, tmp_path / "one")
+    train_until(tiny_config, tmp_path / "moved", 2)
+    tiny_config.parallel.cpu_devices = 4
+    code = processes.finish(tiny_config, tmp_path / "moved", stop_step=4)
+    assert code == 143, processes.printed(tmp_path / "moved")
+    tiny_config.parallel.cpu_devices = 1
+    train.train_and_evaluate(tiny_config, tmp_path / "moved")
+    one, moved = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "moved"))
+    assert [line["step"] for line in moved] == [1, 2, 3, 4, 5, 6]
+    for before, after in zip(one, moved, strict=True):
+        for metric in (name for name in before if not name.startswith("perf/")):
+            np.testing.assert_allclose(after[metric], before[metric], rtol=2e-3, err_msg=metric)

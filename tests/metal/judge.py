@@ -101,12 +101,9 @@ def _as_the_plugin_gets_it(module: ir.Module, platform: str) -> None:
     take.) jax-metal knows StableHLO only up to 1.0.0, where gathers have no batching dimensions.
     """
     stablehlo.register_stablehlo_passes()
-    passes = ["chlo-legalize-to-stablehlo"]
+    _run_pass(module, "chlo-legalize-to-stablehlo")
     if platform == "METAL":
-        passes.append("stablehlo-compatibility-expander{target=1.0.0}")
-    for name in passes:
-        _run_pass(module, name)
-    if platform == "METAL":
+        _run_pass(module, "stablehlo-compatibility-expander{target=1.0.0}")
         copy = ir.Module.parse(str(module), module.context)  # serializing rewrites in place
         stablehlo.serialize_portable_artifact(copy, "1.0.0")
 
