@@ -236,6 +236,14 @@ def test_what_cannot_be_judged_is_refused():
     broken = lambda params, images: {"level_0": jnp.full((len(images), 5), jnp.nan)}
     with pytest.raises(InputError, match="NaN"):
         judge(broken, {"target": None}, protocol=Protocol())
+
+    def never(params, images):
+        raise AssertionError("features were extracted")
+
+    for flag, count in (("lowshot_labels", 50), ("fewshot_shots", 30)):
+        protocol = Protocol((flag.split("_")[0],), **{flag: (count,)})
+        with pytest.raises(InputError, match=f"^--{flag}={count}"):
+            judge(never, {"target": None}, protocol=protocol)
     with pytest.raises(InputError, match="no training image of class 4"):
         evaluate(num_classes=5)
     with pytest.raises(InputError, match=r"^--protocols='tarot'"):

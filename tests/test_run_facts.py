@@ -69,8 +69,7 @@ def test_other_images_than_in_training_give_no_pictures(tiny_run, tmp_path, shap
 
 
 @pytest.mark.parametrize(
-    ("best", "name"),
-    [("level_1", "level 1, mean over patches"), ("summary", "summary tokens")],
+    ("best", "name"), [("level_1", "level 1, mean over patches"), ("summary", "summary tokens")]
 )
 def test_pictures_are_made_of_the_features_with_the_best_neighbours(best, name):
     labels = np.arange(200) % 4

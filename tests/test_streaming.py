@@ -22,12 +22,7 @@ from hjepa_jax.config import base_config
 from hjepa_jax.data import class_list, streaming
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.data.order import BatchOrder
-from hjepa_jax.data.records import (
-    Streaming,
-    read_or_next,
-    report_skipped,
-    unreadable_errors,
-)
+from hjepa_jax.data.records import Streaming, read_or_next, report_skipped, unreadable_errors
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.reporting.publish import write_report
