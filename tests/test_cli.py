@@ -14,6 +14,7 @@ import pytest
 
 import hjepa_jax
 from hjepa_jax.runs.history import read_metrics
+from tests.processes import run_command
 
 MAIN = "hjepa_jax.main"
 SHAPES = "--config=configs/shapes_tiny.py"
@@ -22,26 +23,15 @@ SHAPES = "--config=configs/shapes_tiny.py"
 def tiny_overrides(shapes_npz: str) -> dict[str, object]:
     """Returns overrides that shrink shapes_tiny to seconds."""
     return {
-        "data.source": shapes_npz,
-        "data.image_size": 16,
-        "model.width": 16,
-        "model.depth": 1,
-        "model.num_heads": 2,
-        "model.predictor_width": 8,
-        "model.predictor_depth": 1,
-        "parallel.cpu_devices": 1,
-        "mask.num_blocks": 2,
-        "mask.scale": "(0.25,0.25)",
-        "train.batch_size": 16,
-        "train.num_steps": 4,
-        "eval.every_epochs": 0,
-        "log.every_steps": 2,
-        "log.tensorboard": False,
-        "log.report": False,
-    }
+        "data.source": shapes_npz, "data.image_size": 16, "model.width": 16, "model.depth": 1,
+        "model.num_heads": 2, "model.predictor_width": 8, "model.predictor_depth": 1,
+        "parallel.cpu_devices": 1, "mask.num_blocks": 2, "mask.scale": "(0.25,0.25)",
+        "train.batch_size": 16, "train.num_steps": 4, "eval.every_epochs": 0, "log.every_steps": 2,
+        "log.tensorboard": False, "log.report": False,
+    }  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny_flags(shapes_npz):
     """shapes_tiny, shrunk to seconds."""
     overrides = tiny_overrides(shapes_npz)
@@ -61,45 +51,38 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 
 @pytest.mark.slow
 def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_path):
-    workdir = tmp_path / "run"
-    result = run_module(MAIN, *tiny_flags, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    assert "random_init" in result.stdout
-    first = json.loads((workdir / "probe.json").read_text())["results"]
+    workdir, again = tmp_path / "run", tmp_path / "a copy, by hand"
+    read_rows = lambda: json.loads((workdir / "probe.json").read_text())["results"]
 
-    result = run_module(
-        "hjepa_jax.probe", f"--workdir={workdir}", "--protocols=knn", "--encoders=target,online",
-        "--nokeep_features",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((workdir / "probe.json").read_text())["results"]
+    def run(module, *arguments):
+        result = run_module(f"hjepa_jax.{module}", *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "random_init" in run("main", *tiny_flags, f"--workdir={workdir}")
+    first, encoders = read_rows(), "--encoders=target,online"
+    run("probe", f"--workdir={workdir}", "--protocols=knn", encoders, "--nokeep_features")
+    rows = read_rows()
     assert {row["encoder"] for row in rows} == {"target", "online", "random_init", "pixels"}
     assert rows[: len(first)] == first, "the probe must find what the end of the run found"
 
-    arguments = ["--protocols=lowshot,fewshot,quality,attentive,finetune", "--encoders=target"]
-    arguments += ["--levels=1", "--finetune_epochs=0.5"]
-    again = tmp_path / "a copy, by hand"
     shutil.copytree(workdir, again)
-    workdirs = [f"--workdir={workdir}", f"--workdir={again}"]
-    result = run_module("hjepa_jax.probe", *workdirs, *arguments, "--lowshot_labels=1,0.1")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "no mean: runs have the same seed (0, 0)"
-    rows = json.loads((workdir / "probe.json").read_text())["results"]
-    found = {(r["protocol"], r["level"], r.get("labels")) for r in rows if r["encoder"] == "target"}
+    arguments = ["--protocols=lowshot,fewshot,quality,attentive,finetune", "--encoders=target"]
+    arguments += ["--levels=1", "--finetune_epochs=0.5", "--lowshot_labels=1,0.1"]
+    told = run("probe", f"--workdir={workdir}", f"--workdir={again}", *arguments)
+    assert told.splitlines()[-1] == "no mean: runs have the same seed (0, 0)"
+    rows = [row for row in read_rows() if row["encoder"] == "target"]
+    found = {(row["protocol"], row["level"], row.get("labels")) for row in rows}
     assert found >= {("lowshot", 1, "10 %"), ("fewshot", 1, "5-shot"), ("quality", 1, None)}
     assert found >= {("attentive", 0, None), ("finetune", 0, "0.5 epochs")}
     assert not found & {("lowshot", 0, "10 %")}
 
     output = tmp_path / "features.npz"
     source = next(f for f in tiny_flags if "data.source" in f).partition("npz:")[2]
-    result = run_module(
-        "hjepa_jax.embed", f"--workdir={workdir}", f"--input={source}", f"--output={output}"
-    )
-    assert result.returncode == 0, result.stderr
+    run("embed", f"--workdir={workdir}", f"--input={source}", f"--output={output}")
     features = np.load(output)
     assert features["train_level_0"].shape == (240, 16)
     assert features["test_labels"].shape == (60,)
-
     found = hjepa_jax.load(workdir).embed(np.load(source)["test_images"])
     np.testing.assert_allclose(found["level_1"], features["test_level_1"], atol=1e-4)
 
@@ -108,35 +91,21 @@ def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_pat
     result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
-    assert set(sizes) == {
-        "params_total",
-        "params_trainable",
-        "num_patches",
-        "num_levels",
-        "num_context",
-        "num_steps",
-        "steps_per_epoch",
-        "flops_per_image",
-        "platform",
-    }
-    assert sizes["num_patches"] == 16
-    assert sizes["steps_per_epoch"] == 15
+    names = "params_total params_trainable num_patches num_levels num_context num_steps"
+    assert set(sizes) == {*f"{names} steps_per_epoch flops_per_image platform".split()}
+    assert (sizes["num_patches"], sizes["steps_per_epoch"]) == (16, 15)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_sigterm_saves_the_run(tiny_flags, tmp_path, run_module):
+def test_sigterm_saves_the_run(tiny_flags, tmp_path):
     workdir = tmp_path / "run"
     flags = [f for f in tiny_flags if "num_steps" not in f and "every_steps" not in f]
     flags += ["--config.log.every_steps=1", "--config.eval.probe_at_end=False"]
-    command = [sys.executable, "-m", MAIN, *flags, f"--workdir={workdir}"]
-    process = subprocess.Popen(
-        [*command, "--config.train.num_steps=100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    flags += ["--config.train.num_steps=100000", f"--workdir={workdir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-m", MAIN, *flags], env=environment, **pipes)
     assert process.stdout is not None
     for line in process.stdout:
         if (shown := re.search(r"step (\d+)/", line)) and int(shown[1]) >= 3:
@@ -156,61 +125,50 @@ def test_sigterm_saves_the_run(tiny_flags, tmp_path, run_module):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["--config.optim.learning_rat=1"],
-            ["--config.optim.learning_rat: is not a field", "mean --config.optim.learning_rate?"],
-        ),
         (["--colour=red"], ["colour"]),
         (["stray"], ["stray"]),
         (["--flagfile=/nowhere"], ["flagfile", "/nowhere"]),
         (["--config.model.patch_size=5"], ["data.image_size=32", "model.patch_size=5"]),
         (["--config.mask.num_blocks=40"], ["mask.scale", "leave no context"]),
-        (["--config.train.batch_size=5001"], ["train.batch_size=5001", "5000"]),
-        (["--config.data.source=floppy:a"], ["data.source", "floppy:a", "tfds:<name>"]),
         (["--config.data.source=npz:nowhere.npz"], ["data.source", "nowhere.npz"]),
         (["--workdir=/proc/nowhere"], ["--workdir", "/proc/nowhere"]),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) and value[0][0] in "-s" else "",
+    ids=range(7),
 )
 @pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, tmp_path):
     workdir = [] if any("workdir" in a for a in arguments) else [f"--workdir={tmp_path / 'run'}"]
-    result = run_module(MAIN, SHAPES, *workdir, *arguments)
-    assert_refused(result, *words)
+    assert_refused(run_module(MAIN, SHAPES, *workdir, *arguments), *words)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_closed_pipe_ends_the_command_silently(tiny_flags, tmp_path):
-    """As in `... | head -1`; the work directory is not to blame."""
-    command = [sys.executable, "-m", MAIN, *tiny_flags, f"--workdir={tmp_path}"]
+def test_a_closed_pipe_ends_the_command_silently(tiny_run, tmp_path):
+    """As in `... | head -1`; the work directory, which is being written, is not to blame."""
+    command = [sys.executable, "-u", "-m", "hjepa_jax.report", "--noimages"]
+    command += [f"--workdir={tiny_run}", f"--output={tmp_path}"]
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    lines = result.stderr.splitlines()
-    assert (result.returncode, [line[:4] for line in lines]) == (128 + signal.SIGPIPE, ["npz:"])
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_missing_config_flag_and_file_are_refused(run_module):
     assert_refused(run_module(MAIN), "--config: must be given")
-    assert_refused(run_module(MAIN, "--config=README.md"), "--config='README.md'", "SyntaxError")
     assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")
 
 
 def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
-    assert_refused(
-        run_module("hjepa_jax.probe", f"--workdir={tmp_path}"), "--workdir", str(tmp_path)
-    )
-    assert_refused(run_module("hjepa_jax.probe", "--workdir="), "--workdir=''", "not empty")
+    refusal = run_module("hjepa_jax.probe", f"--workdir={tmp_path}")
+    assert_refused(refusal, "--workdir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, shapes_npz):
+def trained(tmp_path_factory, tiny_flags):
     """A workdir with a checkpoint, made by the command."""
     workdir = tmp_path_factory.mktemp("run")
-    flags = [f"--config.{field}={value}" for field, value in tiny_overrides(shapes_npz).items()]
-    flags += ["--config.eval.probe_at_end=False", f"--workdir={workdir}"]
-    subprocess.run([sys.executable, "-m", MAIN, SHAPES, *flags], check=True, capture_output=True)
+    flags = [*tiny_flags, "--config.eval.probe_at_end=False", f"--workdir={workdir}"]
+    assert run_command(MAIN, *flags).returncode == 0
     return workdir
 
 
@@ -219,29 +177,24 @@ def trained(tmp_path_factory, shapes_npz):
     ("arguments", "words"),
     [
         (["--protocols=linear,tarot"], ["--protocols", "tarot", "lowshot"]),
+        (["--protocols="], ["--protocols", "linear"]),
         (["--encoders=teacher"], ["--encoders", "teacher"]),
-        (["--levels=7"], ["--levels=7", "0 to 1"]),
         (["--levels=top"], ["--levels", "top"]),
+        (["--pools=max"], ["--pools", "max"]),
         (["--protocols=attentive", "--levels=7"], ["--levels=7", "0 to 1"]),
         (["--protocols=finetune", "--finetune_epochs=inf"], ["--finetune_epochs=inf"]),
-        (
-            ["--protocols=finetune", "--finetune_epochs=1e308"],
-            ["--finetune_epochs=1e+308: must be at most 2147483647 steps"],
-        ),
-        (["--protocols="], ["--protocols", "linear"]),
+        (["--protocols=finetune", "--finetune_epochs=1e308"],
+         ["--finetune_epochs=1e+308: must be at most 2147483647 steps"]),
         (["--platform=abacus"], ["platform='abacus'", "cuda"]),
-        (["--step=99999999999"], ["--step", "last, best"]),
         (["--seed=4294967296"], ["seed", "4294967296"]),
-        (["--pools=max"], ["--pools", "max"]),
+        (["--step=99999999999"], ["--step", "last, best"]),
         (["--step=99"], ["--step=99", "[4]"]),
         (["--step=best"], ["--step", "best", "k-NN"]),
         (["--num_layers=2"], ["--num_layers=2", "from 1 to 1"]),
-        (["--data=npz:nowhere.npz"], ["data.source", "nowhere.npz"]),
-        (["--protocols=lowshot", "--lowshot_labels=200"], ["--lowshot_labels=200", "only"]),
-        (["--protocols=fewshot", "--fewshot_shots=50"], ["--fewshot_shots=50"]),
+        (["--workdir="], ["--workdir=''", "not empty"]),
     ],
-    ids=lambda value: value[0] if value[0].startswith("--") else "",
-)
+    ids=range(15),
+)  # fmt: skip
 def test_bad_requests_to_the_probe_end_in_one_line_and_status_2(
     run_module, trained, arguments, words
 ):

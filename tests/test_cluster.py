@@ -96,16 +96,24 @@ def move_checkpoints(
         for step, other in enumerate(LAYOUTS):
             if saves and other != name:
                 continue
-            checkpoints = checkpoint.Checkpoints(folder / other, config=config, owner=True)
-            if saves:
-                checkpoints.save(state(step), window, scores={})
-            else:
+            with checkpoint.Checkpoints(folder / other, config=config, owner=True) as checkpoints:
+                if saves:
+                    checkpoints.save(state(step), window, scores={})
+                    continue
                 found, _ = checkpoints.restore(state(99), window)
                 assert describe_arrays(found) == describe_arrays(state(step))
                 kernel = found.params["kernel"]
                 assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
-            checkpoints.close()
         cluster.leave()
+
+
+def run_both(target, *args):
+    """Starts a function in two processes that know each other, with the number of each."""
+    address = processes.free_address()
+    both = [processes.CONTEXT.Process(target=target, args=(*args, address, i)) for i in range(2)]
+    for process in both:
+        process.start()
+    return both
 
 
 @several
@@ -115,14 +123,9 @@ def test_every_layout_reads_the_checkpoints_of_every_other(tiny_config, tmp_path
     for saves in (True, False):
         for name, (num, _, _) in LAYOUTS.items():
             (tmp_path / name).mkdir(exist_ok=True)
-            coordinator = processes.free_address() if num > 1 else None
-            started = [
-                processes.CONTEXT.Process(
-                    target=move_checkpoints,
-                    args=(tmp_path, tiny_config, name, coordinator, index, saves),
-                )
-                for index in range(num)
-            ]
+            address = processes.free_address() if num > 1 else None
+            args = [(tmp_path, tiny_config, name, address, index, saves) for index in range(num)]
+            started = [processes.CONTEXT.Process(target=move_checkpoints, args=a) for a in args]
             for process in started:
                 process.start()
             for process in started:
@@ -178,15 +181,8 @@ def give_up(path: pathlib.Path, coordinator: str, index: int) -> None:
 @several
 @pytest.mark.slow
 def test_the_reason_of_process_0_ends_the_other_in_one_line(tmp_path):
-    address = processes.free_address()
-    both = [
-        processes.CONTEXT.Process(target=give_up, args=(tmp_path, address, index))
-        for index in range(2)
-    ]
-    for process in both:
-        process.start()
-    both[1].join(60)
-    both[0].join(60)
+    for process in reversed(both := run_both(give_up, tmp_path)):
+        process.join(60)
     assert both[1].exitcode == cluster.LOST
     lines = (tmp_path / "1.err").read_text().splitlines()
     (line,) = [line for line in lines if "error: " in line]
@@ -208,14 +204,7 @@ def run_out_of_memory(path: pathlib.Path, coordinator: str, index: int) -> None:
 @pytest.mark.slow
 def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
     """It must not wait the 35 seconds that detect a lost process."""
-    address = processes.free_address()
-    both = [
-        processes.CONTEXT.Process(target=run_out_of_memory, args=(tmp_path, address, index))
-        for index in range(2)
-    ]
-    for process in both:
-        process.start()
-    told = tmp_path / "1.err"
+    both, told = run_both(run_out_of_memory, tmp_path), tmp_path / "1.err"
     while not (told.exists() and "error: RESOURCE_EXHAUSTED" in told.read_text()):
         assert both[1].is_alive()
         time.sleep(0.05)
@@ -229,49 +218,40 @@ def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
 
 @several
 @pytest.mark.slow
-def test_processes_with_different_configs_are_refused(tiny_config, tmp_path):
+@pytest.mark.parametrize(
+    ("rates", "workdirs", "rule"),
+    [
+        ((0.1, 0.2), ("run", "run"), "must be the same in all processes of a run"),
+        ((0.1, 0.1), ("here", "there"), "must be shared by all processes"),
+    ],
+    ids=("other configs", "other workdirs"),
+)
+def test_processes_that_do_not_agree_are_refused(tiny_config, tmp_path, rates, workdirs, rule):
     address, both = processes.free_address(), []
-    for index in range(2):
-        tiny_config.optim.learning_rate = 0.1 * (1 + index)
-        both.append(
-            processes.start(tiny_config, tmp_path / "run", coordinator=address, process=(index, 2))
-        )
-    for index, process in enumerate(both):
+    for index, (rate, name) in enumerate(zip(rates, workdirs, strict=True)):
+        tiny_config.optim.learning_rate = rate
+        options = {"coordinator": address, "process": (index, 2)}
+        both.append(processes.start(tiny_config, tmp_path / name, **options))
+    for index, (process, name) in enumerate(zip(both, workdirs, strict=True)):
         process.join()
         assert process.exitcode == 2
-        told = processes.printed(tmp_path / "run", index)
-        assert "must be the same in all processes of a run" in told
+        assert rule in processes.printed(tmp_path / name, index)
     assert not (tmp_path / "run").exists()
 
 
 @several
 @pytest.mark.slow
-def test_a_workdir_that_is_not_shared_is_refused(tiny_config, tmp_path):
-    address = processes.free_address()
-    workdirs = [tmp_path / "here", tmp_path / "there"]
-    both = [
-        processes.start(tiny_config, workdir, coordinator=address, process=(index, 2))
-        for index, workdir in enumerate(workdirs)
-    ]
-    for index, (process, workdir) in enumerate(zip(both, workdirs, strict=True)):
-        process.join()
-        assert process.exitcode == 2
-        assert "must be shared by all processes" in processes.printed(workdir, index)
-
-
-@several
-@pytest.mark.slow
 def test_two_processes_stop_resume_and_evaluate_a_run(tiny_config, tmp_path):
-    """Signals reach the two processes at different steps; the resumed run has all results."""
-    tiny_config.log.every_steps = 1
+    """Signals reach the two processes at different steps; the resumed run has all results.
+
+    One held-out image leaves a process without any; test_layouts has more.
+    """
+    tiny_config.log.every_steps, tiny_config.eval.num_val = 1, 1
     tiny_config.log.report = tiny_config.eval.probe_at_end = True
-    workdir = tmp_path / "run"
-    address = processes.free_address()
+    workdir, address = tmp_path / "run", processes.free_address()
     both = [
-        processes.start(
-            tiny_config, workdir, stop_step=stop, coordinator=address, process=(index, 2)
-        )
-        for index, stop in enumerate((2, 3))
+        processes.start(tiny_config, workdir, stop_step=step, coordinator=address, process=(i, 2))
+        for i, step in enumerate((2, 3))
     ]
     for index, process in enumerate(both):
         process.join()
@@ -281,17 +261,9 @@ def test_two_processes_stop_resume_and_evaluate_a_run(tiny_config, tmp_path):
     assert processes.finish(tiny_config, workdir, num=2) == 0
     lines = read_metrics(workdir / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert 0 <= lines[-1]["eval/knn_top1"] <= 1
+    assert lines[-1]["eval/knn_top1"] in (0, 1)
     rows = json.loads((workdir / "probe.json").read_text())["results"]
     assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
     assert (workdir / "report.html").exists()
     assert "warning" not in processes.printed(workdir)
     assert processes.printed(workdir, 1) == ""
-
-
-@several
-@pytest.mark.slow
-def test_fewer_held_out_images_than_processes_are_scored(tiny_config, tmp_path):
-    tiny_config.eval.num_val = 1
-    assert processes.finish(tiny_config, tmp_path / "run", num=2) == 0
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["eval/knn_top1"] in (0, 1)

@@ -11,16 +11,21 @@ from hjepa_jax.reporting.figures import DARK_INK, DARK_PAPER, INK, PAPER, Panel
 from hjepa_jax.reporting.snapshot import CONTEXT, DROPPED, TARGET
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance of WCAG 2."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+def contrast(*colours: str) -> float:
+    """Contrast of two colours by their relative luminance, as WCAG 2 has it."""
 
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
-def contrast(a: str, b: str) -> float:
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    low, high = sorted(map(luminance, colours))
     return (high + 0.05) / (low + 0.05)
+
+
+def shown(figure, axes: int) -> np.ndarray:
+    """The first picture in some axes of a figure."""
+    return np.ma.getdata(figure.axes[axes].images[0].get_array())
 
 
 def read(png: bytes) -> np.ndarray:
@@ -43,15 +48,11 @@ def test_curves_show_values_units_and_limits():
 
 
 def test_lines_differ_in_colour_and_in_dash():
-    x = np.arange(3.0)
-    (axes,) = figures.curves([Panel("t", "u", {str(i): (x, x + i) for i in range(4)})]).axes
+    x = np.arange(3.0)  # 0 has no logarithm
+    panel = Panel("t", "u", {str(i): (x, x + i) for i in range(4)}, log=True)
+    (axes,) = figures.curves([panel]).axes
     assert len({line.get_color() for line in axes.lines}) == 4
     assert len({line.get_linestyle() for line in axes.lines}) == 4
-
-
-def test_values_without_logarithm_have_a_linear_axis():
-    line = (np.arange(3), np.array([1.0, 0.0, 2.0]))
-    (axes,) = figures.curves([Panel("t", "u", {"a": line}, log=True)]).axes
     assert axes.get_yscale() == "linear"
 
 
@@ -70,6 +71,11 @@ def test_a_dark_png_leaves_the_light_one_unchanged():
     assert tuple(read(dark)[0, 0]) == (0x0D, 0x11, 0x17)
     assert read(dark).max() > 200, "text is light"
     np.testing.assert_array_equal(read(figures.png(figure)), read(light))
+    pixels = figures.pixels(figure)
+    assert 0 <= pixels.min() < 0.3
+    assert pixels.max() == 1
+    width, height = figure.get_size_inches() * figures.DPI
+    assert pixels.shape == (1, int(height), int(width), 3)
 
 
 def test_png_colours_are_close_to_the_drawing():
@@ -77,25 +83,15 @@ def test_png_colours_are_close_to_the_drawing():
     figure = image_figures.neighbours(noise, noise[:, None], ["cat"] * 6, [[True]] * 6)
     figures.pixels(figure)
     figure.set_layout_engine("none")  # it may shift by a pixel between drawings
-    shown = read(figures.png(figure)).astype(int)
+    saved = read(figures.png(figure)).astype(int)
     exact = (figures.pixels(figure)[0] * 255).round().astype(int)
     assert len(np.unique(exact.reshape(-1, 3), axis=0)) > 5_000
-    assert len(np.unique(shown.reshape(-1, 3), axis=0)) <= 256
-    assert np.abs(shown - exact).max() <= 48
+    assert len(np.unique(saved.reshape(-1, 3), axis=0)) <= 256
+    assert np.abs(saved - exact).max() <= 48
     for colour in (figures.COLOURS[0], figures.INK, figures.PAPER):
         same = (exact == list(bytes.fromhex(colour[1:]))).all(axis=-1)
         assert same.sum() > 10
-        np.testing.assert_array_equal(shown[same], exact[same])
-
-
-def test_pixels_are_those_of_the_figure():
-    figure = figures.curves([Panel("t", "u", {"a": (np.arange(3), np.arange(3.0))})])
-    pixels = figures.pixels(figure)
-    assert pixels.shape[0] == 1
-    assert 0 <= pixels.min() < 0.3
-    assert pixels.max() == 1
-    width, height = figure.get_size_inches() * figures.DPI
-    assert pixels.shape[1:] == (int(height), int(width), 3)
+        np.testing.assert_array_equal(saved[same], exact[same])
 
 
 def test_bars_have_the_height_of_scores_and_gaps():
@@ -145,20 +141,20 @@ def test_maps_show_every_image_under_its_class():
 def test_masks_tint_targets_and_darken_dropped_patches():
     images = np.full((1, 4, 4, 3), 0.8, np.float32)
     state = np.array([[[CONTEXT, TARGET], [DROPPED, DROPPED]]])
-    shown = np.asarray(image_figures.masks(images, [state]).axes[1].images[0].get_array())
-    np.testing.assert_allclose(shown[:2, :2], 0.8)
-    red, _, blue = shown[0, 3]
+    tinted = shown(image_figures.masks(images, [state]), 1)
+    np.testing.assert_allclose(tinted[:2, :2], 0.8)
+    red, _, blue = tinted[0, 3]
     assert red > 0.7 > 0.4 > blue, "orange"
-    assert shown[2:].max() < 0.15
+    assert tinted[2:].max() < 0.15
 
 
 def test_pca_maps_show_similar_features_in_similar_colours():
-    images = np.zeros((1, 8, 8, 3), np.float32)
     features = np.random.default_rng(0).normal(size=(2, 6))
-    tokens = features[[0, 0, 1, 1]][None]
-    shown = np.asarray(image_figures.pca_maps(images, [tokens]).axes[1].images[0].get_array())
-    np.testing.assert_allclose(shown[0, 0], shown[0, 1], atol=1e-6)
-    assert np.abs(shown[0, 0] - shown[1, 0]).max() > 0.5
+    maps = image_figures.pca_maps(
+        np.zeros((1, 8, 8, 3), np.float32), [features[[0, 0, 1, 1]][None]]
+    )
+    np.testing.assert_allclose(shown(maps, 1)[0, 0], shown(maps, 1)[0, 1], atol=1e-6)
+    assert np.abs(shown(maps, 1)[0, 0] - shown(maps, 1)[1, 0]).max() > 0.5
 
 
 def test_principal_components_match_an_svd():
@@ -172,9 +168,9 @@ def test_principal_components_match_an_svd():
 def test_cosine_maps_omit_unpredicted_patches():
     cosine = np.array([[[0.5, np.nan], [-1.0, 1.0]]])
     figure = image_figures.cosine_maps(np.zeros((1, 4, 4, 3), np.float32), [cosine])
-    shown = figure.axes[1].images[0]
-    np.testing.assert_array_equal(np.ma.getmaskarray(shown.get_array())[0], [False, True])
-    assert shown.get_clim() == (-1.0, 1.0)
+    picture = figure.axes[1].images[0]
+    np.testing.assert_array_equal(np.ma.getmaskarray(picture.get_array())[0], [False, True])
+    assert picture.get_clim() == (-1.0, 1.0)
     assert "cosine" in [axes.get_ylabel() for axes in figure.axes]
 
 
@@ -182,18 +178,18 @@ def test_similarity_is_one_at_the_framed_patch():
     tokens = np.random.default_rng(0).normal(size=(2, 9, 5))
     figure = image_figures.similarity_maps(np.zeros((2, 9, 9, 3), np.float32), tokens, [4, 7])
     for i in range(2):
-        axes = figure.axes[2 * 2 + i]  # third row: patch 7
-        shown = np.asarray(axes.images[0].get_array())
-        assert shown[2, 1] == pytest.approx(1.0)
+        place = 2 * 2 + i  # third row: patch 7
+        similarity = shown(figure, place)
+        assert similarity[2, 1] == pytest.approx(1.0)
         a, b = tokens[i, 7], tokens[i, 0]
-        assert shown[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        assert axes.patches[0].get_xy() == (0.5, 1.5)
+        assert similarity[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        assert figure.axes[place].patches[0].get_xy() == (0.5, 1.5)
 
 
 def test_attention_is_in_percent_of_all_patches():
     maps = {"head 0": np.array([[[1.0, 1.0], [0.0, 2.0]]])}
     figure = image_figures.attention_maps(np.zeros((1, 4, 4, 3), np.float32), maps)
-    np.testing.assert_allclose(figure.axes[1].images[0].get_array(), [[25, 25], [0, 50]])
+    np.testing.assert_allclose(shown(figure, 1), [[25, 25], [0, 50]])
 
 
 def test_neighbours_are_framed_by_class():
@@ -202,7 +198,7 @@ def test_neighbours_are_framed_by_class():
     same = [[True, False, True], [False, False, True]]
     figure = image_figures.neighbours(queries, found, ["cat", "dog"], same)
     assert [axes.get_title() for axes in figure.axes[:2]] == ["cat", "dog"]
-    np.testing.assert_array_equal(figure.axes[2 * 2 + 1].images[0].get_array(), found[1, 1])
+    np.testing.assert_array_equal(shown(figure, 2 * 2 + 1), found[1, 1])
     colours = [[figure.axes[(j + 1) * 2 + i].spines["left"].get_edgecolor() for j in range(3)]
                for i in range(2)]  # fmt: skip
     assert [[c == colours[0][0] for c in row] for row in colours] == same

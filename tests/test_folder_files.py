@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import tempfile
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,17 +21,13 @@ def write(root, *names, content=None):
     for i, name in enumerate(names):
         path = pathlib.Path(os.fsdecode(os.fsencode(root) + b"/" + os.fsencode(name)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content is not None:
-            path.write_bytes(content)
-            continue
         suffix = path.suffix.lower()
-        image_format = Image.registered_extensions().get(suffix, "PNG")
-        image_format = "PNG" if suffix not in IMAGE_SUFFIXES else image_format
-        colour = (60 * (i % 4), 20, 30)
-        if suffix in (".pbm", ".pgm"):
-            Image.new("L", (6, 6), 60).save(path, image_format)
+        known = Image.registered_extensions() if suffix in IMAGE_SUFFIXES else {}
+        mode, colour = ("L", 60) if suffix in (".pbm", ".pgm") else ("RGB", (60 * (i % 4), 20, 30))
+        if content is None:
+            Image.new(mode, (6, 6), colour).save(path, known.get(suffix, "PNG"))
         else:
-            Image.new("RGB", (6, 6), colour).save(path, image_format)
+            path.write_bytes(content)
 
 
 def load(root):
@@ -66,20 +61,21 @@ def test_folders_inside_a_class_belong_to_it(tmp_path):
     assert train.labels.tolist() == [0, 0, 0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("suffix", [*sorted(IMAGE_SUFFIXES), ".dib", ".mpo", "", ".img", ".tmp~"])
-@pytest.mark.parametrize("upper", [False, True])
-def test_images_of_all_suffixes_are_read(tmp_path, suffix, upper):
-    suffix = suffix.upper() if upper else suffix
-    write(tmp_path, f"train/x/0{suffix}", "test/x/0.png")
+def test_images_of_all_suffixes_are_read(tmp_path):
+    suffixes = [*IMAGE_SUFFIXES, ".dib", ".mpo", "", ".img", ".tmp~"]
+    suffixes += [suffix.upper() for suffix in suffixes]
+    names = [f"train/x/{i:02}{suffix}" for i, suffix in enumerate(suffixes)]
+    write(tmp_path, *names, "test/x/0.png")
     train, _ = load(tmp_path)
-    assert train.names == (f"train/x/0{suffix}",)
-    assert train.images.shape == (1, 4, 4, 3)
+    assert train.names == tuple(names)
+    assert train.images.shape == (len(names), 4, 4, 3)
 
 
-@pytest.mark.parametrize("train_name", ["train", "Train", "TRAINING", "train_set", "Train Images"])
 @pytest.mark.parametrize(
-    "test_name", ["test", "Testing", "test-set", "val", "VALID", "Validation", "dev", "val_images"]
-)
+    ("train_name", "test_name"),
+    [("train", "test"), ("Train", "Testing"), ("TRAINING", "test-set"), ("train_set", "val"),
+     ("Train Images", "VALID"), ("train", "Validation"), ("train", "dev"), ("train", "val_images")],
+)  # fmt: skip
 def test_common_names_of_splits_are_known(tmp_path, capsys, train_name, test_name):
     write(tmp_path, f"{train_name}/x/0.png", f"{test_name}/x/1.png")
     assert line_of(tmp_path, capsys) == (
@@ -100,9 +96,10 @@ def test_a_test_split_has_precedence_over_val(tmp_path, capsys):
 
 def test_val_replaces_unlabelled_test_images(tmp_path, capsys):
     write(tmp_path, "train/x/0.png", "valid/x/1.png", "test/2.png")
-    line = line_of(tmp_path, capsys)
-    assert "test 1 files in valid/; " in line
-    assert "1 folder of 1 file beside train/ and valid/ (test/)" in line
+    assert line_of(tmp_path, capsys) == (
+        "train 1 files in train/; test 1 files in valid/; 1 class (x); not used: "
+        "1 folder of 1 file beside train/ and valid/ (test/)"
+    )
 
 
 def test_images_are_held_out_if_the_test_folder_is_empty(tmp_path, capsys):
@@ -114,18 +111,27 @@ def test_images_are_held_out_if_the_test_folder_is_empty(tmp_path, capsys):
     )
 
 
+ONE_FOLDER_PER_CLASS = "must hold one sub-folder per class"
+
+
 @pytest.mark.parametrize(
     ("names", "rule"),
     [
         (["cat/0.png", "dog/0.png", "test/cat/1.png"], "test is a split: the other classes"),
         (["all/train/x/0.png", "all/test/x/0.png"], "all holds a split, train; name folder:"),
-        (["train/train/x/0.png", "test/test/x/0.png"], "must hold one sub-folder per class"),
-        (["train/x/0.png", "Testing/0.png"], "must hold one sub-folder per class"),
+        (["train/train/x/0.png", "test/test/x/0.png"], ONE_FOLDER_PER_CLASS),
+        (["train/x/0.png", "Testing/0.png"], ONE_FOLDER_PER_CLASS),
         (["Train/x/0.png", "VAL/y/0.png"], "Train and VAL must have the same classes"),
+        ([], ONE_FOLDER_PER_CLASS),
+        (["0.png"], ONE_FOLDER_PER_CLASS),
+        (["train/0.png", "test/0.png"], ONE_FOLDER_PER_CLASS),
+        (["x/0.png"], "one image cannot be split"),
+        (["x/0.png", "y/notes.txt"], "there is no image in"),
     ],
 )
-def test_layouts_that_mix_up_classes_are_refused(tmp_path, names, rule):
-    write(tmp_path, *names)
+def test_a_layout_that_breaks_a_rule_is_refused(tmp_path, names, rule):
+    for name in names:
+        write(tmp_path, name, content=b"text" if name.endswith("txt") else None)
     refused(tmp_path, rule)
 
 
@@ -221,8 +227,6 @@ def test_names_of_any_bytes_can_be_read_and_printed(tmp_path, capsys, name):
     assert all(text.isprintable() for text in texts[:-1])
 
 
-# Random folders
-
 LAYOUTS = [[""], ["train"], ["Train", "valid"], ["TRAINING", "test"]]
 SPLITS = ["train", "TRAINING", "test", "Val", "valid", "dev", "extra"]
 FOLDERS = ["a", "b", "a/in", "a/in/deep", "b/.cache", "b/in", "", "runs", ".git"]
@@ -255,21 +259,17 @@ def make(root, outside, files):
     for name, kind in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        targets = {"inner link": root, "outer link": outside, "broken link": root / "absent"}
         if path.exists() or path.is_symlink():
             continue
-        match kind:
-            case "image":
-                shutil.copyfile(outside, path)
-            case "inner link":
-                path.symlink_to(root)
-            case "outer link":
-                path.symlink_to(outside)
-            case "broken link":
-                path.symlink_to(root / "absent")
-            case "run":
-                make_workdir(path)
-            case _:
-                path.write_bytes(b"" if kind == "empty" else b"some text")
+        if kind in targets:
+            path.symlink_to(targets[kind])
+        elif kind == "image":
+            shutil.copyfile(outside, path)
+        elif kind == "run":
+            make_workdir(path)
+        else:
+            path.write_bytes(b"" if kind == "empty" else b"some text")
 
 
 def is_visible_image(path):
@@ -317,7 +317,7 @@ def check_every_file_is_used_or_named(files):
 
 @given(folders())
 @settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=40, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 def test_every_file_is_used_or_named(files):
@@ -326,16 +326,14 @@ def test_every_file_is_used_or_named(files):
 
 @pytest.mark.slow
 @given(folders())
-@settings(max_examples=3000, deadline=None, database=None)
+@settings(max_examples=2000, deadline=None, database=None)
 def test_every_file_of_many_folders_is_used_or_named(files):
     assert check_every_file_is_used_or_named(files)
 
 
 def test_missing_memory_is_stated_in_numbers(tmp_path, monkeypatch):
     write(tmp_path, "train/x/0.png", "test/x/0.png")
-    source = open_source(f"folder:{tmp_path}", data_dir=None, image_size=4)
     monkeypatch.setattr("hjepa_jax.data.base.available_bytes", lambda: 95)
-    with pytest.raises(InputError, match=r"needs 0.0 GiB of memory for its images, and 0.0 GiB"):
-        source.load()
+    refused(tmp_path, "needs 0.0 GiB of memory for its images, and 0.0 GiB")
     monkeypatch.setattr("hjepa_jax.data.base.available_bytes", lambda: 96)
-    np.testing.assert_array_equal([len(split.images) for split in source.load()], [1, 1])
+    assert [len(split.images) for split in load(tmp_path)] == [1, 1]

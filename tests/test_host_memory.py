@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# Prints the page faults of ten calls of a program with 64 MB of temporaries, after two others.
+# Prints the page faults of four calls of a program with 64 MB of temporaries, after two others.
 FAULTS = """
 import resource
 from hjepa_jax.runtime.host_memory import keep_freed_memory
@@ -20,7 +20,7 @@ f, x = jax.jit(f), jnp.ones(4096)
 for _ in range(2):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(4):
     f(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

@@ -8,13 +8,14 @@ from tests import processes
 from tests.test_cluster import several
 
 # name: processes, devices of each, fsdp, whether the data is streamed
+ONE = (1, 1, 1, False)
 LAYOUTS = {
-    "data 8": (1, 8, 1, False),
-    "data 4 x fsdp 2": (1, 8, 2, False),
+    "8": (1, 8, 1, False),
+    "4 x fsdp 2": (1, 8, 2, False),
     "fsdp 8": (1, 8, 8, False),
-    "2 processes x 4 devices, fsdp 2": (2, 4, 2, False),
-    "data 4 x fsdp 2, streamed": (1, 8, 2, True),
-    "2 processes x 4 devices, fsdp 2, streamed": (2, 4, 2, True),
+    "2 processes x 4, fsdp 2": (2, 4, 2, False),
+    "4 x fsdp 2, streamed": (1, 8, 2, True),
+    "2 processes x 4, fsdp 2, streamed": (2, 4, 2, True),
 }
 # Sums over a batch are taken in another order, each term rounded to 6e-8 of itself. Adam divides
 # gradients by their size and so repeats such differences at full scale in parameters whose gradient
@@ -37,53 +38,53 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def curve(c, workdir, layout):
+    """The log of a run in a layout."""
+    num, c.parallel.cpu_devices, c.parallel.fsdp, streamed = layout
+    c.data.streaming = "always" if streamed else "never"
+    assert processes.finish(c, workdir, num=num) == 0, processes.printed(workdir)
+    for other in range(1, num):
+        assert "error" not in processes.printed(workdir, other)
+        assert "epoch" not in processes.printed(workdir, other)
+    return read_metrics(workdir / "metrics.jsonl")
+
+
 @several
 @pytest.mark.slow
 def test_with_every_option_the_loss_curve_is_that_of_one_device_too(tiny_config, tmp_path):
     c = tiny_config
     c.update_from_flattened_dict({"model.width": 32, "model.depth": 2, **OPTIONS})
     c.train.num_steps, c.log.every_steps, c.train.checkpoint_every_steps = 20, 1, 20
-    losses = []
-    for devices, fsdp in ((1, 1), (8, 2)):
-        c.parallel.cpu_devices, c.parallel.fsdp = devices, fsdp
-        workdir = tmp_path / str(devices)
-        assert processes.finish(c, workdir) == 0, processes.printed(workdir)
-        losses.append([line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl")])
+    logs = [curve(c, tmp_path / str(layout[1]), layout) for layout in (ONE, LAYOUTS["4 x fsdp 2"])]
+    losses = [[line["train/loss"] for line in log] for log in logs]
     assert len(losses[0]) == 20
     np.testing.assert_allclose(*losses, rtol=LOSS_TOLERANCE)
 
 
 @several
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 def test_the_loss_curve_of_fifty_steps_is_that_of_one_device_with_resident_data(
-    tiny_config, shapes_folder, tmp_path, layout
+    tiny_config, shapes_folder, tmp_path, streamed
 ):
     c = tiny_config
-    if LAYOUTS[layout][-1]:
+    if streamed:
         c.data.source, c.data.image_size = f"folder:{shapes_folder}", 32
         c.model.patch_size = 8
     c.model.width, c.model.depth = 32, 2  # so that some arrays are large enough to be cut
     c.train.num_steps, c.log.every_steps = 50, 1
     c.train.checkpoint_every_steps = 50
     c.optim.warmup_epochs = 0.5
-    curves = []
-    one = (1, 1, 1, False)
-    for name, (num, devices, fsdp, streamed) in {"one": one, layout: LAYOUTS[layout]}.items():
-        c.parallel.cpu_devices, c.parallel.fsdp = devices, fsdp
-        c.data.streaming = "always" if streamed else "never"
-        workdir = tmp_path / name
-        assert processes.finish(c, workdir, num=num) == 0, processes.printed(workdir)
-        curves.append(read_metrics(workdir / "metrics.jsonl"))
-        for other in range(1, num):
-            assert "error" not in processes.printed(workdir, other)
-            assert "epoch" not in processes.printed(workdir, other)
-    one, many = curves
-    assert [line["step"] for line in many] == list(range(1, 51))
-    losses = [[line["train/loss"] for line in lines] for lines in curves]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=LOSS_TOLERANCE)
-    for a, b in zip(one, many, strict=True):
-        assert a.keys() == b.keys()
-        for metric, value in a.items():
-            if not metric.startswith("perf/"):
-                np.testing.assert_allclose(b[metric], value, rtol=METRIC_TOLERANCE, err_msg=metric)
+    one = curve(c, tmp_path / "one", ONE)
+    for name, layout in LAYOUTS.items():
+        if layout[-1] != streamed:
+            continue
+        many = curve(c, tmp_path / name, layout)
+        assert [line["step"] for line in many] == list(range(1, 51))
+        losses = [[line["train/loss"] for line in log] for log in (one, many)]
+        np.testing.assert_allclose(*losses, rtol=LOSS_TOLERANCE, err_msg=name)
+        for a, b in zip(one, many, strict=True):
+            assert a.keys() == b.keys()
+            for metric in (metric for metric in a if not metric.startswith("perf/")):
+                words = f"{metric}, {name}"
+                np.testing.assert_allclose(b[metric], a[metric], METRIC_TOLERANCE, err_msg=words)

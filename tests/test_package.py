@@ -1,5 +1,6 @@
 """The package as `pip install` leaves it: configs by name, the command `hjepa`, a wheel."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -55,14 +56,13 @@ def test_the_command_lists_its_commands_and_refuses_others():
 def built(tmp_path_factory):
     """A folder with the wheel and the sdist of this checkout."""
     folder = tmp_path_factory.mktemp("dist")
-    environment = folder / "builder"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    pip = [environment / "bin/python", "-m", "pip", "install", "--quiet", "build", "hatchling"]
-    installed = subprocess.run(pip, capture_output=True, text=True, check=False)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"--target={folder}"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True)
+    installed = run([*pip, "build", "hatchling"], check=False)
     if installed.returncode:
         pytest.skip(f"the package index cannot be reached: {installed.stderr[-200:]}")
-    build = [environment / "bin/python", "-m", "build", "--no-isolation", "--outdir", folder]
-    subprocess.run([*build, REPOSITORY], check=True, capture_output=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", f"--outdir={folder}", REPOSITORY]
+    run(build, check=True, env={**os.environ, "PYTHONPATH": str(folder)})
     return folder
 
 
@@ -80,21 +80,20 @@ def test_the_wheel_works_in_an_empty_environment(built, tmp_path):
     """The dependencies are those of this environment; the package is that of the wheel alone."""
     environment, here = tmp_path / "environment", tmp_path / "elsewhere"
     here.mkdir()
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    python = environment / "bin" / "python"
-    (wheel,) = built.glob("*.whl")
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", "-q", wheel], check=True)
-    (packages,) = environment.glob("lib/*/site-packages")
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command):
-        done = subprocess.run(
-            command, cwd=here, env=plain, capture_output=True, text=True, check=False
-        )
+        options = {"cwd": here, "env": plain, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **options)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    python = environment / "bin" / "python"
+    (wheel,) = built.glob("*.whl")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", wheel)
+    (packages,) = environment.glob("lib/*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     where = run(python, "-c", "import hjepa_jax; print(hjepa_jax.__file__)")
     assert pathlib.Path(where.strip()).is_relative_to(environment)
     assert (packages / "hjepa_jax" / "py.typed").exists()

@@ -1,5 +1,7 @@
 """The evaluation protocol as a whole, with a matrix as the encoder."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from hjepa_jax.runs.scores import (
 
 NUM_CLASSES = 4
 ALL = Protocol(protocols=PROTOCOLS, batch_size=64, lowshot_labels=(1, 5))
+CHOOSING = ("linear", "knn", "lowshot")
 KNN = Protocol(protocols=("knn",), batch_size=40)  # the cheapest
 
 
@@ -53,14 +56,23 @@ def encoders(seed=2):
     return {"target": jnp.asarray(matrix), "random_init": jnp.asarray(matrix[::-1])}
 
 
-def evaluate(protocol=ALL, train=TRAIN, test=TEST, params=None, **options):
+def judge(embed, params, train=TRAIN, test=TEST, **options):
     options = {"num_classes": NUM_CLASSES, "step": 7, "data": "colours"} | options
+    return evaluate_encoders(embed, params, train, test, **options)
+
+
+def evaluate(protocol=ALL, train=TRAIN, test=TEST, params=None, **options):
     params = encoders() if params is None else params
-    return evaluate_encoders(embed, params, train, test, protocol=protocol, **options)
+    return judge(embed, params, train, test, protocol=protocol, **options)
+
+
+@functools.cache
+def all_rows():
+    return evaluate(embed_views=embed_views)
 
 
 def test_every_protocol_scores_every_representation():
-    rows = evaluate(embed_views=embed_views)
+    rows = all_rows()
     found = {(results.column(r), r["encoder"], r["pool"], r["level"]) for r in rows}
     columns = ["linear", "knn", "quality", "fewshot 1-shot", "fewshot 5-shot"]
     columns += ["lowshot 1 per class", "lowshot 5 per class"]
@@ -68,6 +80,8 @@ def test_every_protocol_scores_every_representation():
     expected = {(c, e, *p) for c in columns for e in ("target", "random_init") for p in places}
     assert found == expected | {(c, "pixels", "concat", 0) for c in columns}
     assert len(rows) == len(found)
+    held_out = {row["settings"]["num_val"] for row in rows if row["protocol"] in CHOOSING}
+    assert held_out == {len(TRAIN.labels) // 5}, "not the 5000 that were asked for"
     for row in rows:
         assert row["step"] == (7 if row["encoder"] == "target" else 0)
         assert (row["train_size"], row["test_size"], row["data"]) == (200, 80, "colours")
@@ -78,8 +92,9 @@ def test_every_protocol_scores_every_representation():
 
 
 def test_no_choice_depends_on_the_test_labels():
-    noise = np.random.default_rng(5).permutation(TEST.labels)
-    true, false = evaluate(), evaluate(test=Split(TEST.images, noise))
+    test = Split(TEST.images, np.random.default_rng(5).permutation(TEST.labels))
+    true = [row for row in all_rows() if row["protocol"] in CHOOSING]
+    false = evaluate(dataclasses.replace(ALL, protocols=CHOOSING), test=test)
     assert [row["chosen"] for row in true] == [row["chosen"] for row in false]
     linear = [[r["top1"] for r in rows if r["protocol"] == "linear"] for rows in (true, false)]
     assert min(linear[0]) > max(linear[1])
@@ -113,25 +128,22 @@ def test_features_are_extracted_once_per_weights_and_images(tmp_path, monkeypatc
 
     monkeypatch.setattr(extraction, "extract_features", spy)
 
-    def rows(step, train=TRAIN, seed=2):
+    def rows(train=TRAIN, seed=2):
         calls.clear()
-        cache = FeatureCache(tmp_path)
-        options = {"train": train, "step": step, "cache": cache, "params": encoders(seed)}
-        return evaluate(KNN, **options)
+        return evaluate(KNN, train=train, cache=FeatureCache(tmp_path), params=encoders(seed))
 
-    first = rows(7)
+    first = rows()
     assert len(calls) == 4  # two encoders, two splits
-    assert rows(7) == first
+    assert rows() == first
     assert not calls
-    other = rows(7, seed=3)
+    rows(train=Split(TRAIN.images, TRAIN.labels[::-1].copy()))
+    assert not calls, "labels make no features"
+    other = rows(seed=3)
     assert len(calls) == 4  # other weights at the same step
     assert [r["top1"] for r in other] == [r["top1"] for r in evaluate(KNN, params=encoders(3))]
     assert len(list(tmp_path.glob("target_train_*"))) == 1, "new features replace the old"
-    rows(7, train=split(200, 3), seed=3)
+    rows(train=split(200, 3), seed=3)
     assert len(calls) == 2  # both encoders, on the new training images
-    relabelled = Split(split(200, 3).images, split(200, 3).labels[::-1].copy())
-    rows(7, train=relabelled, seed=3)
-    assert not calls, "labels make no features"
 
 
 ZERO = np.zeros((), np.float32)
@@ -183,21 +195,18 @@ def test_a_broken_cache_file_is_replaced(tmp_path):
     np.testing.assert_array_equal(get(), 1.0)
 
 
-def as_row(fingerprint=None, top1=0.5, **fields):
-    row = {
-        "protocol": "knn", "encoder": "target", "level": 0, "pool": "mean", "dim": 8, "step": 6,
-        "seed": 0, "data": "npz:a", "num_layers": 1, "top1": top1, "chosen": {"val_top1": 0.5},
-    }  # fmt: skip
-    return row | ({"data_fingerprint": fingerprint} if fingerprint else {}) | fields
+ROW = {
+    "protocol": "linear", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
+    "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5},
+}  # fmt: skip
 
 
 def test_rows_on_changed_images_are_stored_but_not_shown(tmp_path):
-    path = tmp_path / "probe.json"
-    old = [as_row("all-1", 0.1), as_row("all-1", 0.2, protocol="linear")]
-    elsewhere = as_row("all-9", 0.3, data="npz:b")
+    path, images = tmp_path / "probe.json", lambda name: {"data_fingerprint": name}
+    old = [ROW | images("all-1"), ROW | images("all-1") | {"protocol": "knn"}]
+    elsewhere, new = ROW | images("all-9") | {"data": "npz:b"}, ROW | images("all-2")
     write_probe_json(path, [*old, elsewhere])
     assert read_probe_json(path) == [*old, elsewhere]
-    new = as_row("all-2", 0.4)
     write_probe_json(path, [new])
     assert read_probe_json(path) == [elsewhere, new]
     assert rows_to_add_to(path) == [*old, elsewhere, new]
@@ -206,17 +215,15 @@ def test_rows_on_changed_images_are_stored_but_not_shown(tmp_path):
 
 
 def test_scores_are_outdated_if_the_run_has_trained_on():
-    rows = [as_row(step=4), as_row(step=6, encoder="online"), as_row(step=2)]
-    assert steps_if_outdated(rows, "knn", 8) == "step 4 of 8"
-    assert steps_if_outdated(rows, "knn", 4) == ""
-    assert steps_if_outdated(rows, "linear", 8) == ""
+    rows = [ROW | {"step": 4}, ROW | {"step": 6, "encoder": "online"}, ROW | {"step": 2}]
+    assert steps_if_outdated(rows, "linear", 8) == "step 4 of 8"
+    assert steps_if_outdated(rows, "linear", 4) == ""
+    assert steps_if_outdated(rows, "knn", 8) == ""
 
 
 def test_constant_encoder_gets_a_verdict_and_no_crash():
     constant = lambda params, images: {"level_0": jnp.ones((len(images), 5))}
-    rows = evaluate_encoders(
-        constant, {"target": None}, TRAIN, TEST, num_classes=NUM_CLASSES, step=1, protocol=ALL
-    )
+    rows = judge(constant, {"target": None}, protocol=ALL)
     verdicts = {r["encoder"]: r["verdict"] for r in rows if r["protocol"] == "quality"}
     assert verdicts == {"target": "collapse", "pixels": "healthy"}
     chance = [r["top1"] for r in rows if r["encoder"] == "target" and r["protocol"] == "linear"]
@@ -225,61 +232,51 @@ def test_constant_encoder_gets_a_verdict_and_no_crash():
     assert "collapse" in results.format_tables(rows)
 
 
-def test_verdicts_compare_with_the_untrained_encoder():
-    rng = np.random.default_rng(0)
-    wide = rng.normal(size=(48, 64)).astype(np.float32)
-    narrow = (rng.normal(size=(48, 2)) @ rng.normal(size=(2, 64))).astype(np.float32)
-    project = lambda params, images: {"level_0": images.reshape(len(images), -1) / 255.0 @ params}
-
-    def verdicts(**encoders):
-        rows = evaluate_encoders(
-            project, encoders, TRAIN, TEST, num_classes=4, step=1, protocol=Protocol(("quality",))
-        )
-        return {row["encoder"]: row["verdict"] for row in rows if row["encoder"] != "pixels"}
-
-    assert verdicts(target=narrow) == {"target": "partial collapse"}
-    found = verdicts(target=narrow, random_init=wide)
-    assert found == {"target": "partial collapse", "random_init": "healthy"}
-    found = verdicts(target=narrow, random_init=narrow)
-    assert found == {"target": "healthy", "random_init": "healthy"}
-
-
-def test_nan_features_are_refused():
+def test_what_cannot_be_judged_is_refused():
     broken = lambda params, images: {"level_0": jnp.full((len(images), 5), jnp.nan)}
     with pytest.raises(InputError, match="NaN"):
-        evaluate_encoders(
-            broken, {"target": None}, TRAIN, TEST, num_classes=4, step=1, protocol=Protocol()
-        )
+        judge(broken, {"target": None}, protocol=Protocol())
 
+    def never(params, images):
+        raise AssertionError("features were extracted")
 
-def test_missing_classes_and_unknown_protocols_are_refused():
+    for flag, count in (("lowshot_labels", 50), ("fewshot_shots", 30)):
+        protocol = Protocol((flag.split("_")[0],), **{flag: (count,)})
+        with pytest.raises(InputError, match=f"^--{flag}={count}"):
+            judge(never, {"target": None}, protocol=protocol)
     with pytest.raises(InputError, match="no training image of class 4"):
         evaluate(num_classes=5)
     with pytest.raises(InputError, match=r"^--protocols='tarot'"):
         evaluate(Protocol(protocols=("tarot",)))
 
 
+def test_verdicts_compare_with_the_untrained_encoder():
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(48, 64)).astype(np.float32)
+    narrow = (rng.normal(size=(48, 2)) @ rng.normal(size=(2, 64))).astype(np.float32)
+    project = lambda params, images: {"level_0": images.reshape(len(images), -1) / 255.0 @ params}
+    for params, target in (
+        ({"target": narrow}, "partial collapse"),
+        ({"target": narrow, "random_init": wide}, "partial collapse"),
+        ({"target": narrow, "random_init": narrow}, "healthy"),
+    ):
+        rows = judge(project, params, protocol=Protocol(("quality",)))
+        found = {row["encoder"]: row["verdict"] for row in rows if row["encoder"] != "pixels"}
+        assert found == dict.fromkeys(params, "healthy") | {"target": target}
+
+
 def test_quality_uses_all_classes_of_a_sorted_source(monkeypatch):
     monkeypatch.setattr(quality_rows, "QUALITY_ROWS", 50)
     monkeypatch.setattr(extraction, "LIDAR_IMAGES", 20)
     order = np.argsort(TRAIN.labels, kind="stable")
-    sorted_train = Split(TRAIN.images[order], TRAIN.labels[order])
     one_hot = lambda params, images: {"level_0": jnp.eye(4)[images[:, 0, 0, 0]]}
-    marked = Split(sorted_train.images.copy(), sorted_train.labels)
+    marked = Split(TRAIN.images[order], TRAIN.labels[order])
     marked.images[:, 0, 0, 0] = marked.labels
-    rows = evaluate_encoders(
-        one_hot, {"target": None}, marked, TEST, num_classes=4, step=1,
-        protocol=Protocol(protocols=("quality",)), embed_views=lambda p, x, r: one_hot(p, x),
-    )  # fmt: skip
+    options = {"protocol": Protocol(("quality",)), "embed_views": lambda p, x, r: one_hot(p, x)}
+    rows = judge(one_hot, {"target": None}, marked, **options)
     target = next(row for row in rows if row["encoder"] == "target")
     assert target["verdict"] == "healthy"
     assert target["lidar"] > 2.5
-
-
-ROW = {
-    "protocol": "linear", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
-    "data": "shapes", "top1": 0.5, "chosen": {"val_top1": 0.5},
-}  # fmt: skip
 
 
 def test_rows_of_the_same_identity_replace_each_other(tmp_path):
@@ -324,7 +321,7 @@ for step in range(40):
 
 
 def test_tables_show_every_score_in_its_place():
-    rows = evaluate()
+    rows = all_rows()
     table = results.format_tables(rows)
     by_place = {
         (r["encoder"], r["pool"], str(r["level"])): r for r in rows if r["protocol"] == "knn"
@@ -364,30 +361,25 @@ def test_ties_of_the_best_row_are_broken_by_the_features():
         feature_row(0.6, 0.5, dim=100, pool="summary", level=0),
         feature_row(0.6, 0.4, dim=100, pool="mean", level=0),
     ]
-    assert best_score(tied, "linear", "target") == 0.4
-    assert best_score(tied[:2], "linear", "target") == 0.5
-    assert best_score([*tied, feature_row(0.61, 0.1)], "linear", "target") == 0.1
-    levels = [
-        feature_row(0.6, top1, level=level) for level, top1 in (("all", 0.9), (10, 0.8), (2, 0.7))
-    ]
-    assert best_score(levels, "linear", "target") == 0.7
+    levels = [feature_row(0.6, y, level=x) for x, y in (("all", 0.9), (10, 0.8), (2, 0.7))]
     blocks = [feature_row(0.6, 0.9, num_layers=4), feature_row(0.6, 0.5, num_layers=1)]
-    assert best_score(blocks, "linear", "target") == 0.5
+    better = [*tied, feature_row(0.61, 0.1)]
+    for rows, top1 in ((tied, 0.4), (tied[:2], 0.5), (better, 0.1), (levels, 0.7), (blocks, 0.5)):
+        assert best_score(rows, "linear", "target") == top1
 
 
 def test_the_best_row_depends_on_no_test_score_or_order():
     rng = np.random.default_rng(0)
+    places = [(level, pool) for level in (0, 1, "all") for pool in ("mean", "summary", "concat")]
     for _ in range(200):
+        draw = lambda *values: rng.choice(values).item()
         rows = [
-            feature_row(
-                rng.choice([0.5, 0.6]), 0.0, dim=int(rng.choice([8, 16])), level=level, pool=pool
-            )
-            for level in (0, 1, "all") for pool in ("mean", "summary", "concat")
-        ]  # fmt: skip
-        expected = results.best_row(rows, "linear", "target")
+            feature_row(draw(0.5, 0.6), 0.0, dim=draw(8, 16), level=level, pool=pool)
+            for level, pool in places
+        ]
         again = [row | {"top1": rng.random()} for row in rng.permutation(np.array(rows))]
         found = results.best_row(again, "linear", "target")
-        assert found | {"top1": 0.0} == expected
+        assert found | {"top1": 0.0} == results.best_row(rows, "linear", "target")
 
 
 def feature_row(val_top1, top1, **fields):
@@ -452,11 +444,6 @@ def test_rows_that_do_not_compare_are_not_averaged(other):
     assert text.count("(1 run, ") == 2
     assert f"40.00  (1 run, {name} {other[name]})" in text
     assert "+- n" not in text
-
-
-def test_rows_have_the_actual_number_of_held_out_images():
-    protocol = Protocol(protocols=("linear", "knn", "lowshot"), num_val=5000, lowshot_labels=(1,))
-    assert {row["settings"]["num_val"] for row in evaluate(protocol)} == {len(TRAIN.labels) // 5}
 
 
 def test_knn_omits_more_neighbours_than_images():

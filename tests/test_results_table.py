@@ -30,8 +30,10 @@ def test_the_tables_of_results_are_made_of_the_kept_runs(page, to_root):
         assert f"{100 * scores[-1]:.1f}" in line
 
 
-def test_every_row_names_its_commit_and_older_crops_are_marked():
+def test_every_row_names_its_commit_and_epochs_and_older_crops_are_marked():
     table = results_table.results_table()
+    (stopped,) = [line for line in table.splitlines() if "`cifar10_tiny_agreement`" in line]
+    assert "| 15 |" in stopped, "the epochs that it trained"
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| [`")]
     commits = {row[0].split("`")[1]: row[1] for row in rows}
     assert commits["cifar10_tiny_muon"] == "bac1bbf", "the last of three"
@@ -42,9 +44,7 @@ def test_every_row_names_its_commit_and_older_crops_are_marked():
     assert "bc926dd" in table.splitlines()[-1]
     is_older = ["git", "-C", str(REPOSITORY), "merge-base", "--is-ancestor", "bc926dd"]
     known = ["git", "-C", str(REPOSITORY), "cat-file", "-e", "bc926dd^{commit}"]
-    if (
-        subprocess.run(known, capture_output=True, check=False).returncode == 0
-    ):  # not a shallow clone
+    if not subprocess.run(known, capture_output=True, check=False).returncode:  # no shallow clone
         for name, commit in commits.items():
             newer = subprocess.run([*is_older, commit[:7]], check=False).returncode == 0
             assert newer == (name not in marked), name
@@ -58,13 +58,11 @@ def test_a_run_without_a_commit_is_refused(tmp_path, monkeypatch):
         results_table.commit_of(tmp_path / "x" / "probe.json")
 
 
+SCRIPTS = r"python (experiments/(?:fitted_curve|sweep_table|results_table)\.py[^`\n]*)"
 DOCUMENTED = [
     (page.relative_to(REPOSITORY), shlex.split(command.split("#")[0]))
     for page in sorted(REPOSITORY.glob("experiments/**/*.md"))
-    for command in re.findall(
-        r"python (experiments/(?:fitted_curve|sweep_table|results_table)\.py[^`\n]*)",
-        page.read_text(),
-    )
+    for command in re.findall(SCRIPTS, page.read_text())
 ]
 
 
@@ -75,6 +73,7 @@ DOCUMENTED = [
 )
 def test_commands_of_the_pages_run_on_what_is_kept(page, command, monkeypatch, capsys):
     """Those that need a run say `runs/`; others must find all in the repository."""
+    assert any("fitted_curve" in command[0] for _, command in DOCUMENTED)
     script, *arguments = command
     if any(argument.startswith("runs/") for argument in arguments):
         pytest.skip("needs a run")
@@ -84,19 +83,6 @@ def test_commands_of_the_pages_run_on_what_is_kept(page, command, monkeypatch, c
         assert "predicted at epoch" in capsys.readouterr().out
         return
     assert all(pathlib.Path(argument).exists() for argument in arguments), page
-
-
-def test_a_documented_command_is_tried():
-    assert any("fitted_curve" in command[0] for _, command in DOCUMENTED)
-
-
-def test_a_run_that_was_stopped_has_the_epochs_that_it_trained():
-    (line,) = [
-        line
-        for line in results_table.results_table().splitlines()
-        if "`cifar10_tiny_agreement`" in line
-    ]
-    assert "| 15 |" in line
 
 
 @pytest.mark.parametrize(
@@ -109,24 +95,16 @@ def test_the_tables_of_the_ablations_are_made_of_their_rows(results):
 
 def test_only_differences_that_chance_makes_less_than_once_in_twenty_are_marked(tmp_path):
     header = "row,seed,linear,knn,linear_level_0,knn_level_0,effective_rank,images_per_sec"
-    runs = [
-        *(
-            f"base,{seed},{50 + seed},{30 + seed},{20 + seed},{20 + seed},8,100"
-            for seed in range(3)
-        ),
-        *(
-            f"better,{seed},{53 + seed},{32 + seed},{17 + 2 * seed},{14 + 2 * seed},9,100"
-            for seed in range(3)
-        ),
-        "once,0,90,90,90,90,9,100",
-        "once,0,91,90,90,90,9,100",
-    ]
+    runs = []
+    for n in range(3):
+        runs.append(f"base,{n},{50 + n},{30 + n},{20 + n},{20 + n},8,100")
+        runs.append(f"better,{n},{53 + n},{32 + n},{17 + 2 * n},{14 + 2 * n},9,100")
+    runs += ["once,0,90,90,90,90,9,100", "once,0,91,90,90,90,9,100"]
     path = tmp_path / "runs.csv"
     path.write_text("\n".join([header, *runs]) + "\n")
     base, better, once = sweep_table.sweep_table(path).splitlines()[2:]
-    assert (
-        base == "| `base` | 3 | 51.0 +- 1.0 | 31.0 +- 1.0 | 21.0 +- 1.0 | 21.0 +- 1.0 | 8 | 100 |"
-    )
+    scores = "51.0 +- 1.0 | 31.0 +- 1.0 | 21.0 +- 1.0 | 21.0 +- 1.0"
+    assert base == f"| `base` | 3 | {scores} | 8 | 100 |"
     # By Student's t with 4 degrees of freedom 2.78 sqrt(2 / 3) = 2.27 is the border: 3 is beyond
     # it, 2 within, though above two standard errors (1.63). Where spreads are 1 and 2, 2.94 degrees
     # of freedom are left, and the border is 3.22 sqrt(5 / 3) = 4.15.

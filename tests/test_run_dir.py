@@ -63,43 +63,33 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
+CONSTANT, LONGER = {"optim.decay_epochs": 0.0}, {"train.num_epochs": 40.0}
+FASTER, COOLED = (
+    {"optim.learning_rate": 2e-3},
+    {"optim.decay_epochs": 5.0, "train.num_epochs": 10.0},
+)
+LINEAR = CONSTANT | {"optim.ema_momentum": (0.99, 1.0, "linear")}
+ONLINE = {"model.target": "online", "loss.regularizer": "sigreg", "loss.regularized": "both"}
+
+
 @pytest.mark.parametrize(
     ("config", "num_updates", "change", "words"),
     [
         # Late in a cosine schedule, and at its start.
-        ({}, 100, {"train.num_epochs": 40.0}, "made update 100 at learning_rate 0.000541"),
-        ({}, 12, {"train.num_epochs": 40.0}, "made update 12 at learning_rate 0.00099972"),
-        ({}, 10, {"train.num_epochs": 40.0}, ""),
-        ({}, 9, {"optim.learning_rate": 2e-3}, "made update 9 at learning_rate 0.0009, not 0.0018"),
-        ({}, 0, {"optim.learning_rate": 2e-3}, ""),
+        ({}, 100, LONGER, "made update 100 at learning_rate 0.000541"),
+        ({}, 12, LONGER, "made update 12 at learning_rate 0.00099972"),
+        ({}, 10, LONGER, ""),
+        ({}, 9, FASTER, "made update 9 at learning_rate 0.0009, not 0.0018"),
+        ({}, 0, FASTER, ""),
         ({}, 50, {"train.num_steps": 200}, ""),  # as long as its 20 epochs
         ({}, 50, {"train.num_steps": 49}, "made 50 updates where this one would end after 49"),
-        (
-            {"optim.decay_epochs": 0.0}, 50,
-            {
-                "optim.decay_epochs": 5.0, "optim.final_learning_rate": 1e-5,
-                "train.num_epochs": 10.0,
-            },
-            "",
-        ),
-        (
-            {"optim.decay_epochs": 0.0}, 51,
-            {"optim.decay_epochs": 5.0, "train.num_epochs": 10.0},
-            "made update 51 at learning_rate 0.001, not 0.000999",
-        ),
-        (
-            {"optim.decay_epochs": 0.0, "optim.ema_momentum": (0.99, 1.0, "linear")}, 1,
-            {"train.num_epochs": 40.0},
-            "made update 1 at ema_momentum 0.99005, not 0.990025",
-        ),
-        (
-            {"optim.decay_epochs": 0.0, "optim.final_weight_decay": 0.1}, 50,
-            {"train.num_epochs": 10.0}, "made update 50 at weight_decay 0.0573",
-        ),
-        (
-            {"optim.decay_epochs": 0.0}, 5,
-            {"train.batch_size": 128}, "(train.batch_size 256 -> 128);",
-        ),
+        (CONSTANT, 50, COOLED | {"optim.final_learning_rate": 1e-5}, ""),
+        (CONSTANT, 51, COOLED, "made update 51 at learning_rate 0.001, not 0.000999"),
+        (LINEAR, 1, LONGER, "made update 1 at ema_momentum 0.99005, not 0.990025"),
+        (LINEAR | ONLINE, 50, LONGER, ""),  # there is no EMA
+        (CONSTANT | {"optim.final_weight_decay": 0.1}, 50, {"train.num_epochs": 10.0},
+         "made update 50 at weight_decay 0.0573"),
+        (CONSTANT, 5, {"train.batch_size": 128}, "(train.batch_size 256 -> 128);"),
     ],
 )  # fmt: skip
 def test_a_config_must_not_change_past_updates(tmp_path, config, num_updates, change, words):
@@ -113,19 +103,6 @@ def test_a_config_must_not_change_past_updates(tmp_path, config, num_updates, ch
     else:
         start(config, tmp_path)
         assert load_config(tmp_path).to_dict() == config.to_dict()
-
-
-def test_an_unused_ema_schedule_may_change(tmp_path):
-    config = workdir_of(
-        tmp_path,
-        {
-            "model.target": "online", "loss.regularizer": "sigreg", "loss.regularized": "both",
-            "optim.ema_momentum": (0.99, 1.0, "linear"), "optim.decay_epochs": 0.0,
-        },
-        50,
-    )  # fmt: skip
-    config.train.num_epochs = 40.0
-    start(config, tmp_path)
 
 
 def test_a_resumed_config_is_saved_and_its_changes_are_printed(tmp_path, capsys):
@@ -144,36 +121,31 @@ def test_a_resumed_config_is_saved_and_its_changes_are_printed(tmp_path, capsys)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
 
 
-CASES = {  # damage to config.json -> how to make it, and the message
-    "missing": (lambda path, other: path.unlink(), "config.json is missing"),
-    "empty": (lambda path, other: path.write_text(""), "no config of this version"),
-    "damaged": (lambda path, other: path.write_text('{"seed": '), "no config of this version"),
-    "of another run": (
-        lambda path, other: path.write_text(json.dumps(other.to_dict())),
-        "config.json is of another config (loss.kind)",
-    ),
-    "edited": (
-        lambda path, other: path.write_text(path.read_text().replace("smooth_l1", "mse")),
-        "config.json is of another config (loss.kind)",
-    ),
+# Damage to config.json: its text afterwards, None for no file, and the message.
+CASES = {
+    "missing": (lambda text: None, "config.json is missing"),
+    "empty": (lambda text: "", "no config of this version"),
+    "damaged": (lambda text: '{"seed": ', "no config of this version"),
+    "another": (lambda text: text.replace("smooth_l1", "mse"), "of another config (loss.kind)"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_checkpoint_decides_which_config_may_resume(tmp_path, capsys, case):
-    config, other = with_changes({}), with_changes({"loss.kind": "mse"})
+    config, path = with_changes({}), tmp_path / "config.json"
     start(config, tmp_path)
     harm, said = CASES[case]
-    harm(tmp_path / "config.json", other)
+    text = harm(path.read_text())
+    path.unlink() if text is None else path.write_text(text)
     before = contents(tmp_path)
     for wrong, fields in (
-        (other, "loss.kind 'smooth_l1' -> 'mse'"),
-        (with_changes({"mask.num_blocks": 3}), "mask.num_blocks 4 -> 3"),
-        (with_changes({"optim.b2": 0.9}), "optim.b2 0.95 -> 0.9"),
-        (with_changes({"seed": 1}), "seed 0 -> 1"),
+        ({"loss.kind": "mse"}, "loss.kind 'smooth_l1' -> 'mse'"),
+        ({"mask.num_blocks": 3}, "mask.num_blocks 4 -> 3"),
+        ({"optim.b2": 0.9}, "optim.b2 0.95 -> 0.9"),
+        ({"seed": 1}, "seed 0 -> 1"),
     ):
         with pytest.raises(InputError, match=re.escape(f"of another config ({fields})")):
-            check_workdir(wrong, tmp_path, saved=saved_by(config), data=RECORD)
+            check_workdir(with_changes(wrong), tmp_path, saved=saved_by(config), data=RECORD)
     assert contents(tmp_path) == before
     capsys.readouterr()
     start(config, tmp_path, saved_by(config))
@@ -182,11 +154,9 @@ def test_the_checkpoint_decides_which_config_may_resume(tmp_path, capsys, case):
 
 
 def test_a_rate_edited_in_config_json_does_not_change_the_past(tmp_path):
-    config, faster = with_changes({}), with_changes({"optim.learning_rate": 2e-3})
-    start(faster, tmp_path)
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    faster = workdir_of(tmp_path, FASTER, 4)
     with pytest.raises(InputError, match=r"made update 4 at learning_rate 0.0004, not 0.0008"):
-        start(faster, tmp_path, saved_by(config))
+        start(faster, tmp_path, saved_by(with_changes({})))
 
 
 def test_a_checkpoint_of_an_unknown_version_is_refused_in_one_line(tmp_path):
@@ -195,23 +165,16 @@ def test_a_checkpoint_of_an_unknown_version_is_refused_in_one_line(tmp_path):
         check_workdir(with_changes({}), tmp_path, saved=saved, data=RECORD)
 
 
-def test_a_field_that_config_json_lacks_takes_its_default(tmp_path):
-    config = with_changes({"mask.num_blocks": 3}).to_dict()
-    del config["loss"]["kind"], config["log"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_config(tmp_path).to_dict() == with_changes({"mask.num_blocks": 3}).to_dict()
-
-
-@pytest.mark.parametrize("left", ["metrics.jsonl", "probe.json", "checkpoints/7"])
+@pytest.mark.parametrize("left", ["metrics.jsonl", "probe.json", "checkpoints"])
 def test_results_of_an_unknown_run_are_not_added_to(tmp_path, left):
     row = {"protocol": "knn", "encoder": "target", "step": 1, "pool": "mean", "level": 0, "dim": 8,
            "data": "x", "top1": 0.5, "chosen": {"val_top1": 0.5}}  # fmt: skip
-    if left == "checkpoints/7":
-        (tmp_path / left).mkdir(parents=True)
-    else:
-        text = {"metrics.jsonl": '{"step": 1}\n', "probe.json": json.dumps({"results": [row]})}
+    text = {"metrics.jsonl": '{"step": 1}\n', "probe.json": json.dumps({"results": [row]})}
+    if left in text:
         (tmp_path / left).write_text(text[left])
-    with pytest.raises(InputError, match=f"holds {left.split('/')[0]} of a run, but neither"):
+    else:
+        (tmp_path / left / "7").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"holds {left} of a run, but neither"):
         check_workdir(with_changes({}), tmp_path)
 
 
@@ -224,30 +187,24 @@ def test_other_files_do_not_make_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
-        ("folder:d/x", "folder:d/x/", True),
-        ("folder:d/x", "folder:/data/x", True),
-        ("folder:~/x", "folder:/home/me/x", True),
-        ("npz:a.npz", "npz:../b/a.npz", True),
-        ("tfds:cifar10", "tfds:cifar10:3.0.2", True),
-        ("tfds:cifar10", "tfds:cifar100", False),
-        ("folder:d/x", "npz:d/x", False),
-        ("folder:d/x", "shapes", False),
+        ("folder:d/x", "folder:d/x/", True), ("folder:d/x", "folder:/data/x", True),
+        ("folder:~/x", "folder:/home/me/x", True), ("npz:a.npz", "npz:../b/a.npz", True),
+        ("tfds:cifar10", "tfds:cifar10:3.0.2", True), ("tfds:cifar10", "tfds:cifar100", False),
+        ("folder:d/x", "npz:d/x", False), ("folder:d/x", "shapes", False),
     ],
-)
+)  # fmt: skip
 def test_moved_data_is_accepted_if_its_fingerprint_is_the_same(tmp_path, capsys, old, new, same):
-    start(with_changes({"data.source": old}), tmp_path)
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    config, saved = with_changes({"data.source": new}), saved_by(with_changes({"data.source": old}))
+    saved = saved_by(workdir_of(tmp_path, {"data.source": old}, 4))
+    config = with_changes({"data.source": new})
     other_images = dataclasses.replace(RECORD, data={**RECORD.data, "fingerprint": "all-xyz"})
+    unknown = r"not known to be the same \(fingerprint all-abc -> all-xyz\)"
     for known in (None, saved):
         if not same:
             with pytest.raises(InputError, match=r"another config .data.source"):
                 check_workdir(config, tmp_path, saved=known)
             continue
         check_workdir(config, tmp_path, saved=known)  # the images are not known yet
-        with pytest.raises(
-            InputError, match=r"not known to be the same \(fingerprint all-abc -> all-xyz\)"
-        ):
+        with pytest.raises(InputError, match=unknown):
             check_workdir(config, tmp_path, saved=known, data=other_images)
         check_workdir(config, tmp_path, saved=known, data=RECORD)
     if same:
@@ -303,9 +260,8 @@ def test_a_run_on_an_older_drawing_of_shapes_is_refused(tmp_path, fingerprint):
 
 def test_a_run_that_cannot_become_longer_gives_advice(tmp_path):
     config = workdir_of(tmp_path, {}, 200)
-    config.train.num_epochs = 40.0
-    advice = r"with --config.train.init_from=\S+ to begin .*optim.decay_epochs=0"
-    rule = f"choose another --workdir, {advice}"
+    config.update_from_flattened_dict(LONGER)
+    rule = r"choose another --workdir, with --config.train.init_from=\S+ to begin .*decay_epochs=0"
     with pytest.raises(InputError, match=rule):
         check_workdir(config, tmp_path, data=RECORD)
 
@@ -413,11 +369,6 @@ def no_room():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def enter(workdir):
-    with locked(workdir):
-        pass
-
-
 @pytest.mark.parametrize(
     "use",
     [
@@ -435,10 +386,8 @@ def test_a_full_disk_gives_one_line(tmp_path, no_room, use):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
 def test_errors_of_the_system_keep_their_words(tmp_path, number):
-    with (
-        pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)"),
-        writing(tmp_path),
-    ):
+    refused = pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)")
+    with refused, writing(tmp_path):
         raise OSError(number, os.strerror(number))
 
 
@@ -446,7 +395,8 @@ def test_a_lock_file_in_another_encoding_is_read(tmp_path):
     (tmp_path / "lock").write_bytes(b"process 1 on caf\xe9")
     other = (tmp_path / "lock").open()
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="is in use by process 1 on caf\ufffd"):
-        enter(tmp_path)
+    in_use = pytest.raises(InputError, match="is in use by process 1 on caf\ufffd")
+    with in_use, locked(tmp_path):
+        pass
     assert lock_owner(tmp_path) == "process 1 on caf\ufffd"
     other.close()

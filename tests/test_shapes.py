@@ -17,12 +17,6 @@ def splits():
     return create_shapes(num_train=4000, num_test=1000, seed=0)  # of 5,000
 
 
-@pytest.fixture(scope="module")
-def covers():
-    labels = np.arange(5000, dtype=np.int32) % 10
-    return labels, shapes._shape_cover(labels, (0.0, 0.0), np.random.default_rng(0))
-
-
 def as_rows(images):
     return images.reshape(len(images), -1).astype(np.float32) / 255
 
@@ -49,25 +43,19 @@ def test_labels_come_in_random_order(splits):
     assert 0.05 < followed_by_next_class.mean() < 0.15
 
 
-def test_same_seed_same_bytes_other_seed_other_images():
-    first, again, other = (create_shapes(30, 30, seed)[0] for seed in (3, 3, 4))
+def test_same_seed_same_bytes_other_seed_or_split_other_images():
+    (first, test), (again, _), (other, _) = (create_shapes(30, 30, seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first.images, again.images)
     np.testing.assert_array_equal(first.labels, again.labels)
     assert (first.images != other.images).mean() > 0.9
-
-
-def test_train_and_test_are_drawn_independently():
-    train, test = create_shapes(30, 30, seed=0)
-    assert (train.images != test.images).mean() > 0.9
+    assert (first.images != test.images).mean() > 0.9
 
 
 def test_global_statistics_do_not_tell_the_class(splits):
     def statistics(images):
         pixels = images.astype(np.float32) / 255
-        luma = pixels @ np.array(LUMA, np.float32)
-        return np.concatenate(
-            [pixels.mean((1, 2)), pixels.std((1, 2)), luma.std((1, 2))[:, None]], axis=1
-        )
+        luma = (pixels @ np.array(LUMA, np.float32)).std((1, 2))
+        return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2)), luma[:, None]], axis=1)
 
     train, test = splits
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
@@ -81,35 +69,27 @@ def test_a_line_through_the_raw_pixels_does_not_solve_the_set(splits):
     assert linear.score(as_rows(test.images), test.labels) < 0.25  # of 5,000 images 0.15
 
 
-@pytest.mark.parametrize("k", [1, 20])
-def test_the_nearest_raw_pixels_do_not_solve_the_set(splits, k):
+def test_the_nearest_raw_pixels_do_not_solve_the_set(splits):
     train, test = splits
     bank, queries = as_rows(train.images), as_rows(test.images)
-    (found,) = knn_predict(bank, train.labels, queries, ks=[k], num_classes=10)
-    assert (found == test.labels).mean() < 0.5  # of 5,000 images 0.40
+    found = knn_predict(bank, train.labels, queries, ks=[1, 20], num_classes=10)
+    assert (np.asarray(found) == test.labels).mean(axis=1).max() < 0.5  # of 5,000 images 0.40
 
 
-def test_area_has_one_distribution_for_all_classes(covers):
-    labels, cover = covers
-    areas = cover.sum(axis=(1, 2))
-    low, high = shapes.AREA
+def test_area_and_centroid_have_one_distribution_for_all_classes():
+    labels = np.arange(5000, dtype=np.int32) % 10
+    cover = shapes._shape_cover(labels, (0.0, 0.0), np.random.default_rng(0))
+    areas, (low, high) = cover.sum(axis=(1, 2)), shapes.AREA
+    x = (cover * (np.arange(32) - 15.5)).sum(axis=(1, 2)) / areas
     for label in range(10):
-        of_class = areas[labels == label]
-        assert of_class.min() > 0.85 * low
-        assert of_class.max() < 1.1 * high
+        area, centre = areas[labels == label], x[labels == label]
+        assert area.min() > 0.85 * low
+        assert area.max() < 1.1 * high
         # The mean of 500 uniform draws has standard deviation 1.0.
-        assert abs(of_class.mean() - (low + high) / 2) < 5
-
-
-def test_centroid_has_one_distribution_for_all_classes(covers):
-    labels, cover = covers
-    axis = np.arange(32) - 15.5
-    x = (cover * axis).sum(axis=(1, 2)) / cover.sum(axis=(1, 2))
-    for label in range(10):
-        of_class = x[labels == label]
+        assert abs(area.mean() - (low + high) / 2) < 5
         # Uniform on +-5.5: standard deviation 3.18, that of the mean of 500 draws 0.14.
-        assert abs(of_class.mean()) < 0.6
-        assert 2.9 < of_class.std() < 3.5
+        assert abs(centre.mean()) < 0.6
+        assert 2.9 < centre.std() < 3.5
 
 
 def test_every_outline_differs_from_every_other():
@@ -138,21 +118,19 @@ def test_shapes_are_light_on_dark_as_often_as_dark_on_light():
 
 
 def test_an_image_shows_its_shape_in_each_quarter():
-    label = np.zeros(200, np.int32)
-    rng = np.random.default_rng(0)
+    rng, axis = np.random.default_rng(0), np.arange(32) - 15.5
     for x, y in shapes.CENTRES:
-        cover = shapes._shape_cover(label, (x, y), rng)
-        axis = np.arange(32) - 15.5
-        total = cover.sum(axis=(1, 2))
+        cover = shapes._shape_cover(np.zeros(200, np.int32), (x, y), rng)
         for centre, weights in ((x, axis), (y, axis[:, None])):
-            found = (cover * weights).sum(axis=(1, 2)) / total
+            found = (cover * weights).sum(axis=(1, 2)) / cover.sum(axis=(1, 2))
             assert np.abs(found - centre).max() < shapes.MAX_OFFSET + 1
 
 
 def test_a_thousand_images_take_less_than_two_seconds_of_processor_time():
-    taken = []
-    for _ in range(3):  # other work on the same core makes the processor slower
+    def seconds():
         start = time.process_time()
         create_shapes(1000, 1)
-        taken.append(time.process_time() - start)
-    assert min(taken) < 2
+        return time.process_time() - start
+
+    # Other work on the same core makes the processor slower.
+    assert any(seconds() < 2 for _ in range(3))

@@ -22,12 +22,7 @@ from hjepa_jax.config import base_config
 from hjepa_jax.data import class_list, streaming
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.data.order import BatchOrder
-from hjepa_jax.data.records import (
-    Streaming,
-    read_or_next,
-    report_skipped,
-    unreadable_errors,
-)
+from hjepa_jax.data.records import Streaming, read_or_next, report_skipped, unreadable_errors
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.reporting.publish import write_report
@@ -137,51 +132,49 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line():
     streamed.close()
 
 
-# Folders
-
-
 @pytest.fixture
 def streamed_config(tiny_config, shapes_folder):
-    c = tiny_config
-    with c.unlocked():
-        c.update_from_flattened_dict(
-            {
-                "data.source": f"folder:{shapes_folder}",
-                "data.streaming": "always",
-                "data.image_size": 32,
-                "data.num_workers": 1,
-                "model.patch_size": 8,
-                "train.num_steps": 22,  # of 10 steps an epoch
-                "train.steps_per_call": 4,
-                "train.checkpoint_every_steps": 4,
-                "eval.every_epochs": 0.0,
-                "log.every_steps": 1,
-            }
-        )
-    return c
+    fields = {
+        "data.source": f"folder:{shapes_folder}", "data.streaming": "always",
+        "data.image_size": 32, "data.num_workers": 1, "model.patch_size": 8,
+        "train.num_steps": 22, "train.steps_per_call": 4,  # of 10 steps an epoch
+        "train.checkpoint_every_steps": 4, "eval.every_epochs": 0.0, "log.every_steps": 1,
+    }  # fmt: skip
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict(fields)
+    return tiny_config
+
+
+@pytest.fixture(scope="module")
+def damaged(shapes_folder, tmp_path_factory):
+    """A copy of the folder in which the first training image is none, and the name of that file."""
+    folder = tmp_path_factory.mktemp("damaged") / "images"
+    shutil.copytree(shapes_folder, folder, copy_function=os.link)
+    (first, *_) = sorted((folder / "train").glob("*/*"))
+    first.unlink()
+    first.write_text("no image")
+    return folder, first
 
 
 def test_a_streamed_folder_equals_a_resident_one(shapes_folder, monkeypatch):
-    options = {"data_dir": None, "image_size": 16}
-    resident = open_source(f"folder:{shapes_folder}", **options)
-    streamed = open_source(f"folder:{shapes_folder}", **options, streaming=Streaming("always"))
+    def opened(when, **options):
+        options = {"image_size": 16, "streaming": Streaming(when, **options)}
+        return open_source(f"folder:{shapes_folder}", data_dir=None, **options)
+
+    resident, streamed = opened("never"), opened("always")
     train_set, _ = resident.load()
     images = np.stack([streamed.records.read(row) for row in range(len(streamed.records))])
     np.testing.assert_array_equal(images, train_set.images)
     assert (streamed.num_images, resident.num_images, resident.records) == (160, 160, None)
-    few = Streaming("always", max_labelled=30)
-    drawn = [
-        open_source(f"folder:{shapes_folder}", **options, streaming=few).load() for _ in range(2)
-    ]
+    drawn = [opened("always", max_labelled=30).load() for _ in range(2)]
     assert [len(split.labels) for split in drawn[0]] == [30, 30]
     assert drawn[0][0].names == drawn[1][0].names
     assert set(drawn[0][0].names) < set(train_set.names)
     assert len({fingerprint(train_set), fingerprint(train_set, streamed.records)}) == 2
 
-    auto = Streaming("auto", max_labelled=100)
-    assert open_source(f"folder:{shapes_folder}", **options, streaming=auto).records is None
+    assert opened("auto", max_labelled=100).records is None
     monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
-    assert len(open_source(f"folder:{shapes_folder}", **options, streaming=auto).records) == 160
+    assert len(opened("auto", max_labelled=100).records) == 160
 
 
 @pytest.mark.parametrize(
@@ -206,71 +199,58 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
 
-    process = processes.start(streamed_config, tmp_path / "killed")
-    while process.is_alive() and newest_checkpoint(tmp_path / "killed") == 0:
+    killed, workers = tmp_path / "killed", []
+    process = processes.start(streamed_config, killed)
+    while process.is_alive() and newest_checkpoint(killed) == 0:
         time.sleep(0.001)
-    lists = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # one file per thread
-    workers = []
-    for each in lists:
+    for each in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"):  # one for a thread
         with contextlib.suppress(OSError):  # the thread has just ended
             workers += each.read_text().split()
     assert workers or sys.platform != "linux"
     process.kill()
     process.join()
     assert process.exitcode == -9
-    assert newest_line(tmp_path / "killed") < 60
+    assert newest_line(killed) < 60
     deadline = time.monotonic() + 20
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "workers outlive the run"
         time.sleep(0.01)
-    assert processes.finish(streamed_config, tmp_path / "killed") == 0
-    assert "going on at step" in processes.printed(tmp_path / "killed")
+    assert processes.finish(streamed_config, killed) == 0
+    assert "going on at step" in processes.printed(killed)
 
-    (arrays, lines), (expected_arrays, expected_lines) = (
-        state_and_lines(config, tmp_path / name)
-        for config, name in ((streamed_config, "killed"), (resident, "resident"))
-    )
+    arrays, lines = state_and_lines(streamed_config, killed)
+    expected_arrays, expected_lines = state_and_lines(resident, tmp_path / "resident")
     assert lines == expected_lines
     jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
 
 
 @pytest.mark.usefixtures("blank_pictures")
-def test_a_run_counts_corrupt_files_once(streamed_config, shapes_folder, tmp_path, capsys):
-    damaged = tmp_path / "damaged"
-    for path in shapes_folder.glob("*/*/*"):
-        copy = damaged / path.relative_to(shapes_folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, copy)
-    (first, *_) = sorted((damaged / "train").glob("*/*"))
-    first.unlink()
-    first.write_text("no image")
-    with streamed_config.unlocked():
-        streamed_config.data.source = f"folder:{damaged}"
-        streamed_config.data.num_workers = 0
-        streamed_config.data.max_labelled = 40
-    train.train_and_evaluate(streamed_config, tmp_path / "run")
+def test_a_run_counts_corrupt_files_once(streamed_config, damaged, tmp_path, capsys):
+    folder, first = damaged
+    c, workdir = streamed_config, tmp_path / "run"
+    c.data.source, c.data.num_workers, c.data.max_labelled = f"folder:{folder}", 0, 40
+    train.train_and_evaluate(c, workdir)
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    trained = [line for line in said if "the next was trained on instead" in line]
-    assert len(trained) == 1
-    assert f"1 of 160 images (the next was trained on instead) skipped: {first}" in trained[0]
-    assert newest_line(tmp_path / "run") == 22
-    write_report([tmp_path / "run"], tmp_path / "run", images=False)
-    report = (tmp_path / "run" / "report.md").read_text()
+    (trained,) = [line for line in said if "the next was trained on instead" in line]
+    assert f"1 of 160 images (the next was trained on instead) skipped: {first}" in trained
+    assert newest_line(workdir) == 22
+    write_report([workdir], workdir, images=False)
+    report = (workdir / "report.md").read_text()
     assert re.search(r"- step \d+: training images: 1 unreadable so far", report)
 
 
-def test_a_failing_disk_is_reported_as_the_data_source(streamed_config, tmp_path, monkeypatch):
+def test_a_failing_disk_is_reported_as_the_data_source(
+    streamed_config, damaged, tmp_path, monkeypatch
+):
     def read(records, row):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(streaming, "read_or_next", read)
-    streamed_config.data.num_workers, streamed_config.data.max_labelled = 0, 40
+    c = streamed_config
+    c.data.source, c.data.num_workers, c.data.max_labelled = f"folder:{damaged[0]}", 0, 40
     rule = r"^data.source='folder:.*': can no longer be read \(.*Input/output error"
     with pytest.raises(InputError, match=rule):
-        train.train_and_evaluate(streamed_config, tmp_path / "run")
-
-
-# TensorFlow Datasets
+        train.train_and_evaluate(c, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -318,37 +298,36 @@ def test_streamed_tfds_records_equal_resident_ones(tfds_dir, tmp_path):
 
 def test_a_set_of_unknown_size_is_prepared_for_streaming(tmp_path, monkeypatch):
     define_tiny_set("TinyAuto", [("train", 20), ("test", 6)], (4, 6, 3))
-    options = {"data_dir": str(tmp_path), "image_size": 8, "streaming": Streaming("auto")}
-    resident = open_source("tfds:tiny_auto", **options)
+    options = {"data_dir": str(tmp_path), "image_size": 8}
+    resident = open_source("tfds:tiny_auto", **options, streaming=Streaming("auto"))
     assert (resident.records, len(resident.load()[0].labels)) == (None, 20)
     monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 20 * 4 * 6 * 3 - 1)
-    options["streaming"] = Streaming("auto", max_labelled=5)
-    assert len(open_source("tfds:tiny_auto", **options).records) == 20
+    few = Streaming("auto", max_labelled=5)
+    assert len(open_source("tfds:tiny_auto", **options, streaming=few).records) == 20
 
 
 @pytest.mark.parametrize("num_corrupt", [1, 20])
 def test_corrupt_records_are_skipped_with_a_class_list(tfds_dir, tmp_path, capsys, num_corrupt):
     (path,) = pathlib.Path(tfds_dir).glob("*/*/*train*array_record*")
-    folder = tmp_path / "tiny_streamed" / path.parent.name
+    folder, classes = tmp_path / "tiny_streamed" / path.parent.name, tmp_path / "classes.txt"
     shutil.copytree(path.parent, folder)
+    classes.write_text("x\ny\n")
     # Invalid records in a valid file: a damaged file could not be opened at all.
     records = array_record_module.ArrayRecordReader(str(path)).read_all()
     writer = array_record_module.ArrayRecordWriter(str(folder / path.name), "group_size:1")
-    for i, record in enumerate(records):
-        writer.write(b"\xff" if i < num_corrupt else record)
+    for record in [b"\xff"] * num_corrupt + records[num_corrupt:]:
+        writer.write(record)
     writer.close()
-    classes = tmp_path / "classes.txt"
-    classes.write_text("x\ny\n")
+    opened = lambda: open_tfds(str(tmp_path), class_list=str(classes))
     if num_corrupt == 20:
         with pytest.raises(InputError, match=r"data.source='train\[0\]': cannot be read"):
-            open_tfds(str(tmp_path), class_list=str(classes))
+            opened()
         return
-    source = open_tfds(str(tmp_path), class_list=str(classes))
-    assert source.num_images == 19
+    source = opened()
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert "1 of 20 records of split train (their class is unknown) skipped: train[0] can" in said
-    assert len(source.load()[0].labels) == 19
-    open_tfds(str(tmp_path), class_list=str(classes))  # labels from the cache
+    assert source.num_images == len(source.load()[0].labels) == 19
+    opened()  # labels from the cache
     assert "skipped: train[0] can" in capsys.readouterr().err
 
 
@@ -370,57 +349,50 @@ def test_a_class_list_restricts_a_set_and_its_labels(tfds_dir, tmp_path):
 
 
 def test_a_class_list_is_found_beside_config_or_in_repository(tmp_path, monkeypatch):
+    shipped = "configs/imagenet100_classes.txt"
+    (tmp_path / "own" / "configs").mkdir(parents=True)
     (tmp_path / "configs").mkdir()
-    for name in ("here.txt", "configs/here.txt", "configs/beside.txt"):
+    for name in ("here.txt", "configs/here.txt", "configs/beside.txt", f"own/{shipped}"):
         (tmp_path / name).write_text("x\ny\n")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
 
-    def resolve(path):
+    def resolve(path, config_file="configs/own.py"):
         config = base_config().lock()
         config.data.class_list = path
-        class_list.resolve_class_list(config, "configs/own.py")
+        class_list.resolve_class_list(config, config_file)
         return config.data.class_list
 
-    monkeypatch.chdir(tmp_path)
     beside = str(tmp_path / "configs" / "beside.txt")
     assert resolve("beside.txt") == beside
     assert class_list.find_class_list(beside).exists()
-    shipped = "configs/imagenet100_classes.txt"
     for path in ("here.txt", "~/here.txt", "configs/here.txt", "none.txt", shipped, None):
         assert resolve(path) == path
     assert class_list.find_class_list(shipped) == REPOSITORY / "hjepa_jax" / shipped
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
     class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # no error here
-
-    own = tmp_path / "own" / "configs" / "imagenet100_classes.txt"  # same name as the shipped list
-    own.parent.mkdir(parents=True)
-    own.write_text("x\n")
-    config = base_config()
-    config.data.class_list = shipped
-    class_list.resolve_class_list(config, "own/c.py")
-    assert config.data.class_list == str(own)
+    assert resolve(shipped, "own/c.py") == str(tmp_path / "own" / shipped), "the user's own"
 
 
-def test_unused_splits_of_a_tfds_set_are_named(tfds_dir, tmp_path, capsys):
-    counts = "train 20 images in split train; test 6 images in split test; 3 classes (x, y, z)"
-    other = "; not used: 1 other splits (unlabelled)\n"
-    open_tfds(tfds_dir, "never")
-    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}{other}"
-    open_tfds(tfds_dir)
-    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}{other}"
-    open_tfds(tfds_dir, train_split="unlabelled")
-    counts = counts.replace("20 images in split train", "24 images in split unlabelled")
-    assert capsys.readouterr().err == f"tfds:tiny_streamed: {counts}\n"
+def test_unused_splits_of_a_tfds_set_are_named(tfds_dir, capsys):
+    unused = "; not used: 1 other splits (unlabelled)"
+    for when, split, num, rest in (
+        ("never", "train", 20, unused), ("always", "train", 20, unused),
+        ("always", "unlabelled", 24, ""),
+    ):  # fmt: skip
+        open_tfds(tfds_dir, when, train_split=None if split == "train" else split)
+        used = f"train {num} images in split {split}; test 6 images in split test; 3 classes"
+        assert capsys.readouterr().err == f"tfds:tiny_streamed: {used} (x, y, z){rest}\n"
 
 
-def test_a_streamed_set_without_test_split_holds_out_a_tenth(tmp_path, capsys):
+def test_a_streamed_set_without_test_split_holds_out_a_tenth(tmp_path):
     define_tiny_set("TinyUntested", [("train", 25)], (4, 6, 3))
     options = {"data_dir": str(tmp_path), "image_size": 8}
     for seed in (0, 1):
-        streamed = open_source(
-            "tfds:tiny_untested", **options, seed=seed, streaming=Streaming("always")
+        streamed, resident = (
+            open_source("tfds:tiny_untested", **options, seed=seed, streaming=Streaming(when))
+            for when in ("always", "never")
         )
-        resident = open_source("tfds:tiny_untested", **options, seed=seed)
         for split, other in zip(streamed.load(), resident.load(), strict=True):
             np.testing.assert_array_equal(split.images, other.images)
             np.testing.assert_array_equal(split.labels, other.labels)

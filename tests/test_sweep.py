@@ -2,7 +2,6 @@
 
 import csv
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
@@ -18,7 +17,7 @@ def tiny_sweep(shapes_npz, tmp_path, monkeypatch):
     path = tmp_path / "tiny.py"
     path.write_text(
         f"CONFIG, SHARED, SEEDS, NUM_FIT = 'shapes_tiny', {shared}, (0,), 60\n"
-        "ROWS = {'baseline': {}, 'mse': {'loss.kind': 'mse'}, 'broken': {'loss.kind': 'hope'}}\n"
+        "ROWS = {'broken': {'loss.kind': 'hope'}, 'mse': {'loss.kind': 'mse'}}\n"
     )
     monkeypatch.chdir(tmp_path)
     return path
@@ -35,7 +34,7 @@ def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
 
     def spied(x, y, test_x, test_y, **kwargs):
         fitted.append(y)
-        scored.append(test_y)
+        scored.append(test_y.tolist())
         return probe(x, y, test_x, test_y, **kwargs)
 
     monkeypatch.setattr(sweep, "linear_probe", spied)
@@ -44,12 +43,8 @@ def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
     sweep.make_row(found, "mse", 0, {}, results)
     (row,) = read(results)
     assert list(row) == list(sweep.COLUMNS)
-    assert (row["row"], row["seed"], row["config"], row["num_fit"]) == (
-        "mse",
-        "0",
-        "shapes_tiny",
-        "60",
-    )
+    expected = {"row": "mse", "seed": "0", "config": "shapes_tiny", "num_fit": "60"}
+    assert row | expected == row
     assert "loss.kind=mse" in row["overrides"]
     assert "model.width=16" in row["overrides"], "what all rows share is part of each"
     assert 0 <= float(row["linear_level_0"]) <= 100
@@ -57,7 +52,7 @@ def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
     every = np.asarray(np.load(found["SHARED"]["data.source"].removeprefix("npz:"))["train_labels"])
     config = sweep.row_config(found, found["SHARED"], 0)
     held_out = every[sweep.hold_out(len(every), num_val=config.eval.num_val)[1]]
-    assert [y.tolist() for y in scored] == [held_out.tolist()] * 2, "no test image"
+    assert scored == [held_out.tolist()] * 2, "no test image"
     assert not np.array_equal(np.sort(fitted[0]), np.sort(every[:60])), "drawn from all images"
 
     sweep.make_row(found, "mse", 0, {}, results)
@@ -98,12 +93,16 @@ def test_results_of_other_columns_are_refused(tiny_sweep):
 
 
 @pytest.mark.slow
-def test_a_row_that_fails_is_named_and_the_others_are_made(tiny_sweep):
-    command = [sys.executable, sweep.__file__, str(tiny_sweep)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "failed: broken 0"
-    assert {row["row"] for row in read(tiny_sweep.with_suffix(".csv"))} == {"baseline", "mse"}
-    result = subprocess.run([*command, "--row=no"], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "must be one of baseline, mse, broken" in result.stderr
+def test_a_row_that_fails_is_named_and_the_others_are_made(tiny_sweep, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [sweep.__file__, str(tiny_sweep)])
+    assert sweep.main() == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "failed: broken 0"
+    assert [row["row"] for row in read(tiny_sweep.with_suffix(".csv"))] == ["mse"]
+
+
+def test_an_unknown_row_is_refused(tiny_sweep, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [sweep.__file__, str(tiny_sweep), "--row=no"])
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    assert stop.value.code == 2
+    assert "must be one of broken, mse" in capsys.readouterr().err

@@ -26,10 +26,8 @@ def dead_cifar10(monkeypatch):
         monkeypatch.setattr(tfds.builder_cls("cifar10"), "url_infos", {url: None})
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    point_to(port)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        point_to(closed.getsockname()[1])
     return point_to
 
 
@@ -112,23 +110,19 @@ def define_tiny_set(name, splits, image_shape, labels=("x", "y"), unlabelled="")
     type(name, (tfds.core.GeneratorBasedBuilder,), {"__module__": __name__, **members})
 
 
-def test_images_of_varying_size_are_cropped(tmp_path):
-    define_tiny_set("TinyVarying", [("train", 6), ("validation", 3)], (None, None, 3))
-    source = open_here("tfds:tiny_varying", data_dir=str(tmp_path))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_varying_size_are_cropped(tmp_path, channels):
+    name = f"TinyVarying{'Grey' * (channels == 1)}"
+    define_tiny_set(name, [("train", 6), ("validation", 3)], (None, None, channels))
+    snake = "tfds:tiny_varying" + "_grey" * (channels == 1)
+    source = open_here(snake, data_dir=str(tmp_path))
     assert (source.info.num_train, source.info.num_test) == (6, 3)
     assert source.info.image_shape == (8, 8, 3)
     train, test = source.load()
     assert train.images.shape == (6, 8, 8, 3)
-    assert sorted(train.images[:, 0, 0, 0]) == [0, 10, 20, 30, 40, 50]
+    assert sorted(train.images[:, 7, 7, 2]) == [0, 10, 20, 30, 40, 50]
     np.testing.assert_array_equal(train.labels, train.images[:, 0, 0, 0] // 10 % 2)
     assert len(test.labels) == 3
-
-
-def test_grey_images_of_varying_size_become_rgb(tmp_path):
-    define_tiny_set("TinyGreyVarying", [("train", 2), ("test", 1)], (None, None, 1))
-    train, _ = open_here("tfds:tiny_grey_varying", data_dir=str(tmp_path)).load()
-    assert train.images.shape == (2, 8, 8, 3)
-    assert sorted(train.images[:, 7, 7, 2]) == [0, 10]
 
 
 def test_without_a_test_split_a_tenth_is_held_out(tmp_path):
@@ -213,15 +207,12 @@ def test_prepared_cifar10_has_its_usual_facts():
     np.testing.assert_allclose(means, [0.489, 0.482, 0.444], atol=0.004)
 
 
-@pytest.mark.parametrize("when", ["never", "always"])
-@pytest.mark.parametrize("has_validation", [True, False])
+@pytest.mark.parametrize(("when", "has_validation"), [("never", True), ("always", False)])
 def test_a_test_split_without_labels_is_skipped(tmp_path, capsys, when, has_validation):
-    name = f"TinyUnlabelled{when.title()}{has_validation}"
     splits = [("train", 20), ("test", 6)] + [("validation", 5)] * has_validation
-    define_tiny_set(name, splits, (4, 6, 3), unlabelled="test")
-    snake = f"tfds:tiny_unlabelled_{when}_{str(has_validation).lower()}"
-    source = open_here(snake, data_dir=str(tmp_path), streaming=Streaming(when))
-    train, test = source.load()
+    define_tiny_set(f"Tiny{when.title()}", splits, (4, 6, 3), unlabelled="test")
+    options = {"data_dir": str(tmp_path), "streaming": Streaming(when)}
+    train, test = open_here(f"tfds:tiny_{when}", **options).load()
     assert (len(train.labels), len(test.labels)) == ((20, 5) if has_validation else (18, 2))
     assert min(test.labels) >= 0
     said = capsys.readouterr().err

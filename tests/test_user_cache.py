@@ -15,12 +15,12 @@ def calls(tmp_path):
     """Returns `get(key)`, and the keys whose arrays were made."""
     made = []
 
-    def get(key):
+    def get(key, **options):
         def create():
             made.append(key)
             return {"x": np.arange(1000), "y": np.full(3, len(made))}
 
-        return user_cache.kept_arrays(key, create, folder=tmp_path)
+        return user_cache.kept_arrays(key, create, folder=tmp_path, **options)
 
     return get, made
 
@@ -35,18 +35,9 @@ def test_arrays_are_made_once_per_key(calls, capsys):
     assert other["y"][0] == 2
 
 
-def test_arrays_are_made_again_if_their_origin_changes(tmp_path):
-    made = []
-
-    def get(made_from):
-        def create():
-            made.append(made_from)
-            return {"x": np.full(3, len(made))}
-
-        options = {"made_from": made_from, "folder": tmp_path}
-        return user_cache.kept_arrays("cifar10", create, **options)["x"][0]
-
-    assert [get("a"), get("a"), get("b"), get("b"), get("a")] == [1, 1, 2, 2, 3]
+def test_arrays_are_made_again_if_their_origin_changes(calls, tmp_path):
+    found = [calls[0]("cifar10", made_from=origin)["y"][0] for origin in "aabba"]
+    assert found == [1, 1, 2, 2, 3]
     assert len(list(tmp_path.glob("data/*"))) == 1, "new arrays replace the old"
 
 
@@ -93,20 +84,17 @@ def test_a_damaged_cache_file_is_made_again(calls, tmp_path, damage):
     assert made == ["a", "a"]
 
 
-def test_without_write_access_nothing_is_cached(calls, tmp_path, capsys):
+@pytest.mark.parametrize("reason", ["without write access", "above the limit"])
+def test_arrays_that_cannot_be_kept_are_made_again(calls, tmp_path, monkeypatch, capsys, reason):
     get, made = calls
-    (tmp_path / "data").write_text("in the way")
+    if reason == "above the limit":
+        monkeypatch.setattr(user_cache, "MAX_KEPT_BYTES", 100)
+    else:
+        (tmp_path / "data").write_text("in the way")
     get("a"), get("a")
     assert made == ["a", "a"]
     assert not capsys.readouterr().err
-
-
-def test_arrays_above_the_limit_are_not_cached(calls, tmp_path, monkeypatch):
-    get, made = calls
-    monkeypatch.setattr(user_cache, "MAX_KEPT_BYTES", 100)
-    get("a"), get("a")
-    assert made == ["a", "a"]
-    assert not list(tmp_path.rglob("*"))
+    assert not [path for path in tmp_path.rglob("*") if path != tmp_path / "data"]
 
 
 def test_the_users_compilation_cache_is_respected(monkeypatch):
