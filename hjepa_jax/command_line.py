@@ -1,5 +1,6 @@
 """Parses flags: help page, repeated flags, overrides of a config, config files."""
 
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path, tuple_parser
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from hjepa_jax.data.sides import Amount
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.paths import expanded
 
@@ -251,11 +253,24 @@ class _Tuple(flags.ArgumentParser):
         return "tuple"
 
 
+class _Amount(flags.ArgumentParser):
+    """Reads a whole number or a fraction, which `validate` checks."""
+
+    syntactic_help = "a whole number or a fraction"
+
+    def parse(self, argument: Any) -> float:
+        """Returns an int if the text is one."""
+        with contextlib.suppress(ValueError):
+            return int(argument) if isinstance(argument, str) else argument
+        return float(argument)
+
+
 # "none" is also a value of loss.regularizer and other string fields: see `_reset_none`.
 for _kind, _parser in (
     (int, _OrNone(flags.IntegerParser())),
     (float, _OrNone(flags.FloatParser())),
     (tuple, _OrNone(_Tuple())),
+    (Amount, _OrNone(_Amount())),
     (str, _OrNone(flags.ArgumentParser(), any_case=False)),
 ):
     config_flags.register_flag_parser_for_type(_kind, _parser)

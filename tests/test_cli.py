@@ -117,9 +117,11 @@ def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_pat
         "num_steps",
         "steps_per_epoch",
         "flops_per_image",
+        "step_bytes",
         "platform",
     }
     assert sizes["num_patches"] == 16
+    assert sizes["step_bytes"] > 240 * 16 * 16 * 3  # the images alone
     assert sizes["steps_per_epoch"] == 15
     assert not (tmp_path / "run").exists()
 

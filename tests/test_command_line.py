@@ -9,14 +9,20 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import cli, command_line, main
+from hjepa_jax import cli, main
 from hjepa_jax.config import base_config
-from hjepa_jax.config.fields import flatten, get_field
+from hjepa_jax.config.fields import field_types, flatten, get_field
 from hjepa_jax.config.validation import validate
+from hjepa_jax.data.sides import Amount
 from hjepa_jax.errors import InputError
 
 SHAPES = "--config=configs/shapes_tiny.py"
-OPTIONAL = [f for f, value in flatten(base_config().to_dict()).items() if value is None]
+KINDS = field_types(base_config())
+OPTIONAL = [
+    field
+    for field, default in flatten(base_config().to_dict()).items()
+    if default is None or KINDS[field] is Amount
+]
 
 
 def parse(*arguments, define=lambda values: None):
@@ -35,9 +41,8 @@ def parse(*arguments, define=lambda values: None):
 def all_fields_set(tmp_path):
     """A config file that sets every optional field."""
     path = tmp_path / "own.py"
-    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,)}
-    kinds = command_line._config_types()
-    lines = [f"    c.{field} = {examples[kinds[field]]!r}" for field in OPTIONAL]
+    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,), Amount: 0.5}
+    lines = [f"    c.{field} = {examples[KINDS[field]]!r}" for field in OPTIONAL]
     text = "from hjepa_jax.config import base_config\ndef get_config():\n    c = base_config()\n"
     path.write_text("\n".join([text, *lines, "    return c.lock()\n"]))
     return path
@@ -52,6 +57,19 @@ def test_every_optional_field_can_be_set_back_to_none(all_fields_set, word):
     config = parse(f"--config={all_fields_set}", *overrides).config
     assert {field: get_field(config, field) for field in OPTIONAL} == dict.fromkeys(OPTIONAL)
     validate(config)
+
+
+def test_a_list_of_classes_that_a_config_sets_can_be_taken_back():
+    config = parse("--config=imagenet100_small", "--config.data.class_list=None").config
+    assert config.data.class_list is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("16", 16), ("0.25", 0.25), ("1e-1", 0.1)])
+def test_an_amount_is_a_count_or_a_fraction(text, value):
+    found = parse("--config=cifar10_tiny", f"--config.mask.num_context={text}").config
+    assert found.mask.num_context == value
+    assert type(found.mask.num_context) is type(value)
+    validate(found)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,7 @@ def test_none_stays_a_string_in_fields_that_allow_it():
         ("--noconfig.log.raport", "--config.log.raport: is not a field of a config; did you mean "
          "--config.log.report?"),
         ("--config.optim.learning_rate=fast", "optim.learning_rate='fast': must be a number"),
+        ("--config.mask.num_context=half", "mask.num_context='half': must be a whole number, at "),
         ("--config.train.batch_size=2.5", "train.batch_size='2.5': must be a whole number"),
         ("--config.mask.scale=(1,", "mask.scale='(1,': must be a tuple of numbers"),
         ("--config.model=1", "model='1': is a group of fields"),

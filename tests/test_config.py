@@ -319,6 +319,10 @@ def test_every_option_changes_what_is_built():
         ("data.local_views", 2),  # without agreement
         ("data.local_views", -1),
         ("data.local_patches", 0),
+        ("data.local_patches", 0.0),
+        ("data.local_size", 1.5),
+        ("mask.num_context", 1.0),
+        ("mask.num_context", True),
         ("loss.agreement_weight", 1.0),  # without a second view
         ("loss.agreement_weight", -1.0),
         ("loss.spread_weight", -1.0),
@@ -611,7 +615,7 @@ def test_a_config_json_comes_back_as_saved_with_defaults_for_missing_fields(tmp_
         group, name = field.split(".")
         saved[group][name] = value
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert differing_fields(load_config(tmp_path).to_dict(), config.to_dict()) == []
+    assert differing_fields(load_config(tmp_path), config) == []
 
 
 def test_a_workdir_that_cannot_be_looked_at_is_refused_by_name(tmp_path):
@@ -667,10 +671,44 @@ def test_only_fields_that_matter_count_as_another_config():
     old, new = base_config(), base_config()
     new.log.every_steps, new.train.steps_per_call, new.data.dir = 7, 5, "elsewhere"
     new.data.num_workers = 9
-    assert differing_fields(old.to_dict(), new.to_dict()) == []
+    assert differing_fields(old, new) == []
     new.mask.scale = (0.1, 0.2)
     new.seed = 3
-    assert differing_fields(old.to_dict(), new.to_dict()) == ["mask.scale", "seed"]
+    assert differing_fields(old, new) == ["mask.scale", "seed"]
+
+
+def sizes_of(config):
+    local = build.build_local_views(config)
+    return build.build_masks(config).context_capacity, local.num_patches, local.augment.image_size
+
+
+def test_fractions_follow_the_patches_and_the_sides_of_the_image():
+    config = load("cifar10_tiny")
+    assert sizes_of(config) == (16, 16, 32)
+    counted = load("cifar10_tiny").unlock()
+    counted.mask.num_context, counted.data.local_patches, counted.data.local_size = 16, 16, 32
+    assert sizes_of(counted) == (16, 16, 32)
+    assert differing_fields(config, counted) == []  # the same run
+    for c in (config, counted):
+        c.data.image_size = 64
+    assert sizes_of(config) == (64, 64, 64)
+    assert sizes_of(counted) == (16, 16, 32)
+    changed = ["data.local_patches", "data.local_size", "mask.num_context"]
+    assert differing_fields(config, counted) == changed
+    config.data.local_size = 0.3  # 4.8 of 16 patches of 4 pixels
+    assert sizes_of(config) == (64, 6, 20)
+
+
+def test_a_small_context_and_a_large_step_are_warned_of(tiny_config, monkeypatch, capsys):
+    run.describe(tiny_config)
+    assert "warning" not in capsys.readouterr().err
+    tiny_config.mask.num_context = 1
+    monkeypatch.setattr("hjepa_jax.runs.limits.device_bytes", lambda device: 2**19)
+    assert run.describe(tiny_config)["step_bytes"] > 2**19
+    few, large = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert few.startswith("warning: mask.num_context shows the encoder 1 of the 16 patches of an")
+    assert large.startswith("warning: a step needs 0.0 GiB by XLA's estimate, and each cpu device")
+    assert "train.batch_size=16" in large
 
 
 @pytest.mark.parametrize("regularizer", ["vicreg", "sigreg"])

@@ -11,6 +11,7 @@ import optax
 
 from hjepa_jax.config.defaults import Config, encoder_size
 from hjepa_jax.config.fields import MAX_NUMBER, get_field
+from hjepa_jax.config.sizes import local_sides, num_context, num_local_patches
 from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.errors import InputError
@@ -133,7 +134,7 @@ def build_masks(config: Config) -> MaskSampler:
         "scale": tuple(c.scale),
         "context_scale": tuple(c.context_scale),
         "context_aspect_ratio": tuple(c.context_aspect_ratio),
-        "num_context": c.num_context,
+        "num_context": num_context(config),
     }
     align_level = num_levels - 1 if c.align_level is None else c.align_level
     if c.kind == "random":
@@ -184,9 +185,11 @@ def build_local_views(config: Config) -> LocalViews | None:
     if not c.local_views:
         return None
     augment = dataclasses.replace(
-        build_augment(config), image_size=c.local_size, crop_scale=tuple(c.local_crop_scale)
+        build_augment(config),
+        image_size=local_sides(config)[0],
+        crop_scale=tuple(c.local_crop_scale),
     )
-    return LocalViews(c.local_views, augment, c.local_patches)
+    return LocalViews(c.local_views, augment, num_local_patches(config))
 
 
 def build_objective(config: Config) -> Objective:

@@ -3,14 +3,22 @@
 from typing import Any
 
 from flax import traverse_util
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
+from hjepa_jax.data.sides import Amount
 from hjepa_jax.errors import InputError
 
 # No number of a config lies beyond: steps are counted in int32.
 MAX_NUMBER = 2**31 - 1
 
+
+def amount(default: float | None) -> Any:
+    """Returns a field of type `Amount`."""
+    return FieldReference(default, field_type=Amount)
+
+
 RULES = {
+    Amount: f"must be a whole number, at most {MAX_NUMBER}, or a fraction in (0, 1), or None",
     bool: "must be true or false",
     int: f"must be a whole number, at most {MAX_NUMBER} in size",
     float: f"must be a number, finite and at most {MAX_NUMBER} in size",
@@ -22,7 +30,7 @@ RULES = {
 def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
     """Checks that the fields are the fields of `defaults`, with the types that they have there.
 
-    Only a field that is None in `defaults` may be None. Rules that come after can compare and count
+    Only an `Amount` and a field that is None in `defaults` may be None. Rules that come after can compare and count
     without a thought for what they are given.
 
     Raises:
@@ -52,6 +60,8 @@ def is_a(kind: type, value: Any) -> bool:
     """Whether a field of type `kind` may hold `value`."""
     if kind is tuple:  # the name of a schedule may be among the numbers
         return isinstance(value, tuple) and all(is_a(float, v) or is_a(str, v) for v in value)
+    if kind is Amount:
+        return value is None or is_a(int, value) or (is_a(float, value) and 0 < value < 1)
     if kind in (int, float):  # bool is an int to Python, and not to us; NaN compares false
         allowed = (int, float) if kind is float else int
         is_number = isinstance(value, allowed) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hjepa_jax.config.defaults import SIZES, Config, base_config, encoder_size
 from hjepa_jax.config.fields import check_types, get_field, is_a
+from hjepa_jax.config.sizes import local_sides, num_local_patches
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.losses import PREDICTION_LOSSES
 from hjepa_jax.method.objective import SPREAD_MOMENTS
@@ -185,13 +186,13 @@ def _data_relations(c: Config) -> Relations:
     yield "data.class_list", alone, "needs the split train, data.train_split=None"
     words = f"must be a multiple of model.patch_size={c.model.patch_size}"
     yield "data.image_size", c.data.image_size % c.model.patch_size == 0, words
-    side, rest = divmod(c.data.local_size, c.model.patch_size)
-    fits = 1 <= side <= MAX_SIDE and rest == 0
+    patch_size, (height, width) = c.model.patch_size, local_sides(c)
+    fits = all(s % patch_size == 0 and 1 <= s // patch_size <= MAX_SIDE for s in (height, width))
     words = f"must be 1 to {MAX_SIDE} patches of model.patch_size={c.model.patch_size} pixels"
     yield "data.local_size", fits or not c.data.local_views, words
-    shown = c.data.local_patches
-    words = f"must be from 1 to {side**2}, the patches of data.local_size={c.data.local_size}"
-    yield "data.local_patches", shown is None or 1 <= shown <= side**2, words
+    shown, total = num_local_patches(c), height * width // patch_size**2
+    words = f"must be from 1 to {total}, the patches of data.local_size={c.data.local_size}"
+    yield "data.local_patches", shown is None or 1 <= shown <= total, words
     words = "needs loss.agreement_weight above 0: only the agreement reads local views"
     yield "data.local_views", _agrees(c) or not c.data.local_views, words
 
