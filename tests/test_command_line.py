@@ -13,7 +13,7 @@ from hjepa_jax import cli, main
 from hjepa_jax.config import base_config
 from hjepa_jax.config.fields import field_types, flatten, get_field
 from hjepa_jax.config.validation import validate
-from hjepa_jax.data.sides import Amount
+from hjepa_jax.data.sides import AMOUNT
 from hjepa_jax.errors import InputError
 
 SHAPES = "--config=configs/shapes_tiny.py"
@@ -21,7 +21,7 @@ KINDS = field_types(base_config())
 OPTIONAL = [
     field
     for field, default in flatten(base_config().to_dict()).items()
-    if default is None or KINDS[field] is Amount
+    if default is None or KINDS[field] == AMOUNT
 ]
 
 
@@ -41,7 +41,7 @@ def parse(*arguments, define=lambda values: None):
 def all_fields_set(tmp_path):
     """A config file that sets every optional field."""
     path = tmp_path / "own.py"
-    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,), Amount: 0.5}
+    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,), AMOUNT: 0.5}
     lines = [f"    c.{field} = {examples[KINDS[field]]!r}" for field in OPTIONAL]
     text = "from hjepa_jax.config import base_config\ndef get_config():\n    c = base_config()\n"
     path.write_text("\n".join([text, *lines, "    return c.lock()\n"]))

@@ -155,10 +155,11 @@ def test_masks_tint_targets_and_darken_dropped_patches():
 def test_pca_maps_show_similar_features_in_similar_colours():
     images = np.zeros((1, 8, 8, 3), np.float32)
     features = np.random.default_rng(0).normal(size=(2, 6))
-    tokens = features[[0, 0, 1, 1]][None]
+    tokens = features[[0, 0, 0, 1, 1, 1]].reshape(1, 2, 3, 6)
     shown = np.asarray(image_figures.pca_maps(images, [tokens]).axes[1].images[0].get_array())
-    np.testing.assert_allclose(shown[0, 0], shown[0, 1], atol=1e-6)
-    assert np.abs(shown[0, 0] - shown[1, 0]).max() > 0.5
+    assert shown.shape == (2, 3, 3)
+    np.testing.assert_allclose(shown[0, 0], shown[0, 2], atol=1e-6)
+    assert np.abs(shown[0, 2] - shown[1, 0]).max() > 0.5
 
 
 def test_principal_components_match_an_svd():
@@ -179,15 +180,16 @@ def test_cosine_maps_omit_unpredicted_patches():
 
 
 def test_similarity_is_one_at_the_framed_patch():
-    tokens = np.random.default_rng(0).normal(size=(2, 9, 5))
-    figure = image_figures.similarity_maps(np.zeros((2, 9, 9, 3), np.float32), tokens, [4, 7])
+    tokens = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    images, patches = np.zeros((2, 9, 12, 3), np.float32), [(1, 1), (2, 3)]
+    figure = image_figures.similarity_maps(images, tokens, patches)
     for i in range(2):
-        axes = figure.axes[2 * 2 + i]  # third row: patch 7
+        axes = figure.axes[2 * 2 + i]  # third row: the second patch
         shown = np.asarray(axes.images[0].get_array())
-        assert shown[2, 1] == pytest.approx(1.0)
-        a, b = tokens[i, 7], tokens[i, 0]
+        assert shown[2, 3] == pytest.approx(1.0)
+        a, b = tokens[i, 2, 3], tokens[i, 0, 0]
         assert shown[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        assert axes.patches[0].get_xy() == (0.5, 1.5)
+        assert axes.patches[0].get_xy() == (2.5, 1.5)
 
 
 def test_attention_is_in_percent_of_all_patches():

@@ -1,9 +1,7 @@
 """Sizes as a config may give them: sides of squares and rectangles, counts and fractions.
 
-`Amount` is the type of config fields. This module loads no JAX.
+`AMOUNT` and `SIDES` are types of config fields. This module loads no JAX.
 """
-
-import abc
 
 # Sides of an image in pixels, or of a grid in patches: one of a square, or (height, width).
 Sides = int | tuple[int, int]
@@ -14,9 +12,5 @@ def pair(sides: Sides) -> tuple[int, int]:
     return (sides, sides) if isinstance(sides, int) else (sides[0], sides[1])
 
 
-class Amount(abc.ABC):
-    """A whole number, a fraction in (0, 1), or None for automatic."""
-
-
-Amount.register(int)
-Amount.register(float)
+# Types of config fields: a whole number, a fraction in (0, 1), or None for automatic; `Sides`.
+AMOUNT, SIDES = (int, float), (int, tuple)
