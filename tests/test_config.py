@@ -43,6 +43,8 @@ def test_the_documented_configs_exist():
         "m1_max_quick_val",
         "m1_max_full_20epoch",
         "m1_max_full_100epoch",
+        "photos_96",
+        "photos_224",
         "stl10_small",
         "imagenet100_small",
         "imagenet_base",

@@ -164,12 +164,14 @@ def describe(config: Config) -> dict[str, Any]:
     validate(config)
     config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    whole = config.copy_and_resolve_references()
-    whole.optim.accumulation_steps = 1  # XLA's cost analysis counts a loop body once
     source = open_config_source(config, may_download=False)
-    num_bytes = step_bytes(build_run(config, source).compile()[0])
+    run = build_run(config, source)
+    num_bytes = step_bytes(run.compile()[0])
     warn_of_sizes(config, num_bytes)
-    run = build_run(whole, source)
+    if config.optim.accumulation_steps > 1:  # XLA's cost analysis counts a loop body once
+        whole = config.copy_and_resolve_references()
+        whole.optim.accumulation_steps = 1
+        run = build_run(whole, source)
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
