@@ -686,19 +686,19 @@ def sizes_of(config):
 
 def test_fractions_follow_the_patches_and_the_sides_of_the_image():
     config = load("cifar10_tiny")
-    assert sizes_of(config) == (16, 16, 32)
+    assert sizes_of(config) == (16, 16, (32, 32))
     counted = load("cifar10_tiny").unlock()
     counted.mask.num_context, counted.data.local_patches, counted.data.local_size = 16, 16, 32
-    assert sizes_of(counted) == (16, 16, 32)
+    assert sizes_of(counted) == (16, 16, (32, 32))
     assert differing_fields(config, counted) == []  # the same run
     for c in (config, counted):
         c.data.image_size = 64
-    assert sizes_of(config) == (64, 64, 64)
-    assert sizes_of(counted) == (16, 16, 32)
+    assert sizes_of(config) == (64, 64, (64, 64))
+    assert sizes_of(counted) == (16, 16, (32, 32))
     changed = ["data.local_patches", "data.local_size", "mask.num_context"]
     assert differing_fields(config, counted) == changed
     config.data.local_size = 0.3  # 4.8 of 16 patches of 4 pixels
-    assert sizes_of(config) == (64, 6, 20)
+    assert sizes_of(config) == (64, 6, (20, 20))
 
 
 def test_a_small_context_and_a_large_step_are_warned_of(tiny_config, monkeypatch, capsys):
