@@ -107,5 +107,5 @@ def fitted(image: Image.Image, image_size: Sides) -> UInt8[np.ndarray, "S T 3"]:
 
     `hjepa_jax.data.augment` takes the same crop of stored images of another shape.
     """
-    size = pair(image_size)[::-1]
-    return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
+    height, width = pair(image_size)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))
