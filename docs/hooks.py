@@ -21,6 +21,7 @@ def config_fields() -> list[tuple[str, str, str]]:
         if field and field[2] != "ConfigDict()":
             name, default, beside = field.groups()
             default = "None" if default.startswith("placeholder") else default
+            default = re.sub(r"^(?:amount|sides)\((.*)\)$", r"\1", default)
             comment = ". ".join(filter(None, [beside, *above[:1], " ".join(above[1:])]))
             found.append((name, default, comment))
         above = []

@@ -9,7 +9,6 @@ names, probabilities = encoder.predict("cat.jpg")  # if the run was fine-tuned
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,10 @@ from jaxtyping import Float, Int
 from scipy.special import softmax
 
 from hjepa_jax.config import Config, build
+from hjepa_jax.config.sizes import grid_of
 from hjepa_jax.data.given import GivenImages, images_of
 from hjepa_jax.data.records import Decoded, Images
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.classifier_file import read_classifier
 from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
@@ -39,7 +40,7 @@ class Encoder:
 
     Attributes:
       params: its parameters.
-      image_size: S, side of its input images, pixels.
+      image_size: side of its input images in pixels, or (height, width).
       batch_size: images per call of the encoder.
       embed_fn: jitted `embed_fn(params, uint8 [B, S, S, 3])`.
       tokens_fn: the same for the tokens of the patches, {"tokens": [B, N, D]}.
@@ -50,7 +51,7 @@ class Encoder:
     """
 
     params: Any
-    image_size: int
+    image_size: Sides
     batch_size: int
     embed_fn: EmbedFn
     tokens_fn: EmbedFn | None = None
@@ -65,14 +66,13 @@ class Encoder:
 
     def feature_names(self) -> list[str]:
         """Names of the features that `embed` returns."""
-        size = self.image_size
-        images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        images = jax.ShapeDtypeStruct((1, *pair(self.image_size), 3), np.uint8)
         return [*jax.eval_shape(self.embed_fn, self.params, images)]
 
     def embed(self, images: Any) -> Features:
         """Returns the features of images, one row per image, also for a single image.
 
-        Images of another size than the encoder's are resized (bicubic, shorter side) and cropped at
+        Images of another size than the encoder's are resized (bicubic) to cover it, and cropped at
         the centre.
 
         Args:
@@ -89,7 +89,7 @@ class Encoder:
         """
         return self.embed_records(self._given(images), stop_at_error=True)[0]
 
-    def tokens(self, images: Any) -> Float[np.ndarray, "B G G D"]:
+    def tokens(self, images: Any) -> Float[np.ndarray, "B gh gw D"]:
         """Returns the tokens of all patches of images, after the last LayerNorm.
 
         Args:
@@ -134,13 +134,12 @@ class Encoder:
 
     def token_records(
         self, records: Images, *, stop_at_error: bool = False
-    ) -> tuple[Float[np.ndarray, "n G G D"], Int[np.ndarray, " n"], list[InputError]]:
+    ) -> tuple[Float[np.ndarray, "n gh gw D"], Int[np.ndarray, " n"], list[InputError]]:
         """Returns the same as `tokens`, for records; see `embed_records`."""
         assert self.tokens_fn is not None
         found, rows, errors = self._extract(self.tokens_fn, records, "", stop_at_error)
         tokens = found["tokens"]
-        side = math.isqrt(tokens.shape[1])
-        return tokens.reshape(len(tokens), side, side, -1), rows, errors
+        return tokens.reshape(len(tokens), *grid_of(self.config), -1), rows, errors
 
     def embed_records(
         self, records: Images, *, what: str = "", stop_at_error: bool = False

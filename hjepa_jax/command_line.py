@@ -1,5 +1,6 @@
 """Parses flags: help page, repeated flags, overrides of a config, config files."""
 
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path, tuple_parser
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from hjepa_jax.data.sides import AMOUNT, SIDES
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.paths import expanded
 
@@ -251,11 +253,35 @@ class _Tuple(flags.ArgumentParser):
         return "tuple"
 
 
+class _Amount(flags.ArgumentParser):
+    """Reads a whole number or a fraction, which `validate` checks."""
+
+    syntactic_help = "a whole number or a fraction"
+
+    def parse(self, argument: Any) -> float:
+        """Returns an int if the text is one."""
+        with contextlib.suppress(ValueError):
+            return int(argument) if isinstance(argument, str) else argument
+        return float(argument)
+
+
+class _Sides(_Tuple):
+    """Reads a whole number, or (height, width)."""
+
+    def parse(self, argument: Any) -> Any:
+        """Returns an int if the text is one."""
+        with contextlib.suppress(ValueError, TypeError):
+            return int(argument)
+        return super().parse(argument)
+
+
 # "none" is also a value of loss.regularizer and other string fields: see `_reset_none`.
 for _kind, _parser in (
     (int, _OrNone(flags.IntegerParser())),
     (float, _OrNone(flags.FloatParser())),
     (tuple, _OrNone(_Tuple())),
+    (AMOUNT, _OrNone(_Amount())),
+    (SIDES, _OrNone(_Sides())),
     (str, _OrNone(flags.ArgumentParser(), any_case=False)),
 ):
     config_flags.register_flag_parser_for_type(_kind, _parser)
@@ -306,7 +332,7 @@ def _override_message(argv: list[str], error: BaseException) -> str:
     return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
 
 
-def _config_types() -> dict[str, type]:
+def _config_types() -> dict[str, Any]:
     """Returns the type of each field of a config; loads JAX."""
     from hjepa_jax.config import base_config
     from hjepa_jax.config.fields import field_types

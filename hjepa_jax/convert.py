@@ -31,6 +31,7 @@ _DATA = flags.DEFINE_string("data", None, "Data set to judge it on: a data.sourc
 
 def main() -> None:
     """Runs the command."""
+    from hjepa_jax.data.sides import pair
     from hjepa_jax.exchange.convert import convert
     from hjepa_jax.runtime.backend import select_platform
 
@@ -42,10 +43,10 @@ def main() -> None:
         num_heads=_NUM_HEADS.value,
         data=_DATA.value,
     )
-    c, size = config.model, config.data.image_size
+    c, (height, width) = config.model, pair(config.data.image_size)
     print(
         f"{_WORKDIR.value}: width {c.width}, {c.depth} blocks, {c.num_heads} heads, patches of "
-        f"{c.patch_size} pixels, images {size}x{size}, mean {tuple(config.data.mean)}"
+        f"{c.patch_size} pixels, images {height}x{width}, mean {tuple(config.data.mean)}"
     )
     print(f"judge it: python -m hjepa_jax.probe --workdir={_WORKDIR.value} --data=SOURCE")
 

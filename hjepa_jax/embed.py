@@ -18,7 +18,7 @@ If the input has no test split, one is drawn as in training. So if the run was t
 `test_files` are the files that it never saw.
 
 `hjepa_jax.load(DIR).embed(images)` returns the same features in Python. Images of another size than
-the encoder's are resized (bicubic, shorter side) and cropped at the centre.
+the encoder's are resized to cover it (bicubic) and cropped at the centre.
 """
 
 from absl import flags

@@ -103,14 +103,15 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
     import numpy as np
 
     from hjepa_jax.config import build
+    from hjepa_jax.data.sides import pair
     from hjepa_jax.runtime import provenance
     from hjepa_jax.runtime.backend import PLUGINS, current_rules, version
 
-    batch_size, size = config.train.batch_size, config.data.image_size
+    batch_size = config.train.batch_size
     schedules = build.build_schedules(config, 10 * batch_size)
     model, tx = build.build_model(config), build.build_optimizer(config, schedules)
     train_step = build.build_train_step(config, model, tx, schedules)
-    shape = (batch_size, size, size, 3)
+    shape = (batch_size, *pair(config.data.image_size), 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
     with jax.default_device(cpu):

@@ -26,10 +26,10 @@ ON_ONE_JAX = {
     "test_intervals", "test_labelled", "test_layering", "test_layouts", "test_logging",
     "test_lowshot", "test_names", "test_npz_source", "test_other_jax", "test_package",
     "test_paths", "test_pipeline", "test_predict", "test_projector", "test_protocols",
-    "test_published", "test_quality", "test_report", "test_results_table", "test_run_dir",
-    "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_snapshot",
-    "test_sources", "test_stop_signals", "test_streaming", "test_suite", "test_sweep",
-    "test_test_split", "test_tfds_source", "test_user_cache", "test_warm_start",
+    "test_published", "test_quality", "test_rectangles", "test_report", "test_results_table",
+    "test_run_dir", "test_run_facts", "test_scaling", "test_seeds", "test_shapes",
+    "test_snapshot", "test_sources", "test_stop_signals", "test_streaming", "test_suite",
+    "test_sweep", "test_test_split", "test_tfds_source", "test_user_cache", "test_warm_start",
     "test_whole_files",
 }  # fmt: skip
 

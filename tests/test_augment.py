@@ -14,7 +14,7 @@ from hjepa_jax.data.augment import (
     resize_and_normalize,
     shift_hue,
 )
-from hjepa_jax.data.base import square
+from hjepa_jax.data.base import fitted
 from hjepa_jax.evaluation.features import embed_pixels
 
 RNG = np.random.default_rng(0)
@@ -58,7 +58,7 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
     """The program shows of stored images the same square as the reader of files cuts out."""
     rng = np.random.default_rng(1)
     smooth = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(shape[::-1])
-    expected, expected_32 = (square(smooth, size) / 255.0 for size in (16, 32))
+    expected, expected_32 = (fitted(smooth, size) / 255.0 for size in (16, 32))
     squashed = np.asarray(smooth.resize((16, 16))) / 255.0
     assert np.abs(squashed - expected).max() > 0.3
     images = jnp.asarray(np.asarray(smooth))[None]
@@ -72,10 +72,25 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
     np.testing.assert_allclose(pixels, expected_32, atol=0.04)
 
 
+@pytest.mark.parametrize("shape", [(32, 80), (50, 40), (24, 40), (12, 20)])
+def test_an_image_of_another_shape_is_cut_to_the_rectangle_and_never_squashed(shape):
+    rng = np.random.default_rng(1)
+    smooth = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(shape[::-1])
+    expected = fitted(smooth, (12, 20)) / 255.0
+    assert expected.shape == (12, 20, 3)
+    images = jnp.asarray(np.asarray(smooth))[None]
+    for got in (
+        resize_and_normalize(images, image_size=(12, 20), **UNIT),
+        Augment((12, 20), **UNIT)(RNGS[:1], images),
+        Augment((12, 20), **UNIT, crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0))(RNGS[:1], images),
+    ):
+        np.testing.assert_allclose(got[0], expected, atol=0.05)  # the last has a linear filter
+
+
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (32, 16), (33, 20), (16, 40), (8, 56)])
 def test_stored_images_are_resized_as_image_files_are(side, size):
     stored = np.random.default_rng(2).integers(0, 256, (side, side, 3), np.uint8)
-    expected = square(Image.fromarray(stored), size) / 255.0
+    expected = fitted(Image.fromarray(stored), size) / 255.0
     got = resized(jnp.asarray(stored)[None], image_size=size, **UNIT)[0]
     np.testing.assert_allclose(got, expected, atol=1.6 / 255)  # Pillow rounds twice
     linear = crop(jnp.asarray(stored) / 255.0, 0.0, 0.0, side, side, size=size)

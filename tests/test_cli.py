@@ -91,9 +91,10 @@ def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_pat
     result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
-    names = "params_total params_trainable num_patches num_levels num_context num_steps"
+    names = "params_total params_trainable num_patches num_levels num_context num_steps step_bytes"
     assert set(sizes) == {*f"{names} steps_per_epoch flops_per_image platform".split()}
     assert (sizes["num_patches"], sizes["steps_per_epoch"]) == (16, 15)
+    assert sizes["step_bytes"] > 240 * 16 * 16 * 3  # the images alone
     assert not (tmp_path / "run").exists()
 
 

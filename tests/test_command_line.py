@@ -9,14 +9,20 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from hjepa_jax import cli, command_line, main
+from hjepa_jax import cli, main
 from hjepa_jax.config import base_config
-from hjepa_jax.config.fields import flatten, get_field
+from hjepa_jax.config.fields import field_types, flatten, get_field
 from hjepa_jax.config.validation import validate
+from hjepa_jax.data.sides import AMOUNT
 from hjepa_jax.errors import InputError
 
 SHAPES = "--config=configs/shapes_tiny.py"
-OPTIONAL = [f for f, value in flatten(base_config().to_dict()).items() if value is None]
+KINDS = field_types(base_config())
+OPTIONAL = [
+    field
+    for field, default in flatten(base_config().to_dict()).items()
+    if default is None or KINDS[field] == AMOUNT
+]
 
 
 def parse(*arguments, define=lambda values: None):
@@ -32,9 +38,8 @@ def parse(*arguments, define=lambda values: None):
 def all_fields_set(tmp_path):
     """A config file that sets every optional field."""
     path = tmp_path / "own.py"
-    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,)}
-    kinds = command_line._config_types()
-    lines = [f"    c.{field} = {examples[kinds[field]]!r}" for field in OPTIONAL]
+    examples = {int: 1, float: 1.0, str: "x", tuple: (1.0,), AMOUNT: 0.5}
+    lines = [f"    c.{field} = {examples[KINDS[field]]!r}" for field in OPTIONAL]
     text = "from hjepa_jax.config import base_config\ndef get_config():\n    c = base_config()\n"
     path.write_text("\n".join([text, *lines, "    return c.lock()\n"]))
     return path
@@ -49,6 +54,19 @@ def test_every_optional_field_can_be_set_back_to_none(all_fields_set, word):
     config = parse(f"--config={all_fields_set}", *overrides).config
     assert {field: get_field(config, field) for field in OPTIONAL} == dict.fromkeys(OPTIONAL)
     validate(config)
+
+
+def test_a_list_of_classes_that_a_config_sets_can_be_taken_back():
+    config = parse("--config=imagenet100_small", "--config.data.class_list=None").config
+    assert config.data.class_list is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("16", 16), ("0.25", 0.25), ("1e-1", 0.1)])
+def test_an_amount_is_a_count_or_a_fraction(text, value):
+    found = parse("--config=cifar10_tiny", f"--config.mask.num_context={text}").config
+    assert found.mask.num_context == value
+    assert type(found.mask.num_context) is type(value)
+    validate(found)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +102,9 @@ def test_none_stays_a_string_in_fields_that_allow_it():
         ("--config.mask.scale=" + "-" * 9_999 + "1", ""),
         ("--config.data.mean[0]=x", "data.mean[0]='x': must be a number"),
         ("--config.model.width=" + "9" * 5_000, "999...': must be a whole number"),
+        ("--config.mask.num_context=half", "mask.num_context='half': must be a whole number, at "),
     ],
-    ids=range(13),
+    ids=range(14),
 )  # fmt: skip
 def test_a_bad_override_gives_one_line(argument, words, capsys):
     def parse_and_check() -> None:

@@ -223,7 +223,8 @@ BROKEN = {
     "data.solarize": [2.0], "data.brightness": [-0.1], "data.hue": [0.6],
     "data.jitter_probability": [1.1],
     "data.local_views": [2, -1],  # 2: without agreement
-    "data.local_patches": [0], "model.name": ["vit_enormous"], "model.num_levels": [5, 0, 99_999],
+    "data.local_patches": [0, 0.0], "data.local_size": [1.5], "mask.num_context": [1.0, True],
+    "model.name": ["vit_enormous"], "model.num_levels": [5, 0, 99_999],
     "model.positions": ["rope9d"], "model.dtype": ["float64"], "model.width": [190, BIG],
     "model.depth": [10**9], "model.mlp_ratio": [1e-9], "model.patch_size": [BIG],
     "model.predictor_width": [100], "model.num_summary_tokens": [-1], "model.num_registers": [-1],
@@ -393,7 +394,7 @@ def test_a_config_json_comes_back_as_saved_with_defaults_for_missing_fields(tmp_
         group, name = field.split(".")
         saved[group][name] = value
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert differing_fields(load_config(tmp_path).to_dict(), config.to_dict()) == []
+    assert differing_fields(load_config(tmp_path), config) == []
 
 
 def test_a_workdir_that_cannot_be_looked_at_is_refused_by_name(tmp_path):
@@ -410,7 +411,41 @@ def test_only_fields_that_matter_count_as_another_config():
         ({"mask.scale": (0.1, 0.2), "seed": 3}, ["mask.scale", "seed"]),
     ):
         new = changed(free, change)
-        assert differing_fields(base_config().to_dict(), new.to_dict()) == found
+        assert differing_fields(base_config(), new) == found
+
+
+def sizes_of(config):
+    local = build.build_local_views(config)
+    return build.build_masks(config).context_capacity, local.num_patches, local.augment.image_size
+
+
+def test_fractions_follow_the_patches_and_the_sides_of_the_image():
+    config = load("cifar10_tiny")
+    assert sizes_of(config) == (16, 16, (32, 32))
+    counted = load("cifar10_tiny").unlock()
+    counted.mask.num_context, counted.data.local_patches, counted.data.local_size = 16, 16, 32
+    assert sizes_of(counted) == (16, 16, (32, 32))
+    assert differing_fields(config, counted) == []  # the same run
+    for c in (config, counted):
+        c.data.image_size = 64
+    assert sizes_of(config) == (64, 64, (64, 64))
+    assert sizes_of(counted) == (16, 16, (32, 32))
+    changed = ["data.local_patches", "data.local_size", "mask.num_context"]
+    assert differing_fields(config, counted) == changed
+    config.data.local_size = 0.3  # 4.8 of 16 patches of 4 pixels
+    assert sizes_of(config) == (64, 6, (20, 20))
+
+
+def test_a_small_context_and_a_large_step_are_warned_of(tiny_config, monkeypatch, capsys):
+    run.describe(tiny_config)
+    assert "warning" not in capsys.readouterr().err
+    tiny_config.mask.num_context = 1
+    monkeypatch.setattr("hjepa_jax.runs.limits.device_bytes", lambda device: 2**19)
+    assert run.describe(tiny_config)["step_bytes"] > 2**19
+    few, large = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert few.startswith("warning: mask.num_context shows the encoder 1 of the 16 patches of an")
+    assert large.startswith("warning: a step needs 0.0 GiB by XLA's estimate, and each cpu device")
+    assert "train.batch_size=16" in large
 
 
 @pytest.mark.parametrize("kind", ["hierarchical", "random"])

@@ -150,11 +150,11 @@ def test_masks_tint_targets_and_darken_dropped_patches():
 
 def test_pca_maps_show_similar_features_in_similar_colours():
     features = np.random.default_rng(0).normal(size=(2, 6))
-    maps = image_figures.pca_maps(
-        np.zeros((1, 8, 8, 3), np.float32), [features[[0, 0, 1, 1]][None]]
-    )
-    np.testing.assert_allclose(shown(maps, 1)[0, 0], shown(maps, 1)[0, 1], atol=1e-6)
-    assert np.abs(shown(maps, 1)[0, 0] - shown(maps, 1)[1, 0]).max() > 0.5
+    tokens = features[[0, 0, 0, 1, 1, 1]].reshape(1, 2, 3, 6)
+    colours = shown(image_figures.pca_maps(np.zeros((1, 8, 8, 3), np.float32), [tokens]), 1)
+    assert colours.shape == (2, 3, 3)
+    np.testing.assert_allclose(colours[0, 0], colours[0, 2], atol=1e-6)
+    assert np.abs(colours[0, 2] - colours[1, 0]).max() > 0.5
 
 
 def test_principal_components_match_an_svd():
@@ -175,15 +175,16 @@ def test_cosine_maps_omit_unpredicted_patches():
 
 
 def test_similarity_is_one_at_the_framed_patch():
-    tokens = np.random.default_rng(0).normal(size=(2, 9, 5))
-    figure = image_figures.similarity_maps(np.zeros((2, 9, 9, 3), np.float32), tokens, [4, 7])
+    tokens = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    images, patches = np.zeros((2, 9, 12, 3), np.float32), [(1, 1), (2, 3)]
+    figure = image_figures.similarity_maps(images, tokens, patches)
     for i in range(2):
-        place = 2 * 2 + i  # third row: patch 7
+        place = 2 * 2 + i  # third row: the second patch
         similarity = shown(figure, place)
-        assert similarity[2, 1] == pytest.approx(1.0)
-        a, b = tokens[i, 7], tokens[i, 0]
+        assert similarity[2, 3] == pytest.approx(1.0)
+        a, b = tokens[i, 2, 3], tokens[i, 0, 0]
         assert similarity[0, 0] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        assert figure.axes[place].patches[0].get_xy() == (0.5, 1.5)
+        assert figure.axes[place].patches[0].get_xy() == (2.5, 1.5)
 
 
 def test_attention_is_in_percent_of_all_patches():

@@ -1,24 +1,31 @@
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hjepa_jax.data.sides import pair
 from hjepa_jax.models import hierarchy
 
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize(("grid_size", "level"), [(8, 1), (8, 3), (14, 1), (14, 2), (5, 1), (7, 2)])
+@pytest.mark.parametrize(
+    ("grid_size", "level"), [(8, 1), (8, 3), (14, 2), (5, 1), ((3, 8), 1), ((7, 5), 2)]
+)
 def test_pooling_is_the_mean_over_the_patches_a_cell_has(grid_size, level):
-    x = RNG.normal(size=(grid_size, grid_size, 3))
+    rows, cols = pair(grid_size)
+    x = RNG.normal(size=(rows, cols, 3))
     side = 2**level
     expected = [
         x[r : r + side, c : c + side].mean(axis=(0, 1))
-        for r in range(0, grid_size, side)
-        for c in range(0, grid_size, side)
+        for r in range(0, rows, side)
+        for c in range(0, cols, side)
     ]
     tokens = jnp.asarray(x.reshape(1, -1, 3), jnp.float32)
     pooled = hierarchy.pool(tokens, grid_size, level)
     np.testing.assert_allclose(pooled[0], expected, atol=1e-6)
+    assert math.prod(hierarchy.level_grid(grid_size, level)) == len(expected)
 
 
 def test_standardize_gives_zero_mean_and_unit_variance():

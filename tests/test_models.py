@@ -62,6 +62,8 @@ def test_sincos_positions_are_distinct_and_bounded():
     # A step along a row changes the column half only.
     np.testing.assert_array_equal(table[0, :32], table[1, :32])
     assert np.any(table[0, 32:] != table[1, 32:])
+    tall = sincos2d_positions((14, 3), 64).reshape(14, 3, 64)
+    np.testing.assert_array_equal(tall, table.reshape(14, 14, 64)[:, :3])
 
 
 def test_subset_of_all_patches_in_another_order_gives_the_same_tokens(model_and_params):

@@ -64,8 +64,8 @@ def encode(model: HJEPA, encoder_params, views):
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 3), (2, 5)])
 def test_rotated_scores_depend_on_relative_position_alone(shift):
-    grid, width, shift = 12, 8, np.array(shift)
-    turns = turns_of(jnp.asarray(rope2d_angles(grid, width))[None]).reshape(grid, grid, -1)
+    grid, width, shift = (12, 13), 8, np.array(shift)
+    turns = turns_of(jnp.asarray(rope2d_angles(grid, width))[None]).reshape(*grid, -1)
     turned = jax.jit(lambda x, row, col: rotate(x, turns[row, col][None, None]))
     query, key = jnp.asarray(RNG.normal(size=(2, 1, 1, 1, width)), jnp.float32)
     score = lambda place, other: float(np.sum(turned(query, *place) * turned(key, *other)))
@@ -259,14 +259,16 @@ def test_a_pyramid_of_identity_weights_is_pooling(grid, fusion):
         np.testing.assert_allclose(level, fused, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [4, 5, 7, 14])
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (14, 5)])
 def test_upsampling_keeps_what_is_linear_between_the_outermost_centres(grid):
-    fine, coarse = ([(start + min(start + size, grid)) / 2 for start in range(0, grid, size)]
-                    for size in (1, 2))  # fmt: skip
-    matrix = upsampling_matrix(grid, 0).reshape(grid, grid, len(coarse), len(coarse))
-    plane = 2 * np.array(coarse)[:, None] + 3 * np.array(coarse)[None]
-    inside = np.clip(fine, coarse[0], coarse[-1])
-    expected = 2 * inside[:, None] + 3 * inside[None]
+    def centres(side, size):
+        return [(start + min(start + size, side)) / 2 for start in range(0, side, size)]
+
+    coarse = [centres(side, 2) for side in grid]
+    matrix = upsampling_matrix(grid, 0).reshape(*grid, *map(len, coarse))
+    plane = 2 * np.array(coarse[0])[:, None] + 3 * np.array(coarse[1])[None]
+    inside = [np.clip(centres(s, 1), c[0], c[-1]) for s, c in zip(grid, coarse, strict=True)]
+    expected = 2 * inside[0][:, None] + 3 * inside[1][None]
     np.testing.assert_allclose(np.einsum("ijkl,kl->ij", matrix, plane), expected, rtol=1e-5)
 
 

@@ -24,10 +24,12 @@ def trained(tiny_run, tmp_path):
 
 def test_positions_are_interpolated_to_another_grid():
     table = jnp.asarray([[0.0], [1.0], [10.0], [11.0]])  # 2x2: columns differ by 1, rows by 10
-    wider = np.asarray(interpolate_positions(table, 16)).reshape(4, 4)
+    wider = np.asarray(interpolate_positions(table, 2, 4)).reshape(4, 4)
     np.testing.assert_allclose(wider[0], [0, 0.25, 0.75, 1], atol=1e-6)
     np.testing.assert_allclose(wider[:, 0], [0, 2.5, 7.5, 10], atol=1e-5)
-    np.testing.assert_allclose(interpolate_positions(table, 4), table)
+    flat = interpolate_positions(table, 2, (2, 4)).reshape(2, 4)
+    np.testing.assert_allclose(flat, [[0, 0.25, 0.75, 1], [10, 10.25, 10.75, 11]], atol=1e-5)
+    np.testing.assert_allclose(interpolate_positions(table, 2, (2, 2)), table)
 
 
 def paths_and_leaves(tree):

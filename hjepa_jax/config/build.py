@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ import optax
 
 from hjepa_jax.config.defaults import Config, encoder_size
 from hjepa_jax.config.fields import MAX_NUMBER, get_field
+from hjepa_jax.config.sizes import grid_of, local_sides, num_context, num_local_patches
 from hjepa_jax.data.augment import Augment, resize_and_normalize
 from hjepa_jax.data.records import Streaming
+from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.masks.choice import MAX_COMPARED
 from hjepa_jax.masks.random_mask import RandomMask
@@ -59,10 +62,11 @@ def build_model(config: Config) -> HJEPA:
         rule = f"must be float32 on {jax.default_backend().lower()}"
         raise InputError("model.dtype", c.dtype, rule)
     width, depth, num_heads = encoder_size(config)
-    grid_size = config.data.image_size // c.patch_size
-    if grid_size**2 > MAX_COMPARED and not current_rules().sorts:
+    grid_size = grid_of(config)
+    num_patches = math.prod(grid_size)
+    if num_patches > MAX_COMPARED and not current_rules().sorts:
         most = f"at most {MAX_COMPARED} on {jax.default_backend().lower()}"
-        rule = f"must leave {most}, not {grid_size**2} patches"
+        rule = f"must leave {most}, not {num_patches} patches"
         raise InputError("model.patch_size", c.patch_size, rule)
     shared = {
         "grid_size": grid_size,
@@ -129,11 +133,11 @@ def build_masks(config: Config) -> MaskSampler:
     """
     c, num_levels = config.mask, config.model.num_levels
     shared: dict[str, Any] = {
-        "grid_size": config.data.image_size // config.model.patch_size,
+        "grid_size": grid_of(config),
         "scale": tuple(c.scale),
         "context_scale": tuple(c.context_scale),
         "context_aspect_ratio": tuple(c.context_aspect_ratio),
-        "num_context": c.num_context,
+        "num_context": num_context(config),
     }
     align_level = num_levels - 1 if c.align_level is None else c.align_level
     if c.kind == "random":
@@ -184,9 +188,11 @@ def build_local_views(config: Config) -> LocalViews | None:
     if not c.local_views:
         return None
     augment = dataclasses.replace(
-        build_augment(config), image_size=c.local_size, crop_scale=tuple(c.local_crop_scale)
+        build_augment(config),
+        image_size=local_sides(config),
+        crop_scale=tuple(c.local_crop_scale),
     )
-    return LocalViews(c.local_views, augment, c.local_patches)
+    return LocalViews(c.local_views, augment, num_local_patches(config))
 
 
 def build_objective(config: Config) -> Objective:
@@ -356,7 +362,7 @@ def build_create_state(
 ) -> Callable[[], TrainState]:
     """A function, to jit, that makes the state at step 0 from `config.seed`."""
     init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
-    images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+    images = jnp.zeros((1, *pair(config.data.image_size), 3))
     running = config.loss.agreement_weight and config.loss.spread_moment == "running"
     moment_width = config.model.projection[1] if running else None
 

@@ -10,7 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from hjepa_jax.config.fields import flatten
+from hjepa_jax.config.fields import amount, flatten, sides
+from hjepa_jax.config.sizes import counts_of
 
 # An ml_collections.ConfigDict; type checkers do not know its fields.
 Config = Any
@@ -80,16 +81,18 @@ def _data(c: Config) -> None:
     # file with class names, the only classes used of a streamed TFDS set; None = all
     # A relative path counts from the current folder, then from the folder of the config file.
     c.data.class_list = placeholder(str)
-    c.data.image_size = 32  # side of the images that the model sees; pixels
+    # side of the images that the model sees, or (height, width); pixels
+    c.data.image_size = sides(32)
     c.data.mean = (0.491, 0.482, 0.447)  # subtracted per channel; for pixels in [0, 1]
     c.data.std = (0.247, 0.243, 0.262)  # divided by per channel; for pixels in [0, 1]
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop; fraction of the image
-    c.data.crop_ratio = (0.75, 1.3333)  # width / height of the random crop
+    c.data.crop_ratio = (0.75, 1.3333)  # width / height of the random crop; 1 = as the image
     c.data.local_views = 0  # V, further crops of each image; 0 = none
-    c.data.local_size = 16  # side of a further crop; pixels
+    # side of a further crop; pixels, or a fraction of the image's sides; None = as the image
+    c.data.local_size = amount(16)
     c.data.local_crop_scale = (0.1, 0.4)  # area of a further crop; fraction of the image
-    # patches of a further crop that the encoder sees, at random; None = all
-    c.data.local_patches = placeholder(int)
+    # patches of a further crop that the encoder sees, at random; count or fraction; None = all
+    c.data.local_patches = amount(None)
     c.data.horizontal_flip = 0.5  # probability
     c.data.vertical_flip = 0.0  # probability
     c.data.brightness = 0.2  # s of a factor uniform in [1 - s, 1 + s]
@@ -151,12 +154,13 @@ def _mask(c: Config) -> None:
     c.mask.scale = (0.15, 0.25)
     # area of a level / area of the level below; only hierarchical
     c.mask.progression = ("geometric", 1.5)
-    c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block; random ignores it
+    c.mask.aspect_ratio = (0.75, 1.5)  # height / width of a target block; 1 = as the image
     # area of the context block before targets are removed; fraction
     c.mask.context_scale = (0.85, 1.0)
-    c.mask.context_aspect_ratio = (0.75, 1.5)  # height / width of the context block
+    c.mask.context_aspect_ratio = (0.75, 1.5)  # height / width of the context; 1 = as the image
     c.mask.align_level = placeholder(int)  # level whose whole cells form the targets; None = L - 1
-    c.mask.num_context = placeholder(int)  # K, context tokens kept; None = the expected number
+    # K, context tokens kept; count, or fraction of the patches; None = the expected number
+    c.mask.num_context = amount(None)
     c.mask.min_coverage = 1.0  # hidden fraction from which a cell is a target; in (0, 1]
 
 
@@ -271,14 +275,14 @@ def encoder_size(config: Config) -> tuple[int, int, int]:
     return tuple(n if g is None else g for g, n in zip(given, named, strict=True))  # pyright: ignore
 
 
-def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Fields that matter to results in which two configs (plain nested dicts) differ."""
-    old, new = flatten(old), flatten(new)
-    missing = object()
+def differing_fields(old: Config, new: Config) -> list[str]:
+    """Fields that matter to results in which two configs differ; 16 of 64 patches equal 0.25."""
+    was, now, counts = flatten(old.to_dict()), flatten(new.to_dict()), counts_of(new)
+    same = {field for field, count in counts_of(old).items() if counts[field] == count}
     return [
         field
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field, missing) != new.get(field, missing) and not field.startswith(FREE_FIELDS)
+        for field in sorted(was)
+        if was[field] != now[field] and field not in same and not field.startswith(FREE_FIELDS)
     ]
 
 

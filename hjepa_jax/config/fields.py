@@ -3,14 +3,28 @@
 from typing import Any
 
 from flax import traverse_util
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
+from hjepa_jax.data.sides import AMOUNT, SIDES
 from hjepa_jax.errors import InputError
 
 # No number of a config lies beyond: steps are counted in int32.
 MAX_NUMBER = 2**31 - 1
 
+
+def amount(default: float | None) -> Any:
+    """Returns a field of type `AMOUNT`."""
+    return FieldReference(default, field_type=AMOUNT)
+
+
+def sides(default: int) -> Any:
+    """Returns a field of type `SIDES`."""
+    return FieldReference(default, field_type=SIDES)
+
+
 RULES = {
+    SIDES: f"must be a whole number, or two: (height, width), each at most {MAX_NUMBER}",
+    AMOUNT: f"must be a whole number, at most {MAX_NUMBER}, or a fraction in (0, 1), or None",
     bool: "must be true or false",
     int: f"must be a whole number, at most {MAX_NUMBER} in size",
     float: f"must be a number, finite and at most {MAX_NUMBER} in size",
@@ -22,8 +36,8 @@ RULES = {
 def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
     """Checks that the fields are the fields of `defaults`, with the types that they have there.
 
-    Only a field that is None in `defaults` may be None. Rules that come after can compare and count
-    without a thought for what they are given.
+    Only an `AMOUNT` and a field that is None in `defaults` may be None. Rules that come after can
+    compare and count without a thought for what they are given.
 
     Raises:
       InputError: naming the first field that is not so.
@@ -39,7 +53,7 @@ def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
             raise InputError(field, value, RULES[kind])
 
 
-def field_types(defaults: ConfigDict) -> dict[str, type]:
+def field_types(defaults: ConfigDict) -> dict[str, Any]:
     """The type of each field by its dotted name; of one that is None, what else it may be."""
     types = {}
     for field in flatten(defaults.to_dict()):
@@ -48,10 +62,15 @@ def field_types(defaults: ConfigDict) -> dict[str, type]:
     return types
 
 
-def is_a(kind: type, value: Any) -> bool:
+def is_a(kind: Any, value: Any) -> bool:
     """Whether a field of type `kind` may hold `value`."""
     if kind is tuple:  # the name of a schedule may be among the numbers
         return isinstance(value, tuple) and all(is_a(float, v) or is_a(str, v) for v in value)
+    if kind == SIDES:
+        numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        return all(is_a(int, number) for number in numbers)
+    if kind == AMOUNT:
+        return value is None or is_a(int, value) or (is_a(float, value) and 0 < value < 1)
     if kind in (int, float):  # bool is an int to Python, and not to us; NaN compares false
         allowed = (int, float) if kind is float else int
         is_number = isinstance(value, allowed) and not isinstance(value, bool)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from hjepa_jax.config.defaults import SIZES, Config, base_config, encoder_size
 from hjepa_jax.config.fields import check_types, get_field, is_a
+from hjepa_jax.config.sizes import grid_of, local_sides, num_local_patches
+from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.losses import PREDICTION_LOSSES
 from hjepa_jax.method.objective import SPREAD_MOMENTS
@@ -75,6 +77,7 @@ def _numbers(value: tuple[Any, ...], count: int) -> bool:
 _FRACTION = Rule(lambda v: 0 <= v <= 1, "must be in [0, 1]")
 _BELOW_ONE = Rule(lambda v: 0 <= v < 1, "must be in [0, 1)")
 _POSITIVE = Rule(lambda v: v > 0, "must be greater than 0")
+_PIXELS = "must be at least 1 and at most 4096 pixels"
 _STD = "must be three numbers, one per channel, each greater than 0"
 _PROJECTION = "must be two whole numbers, hidden width and features, from 2 to 8192"
 _PROGRESSION = "must be (geometric | linear, factor), with a factor of 1 to 100"
@@ -101,7 +104,7 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of(*PLATFORMS), "platform"),
     (_one_of("auto", "always", "never"), "data.streaming"),
     (_at_least(0, at_most=1024), "data.num_workers"),
-    (_at_least(1, at_most=4096), "data.image_size"),
+    (Rule(lambda v: all(1 <= s <= 4096 for s in pair(v)), _PIXELS), "data.image_size"),
     (Rule(lambda v: _numbers(v, 3), "must be three numbers, one per channel"), "data.mean"),
     (Rule(lambda v: _numbers(v, 3) and min(v) > 0, _STD), "data.std"),
     (_increasing(0, 1), "data.crop_scale data.local_crop_scale mask.scale mask.context_scale"),
@@ -184,14 +187,15 @@ def _data_relations(c: Config) -> Relations:
     alone = c.data.class_list is None or c.data.train_split is None
     yield "data.class_list", alone, "needs the split train, data.train_split=None"
     words = f"must be a multiple of model.patch_size={c.model.patch_size}"
-    yield "data.image_size", c.data.image_size % c.model.patch_size == 0, words
-    side, rest = divmod(c.data.local_size, c.model.patch_size)
-    fits = 1 <= side <= MAX_SIDE and rest == 0
+    whole = all(side % c.model.patch_size == 0 for side in pair(c.data.image_size))
+    yield "data.image_size", whole, words
+    patch_size, (height, width) = c.model.patch_size, local_sides(c)
+    fits = all(s % patch_size == 0 and 1 <= s // patch_size <= MAX_SIDE for s in (height, width))
     words = f"must be 1 to {MAX_SIDE} patches of model.patch_size={c.model.patch_size} pixels"
     yield "data.local_size", fits or not c.data.local_views, words
-    shown = c.data.local_patches
-    words = f"must be from 1 to {side**2}, the patches of data.local_size={c.data.local_size}"
-    yield "data.local_patches", shown is None or 1 <= shown <= side**2, words
+    shown, total = num_local_patches(c), height * width // patch_size**2
+    words = f"must be from 1 to {total}, the patches of data.local_size={c.data.local_size}"
+    yield "data.local_patches", shown is None or 1 <= shown <= total, words
     words = "needs loss.agreement_weight above 0: only the agreement reads local views"
     yield "data.local_views", _agrees(c) or not c.data.local_views, words
 
@@ -204,11 +208,11 @@ def _model_relations(c: Config) -> Relations:
         yield field, w % h == 0 and w % 4 == 0, words
         words = f"must be a multiple of 4 times {h} heads, for model.positions='rope2d'"
         yield field, c.model.positions != "rope2d" or w // h % 4 == 0, words
-    grid_size, top = c.data.image_size // c.model.patch_size, 2 ** (c.model.num_levels - 1)
+    (rows, cols), top = grid_of(c), 2 ** (c.model.num_levels - 1)
     words = f"must leave at most {MAX_SIDE} patches per side"
-    yield "model.patch_size", grid_size <= MAX_SIDE, words
-    words = f"cells of the top level, {top} patches wide, must fit the {grid_size}x{grid_size} grid"
-    yield "model.num_levels", top <= grid_size, words
+    yield "model.patch_size", max(rows, cols) <= MAX_SIDE, words
+    words = f"cells of the top level, {top} patches wide, must fit the {rows}x{cols} grid"
+    yield "model.num_levels", top <= min(rows, cols), words
     linear = c.model.stem == "linear"
     yield (
         "model.stem",
@@ -225,9 +229,9 @@ def _model_relations(c: Config) -> Relations:
 
 
 def _mask_relations(c: Config) -> Relations:
-    grid_size = c.data.image_size // c.model.patch_size
-    words = f"must be a level whose cells fit the {grid_size}x{grid_size} grid"
-    yield "mask.align_level", 2 ** (c.mask.align_level or 0) <= grid_size, words
+    rows, cols = grid_of(c)
+    words = f"must be a level whose cells fit the {rows}x{cols} grid"
+    yield "mask.align_level", 2 ** (c.mask.align_level or 0) <= min(rows, cols), words
 
 
 def _loss_relations(c: Config) -> Relations:

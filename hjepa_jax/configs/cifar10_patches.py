@@ -20,7 +20,7 @@ def get_config() -> Config:
 
     c.mask.align_level = 0
     c.mask.scale = (0.09, 0.19)  # 3x2, 3x3, 3x4 or 4x3 of the 8x8 patches
-    c.mask.num_context = 16  # about half of the visible ones: cheaper, no worse
+    c.mask.num_context = 0.25  # about half of the visible ones: cheaper, no worse
     c.loss.regularizer_weight = 0.01
 
     c.optim.learning_rate = 3e-4  # better than 1e-3 with twelve blocks

@@ -19,8 +19,8 @@ from hjepa_jax.configs import cifar10_patches
 def get_config() -> Config:
     c = cifar10_patches.get_config().unlock()
     c.data.local_views = 7
-    c.data.local_size = 32
-    c.data.local_patches = 16  # of 64
+    c.data.local_size = None  # as the image
+    c.data.local_patches = 0.25
     c.data.local_crop_scale = (0.3, 1.0)
     c.data.brightness = c.data.contrast = c.data.saturation = 0.4
     c.data.grayscale = 0.2

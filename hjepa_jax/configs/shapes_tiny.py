@@ -16,7 +16,7 @@ def get_config() -> Config:
     c.data.mean = (0.5, 0.5, 0.5)
     c.data.std = (0.25, 0.25, 0.25)
     c.data.local_views = 3
-    c.data.local_size = 16
+    c.data.local_size = 0.5
     c.data.local_crop_scale = (0.2, 0.5)
     # Colour and polarity belong to an image, not to its class.
     c.data.brightness = c.data.contrast = c.data.saturation = 0.4
@@ -34,7 +34,7 @@ def get_config() -> Config:
 
     c.mask.align_level = 0
     c.mask.scale = (0.09, 0.19)  # 3x2, 3x3, 3x4 or 4x3 of the 8x8 patches
-    c.mask.num_context = 16
+    c.mask.num_context = 0.25
     c.loss.level_weights = (0.5, 0.5)
     c.loss.summary_weight = 0.0
     c.loss.agreement_weight = 8.0

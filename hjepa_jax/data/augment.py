@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped, UInt8
 
+from hjepa_jax.data.sides import Sides, pair
+
 # ITU-R BT.601 luma, what grayscale and saturation refer to.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -23,12 +25,12 @@ class Augment:
     """Random resized crop, flips, colour jitter, grayscale, blur, solarization; each optional.
 
     Attributes:
-      image_size: side of the result, pixels.
+      image_size: side of the result, pixels, or height and width.
       mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
-      crop_scale: area of the crop, fraction of the central square of the image (uniform); (1, 1)
-        keeps that square.
-      crop_ratio: width / height of the crop (log-uniform among those with which it fits; the next
-        that fits, where none of them does).
+      crop_scale: area of the crop, fraction of the largest central box of the image with the
+        shape of the result (uniform); (1, 1) keeps that box.
+      crop_ratio: width / height of the crop, relative to the result's (log-uniform among those
+        with which it fits; the next that fits, where none of them does).
       horizontal_flip: probability of a left-right flip.
       vertical_flip: probability of an upside-down flip.
       brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
@@ -40,7 +42,7 @@ class Augment:
       solarize: probability of inverting the pixels that are not below half brightness.
     """
 
-    image_size: int
+    image_size: Sides
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -59,18 +61,17 @@ class Augment:
 
     def __call__(
         self, rngs: Shaped[Array, "B ..."], images: UInt8[Array, "B H W C"]
-    ) -> Float[Array, "B S S C"]:
+    ) -> Float[Array, "B S T C"]:
         """Augments image b with key `rngs[b]`."""
         return normalize(jax.vmap(self._augment_image)(rngs, images), self.mean, self.std)
 
-    def _augment_image(self, rng: Array, image: UInt8[Array, "H W C"]) -> Float[Array, "S S C"]:
-        height, width, _ = image.shape
+    def _augment_image(self, rng: Array, image: UInt8[Array, "H W C"]) -> Float[Array, "S T C"]:
         crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
         x = image.astype(jnp.float32) / 255.0
         if self.crop_scale != (1.0, 1.0):
-            side, top, left = _centre_square(height, width)
-            box = _sample_crop(crop_rng, side, side, self.crop_scale, self.crop_ratio)
-            if height != width:
+            height, width, top, left = _centre_box(image.shape[:2], self.image_size)
+            box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
+            if top or left:
                 box = (box[0] + top, box[1] + left, *box[2:])
             x = crop_and_resize(x, *box, size=self.image_size)
         else:
@@ -106,13 +107,13 @@ class Augment:
 def resize_and_normalize(
     images: UInt8[Array, "B H W C"],
     *,
-    image_size: int,
+    image_size: Sides,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Float[Array, "B S S C"]:
-    """Returns what evaluation sees: the central square, resized and normalised, nothing random.
+) -> Float[Array, "B S T C"]:
+    """Returns what evaluation sees: the central box, resized and normalised, nothing random.
 
-    The filter is the same as for image files (`hjepa_jax.data.base.square`). So a picture has the
+    The filter is the same as for image files (`hjepa_jax.data.base.fitted`). So a picture has the
     same features, to the rounding of its pixels, as a file and as a row of an array.
     """
     x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
@@ -161,28 +162,31 @@ def crop_and_resize(
     height: Array | float,
     width: Array | float,
     *,
-    size: int,
-) -> Float[Array, "S S C"]:
+    size: Sides,
+) -> Float[Array, "S T C"]:
     """Cuts a box (pixels, fractions allowed) out of the image and resizes it to `size`.
 
     Linear interpolation, antialiased where the box shrinks: of a whole image the same as
     `jax.image.resize(..., "linear")`. At the border of the box the pixels beyond it take part.
     """
-    rows = _resize_matrix(top, height, image.shape[0], size)
-    cols = _resize_matrix(left, width, image.shape[1], size)
+    num_rows, num_cols = pair(size)
+    rows = _resize_matrix(top, height, image.shape[0], num_rows)
+    cols = _resize_matrix(left, width, image.shape[1], num_cols)
     return _along_both(rows, cols, image)
 
 
-def gaussian_blur(image: Float[Array, "S S C"], sigma: Array | float) -> Float[Array, "S S C"]:
+def gaussian_blur(image: Float[Array, "S T C"], sigma: Array | float) -> Float[Array, "S T C"]:
     """Convolves with a Gaussian of standard deviation `sigma`, in pixels.
 
     At the border the weights of the pixels that there are make up 1.
     """
-    size = image.shape[0]
-    distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
-    weight = jnp.exp(-0.5 * (distance / sigma) ** 2)
-    weight = weight / jnp.sum(weight, axis=1, keepdims=True)
-    return _along_both(weight, weight, image)
+
+    def weights(size: int) -> Float[Array, "S S"]:
+        distance = jnp.arange(size)[:, None] - jnp.arange(size)[None]
+        weight = jnp.exp(-0.5 * (distance / sigma) ** 2)
+        return weight / jnp.sum(weight, axis=1, keepdims=True)
+
+    return _along_both(weights(image.shape[0]), weights(image.shape[1]), image)
 
 
 def _along_both(
@@ -198,31 +202,36 @@ def _happens(rng: Array, probability: float) -> Array:
     return jax.random.uniform(rng) < probability
 
 
-def _resize(image: Float[Array, "H W C"], size: int) -> Float[Array, "S S C"]:
-    """Returns the central square of the image at another size; untouched if it has that size."""
-    height, width, _ = image.shape
-    if (height, width) == (size, size):
+def _resize(image: Float[Array, "H W C"], size: Sides) -> Float[Array, "S T C"]:
+    """Returns the central box of the image at another size; untouched if it has that size."""
+    sides = image.shape[:2]
+    if sides == pair(size):
         return image
-    side, top, left = _centre_square(height, width)
+    *box, top, left = _centre_box(sides, size)
     rows, cols = (
-        _resize_matrix(start, float(side), num_pixels, size, cubic=True)
-        for start, num_pixels in ((top, height), (left, width))
+        _resize_matrix(start, length, num_pixels, num_results, cubic=True)
+        for start, length, num_pixels, num_results in zip(
+            (top, left), box, sides, pair(size), strict=True
+        )
     )
     # The cubic filter overshoots. Pillow clips after each of its two passes, the first along rows.
     wide = jnp.clip(jnp.matmul(cols[None], image, precision="highest"), 0.0, 1.0)
-    flat = wide.reshape(height, size * wide.shape[2])
-    high = jnp.matmul(rows, flat, precision="highest")
-    return jnp.clip(high, 0.0, 1.0).reshape(size, size, wide.shape[2])
+    high = jnp.matmul(rows, wide.reshape(sides[0], -1), precision="highest")
+    return jnp.clip(high, 0.0, 1.0).reshape(*pair(size), wide.shape[2])
 
 
-def _centre_square(height: int, width: int) -> tuple[int, float, float]:
-    """Returns side, top and left of the largest central square, in pixels.
+def _centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:
+    """Returns height, width, top and left of the largest central box of the shape of `size`.
 
-    The same as `hjepa_jax.data.base.square` cuts out of an image file: the model never sees an
+    The same as `hjepa_jax.data.base.fitted` cuts out of an image file: the model never sees an
     image that is squashed.
     """
-    side = min(height, width)
-    return side, (height - side) / 2, (width - side) / 2
+    (height, width), (rows, cols) = sides, pair(size)
+    if height * cols > width * rows:
+        box = width * rows / cols, float(width)
+    else:
+        box = float(height), height * cols / rows
+    return *box, (height - box[0]) / 2, (width - box[1]) / 2
 
 
 def _resize_matrix(
@@ -248,16 +257,16 @@ def _resize_matrix(
 
 def _sample_crop(
     rng: Array,
-    height: int,
-    width: int,
+    height: float,
+    width: float,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Array, Array, Array, Array]:
-    """Top, left, height and width of a random box inside the image, in pixels."""
+    """Top, left, height and width of a random box inside a larger one, in pixels."""
     area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
     area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1]) * height * width
-    # Boxes of this area fit from the one as high as the image to the one as wide.
-    low, high = jnp.clip(jnp.array(ratio), area / height**2, width**2 / area)
+    # Boxes of this area fit from the one as high as the larger box to the one as wide.
+    low, high = jnp.clip(jnp.array(ratio) * (width / height), area / height**2, width**2 / area)
     u = jax.random.uniform(ratio_rng)
     aspect = jnp.exp(jnp.log(low) + u * (jnp.log(high) - jnp.log(low)))
     crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)

@@ -9,6 +9,7 @@ from jaxtyping import Int32, Shaped, UInt8
 from PIL import Image, ImageOps
 
 from hjepa_jax.data.records import Labelled, Records, Streaming
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.host_memory import available_bytes
 
@@ -101,10 +102,10 @@ def as_rgb(images: Shaped[np.ndarray, "n H W *C"]) -> UInt8[np.ndarray, "n H W 3
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
-def square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns an RGB image: shorter side resized to `image_size`, then centre crop.
+def fitted(image: Image.Image, image_size: Sides) -> UInt8[np.ndarray, "S T 3"]:
+    """Returns an RGB image: resized so that it just covers `image_size`, then centre crop.
 
-    `hjepa_jax.data.augment` takes the same crop of stored images that are not square.
+    `hjepa_jax.data.augment` takes the same crop of stored images of another shape.
     """
-    size = (image_size, image_size)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC))
+    height, width = pair(image_size)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC))

@@ -23,6 +23,7 @@ from hjepa_jax.data.records import (
     stamps_of,
 )
 from hjepa_jax.data.rows import draw_rows, draw_test_rows
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.data.test_split import hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
@@ -33,16 +34,16 @@ class FolderRecords:
     """Image files, resized to one size; see `hjepa_jax.data.records.Records`."""
 
     files: list[str]
-    image_size: int
+    image_size: Sides
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (self.image_size, self.image_size, 3)
+        return (*pair(self.image_size), 3)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
+    def read(self, row: int) -> UInt8[np.ndarray, "S T 3"]:
         return decode_image(self.files[row], self.image_size)
 
     def stamps(self) -> list[tuple[str, int, int]]:
@@ -52,13 +53,13 @@ class FolderRecords:
 
 
 def open_folder(
-    source: str, root: Path, image_size: int, streaming: Streaming = NOT_STREAMED
+    source: str, root: Path, image_size: Sides, streaming: Streaming = NOT_STREAMED
 ) -> Source:
     """Opens `folder:<path>`; see `hjepa_jax.data.sources.open_source`."""
     if not root.is_dir():
         raise InputError("data.source", source, "must name a folder that exists")
     listing = list_folder(source, root)
-    whole, shape = listing.splits[0], (image_size, image_size, 3)
+    whole, shape = listing.splits[0], (*pair(image_size), 3)
     splits = listing.splits
     if len(splits) == 1:
         splits = [whole.part(rows) for rows in draw_test_rows(source, whole.labels)]
@@ -110,7 +111,7 @@ def _check_classes(
             raise InputError("data.source", source, rule)
 
 
-def _read_split(top: str, listing: Listing, image_size: int, skipped: list[InputError]) -> Split:
+def _read_split(top: str, listing: Listing, image_size: Sides, skipped: list[InputError]) -> Split:
     """Decodes the files of a split; appends the errors of unreadable files to `skipped`."""
     images, rows, errors = read_all(FolderRecords(listing.files, image_size))
     skipped += errors

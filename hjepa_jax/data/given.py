@@ -1,7 +1,7 @@
 """Images that a user passes, converted to the form that an encoder takes.
 
-Files and arrays take one path: upright, RGB, shorter side resized (bicubic), centre crop. So the
-features of a photo do not depend on how it is passed.
+Files and arrays take one path: upright, RGB, resized to cover the size (bicubic), centre crop. So
+the features of a photo do not depend on how it is passed.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from hjepa_jax.data.base import as_rgb, square
+from hjepa_jax.data.base import as_rgb, fitted
 from hjepa_jax.data.image_file import decode_image
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 
 PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"
@@ -26,20 +27,20 @@ class GivenImages:
 
     Attributes:
       items: one per image: a path, or an array that `as_stored` accepts.
-      image_size: S, side of the returned images in pixels.
+      image_size: S, side of the returned images in pixels, or height and width.
     """
 
     items: Sequence[Any] | np.ndarray
-    image_size: int
+    image_size: Sides
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (self.image_size, self.image_size, 3)
+        return (*pair(self.image_size), 3)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "S S 3"]:
+    def read(self, row: int) -> UInt8[np.ndarray, "S T 3"]:
         item = self.items[row]
         if isinstance(item, str | os.PathLike):
             try:
@@ -49,7 +50,7 @@ class GivenImages:
         image = as_rgb(as_stored(item)[None])[0]
         if image.shape == self.image_shape:
             return image
-        return square(Image.fromarray(image), self.image_size)
+        return fitted(Image.fromarray(image), self.image_size)
 
 
 def images_of(images: Any) -> Sequence[Any] | np.ndarray:

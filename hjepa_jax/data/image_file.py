@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from hjepa_jax.data.base import square
+from hjepa_jax.data.base import fitted
+from hjepa_jax.data.sides import Sides
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.names import escaped
 
@@ -41,8 +42,8 @@ def why_no_image(path: str) -> str:
     return ""
 
 
-def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndarray, "S S 3"]:
-    """Reads one file: upright by its EXIF tag, RGB, shorter side resized, centre crop.
+def decode_image(path: str | os.PathLike[str], image_size: Sides) -> UInt8[np.ndarray, "S T 3"]:
+    """Reads one file: upright by its EXIF tag, RGB, resized to cover `image_size`, centre crop.
 
     The first image is read if a file holds several.
 
@@ -56,7 +57,7 @@ def decode_image(path: str | os.PathLike[str], image_size: int) -> UInt8[np.ndar
                 raise ValueError(f"{size} are more than {MAX_PIXELS} pixels")
             if image.mode[0] in "IF":  # Pillow would clip 16-bit grey to white
                 raise ValueError("more than 8 bits per channel")
-            return square(ImageOps.exif_transpose(image), image_size)
+            return fitted(ImageOps.exif_transpose(image), image_size)
     except Exception as error:  # on corrupt data Pillow's decoders raise almost anything
         unknown = isinstance(error, UnidentifiedImageError)  # its message is only the path
         reason = f"is none of {', '.join(IMAGE_FORMATS)}" if unknown else first_line(error)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, check_memory, check_size
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
+from hjepa_jax.data.sides import Sides
 from hjepa_jax.errors import InputError, first_line
 
 
@@ -29,7 +30,7 @@ def open_source(
     source: str,
     *,
     data_dir: str | None,
-    image_size: int,
+    image_size: Sides,
     seed: int = 0,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
@@ -41,8 +42,8 @@ def open_source(
       source: one of the forms in the table above, with `~` expanded.
       data_dir: folder in which TFDS keeps prepared data; None = the default of TFDS
         (`TFDS_DATA_DIR`, or a folder in the home directory). Other sources ignore it.
-      image_size: pixels; images of varying size become squares of this side (shorter side resized,
-        then centre crop). Images that all have one size keep it.
+      image_size: pixels; images of varying size get this side, or height and width (resized to
+        cover it, then centre crop). Images that all have one size keep it.
       seed: seed of `shapes`. Other sources ignore it: if they have no test images, every seed holds
         out the same tenth (`hjepa_jax.data.rows.draw_test_rows`).
       streaming: whether the training images are read during training.
@@ -74,7 +75,7 @@ def open_source(
 def _open(
     source: str,
     data_dir: str | None,
-    image_size: int,
+    image_size: Sides,
     seed: int,
     streaming: Streaming,
     may_download: bool,

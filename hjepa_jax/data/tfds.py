@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from hjepa_jax.data import tfds_records
-from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, is_streamed, square
+from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, fitted, is_streamed
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.data.rows import num_held_out
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.data.test_split import hold_out_test
 from hjepa_jax.data.tfds_info import formats_of, made_from, splits_line, test_splits
 from hjepa_jax.errors import InputError, first_line
@@ -38,7 +39,7 @@ def open_tfds(
     source: str,
     name: str,
     data_dir: str | None,
-    image_size: int,
+    image_size: Sides,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
 ) -> Source:
@@ -77,7 +78,7 @@ def _prepared_builder(
     return builder
 
 
-def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, int]:
+def _image_shape(source: str, builder: Any, image_size: Sides) -> tuple[int, int, int]:
     """Returns the shape of decoded images, and refuses a set that is not image classification."""
     import tensorflow_datasets as tfds
 
@@ -92,7 +93,7 @@ def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, 
     if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
         rule = f"images must be uint8 with 1 or 3 channels, not {image.np_dtype} {image.shape}"
         raise InputError("data.source", source, rule)
-    return (image_size, image_size, 3) if None in image.shape else (*image.shape[:2], 3)
+    return (*pair(image_size), 3) if None in image.shape else (*image.shape[:2], 3)
 
 
 def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
@@ -191,7 +192,7 @@ def _decode_split(builder: Any, name: str, shape: tuple[int, int, int]) -> Split
     start = 0
     for image, label in dataset.as_numpy_iterator():
         if not one_size:
-            image = square(Image.fromarray(as_rgb(image[None])[0]), shape[0])[None]
+            image = fitted(Image.fromarray(as_rgb(image[None])[0]), shape[:2])[None]
         stop = start + len(image)
         images[start:stop] = image  # grey values broadcast to three channels
         labels[start:stop] = label

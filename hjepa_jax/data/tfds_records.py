@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from hjepa_jax.data.base import Source, SourceInfo, Split, square
+from hjepa_jax.data.base import Source, SourceInfo, Split, fitted
 from hjepa_jax.data.class_list import find_class_list
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
@@ -65,7 +65,7 @@ class TfdsRecords:
             encoded = self._source()[int(self.rows[row])][self.keys[0]]
             with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
                 if self.crops:
-                    return square(image, self.image_shape[0])
+                    return fitted(image, self.image_shape[:2])
                 pixels = np.asarray(image.convert("RGB"))
             if pixels.shape != self.image_shape:
                 raise ValueError(f"its shape is {pixels.shape}, not {self.image_shape}")

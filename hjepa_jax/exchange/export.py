@@ -10,6 +10,8 @@ from jax import export as jax_export
 
 from hjepa_jax.config import Config, build
 from hjepa_jax.config.defaults import encoder_size
+from hjepa_jax.config.sizes import grid_of
+from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import format_best
 from hjepa_jax.exchange.encoder_file import flat, write_encoder
@@ -46,7 +48,7 @@ tokens = model(images).last_hidden_state""",
     "stablehlo": """from jax import export
 
 program = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
-features = program.call(images)  # uint8 [B, {size}, {size}, 3]; level_0 ..., summary, tokens""",
+features = program.call(images)  # uint8 [B, {size}, 3]; level_0 ..., summary, tokens""",
 }
 
 
@@ -139,8 +141,8 @@ def model_card(info: dict[str, Any], layout: str) -> str:
     if made := info["converted_from"]:
         origin = f"converted from `{made['file']}` (SHA-256 `{made['sha256']}`)"
     scores = [f"* {protocol}: {told}" for protocol, told in info["scores"].items()]
-    loading = LOADING[layout].replace("{size}", str(info["image_size"]))
-    size, patch = info["image_size"], info["patch_size"]
+    (height, width), patch = pair(info["image_size"]), info["patch_size"]
+    loading = LOADING[layout].replace("{size}", f"{height}, {width}")
     return f"""---
 library_name: {"jax" if layout == "stablehlo" else layout}
 tags: [self-supervised-learning, vision-transformer, jepa]
@@ -154,7 +156,7 @@ A vision transformer, {origin}.
 |---|---|
 | parameters | {info["parameters"]:,} |
 | width, blocks, heads | {info["width"]}, {info["depth"]}, {info["num_heads"]} |
-| images | {size}x{size} pixels, patches of {patch}x{patch} |
+| images | {height}x{width} pixels, patches of {patch}x{patch} |
 | pixels in [0, 1], per channel | mean {info["mean"]}, standard deviation {info["std"]} |
 | checkpoint | step {info["step"]} |
 | commit of hjepa_jax | {info["commit"] or "unknown"} |
@@ -172,7 +174,7 @@ A vision transformer, {origin}.
 
 
 def to_stablehlo(config: Config, model: HJEPA, params: Any) -> bytes:
-    """Returns a serialized program from uint8 images [B, S, S, 3], for any B, to features.
+    """Returns a serialized program from uint8 images [B, H, W, 3], for any B, to features.
 
     The features are those of `hjepa_jax.load(workdir).embed`, and "tokens" [B, N, D].
 
@@ -187,8 +189,8 @@ def to_stablehlo(config: Config, model: HJEPA, params: Any) -> bytes:
     def program(images: Any) -> dict[str, Any]:
         return {**embed(params, images), **tokens(params, images)}
 
-    size = config.data.image_size
-    shape = jax_export.symbolic_shape(f"b, {size}, {size}, 3")
+    height, width = pair(config.data.image_size)
+    shape = jax_export.symbolic_shape(f"b, {height}, {width}, 3")
     images = jax.ShapeDtypeStruct(shape, np.uint8)
     exported = jax_export.export(jax.jit(program), platforms=STABLEHLO_PLATFORMS)(images)
     return bytes(exported.serialize())
@@ -201,10 +203,11 @@ def _tensors_of(config: Config, params: Any) -> Tensors:
         raise ValueError("has no rotary positions (model.positions='rope2d')")
     if config.model.stem != "linear":
         raise ValueError(f"has only linear patch embeddings (model.stem={config.model.stem!r})")
+    if not isinstance(config.data.image_size, int):
+        raise ValueError(f"has only square images (data.image_size={config.data.image_size})")
     found = flat(params)
     if kind == "sincos2d":
-        grid_size = config.data.image_size // config.model.patch_size
-        table = sincos2d_positions(grid_size, encoder_size(config)[0])
+        table = sincos2d_positions(grid_of(config), encoder_size(config)[0])
         found["positions/embedding"] = table
     return found
 

@@ -1,7 +1,8 @@
 """Rectangular blocks of whole cells on the grid of patches: which there are, and where one lies.
 
-A grid is G x G patches; a cell is a square of patches, cut at the edge of a grid that cells do
-not divide. A block is drawn from uniform numbers, so that it can be sampled inside jit.
+A grid has rows and columns of patches; a cell is a square of patches, cut at the edge of a grid
+that cells do not divide. An aspect ratio of 1 is that of the grid. A block is drawn from uniform
+numbers, so that it can be sampled inside jit.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.masks.choice import is_first_smallest, uniform_int
 
 
 def block_shapes(
-    grid_size: int,
+    grid_size: Sides,
     scale: tuple[float, float],
     aspect_ratio: tuple[float, float],
     *,
@@ -28,33 +30,41 @@ def block_shapes(
     """All block shapes (height, width), in cells, that satisfy area and aspect ratio.
 
     Args:
-      grid_size: patches per side of the grid, G.
+      grid_size: patches per side of the grid, G, or rows and columns.
       scale: smallest and largest area as a fraction of the grid, in (0, 1].
-      aspect_ratio: smallest and largest height / width, in patches.
+      aspect_ratio: smallest and largest height / width, relative to the grid's.
       cell_size: side of a cell in patches; blocks consist of whole cells.
       field: the config field to name when no shape fits.
 
     Raises:
       InputError: when no block of whole cells satisfies both ranges.
     """
-    side = np.arange(1, -(-grid_size // cell_size) + 1)
-    cells = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2)
-    patches = np.minimum(cells * cell_size, grid_size)
-    area = patches.prod(axis=1) / grid_size**2
-    aspect = patches[:, 0] / patches[:, 1]
+    sides = [np.arange(1, -(-side // cell_size) + 1) for side in pair(grid_size)]
+    cells = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
+    area, aspect = _area_and_aspect(cells, grid_size, cell_size)
     eps = 1e-6
     in_aspect = (aspect >= aspect_ratio[0] - eps) & (aspect <= aspect_ratio[1] + eps)
     fits = in_aspect & (area >= scale[0] - eps) & (area <= scale[1] + eps)
     if not fits.any():
         possible = sorted({round(float(a), 3) for a in area[in_aspect]})
+        rows, cols = pair(grid_size)
         raise InputError(
             field,
             tuple(scale),
-            f"no block of whole {cell_size}x{cell_size}-patch cells on a {grid_size}x{grid_size} "
+            f"no block of whole {cell_size}x{cell_size}-patch cells on a {rows}x{cols} "
             f"grid has its area in {tuple(scale)} and its aspect ratio in {tuple(aspect_ratio)}; "
             f"areas that exist: {possible}",
         )
     return cells[fits]
+
+
+def _area_and_aspect(
+    cells: Int[np.ndarray, "S 2"], grid_size: Sides, cell_size: int
+) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+    """Area and height / width of blocks of so many cells, both relative to the grid's."""
+    rows, cols = pair(grid_size)
+    height, width = np.minimum(cells * cell_size, (rows, cols)).T
+    return height * width / (rows * cols), height * cols / (width * rows)
 
 
 @struct.dataclass
@@ -72,14 +82,14 @@ class BlockSampler:
     """Places one block.
 
     Attributes:
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       scale: area of the block, fraction of the grid (uniform).
-      aspect_ratio: its height / width (log-uniform).
+      aspect_ratio: its height / width, relative to the grid's (log-uniform).
       cell_size: side in patches of the cells that it consists of.
       field: the config field to name when no block fits.
     """
 
-    grid_size: int
+    grid_size: Sides
     scale: tuple[float, float]
     aspect_ratio: tuple[float, float]
     cell_size: int = 1
@@ -112,60 +122,63 @@ class BlockSampler:
         return int(self._areas(np.max).max())
 
     def _areas(self, of_placements: Callable[..., Any]) -> Float[np.ndarray, " S"]:
-        cells_per_side = -(-self.grid_size // self.cell_size)
-        lengths = []  # in patches, of one cell in a row, two, ...
-        for num_cells in range(1, cells_per_side + 1):
-            start = np.arange(cells_per_side - num_cells + 1) * self.cell_size
-            cut = np.minimum(num_cells * self.cell_size, self.grid_size - start)
-            lengths.append(float(of_placements(cut)))
-        return np.array(lengths)[self.shapes - 1].prod(axis=1)
+        def length(num_cells: int, side: int) -> float:  # in patches
+            start = np.arange(-(-side // self.cell_size) - num_cells + 1) * self.cell_size
+            return float(of_placements(np.minimum(num_cells * self.cell_size, side - start)))
+
+        sides = pair(self.grid_size)
+        found = [
+            [length(n, s) for n, s in zip(x, sides, strict=True)] for x in self.shapes.tolist()
+        ]
+        return np.array(found).prod(axis=1)
 
     def place(self, u: Float[Array, "4"]) -> Block:
         """From four uniform numbers: area and aspect ratio, the nearest shape, its position."""
-        shapes, grid_size, cell_size = self.shapes, self.grid_size, self.cell_size
-        cells_per_side = -(-grid_size // cell_size)
+        shapes, cell_size, (rows, cols) = self.shapes, self.cell_size, pair(self.grid_size)
         area = self.scale[0] + (self.scale[1] - self.scale[0]) * u[0]
         low, high = np.log(self.aspect_ratio)
         log_aspect = low + (high - low) * u[1]
-        patches = np.minimum(shapes * cell_size, grid_size)
-        log_areas = np.log(patches.prod(axis=1) / grid_size**2).astype(np.float32)
-        log_aspects = np.log(patches[:, 0] / patches[:, 1]).astype(np.float32)
+        log_areas, log_aspects = (
+            np.log(x).astype(np.float32)
+            for x in _area_and_aspect(shapes, self.grid_size, cell_size)
+        )
         distance = (log_areas - jnp.log(area)) ** 2 + (log_aspects - log_aspect) ** 2
         nearest = is_first_smallest(distance)
         height = jnp.sum(nearest * shapes[:, 0], dtype=jnp.int32)
         width = jnp.sum(nearest * shapes[:, 1], dtype=jnp.int32)
-        top = uniform_int(u[2], cells_per_side - height + 1) * cell_size
-        left = uniform_int(u[3], cells_per_side - width + 1) * cell_size
+        top = uniform_int(u[2], -(-rows // cell_size) - height + 1) * cell_size
+        left = uniform_int(u[3], -(-cols // cell_size) - width + 1) * cell_size
         return Block(
             top=top,
             left=left,
-            height=jnp.minimum(height * cell_size, grid_size - top),
-            width=jnp.minimum(width * cell_size, grid_size - left),
+            height=jnp.minimum(height * cell_size, rows - top),
+            width=jnp.minimum(width * cell_size, cols - left),
         )
 
 
 def block_tokens(
-    block: Block, grid_size: int, capacity: int
+    block: Block, grid_size: Sides, capacity: int
 ) -> tuple[Int[Array, " T"], Bool[Array, " T"]]:
     """Patch indices of a block, row by row, padded to `capacity`."""
     t = jnp.arange(capacity, dtype=jnp.int32)
     row, col = t // block.width, t % block.width
     valid = row < block.height
-    index = (block.top + row) * grid_size + block.left + col
+    index = (block.top + row) * pair(grid_size)[1] + block.left + col
     return jnp.where(valid, index, 0), valid
 
 
-def covers(blocks: Sequence[Block], grid_size: int) -> Bool[Array, " N"]:
+def covers(blocks: Sequence[Block], grid_size: Sides) -> Bool[Array, " N"]:
     """Which patches of the grid at least one of the blocks covers.
 
     Computed as a matrix product of rows and columns, so that XLA does not fuse it into `rank` and
     recompute it N^2 times.
     """
-    side = jnp.arange(grid_size)
 
-    def inside(start: Int[Array, ""], length: Int[Array, ""]) -> Float[Array, " G"]:
-        return ((side >= start) & (side < start + length)).astype(jnp.float32)
+    def inside(side: int, start: Int[Array, ""], length: Int[Array, ""]) -> Float[Array, " G"]:
+        patch = jnp.arange(side)
+        return ((patch >= start) & (patch < start + length)).astype(jnp.float32)
 
-    rows = jnp.stack([inside(block.top, block.height) for block in blocks])
-    cols = jnp.stack([inside(block.left, block.width) for block in blocks])
+    num_rows, num_cols = pair(grid_size)
+    rows = jnp.stack([inside(num_rows, block.top, block.height) for block in blocks])
+    cols = jnp.stack([inside(num_cols, block.left, block.width) for block in blocks])
     return (rows.T @ cols > 0.5).reshape(-1)

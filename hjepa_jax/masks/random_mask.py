@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.masks.choice import lowest_first, rank, uniform_int
 from hjepa_jax.masks.samplers import MaskSampler
@@ -41,9 +42,11 @@ class RandomMask(MaskSampler):
     def _cell_areas(self) -> Int[np.ndarray, " C"]:
         """Patches of each cell, those that the edge of the grid cuts first."""
         cell_size = 2**self.align_level
-        starts = np.arange(0, self.grid_size, cell_size)
-        sides = np.minimum(cell_size, self.grid_size - starts)
-        return np.sort(np.outer(sides, sides).reshape(-1))
+        heights, widths = (
+            np.minimum(cell_size, side - np.arange(0, side, cell_size))
+            for side in pair(self.grid_size)
+        )
+        return np.sort(np.outer(heights, widths).reshape(-1))
 
     @property
     def block_capacity(self) -> int:
@@ -65,13 +68,13 @@ class RandomMask(MaskSampler):
     def sample_targets(
         self, u: Float[Array, " _"]
     ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
-        g, cell_size = self.grid_size, 2**self.align_level
+        (rows, cols), cell_size = pair(self.grid_size), 2**self.align_level
         low, high = self._counts
         count = low + uniform_int(u[0], high - low + 1)
-        c = -(-g // cell_size)
-        cells = (rank(u[1:]) < count).reshape(c, 1, c, 1)
-        patches = jnp.broadcast_to(cells, (c, cell_size, c, cell_size))
-        hidden = patches.reshape(c * cell_size, c * cell_size)[:g, :g].reshape(-1)
+        r, c = -(-rows // cell_size), -(-cols // cell_size)
+        cells = (rank(u[1:]) < count).reshape(r, 1, c, 1)
+        patches = jnp.broadcast_to(cells, (r, cell_size, c, cell_size))
+        hidden = patches.reshape(r * cell_size, c * cell_size)[:rows, :cols].reshape(-1)
         order = jnp.where(hidden, 0.0, 1.0)
         index, valid = lowest_first(order, jnp.sum(hidden), self.block_capacity)
         return index[None], valid[None], hidden

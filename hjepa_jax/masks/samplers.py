@@ -1,9 +1,9 @@
 """Masks sampled inside jit from explicit PRNG keys: which patches are context, which are targets.
 
 Shapes are static so that the training step compiles once: index arrays are padded, and a boolean
-array beside each says which entries are real. Every integer here counts patches of a G x G grid
-in row-major order (N = G^2). Sampling sorts nothing (Apple's plugins do not sort reliably): a
-random choice is a *rank*, counted by comparison.
+array beside each says which entries are real. Every integer here counts patches of the grid in
+row-major order (N = G^2, or rows x columns). Sampling sorts nothing (Apple's plugins do not sort
+reliably): a random choice is a *rank*, counted by comparison.
 
 >>> sample_masks = jax.jit(MultiBlockMask(8, num_blocks=4, scale=(0.15, 0.25)))
 >>> masks = sample_masks(jax.random.split(jax.random.PRNGKey(0), 16))  # of 16 images
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.masks.blocks import BlockSampler, block_tokens, covers
 from hjepa_jax.masks.choice import lowest_first
@@ -39,14 +40,14 @@ class MaskSampler:
     A kind says which patches are targets (`sample_targets`) and how many they will be.
 
     Attributes:
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       context_scale: area of the context block, from which the targets are removed.
-      context_aspect_ratio: height / width of the context block.
+      context_aspect_ratio: height / width of the context block, relative to the grid's.
       num_context: context tokens kept, K; None takes the expected number of visible patches,
         rounded up to a multiple of 8.
     """
 
-    grid_size: int
+    grid_size: Sides
     _: dataclasses.KW_ONLY
     context_scale: tuple[float, float] = (0.85, 1.0)
     context_aspect_ratio: tuple[float, float] = (0.75, 1.5)
@@ -75,8 +76,8 @@ class MaskSampler:
 
     @property
     def num_patches(self) -> int:
-        """N = G^2."""
-        return self.grid_size**2
+        """N, all patches of the grid."""
+        return math.prod(pair(self.grid_size))
 
     @property
     def expected_num_visible(self) -> float:
@@ -151,7 +152,7 @@ class BlockMask(MaskSampler):
     Attributes:
       num_blocks: target blocks per image, M.
       scale: area of a target block, fraction of the grid (uniform).
-      aspect_ratio: height / width of a target block (log-uniform).
+      aspect_ratio: height / width of a target block, relative to the grid's (log-uniform).
     """
 
     num_blocks: int = 4

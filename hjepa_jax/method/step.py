@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from hjepa_jax.data.augment import Augment
+from hjepa_jax.data.sides import pair
 from hjepa_jax.masks.masks import Masks, gather_tokens
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method.health import health
@@ -210,8 +211,9 @@ def sample_inputs(
     views = per_view(functools.partial(local.augment, images=images))(rngs)
     if local.num_patches is None:
         return Inputs(masks, view, views)
-    side = local.augment.image_size // method.model.context_encoder.patch_size
-    choose = functools.partial(some_patches, num_patches=side**2, k=local.num_patches)
+    patch_size = method.model.context_encoder.patch_size
+    total = math.prod(pair(local.augment.image_size)) // patch_size**2
+    choose = functools.partial(some_patches, num_patches=total, k=local.num_patches)
     return Inputs(masks, view, views, per_view(choose)(rngs))
 
 

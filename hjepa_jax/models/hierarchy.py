@@ -1,7 +1,7 @@
 """The levels of the hierarchy: square cells of the patch grid, and what is predicted at each.
 
 A level-l cell covers 2^l x 2^l patches (level 0 is the patch itself). Where 2^l does not divide
-the grid side, cells on the last row and column are smaller, and their mean is over the patches
+a side of the grid, cells on the last row and column are smaller, and their mean is over the patches
 they really have. Pooling is a product with a constant matrix: exact at the edges, differentiable,
 and made of operations that every backend has.
 """
@@ -11,26 +11,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from hjepa_jax.data.sides import Sides, pair
+
 TARGET_EPSILON = 1e-6
 
 
-def pooling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N"]:
+def level_grid(grid_size: Sides, level: int) -> tuple[int, int]:
+    """Rows and columns of cells at a level."""
+    rows, cols = pair(grid_size)
+    return -(-rows // 2**level), -(-cols // 2**level)
+
+
+def pooling_matrix(grid_size: Sides, level: int) -> Float[np.ndarray, "N_l N"]:
     """Row-stochastic matrix A_l with `z_l = A_l @ z_0`: each cell is the mean of its patches.
 
     Args:
-      grid_size: patches per side, G (N = G^2; patches in row-major order).
+      grid_size: patches per side, G, or rows and columns; patches in row-major order.
       level: level l >= 0; cells in row-major order.
 
     Returns:
-      float32 matrix [N_l, N], N_l = ceil(G / 2^l)^2; rows sum to 1, columns have one non-zero.
+      float32 matrix [N_l, N], N_l as in `level_grid`; rows sum to 1, columns have one non-zero.
     """
-    cell_of_row = np.arange(grid_size) // 2**level
-    member = (cell_of_row[None, :] == np.arange(cell_of_row[-1] + 1)[:, None]).astype(np.float32)
-    mean = member / member.sum(axis=1, keepdims=True)
-    return np.kron(mean, mean)
+    means = []
+    for side, num_cells in zip(pair(grid_size), level_grid(grid_size, level), strict=True):
+        cell_of = np.arange(side) // 2**level
+        member = (cell_of[None, :] == np.arange(num_cells)[:, None]).astype(np.float32)
+        means.append(member / member.sum(axis=1, keepdims=True))
+    return np.kron(*means)
 
 
-def pool(x: Float[Array, "... N D"], grid_size: int, level: int) -> Float[Array, "... N_l D"]:
+def pool(x: Float[Array, "... N D"], grid_size: Sides, level: int) -> Float[Array, "... N_l D"]:
     """Means of the level-`level` cells, A_l x; the identity at level 0."""
     return x if level == 0 else _product(pooling_matrix(grid_size, level), x)
 
@@ -44,7 +54,7 @@ def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 
 def level_features(
-    tokens: Float[Array, "B N D"], grid_size: int, num_levels: int
+    tokens: Float[Array, "B N D"], grid_size: Sides, num_levels: int
 ) -> tuple[Float[Array, "B _ D"], ...]:
     """What each level is of itself, LN(A_l z_0): the feature a probe reads.
 
@@ -52,7 +62,7 @@ def level_features(
 
     Args:
       tokens: encoder output z_0 over the whole grid.
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       num_levels: L.
 
     Returns:
@@ -62,7 +72,7 @@ def level_features(
 
 
 def hidden_cells(
-    hidden: Bool[Array, "B N"], grid_size: int, level: int, min_coverage: float
+    hidden: Bool[Array, "B N"], grid_size: Sides, level: int, min_coverage: float
 ) -> Bool[Array, "B N_l"]:
     """Cells with at least one hidden patch and at least the fraction `min_coverage` hidden."""
     member = (pooling_matrix(grid_size, level) > 0).astype(np.float32)

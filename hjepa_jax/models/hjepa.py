@@ -1,5 +1,6 @@
 """H-JEPA: a context encoder, a predictor and a projection that share one parameter tree."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hjepa_jax.data.sides import pair
 from hjepa_jax.masks.masks import Masks, target_union
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.predictor import Predictor
@@ -198,7 +200,7 @@ class HJEPA(nn.Module):
     def query_valid(self, masks: Masks) -> dict[int, Bool[Array, "B _"]]:
         """By level: which targets of level 0 are real, which cells above are hidden."""
         grid_size = self.predictor.grid_size
-        hidden = target_union(masks, grid_size**2)
+        hidden = target_union(masks, math.prod(pair(grid_size)))
         return {
             level: hierarchy.hidden_cells(hidden, grid_size, level, self.min_coverage)
             if level

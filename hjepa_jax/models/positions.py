@@ -10,26 +10,25 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from hjepa_jax.data.sides import Sides, pair
+
 POSITIONS = ("learned", "sincos2d", "rope2d")
 # Rotations per patch go from 1 radian down to nearly 1/100: grids of up to a few hundred a side.
 ROPE_BASE = 100.0
 
 
-def sincos2d_positions(grid_size: int, width: int) -> Float[np.ndarray, "N D"]:
+def sincos2d_positions(grid_size: Sides, width: int) -> Float[np.ndarray, "N D"]:
     """Fixed 2-D sine-cosine position embeddings: half of the width for rows, half for columns.
 
     References:
       Chen et al. 2021, arXiv 2104.02057 (MoCo v3), section 4.1. Frequencies 10000^(-4i/D).
     """
     frequency = 10_000.0 ** -(np.arange(width // 4) / (width // 4))
-    angle = np.arange(grid_size)[:, None] * frequency
-    side = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [G, D/2]
-    rows = np.repeat(side, grid_size, axis=0)
-    cols = np.tile(side, (grid_size, 1))
-    return np.concatenate([rows, cols], axis=1).astype(np.float32)
+    angles = (np.arange(side)[:, None] * frequency for side in pair(grid_size))
+    return _by_place(*(np.concatenate([np.sin(x), np.cos(x)], axis=1) for x in angles))
 
 
-def rope2d_angles(grid_size: int, head_width: int) -> Float[np.ndarray, "N d_2"]:
+def rope2d_angles(grid_size: Sides, head_width: int) -> Float[np.ndarray, "N d_2"]:
     """Angles by which the d / 2 pairs of a head's features turn: half by row, half by column.
 
     They count in patches, not in parts of the image, so that the same encoder serves any grid.
@@ -39,9 +38,15 @@ def rope2d_angles(grid_size: int, head_width: int) -> Float[np.ndarray, "N d_2"]
       frequencies, base 100).
     """
     frequency = ROPE_BASE ** -(np.arange(head_width // 4) / (head_width // 4))
-    angle = np.arange(grid_size)[:, None] * frequency  # [G, d/4]
-    rows, cols = np.repeat(angle, grid_size, axis=0), np.tile(angle, (grid_size, 1))
-    return np.concatenate([rows, cols], axis=1).astype(np.float32)
+    return _by_place(*(np.arange(side)[:, None] * frequency for side in pair(grid_size)))
+
+
+def _by_place(
+    rows: Float[np.ndarray, "G d"], cols: Float[np.ndarray, "H d"]
+) -> Float[np.ndarray, "N _"]:
+    """The features of the row, then of the column, of each patch."""
+    by_row, by_col = np.repeat(rows, len(cols), axis=0), np.tile(cols, (len(rows), 1))
+    return np.concatenate([by_row, by_col], axis=1).astype(np.float32)
 
 
 def turns_of(angles: Float[Array, "#B N d_2"]) -> Float[Array, "#B N d"]:
@@ -64,12 +69,13 @@ def rotate(x: Float[Array, "B h N d"], turns: Float[Array, "#B N d"]) -> Float[A
     return jnp.concatenate(turned, axis=-1)
 
 
-def interpolate_positions(table: Float[Array, "N D"], num_patches: int) -> Float[Array, "M D"]:
-    """Position embeddings of a square grid for another grid, bilinear between centres."""
-    old_side, side = round(len(table) ** 0.5), round(num_patches**0.5)
-    grid = table.reshape(old_side, old_side, -1)
-    resized = jax.image.resize(grid, (side, side, grid.shape[-1]), "linear", antialias=False)
-    return jnp.reshape(resized, (num_patches, -1))
+def interpolate_positions(
+    table: Float[Array, "N D"], old: Sides, new: Sides
+) -> Float[Array, "M D"]:
+    """Position embeddings of the grid `old` for the grid `new`, bilinear between centres."""
+    grid = table.reshape(*pair(old), -1)
+    resized = jax.image.resize(grid, (*pair(new), grid.shape[-1]), "linear", antialias=False)
+    return jnp.reshape(resized, (-1, grid.shape[-1]))
 
 
 class PositionTable(nn.Module):
@@ -80,7 +86,7 @@ class PositionTable(nn.Module):
     """
 
     kind: str
-    grid_size: int
+    grid_size: Sides
     width: int
 
     @nn.compact

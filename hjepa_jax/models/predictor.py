@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from hjepa_jax.data.sides import Sides
 from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.matmul import Dense, Precision
@@ -32,7 +33,7 @@ class Predictor(nn.Module):
       cross: each query to the context alone. Context tokens are not updated. This is the cheapest.
 
     Attributes:
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       num_levels: L.
       out_width: width of the encoder's tokens, D.
       width, depth, num_heads, mlp_ratio: size of the predictor.
@@ -43,7 +44,7 @@ class Predictor(nn.Module):
       remat: see `block_type`.
     """
 
-    grid_size: int
+    grid_size: Sides
     num_levels: int
     out_width: int
     width: int

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.models.matmul import Precision, product
 from hjepa_jax.models.transformer import LayerScale
@@ -16,22 +17,24 @@ from hjepa_jax.models.transformer import LayerScale
 FUSIONS = ("add", "concat")
 
 
-def upsampling_matrix(grid_size: int, level: int) -> Float[np.ndarray, "N_l N_m"]:
+def upsampling_matrix(grid_size: Sides, level: int) -> Float[np.ndarray, "N_l N_m"]:
     """Row-stochastic matrix that takes cells of level m = l + 1 to cells of level l.
 
     Bilinear between the centres of cells (smaller ones at the edge of a grid have theirs too);
     beyond the outermost centres, the outermost cells.
     """
-    cells = [_centres(grid_size, at) for at in (level, level + 1)]
-    unit = np.eye(len(cells[1]))
-    side = np.stack([np.interp(cells[0], cells[1], row) for row in unit], axis=1)
-    return np.kron(side, side).astype(np.float32)
+    weights = []
+    for side in pair(grid_size):
+        fine, coarse = (_centres(side, at) for at in (level, level + 1))
+        unit = np.eye(len(coarse))
+        weights.append(np.stack([np.interp(fine, coarse, row) for row in unit], axis=1))
+    return np.kron(*weights).astype(np.float32)
 
 
-def _centres(grid_size: int, level: int) -> Float[np.ndarray, " C"]:
-    """Middles of the cells along one side, in patches."""
-    starts = np.arange(0, grid_size, 2**level)
-    return (starts + np.minimum(starts + 2**level, grid_size)) / 2
+def _centres(side: int, level: int) -> Float[np.ndarray, " C"]:
+    """Middles of the cells along one side of the grid, in patches."""
+    starts = np.arange(0, side, 2**level)
+    return (starts + np.minimum(starts + 2**level, side)) / 2
 
 
 class Mixing(nn.Module):
@@ -59,14 +62,14 @@ class FeaturePyramid(nn.Module):
     of them.
 
     Attributes:
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       num_levels: L.
       fusion: "add" (W_l x_l + g_l * U_l P_{l+1}, a factor g_l for each feature, 0 at first) or
         "concat" (a matrix for both, side by side).
       precision: of the matrix products; parameters are float32.
     """
 
-    grid_size: int
+    grid_size: Sides
     num_levels: int
     fusion: str = "add"
     precision: Precision = Precision()

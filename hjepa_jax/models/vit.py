@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.models.matmul import Dense, Precision
 from hjepa_jax.models.positions import PositionTable, interpolate_positions, rope2d_angles, turns_of
@@ -37,7 +38,7 @@ class VisionTransformer(nn.Module):
     """ViT encoder over all patches or a chosen subset, with R summary (CLS) tokens.
 
     Attributes:
-      grid_size: patches per side, G.
+      grid_size: patches per side, G, or rows and columns.
       patch_size: pixels per side of a patch, P.
       width, depth, num_heads, mlp_ratio: size of the transformer.
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
@@ -57,7 +58,7 @@ class VisionTransformer(nn.Module):
       Darcet et al. 2023, arXiv 2309.16588, section 2.3 (registers).
     """
 
-    grid_size: int
+    grid_size: Sides
     patch_size: int
     width: int
     depth: int
@@ -93,7 +94,7 @@ class VisionTransformer(nn.Module):
         same field. Rotary positions count patches instead.
 
         Args:
-          images: normalised pixels, square.
+          images: normalised pixels.
           index: patches to look at; None for all N.
           valid: False where `index` is padding, which no other token then attends to.
 
@@ -101,7 +102,7 @@ class VisionTransformer(nn.Module):
           Patch tokens and summary tokens, float32, after the final LayerNorm.
         """
         patches = patchify(images, self.patch_size)
-        grid_size = images.shape[1] // self.patch_size
+        grid_size = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         if self.positions == "rope2d":
             angles = rope2d_angles(grid_size, self.width // self.num_heads)
             positions = jnp.asarray(angles)
@@ -109,8 +110,8 @@ class VisionTransformer(nn.Module):
             positions = PositionTable(
                 self.positions, self.grid_size, self.width, name="positions"
             )()
-            if grid_size != self.grid_size:
-                positions = interpolate_positions(positions, grid_size**2)
+            if grid_size != pair(self.grid_size):
+                positions = interpolate_positions(positions, self.grid_size, grid_size)
         if index is None:
             positions = positions[None]
         else:

@@ -24,13 +24,13 @@ class Row:
 
     Attributes:
       title: label of the row.
-      pictures: [B, H, W, 3] in [0, 1], or values [B, G, G]; NaN is left empty.
+      pictures: [B, H, W, 3] in [0, 1], or values [B, rows, columns]; NaN is left empty.
       limits: lowest and highest value of the colour bar, for values.
       unit: label of the colour bar.
     """
 
     title: str
-    pictures: Float[np.ndarray, "B H W 3"] | Float[np.ndarray, "B G G"]
+    pictures: Float[np.ndarray, "B H W 3"] | Float[np.ndarray, "B gh gw"]
     limits: tuple[float, float] | None = None
     unit: str = ""
 
@@ -60,12 +60,13 @@ def picture_table(rows: Sequence[Row], *, heads: Sequence[str] = ()) -> Figure:
 def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figure:
     """Returns the images with context, targets and dropped patches, at every level.
 
-    `images` are in [0, 1]; `states` per level, [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
+    `images` are in [0, 1]; `states` per level, [B, rows, columns]: `CONTEXT`, `TARGET` or
+    `DROPPED`.
     """
     orange = np.array([0.9, 0.6, 0.0])
     rows = [Row("image", images)]
     for level, state in enumerate(states):
-        whole = enlarge(state, images.shape[1])[..., None]
+        whole = enlarge(state, images.shape[1:3])[..., None]
         picture = np.where(whole == DROPPED, 0.12 * images, images)
         picture = np.where(whole == TARGET, 0.35 * images + 0.65 * orange, picture)
         rows.append(Row(f"level {level}", picture.astype(np.float32)))
@@ -79,25 +80,25 @@ def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figur
     return figure
 
 
-def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ D"]]) -> Figure:
+def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ _ D"]]) -> Figure:
     """Returns the first three principal components of the features, as red, green and blue.
 
     All images share one basis per level: similar colours are similar features.
     """
     rows = [Row("image", images)]
     for level, x in enumerate(tokens):
-        side = round(x.shape[1] ** 0.5)
-        flat = principal_components(x.reshape(-1, x.shape[-1]), 3)
-        low, high = np.percentile(flat, (2, 98), axis=0)
-        rgb = np.clip((flat - low) / np.maximum(high - low, 1e-12), 0, 1)
-        rows.append(Row(f"level {level}, {side}x{side}", rgb.reshape(-1, side, side, 3)))
+        _, high, wide, width = x.shape
+        flat = principal_components(x.reshape(-1, width), 3)
+        least, most = np.percentile(flat, (2, 98), axis=0)
+        rgb = np.clip((flat - least) / np.maximum(most - least, 1e-12), 0, 1)
+        rows.append(Row(f"level {level}, {high}x{wide}", rgb.reshape(-1, high, wide, 3)))
     return picture_table(rows)
 
 
 def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) -> Figure:
     """Returns the cosine of prediction and target, for hidden patches and cells.
 
-    `cosine` per level, [B, G_l, G_l], in [-1, 1]; NaN = not predicted.
+    `cosine` per level, [B, rows, columns], in [-1, 1]; NaN = not predicted.
     """
     rows = [Row("image", images)]
     for level, values in enumerate(cosine):
@@ -106,26 +107,28 @@ def cosine_maps(images: Pictures, cosine: Sequence[Float[np.ndarray, "B _ _"]]) 
 
 
 def similarity_maps(
-    images: Pictures, tokens: Float[np.ndarray, "B N D"], patches: Sequence[int]
+    images: Pictures, tokens: Float[np.ndarray, "B gh gw D"], patches: Sequence[tuple[int, int]]
 ) -> Figure:
-    """Returns the cosine between the features of one patch, which is framed, and all patches."""
-    side = round(tokens.shape[1] ** 0.5)
+    """Returns the cosine between the features of one patch, which is framed, and all patches.
+
+    Each of `patches` is a row and a column.
+    """
     unit = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
     rows = [Row("image", images)]
-    for patch in patches:
-        similarity = np.einsum("bnd,bd->bn", unit, unit[:, patch]).reshape(-1, side, side)
-        title = f"to patch {patch // side}, {patch % side}"
-        rows.append(Row(title, similarity, (-1.0, 1.0), "cosine"))
+    for row, col in patches:
+        similarity = np.einsum("brcd,bd->brc", unit, unit[:, row, col])
+        rows.append(Row(f"to patch {row}, {col}", similarity, (-1.0, 1.0), "cosine"))
     figure = picture_table(rows)
     for i in range(len(images)):
-        for j, patch in enumerate(patches):
-            corner = (patch % side - 0.5, patch // side - 0.5)
-            frame = Rectangle(corner, 1, 1, fill=False, color=COLOURS[1], linewidth=2)
+        for j, (row, col) in enumerate(patches):
+            frame = Rectangle(
+                (col - 0.5, row - 0.5), 1, 1, fill=False, color=COLOURS[1], linewidth=2
+            )
             figure.axes[(j + 1) * len(images) + i].add_patch(frame)
     return figure
 
 
-def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B G G"]]) -> Figure:
+def attention_maps(images: Pictures, maps: Mapping[str, Float[np.ndarray, "B gh gw"]]) -> Figure:
     """Returns attention over the patches, each map in percent of its sum."""
     rows = [Row("image", images)]
     for name, values in maps.items():
@@ -160,9 +163,8 @@ def neighbours(
 
 def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
     """Returns the figures of a snapshot by name; its arrays must be on the host."""
-    pixels, num_patches = snapshot.pixels, snapshot.tokens[0].shape[1]
-    side = round(num_patches**0.5)
-    quarter = [side // 4 * side + side // 4, 3 * side // 4 * side + 3 * side // 4]
+    pixels, (rows, cols) = snapshot.pixels, snapshot.tokens[0].shape[1:3]
+    quarter = [(rows // 4, cols // 4), (3 * rows // 4, 3 * cols // 4)]
     heads = {f"head {i}": snapshot.attention[:, i] for i in range(snapshot.attention.shape[1])}
     shown = dict(list(heads.items())[:6])
     return {
@@ -174,10 +176,10 @@ def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
     }
 
 
-def enlarge(grid: np.ndarray, size: int) -> np.ndarray:
-    """Returns cells [B, G, G] as pixels [B, size, size], by nearest neighbour."""
-    index = np.arange(size) * grid.shape[1] // size
-    return grid[:, index][:, :, index]
+def enlarge(grid: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Returns cells [B, rows, columns] as pixels [B, *size], by nearest neighbour."""
+    rows, cols = (np.arange(s) * n // s for s, n in zip(size, grid.shape[1:3], strict=True))
+    return grid[:, rows][:, :, cols]
 
 
 def principal_components(x: Float[np.ndarray, "n D"], k: int) -> Float[np.ndarray, "n k"]:

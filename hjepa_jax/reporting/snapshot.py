@@ -5,6 +5,7 @@ Neither is part of the training step.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from hjepa_jax.config import Config
 from hjepa_jax.config.build import build_masks, build_preprocess
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.rows import spread_rows
+from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
 from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method import losses
@@ -37,13 +39,13 @@ class Snapshot:
     """Result of `make_snapshot_fn` for B images.
 
     Attributes:
-      pixels: float32 [B, S, S, 3] in [0, 1].
-      states: per level int32 [B, G_l, G_l]: `CONTEXT`, `TARGET` or `DROPPED`.
-      tokens: per level float32 [B, N_l, D], the target features.
-      cosine: per level float32 [B, G_l, G_l], of prediction and target; NaN = not predicted.
-      attention: float32 [B, h, G, G], of the target encoder's last block, per head, from
+      pixels: float32 [B, H, W, 3] in [0, 1].
+      states: per level int32 [B, rows, columns]: `CONTEXT`, `TARGET` or `DROPPED`.
+      tokens: per level float32 [B, rows, columns, D], the target features.
+      cosine: per level float32 [B, rows, columns], of prediction and target; NaN = not predicted.
+      attention: float32 [B, h, rows, columns], of the target encoder's last block, per head, from
         the summary tokens (or, without any, from all patches) to the patches.
-      rollout: float32 [B, G, G], the same through all blocks.
+      rollout: float32 [B, rows, columns], the same through all blocks.
     """
 
     pixels: Any
@@ -79,7 +81,8 @@ def make_snapshot_fn(
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
     """
-    grid_size = model.predictor.grid_size
+    grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
+    grids = [hierarchy.level_grid(grid_size, level) for level in range(num_levels)]
     encoder = model.context_encoder
     num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
     apply: Any = model.apply
@@ -106,24 +109,25 @@ def make_snapshot_fn(
         ]
         return Snapshot(
             pixels=as_pixels(images),
-            states=tuple(map(_square, _states(valid, masks, grid_size))),
-            tokens=levels,
-            cosine=tuple(map(_square, cosine)),
-            attention=_square(shown[0]),
-            rollout=_square(shown[1])[:, 0],
+            states=tuple(map(_as_grid, _states(valid, masks, grid_size), grids)),
+            tokens=tuple(x.reshape(len(x), *g, -1) for x, g in zip(levels, grids, strict=True)),
+            cosine=tuple(map(_as_grid, cosine, grids)),
+            attention=_as_grid(shown[0], grids[0]),
+            rollout=_as_grid(shown[1], grids[0])[:, 0],
         )
 
     return snapshot
 
 
-def _states(valid: dict[int, Array], masks: Masks, grid_size: int) -> list[Int[Array, "B _"]]:
+def _states(valid: dict[int, Array], masks: Masks, grid_size: Sides) -> list[Int[Array, "B _"]]:
     """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
-    patches = jnp.arange(grid_size**2)
+    num_patches = math.prod(pair(grid_size))
+    patches = jnp.arange(num_patches)
     seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
     seen = jnp.any(seen, axis=1)
     found = []
     for level, hidden in valid.items():
-        target = hidden if level else target_union(masks, grid_size**2)
+        target = hidden if level else target_union(masks, num_patches)
         share = hierarchy.pool(seen[..., None].astype(jnp.float32), grid_size, level)[..., 0]
         found.append(jnp.where(target, TARGET, jnp.where(share > 0, CONTEXT, DROPPED)))
     return found
@@ -174,9 +178,8 @@ def _seen(
     return jnp.mean(rows.astype(jnp.float32), axis=2)[..., num_prefix:]
 
 
-def _square(x: Shaped[Array, "*B n"]) -> Shaped[Array, "*B G G"]:
-    side = round(x.shape[-1] ** 0.5)
-    return x.reshape(*x.shape[:-1], side, side)
+def _as_grid(x: Shaped[Array, "*B n"], grid: tuple[int, int]) -> Shaped[Array, "*B gh gw"]:
+    return x.reshape(*x.shape[:-1], *grid)
 
 
 def build_snapshot_fn(config: Config, model: HJEPA) -> Any:

@@ -30,7 +30,8 @@ class RunRecord:
       class_names: indexed by label.
       data: "source" as the config spells it, "fingerprint" of the training images, "num_train" and
         "num_test" (labelled images), "image_shape".
-      preprocessing: "image_size" in pixels; "mean" and "std" per channel of pixels in [0, 1].
+      preprocessing: "image_size" in pixels (or [height, width]); "mean" and "std" per channel of
+        pixels in [0, 1].
     """
 
     num_images: int
@@ -51,6 +52,7 @@ def make_record(
 ) -> RunRecord:
     """Returns the record of a run that starts now."""
     info, c = source.info, config.data
+    image_size = c.image_size if isinstance(c.image_size, int) else list(c.image_size)
     return RunRecord(
         num_images=source.num_images,
         num_steps=schedules.num_steps,
@@ -63,7 +65,7 @@ def make_record(
             "num_test": info.num_test,
             "image_shape": list(info.image_shape),
         },
-        preprocessing={"image_size": c.image_size, "mean": list(c.mean), "std": list(c.std)},
+        preprocessing={"image_size": image_size, "mean": list(c.mean), "std": list(c.std)},
     )
 
 

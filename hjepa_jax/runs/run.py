@@ -17,7 +17,8 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow, empty_window, make_averages, make_run_steps
 from hjepa_jax.models.hjepa import HJEPA
-from hjepa_jax.runtime.backend import initialise, select_platform
+from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
+from hjepa_jax.runtime.backend import current_rules, initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.runtime.placement import Placement, check_resident, make_placement
 
@@ -45,6 +46,13 @@ class Run:
     lower: Callable[..., Any]
     placement: Placement
     batch_shape: tuple[int, ...]
+
+    def compile(self) -> tuple[Any, int]:
+        """Returns the compiled program, and how many steps it makes at most in one call."""
+        rules = current_rules()
+        size = self.config.train.steps_per_call if rules.loops else 1
+        size = min(size, self.schedules.num_steps)
+        return self.lower(steps_per_call=size, donate=rules.donates).compile(), size
 
 
 def build_run(config: Config, source: Source) -> Run:
@@ -152,13 +160,18 @@ def open_config_source(
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """Returns sizes and length of the run, for `--dry_run`."""
+    """Returns sizes and length of the run, for `--dry_run`; warns like a run."""
     validate(config)
     config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
-    whole = config.copy_and_resolve_references()
-    whole.optim.accumulation_steps = 1  # XLA's cost analysis counts a loop body once
-    run = build_run(whole, open_config_source(config, may_download=False))
+    source = open_config_source(config, may_download=False)
+    run = build_run(config, source)
+    num_bytes = step_bytes(run.compile()[0])
+    warn_of_sizes(config, num_bytes)
+    if config.optim.accumulation_steps > 1:  # XLA's cost analysis counts a loop body once
+        whole = config.copy_and_resolve_references()
+        whole.optim.accumulation_steps = 1
+        run = build_run(whole, source)
     masks = build.build_masks(config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
@@ -173,6 +186,7 @@ def describe(config: Config) -> dict[str, Any]:
         "num_steps": run.schedules.num_steps,
         "steps_per_epoch": run.schedules.steps_per_epoch,
         "flops_per_image": cost["flops"] / config.train.batch_size,
+        "step_bytes": num_bytes,
         "platform": platform,
     }
 

@@ -59,7 +59,7 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
       data: facts of the data as it is now. None before it is loaded: the length of the run,
         schedules and moved paths are not compared in that case.
     """
-    differing = set(differing_fields(past.config.to_dict(), config.to_dict()))
+    differing = set(differing_fields(past.config, config))
     if _same_path(past.config.train.init_from, config.train.init_from):
         differing.discard("train.init_from")
     moved = {field for field in differing & {*DATA_PATHS} if _may_be_moved(past, config, field)}
@@ -101,15 +101,13 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
 def changes(old: Config, new: Config) -> str:
     """Returns the fields in which the results of two configs may differ, with both values."""
     was, now = flatten(old.to_dict()), flatten(new.to_dict())
-    differing = differing_fields(old.to_dict(), new.to_dict())
-    return ", ".join(f"{f} {was.get(f)!r} -> {now.get(f)!r}" for f in differing)
+    return ", ".join(f"{f} {was[f]!r} -> {now[f]!r}" for f in differing_fields(old, new))
 
 
 def other_networks_or_data(old: Config, new: Config) -> list[str]:
     """Returns the fields that differ and that a run may never change (not schedules or paths)."""
     may_differ = {*SCHEDULE_FIELDS, *DATA_PATHS, "train.init_from"}
-    found = differing_fields(old.to_dict(), new.to_dict())
-    return [field for field in found if field not in may_differ]
+    return [field for field in differing_fields(old, new) if field not in may_differ]
 
 
 def _of_another_config(past: Past, config: Config, why: str) -> str:

@@ -17,8 +17,7 @@ def differences(
       steps: steps of their checkpoints; None if these may differ.
       images: fingerprints of their training images; None if unknown.
     """
-    dicts = [config.to_dict() for config in configs]
-    fields = {field for other in dicts[1:] for field in differing_fields(dicts[0], other)}
+    fields = {field for other in configs[1:] for field in differing_fields(configs[0], other)}
     fields.discard("seed")
     if len({config.eval.num_val for config in configs}) > 1:  # probes choose hyper-parameters by it
         fields.add("eval.num_val")

@@ -212,7 +212,7 @@ def parse_config(saved: Any) -> Config:
         raise ValueError("not an object")
     config = base_config().lock()
     fields = {
-        field: value
+        field: tuple(value) if isinstance(value, list) else value
         for field, value in flatten(saved).items()
         if field not in REMOVED_FIELDS or value != REMOVED_FIELDS[field]
     }

@@ -133,7 +133,7 @@ def check_resident(source: str, num_bytes: int) -> None:
       InputError: if a device has less memory ("data.source").
     """
     device = jax.local_devices()[0]
-    memory, what = _device_bytes(device), f"each {device.platform} device"
+    memory, what = device_bytes(device), f"each {device.platform} device"
     if memory is not None and num_bytes > memory:
         rule = (
             f"needs {num_bytes / 2**30:.2f} GiB for the training images on {what}, which has "
@@ -143,7 +143,7 @@ def check_resident(source: str, num_bytes: int) -> None:
         raise InputError("data.source", source, rule)
 
 
-def _device_bytes(device: Any) -> int | None:
+def device_bytes(device: Any) -> int | None:
     """Returns the memory for arrays on one device of this process; None if unknown."""
     if device.platform == "cpu":
         if not hasattr(os, "sysconf"):  # Windows

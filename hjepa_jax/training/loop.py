@@ -29,6 +29,7 @@ from hjepa_jax.reporting.showcase import Showcase
 from hjepa_jax.runs.best import BEST_METRIC
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.history import read_lines
+from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
 from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.progress import Progress, StepTimer, peak_memory_bytes
 from hjepa_jax.runs.run import Run, num_params
@@ -141,11 +142,10 @@ class Loop:
 
     def _compile(self, state: TrainState, step: int) -> tuple[Any, int]:
         """The compiled program, and how many steps it makes at most in one call."""
-        rules = current_rules()
-        size = self._config.train.steps_per_call if rules.loops else 1
-        size = min(size, self._schedules.num_steps)
-        started = time.perf_counter()
-        run_steps = self._run.lower(steps_per_call=size, donate=rules.donates).compile()
+        rules, started = current_rules(), time.perf_counter()
+        run_steps, size = self._run.compile()
+        if cluster.is_first():
+            warn_of_sizes(self._config, step_bytes(run_steps))
         if self._backend != "cpu":
             stop_keeping_memory()
         return_unused_memory()

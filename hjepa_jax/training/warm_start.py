@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import optax
 from flax import traverse_util
-from jaxtyping import Array
 
 from hjepa_jax.config import build
 from hjepa_jax.config.defaults import Config, encoder_size
+from hjepa_jax.config.sizes import grid_of
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.models.positions import interpolate_positions
@@ -28,6 +27,8 @@ FIELD = "train.init_from"
 FREE = {"dtype", "drop_path", "projection", "projection_input", "remat", "target"}
 # The projection head. Features do not need it, so only one of the runs may have it.
 HEAD = "projection"
+# End of the paths of the learned position tables, [N, D]. Their grids may differ.
+POSITIONS = "/embedding"
 
 
 def check_source(config: Config) -> None:
@@ -54,7 +55,8 @@ def check_source(config: Config) -> None:
             raise InputError(FIELD, workdir, rule)
     for path in sorted(there.keys() | here.keys()):
         shapes = there.get(path), here.get(path)
-        if not (path.startswith(HEAD) or shapes[0] == shapes[1] or _is_grid(path, *shapes)):
+        is_free = path.startswith(HEAD) or path.endswith(POSITIONS)
+        if not (is_free or shapes[0] == shapes[1]):
             what = ", ".join(
                 f"{shape if shape else 'absent'} {where}"
                 for shape, where in zip(shapes, ("there", "here"), strict=True)
@@ -71,15 +73,6 @@ def _parameters(config: Config) -> dict[str, tuple[int, ...]]:
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     flat: dict[str, Any] = traverse_util.flatten_dict(params or {}, sep="/")
     return {path: x.shape for path, x in flat.items()}
-
-
-def _is_grid(path: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None) -> bool:
-    """Returns whether the shapes are position tables, [N, D], of two square grids."""
-    if not there or not here or len(there) != 2 or len(here) != 2 or there[1] != here[1]:
-        return False
-    if not path.endswith("/embedding"):
-        return False
-    return all(math.isqrt(n) ** 2 == n for n in (there[0], here[0]))
 
 
 @contextlib.contextmanager
@@ -114,12 +107,13 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
     Raises:
       InputError: if that checkpoint is damaged.
     """
+    folder = local_path(FIELD, workdir)
     with _errors_of_the_field(workdir):
-        _, found, _ = load_state(local_path(FIELD, workdir))
+        _, found, _ = load_state(folder)
+        grids = grid_of(load_config(folder)), grid_of(run.config)
     place, ours = run.placement, state.params
     theirs = _with_our_head(workdir, found.params, ours, place)
-    params = jax.tree.map(_fit, theirs, ours)
-    target_params = jax.tree.map(_fit, found.target_params, state.target_params)
+    params, target_params = on_grid(theirs, *grids), on_grid(found.target_params, *grids)
     return dataclasses.replace(
         state,
         params=place.put(params, place.state(state.params)),
@@ -138,6 +132,13 @@ def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> An
     return {**kept, HEAD: place.local(ours[HEAD])} if here else kept
 
 
-def _fit(there: Array, here: Array) -> Array:
-    """Returns an array of the other run in the shape of this one."""
-    return there if there.shape == here.shape else interpolate_positions(there, len(here))
+def on_grid(params: Any, there: tuple[int, int], here: tuple[int, int]) -> Any:
+    """Returns parameters of the other run with learned positions for the grid of this one."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    if there != here:
+        flat |= {
+            path: interpolate_positions(table, there, here)
+            for path, table in flat.items()
+            if path.endswith(POSITIONS)
+        }
+    return traverse_util.unflatten_dict(flat, sep="/")
