@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
 from hjepa_jax.exchange.export import export
+from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.reporting import image_figures
 from hjepa_jax.reporting.snapshot import build_snapshot_fn
 from hjepa_jax.runs.history import read_metrics
@@ -112,16 +114,16 @@ def test_features_and_tokens_of_images_of_any_shape(workdir, tmp_path):
         export(workdir, tmp_path / "timm", layout="timm")
 
 
-def test_positions_turn_with_the_grid_though_their_number_stays(workdir):
-    params = load_state(workdir)[1].params
+def test_positions_turn_with_the_grid_though_their_number_stays():
+    table, token = jnp.asarray(sincos2d_positions((6, 10), 16)), jnp.ones((1, 1, 16))
+    params = {"positions": {"embedding": table}, "mask_token": token}
     found = warm_start.on_grid(params, (6, 10), (10, 6))
-    table, turned = (
-        np.asarray(tree["context_encoder"]["positions"]["embedding"]) for tree in (params, found)
-    )
+    turned = found["positions"]["embedding"]
+    assert turned.shape == table.shape
     # The first of 6 columns lies between the first two of 10, at a third.
-    expected = (2 * table[0] + table[1]) / 3
-    np.testing.assert_allclose(turned[0], expected, atol=1e-5)
-    assert found["predictor"]["mask_token"] is params["predictor"]["mask_token"]
+    np.testing.assert_allclose(turned[0], (2 * table[0] + table[1]) / 3, atol=1e-5)
+    assert found["mask_token"] is token
+    assert warm_start.on_grid(params, (6, 10), (6, 10))["positions"]["embedding"] is table
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Memory and time of a training step on the CPU, for images of several sizes.
 
-python experiments/photos/run.py photos_96 photos_224 --batch_size=16 >> experiments/photos/cpu.csv
+python experiments/photos/run.py photos_96 photos_224 --batch_size=8
 
 Prints a line for each config: name, patches, batch size, GiB that XLA plans for a step, CPU seconds
 per image (of all threads, without compilation), commit. The images are noise.
@@ -56,6 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("configs", nargs="+")
     parser.add_argument("--batch_size", type=int, default=16)
     args = parser.parse_args()
+    print("config,patches,batch_size,step_gib,cpu_seconds_per_image,commit")
     for each in args.configs:
         patches, gib, seconds = measure(each, args.batch_size)
         row = (each, patches, args.batch_size, f"{gib:.2f}", f"{seconds:.2f}", source_commit())
