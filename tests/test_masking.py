@@ -305,7 +305,10 @@ def test_the_context_has_room_for_what_is_visible_on_average(mask, accuracy):
         return jnp.sum(covers([mask._context_block.place(u[-4:])], mask.grid_size) & ~hidden)
 
     visible = np.mean(jax.jit(jax.vmap(count))(draws))
-    np.testing.assert_allclose(mask.expected_num_visible, visible, rtol=accuracy)
+    expected = mask.expected_num_visible
+    np.testing.assert_allclose(expected, visible, rtol=accuracy)
+    assert mask.context_capacity % 8 == 0
+    assert expected <= mask.context_capacity < expected + 8
 
 
 def test_blocks_grow_with_their_level_by_the_progression():
@@ -314,6 +317,7 @@ def test_blocks_grow_with_their_level_by_the_progression():
     mask = HierarchicalMask(16, **squares, aspect_ratio=(1, 1), progression=("geometric", 4.0))
     masks = jax.eval_shape(mask, jax.random.split(jax.random.PRNGKey(0), 2))
     assert masks.target_index.shape == (2, 4, 64)
+    assert HierarchicalMask(16).scale == RandomMask(16).scale == (0.15, 0.2), "the default"
     assert [block.areas.tolist() for block in mask.blocks] == [[4], [16], [64], [4]]
     with pytest.raises(
         InputError, match=r"mask.progression=\('linear', 4.0\): at level 2: no block"

@@ -63,7 +63,7 @@ def train_until(config, workdir: pathlib.Path, stop: int) -> None:
 
 
 @settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
