@@ -26,7 +26,7 @@ ON_ONE_JAX = {
     "test_protocols", "test_published", "test_quality", "test_report", "test_results_table",
     "test_run_dir", "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_sources",
     "test_stop_signals", "test_streaming", "test_suite", "test_sweep", "test_test_split",
-    "test_tfds_source", "test_user_cache", "test_whole_files",
+    "test_tfds_source", "test_unlabelled", "test_user_cache", "test_whole_files",
 }  # fmt: skip
 # They use JAX only through models and steps, which the files above test on every version.
 ON_ONE_JAX |= {"test_embed", "test_finetune", "test_snapshot", "test_warm_start"}

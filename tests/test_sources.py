@@ -51,7 +51,7 @@ def assert_refused(source, rule, value=None, **kwargs):
 
 @pytest.mark.parametrize("source", ["", "imagenet", "tfds:", "npz:", "folder:", "shapes:9", "s3:x"])
 def test_unknown_source_is_refused_with_the_kinds(source):
-    with pytest.raises(InputError, match=r"tfds:<name>, npz:<file>, folder:<path> or shapes"):
+    with pytest.raises(InputError, match=r"folder:<path>, images:<path> or shapes"):
         open_here(source)
 
 
@@ -286,8 +286,8 @@ def test_a_path_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, kind, 
     ("files", "rule"),
     [
         ([], "must hold one sub-folder per class"),
-        (["0.png"], "must hold one sub-folder per class"),
-        (["train/0.png", "test/0.png"], "must hold one sub-folder per class"),
+        (["0.png"], "one image cannot be split"),
+        (["0.png", "val/0.png"], "must hold one sub-folder per class; images:"),
         (["x/0.png"], "one image cannot be split"),
         (["x/0.png", "y/notes.txt"], "there is no image in"),
         (["train/x/0.png", "test/y/0.png"], "must have the same classes"),

@@ -69,7 +69,8 @@ def _run(c: Config) -> None:
 def _data(c: Config) -> None:
     """Adds the fields of images and views."""
     c.data = ConfigDict()
-    c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
+    # tfds:<name> | shapes | npz:<file> | folder:<directory> | images:<directory> (without labels)
+    c.data.source = "tfds:cifar10"
     # folder of prepared TFDS sets; None = $TFDS_DATA_DIR or ~/tensorflow_datasets
     c.data.dir = placeholder(str)
     c.data.streaming = "auto"  # auto (if decoded images exceed 8 GiB) | always | never
@@ -228,6 +229,8 @@ def _train(c: Config) -> None:
 def _eval(c: Config) -> None:
     """Adds the fields of evaluation."""
     c.eval = ConfigDict()
+    # labelled images for k-NN and probes, as in data.source; None = those of data.source
+    c.eval.data = placeholder(str)
     c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out training images; 0 = never
     c.eval.knn_bank_size = 10_000  # training images that k-NN compares with
     # training images held out for choosing hyper-parameters; at most a fifth

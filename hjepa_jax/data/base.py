@@ -18,10 +18,10 @@ MAX_RESIDENT_BYTES = 8 * 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Decoded images of one split, their labels, and their file names if they have any."""
+    """Decoded images of one split, their labels (None = none), and their file names if any."""
 
     images: UInt8[np.ndarray, "n H W C"]
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | None
     names: tuple[str, ...] = ()
 
 
@@ -30,11 +30,11 @@ class SourceInfo:
     """Facts about a source that are known before any image is decoded.
 
     Attributes:
-      num_train: number of labelled training images that `load` returns. For a folder: number of
-        files, unreadable ones included.
+      num_train: number of training images that `load` returns. For a folder: number of files,
+        unreadable ones included.
       num_test: the same for the test images.
       image_shape: (H, W, 3) of every image that `load` returns.
-      class_names: indexed by label.
+      class_names: indexed by label; empty without labels.
     """
 
     num_train: int

@@ -1,4 +1,4 @@
-"""The `folder:<path>` source: one sub-folder of image files per class.
+"""The sources `folder:<path>`, with a sub-folder per class, and `images:<path>`, without labels.
 
 An unreadable image is skipped and named on stderr. A class without any readable image is refused.
 `folder_files` decides which files are used.
@@ -22,8 +22,8 @@ from hjepa_jax.data.records import (
     report_skipped,
     stamps_of,
 )
-from hjepa_jax.data.rows import draw_rows, draw_test_rows
-from hjepa_jax.data.test_split import hold_out_test
+from hjepa_jax.data.rows import draw_rows
+from hjepa_jax.data.test_split import draw_test, hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
 
@@ -54,14 +54,15 @@ class FolderRecords:
 def open_folder(
     source: str, root: Path, image_size: int, streaming: Streaming = NOT_STREAMED
 ) -> Source:
-    """Opens `folder:<path>`; see `hjepa_jax.data.sources.open_source`."""
+    """Opens `folder:<path>` or `images:<path>`; see `hjepa_jax.data.sources.open_source`."""
     if not root.is_dir():
         raise InputError("data.source", source, "must name a folder that exists")
-    listing = list_folder(source, root)
+    listing = list_folder(source, root, labelled=source.startswith("folder:"))
     whole, shape = listing.splits[0], (image_size, image_size, 3)
     splits = listing.splits
     if len(splits) == 1:
-        splits = [whole.part(rows) for rows in draw_test_rows(source, whole.labels)]
+        rows = draw_test(source, len(whole.files), whole.labels, whole.names(listing.top))
+        splits = [whole.part(part) for part in rows]
     usage = _usage(source, listing, splits)
     if is_streamed(streaming, len(whole.files), shape):
         read = [each.part(draw_rows(len(each.files), streaming.max_labelled).held)
@@ -93,7 +94,8 @@ def _usage(source: str, listing: FolderListing, splits: list[Listing]) -> str:
     train, test = (f"{len(each.files)} files" for each in splits)
     names = listing.split_names
     train += f" in {names[0]}/" if names else ""
-    test += f" in {names[1]}/" if len(names) == 2 else " held out, by class"
+    by = ", by class" if splits[0].class_names else ""
+    test += f" in {names[1]}/" if len(names) == 2 else f" held out{by}"
     count = sum(path.lower().endswith(MULTI_IMAGE_SUFFIXES) for x in splits for path in x.files)
     note = f"{count} GIF or TIFF files: only the first image of each is used" if count else ""
     return usage_line(source, train, test, splits[0].class_names, listing.unused, note=note)
@@ -102,10 +104,14 @@ def _usage(source: str, listing: FolderListing, splits: list[Listing]) -> str:
 def _check_classes(
     source: str, loaded: list[Split], listed: list[Listing], skipped: list[InputError]
 ) -> None:
-    """Refuses a folder with a class that has files, but no readable image."""
+    """Refuses a split or a class that has files, but no readable image."""
     for split, listing in zip(loaded, listed, strict=True):
+        reason = "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
+        if split.labels is None or listing.labels is None:
+            if not len(split.images):
+                raise InputError("data.source", source, f"there is no image left{reason}")
+            continue
         for label in np.setdiff1d(listing.labels, split.labels)[:1]:
-            reason = "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
             rule = f"there is no image left in class {listing.class_names[label]}{reason}"
             raise InputError("data.source", source, rule)
 

@@ -7,8 +7,12 @@ A folder holds one sub-folder per class, or one folder per split with the class 
 | training   | `train`, `training`                                                 |
 | test       | `test`, `testing`; if there is none: `val`, `valid`, `validation`, `dev` |
 
-Folders inside a class folder belong to the class. A file with an image suffix is used; a file with
-another suffix is used if its content is an image. Every other file is listed with a reason.
+Folders inside a class folder belong to the class. If no image lies in a sub-folder, or all are in
+folders of splits, the images have no labels. `labelled=False` reads any tree without labels: every
+image below the folder (or below its split folders) is used.
+
+A file with an image suffix is used; a file with another suffix is used if its content is an image.
+Every other file is listed with a reason.
 """
 
 import os
@@ -30,15 +34,16 @@ _RUN_FOLDERS = ("checkpoints", "features", "figures", "finetune", "projector")
 
 
 class Listing(NamedTuple):
-    """The files of a split, ordered by class and name, and their labels."""
+    """The files of a split, ordered by class and name, and their labels (None = none)."""
 
     class_names: tuple[str, ...]
     files: list[str]
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | None
 
     def part(self, rows: Int[np.ndarray, " rows"]) -> "Listing":
         """Returns some of the files."""
-        return Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
+        labels = None if self.labels is None else self.labels[rows]
+        return Listing(self.class_names, [self.files[i] for i in rows], labels)
 
     def names(self, top: str) -> tuple[str, ...]:
         """Returns printable names of the files, relative to the folder `top`."""
@@ -70,14 +75,21 @@ class _Folder(NamedTuple):
         return os.path.basename(self.path)
 
 
-def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
+def list_folder(
+    source: str, root: str | os.PathLike[str], *, labelled: bool = True
+) -> FolderListing:
     """Lists the images of a folder by split and class, and everything that is not used.
 
+    Args:
+      source: name of the source, for errors.
+      root: the folder.
+      labelled: whether sub-folders are classes. If not, the images have no labels.
+
     Raises:
-      InputError: there is no sub-folder per class, a class has no image, or train and test do not
-        have the same classes.
+      InputError: there is no image, a class has no image, or train and test do not have the same
+        classes.
     """
-    lister = _Lister(source, os.path.realpath(root))
+    lister = _Lister(source, os.path.realpath(root), labelled)
     splits, names = lister.list_splits()
     return FolderListing(lister.top, splits, names, lister.unused)
 
@@ -85,24 +97,32 @@ def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
 class _Lister:
     """Lists one folder, and collects everything that is not used in `unused`."""
 
-    def __init__(self, source: str, top: str):
-        self.source, self.top, self.unused = source, top, list[Unused]()
+    def __init__(self, source: str, top: str, labelled: bool):
+        self.source, self.top, self.labelled = source, top, labelled
+        self.unused = list[Unused]()
 
     def list_splits(self) -> tuple[list[Listing], list[str]]:
         """Returns the splits and their folder names; without splits: one listing and no name."""
         top = _Folder(self.top, (self.top,))
-        folders, files = self._scan(top, refuse_links=True)
-        trains = [each for each in _of_role(folders, "train") if _sub_folders(each)]
-        tests = _of_role(folders, "test") + _of_role(folders, "val")
-        if not trains or not _is_split(trains[0], folders, tests):
-            return [self._list_classes(top, folders, files)], []
-        used = [trains[0], *self._choose_test(tests)]
+        folders, files = self._scan(top, refuse_links=self.labelled)
+        trains, tests = _of_role(folders, "train"), _of_role(folders, "test")
+        tests += _of_role(folders, "val")
+        nested = [each for each in trains if _sub_folders(each)]
+        flat = [each for each in trains if _has_images(each)]
+        if nested and _is_split(nested[0], folders, tests):
+            used = [nested[0], *self._choose_test(tests)]
+        elif flat and self._is_flat_split(folders, tests):
+            self.labelled = False
+            used = [flat[0], *[each for each in tests if _holds_images(each)][:1]]
+        else:
+            return [self._list_split(top, folders, files)], []
         for folder in folders:
             if folder not in used:
                 self._drop_folder(folder, used)
         self._drop_files(files, f"beside {escaped(used[0].name)}/")
         splits = [
-            self._list_classes(folder, *self._scan(folder, refuse_links=True)) for folder in used
+            self._list_split(folder, *self._scan(folder, refuse_links=self.labelled))
+            for folder in used
         ]
         names = [escaped(folder.name) for folder in used]
         differing = {*splits[0].class_names} ^ {*splits[-1].class_names}
@@ -114,12 +134,27 @@ class _Lister:
     def _choose_test(self, tests: list[_Folder]) -> list[_Folder]:
         """Returns the first folder with class folders; empty if all folders are empty."""
         for folder in tests:
-            if _sub_folders(folder):
+            if _sub_folders(folder) if self.labelled else _holds_images(folder):
                 return [folder]
         for folder in tests:
-            if any(not name.startswith(".") for name in os.listdir(folder.path)):
+            if self.labelled and any(name[0] != "." for name in os.listdir(folder.path)):
                 self._refuse_without_classes(folder)
         return []
+
+    def _is_flat_split(self, folders: list[_Folder], tests: list[_Folder]) -> bool:
+        """Returns whether folders without class folders are splits: `train` may be a class."""
+        if self.labelled:
+            return all(split_role(folder.name) for folder in folders)
+        return len(folders) == 1 or any(map(_holds_images, tests))
+
+    def _list_split(self, root: _Folder, folders: list[_Folder], files: list[str]) -> Listing:
+        """Lists the images of a split, by class if it has class folders."""
+        if self.labelled and (not _has_images(root) or any(map(_holds_images, folders))):
+            return self._list_classes(root, folders, files)
+        images = self._list_images(folders, files)
+        if not images:
+            self._refuse(f"there is no image in {escaped(root.path)}")
+        return Listing((), images, None)
 
     def _list_classes(self, root: _Folder, folders: list[_Folder], files: list[str]) -> Listing:
         """Lists the class folders of a split."""
@@ -130,7 +165,7 @@ class _Lister:
         for folder in folders:
             self._check_is_class(folder)
             first = len(self.unused)
-            images = self._list_images(folder)
+            images = self._list_images(*self._scan(folder))
             lost = [each for each in self.unused[first:] if each.reason not in HARMLESS]
             if images:
                 labels += [len(names)] * len(images)
@@ -160,9 +195,8 @@ class _Lister:
                 rule = f"must hold one sub-folder per class, but {path} holds a split"
                 self._refuse(f"{rule}, {escaped(name)}; name folder:{path}")
 
-    def _list_images(self, folder: _Folder) -> list[str]:
-        """Returns the images in a folder and its sub-folders, ordered by path."""
-        folders, files = self._scan(folder)
+    def _list_images(self, folders: list[_Folder], files: list[str]) -> list[str]:
+        """Returns the images among the files and in the folders, ordered by path."""
         found: dict[str, list[str]] = {}
         for path in files:
             reason = "" if has_image_suffix(path) else why_no_image(path)
@@ -172,7 +206,7 @@ class _Lister:
                 found[path] = [path]
         for inner in folders:
             first = len(self.unused)
-            found[inner.path] = self._list_images(inner)
+            found[inner.path] = self._list_images(*self._scan(inner))
             if not found[inner.path] and len(self.unused) == first:
                 self._drop(inner.path, EMPTY, is_folder=True)
         return [image for path in sorted(found) for image in found[path]]
@@ -238,7 +272,10 @@ class _Lister:
         self.unused.append(Unused(name, reason))
 
     def _refuse_without_classes(self, folder: _Folder) -> None:
-        self._refuse(f"{escaped(folder.path)} must hold one sub-folder per class")
+        path = escaped(folder.path)
+        self._refuse(
+            f"{path} must hold one sub-folder per class; images:{path} reads it without labels"
+        )
 
     def _refuse(self, rule: str) -> None:
         raise InputError("data.source", self.source, rule)
@@ -277,6 +314,11 @@ def _is_run(folder: str) -> bool:
 def _sub_folders(folder: _Folder) -> list[str]:
     with os.scandir(folder.path) as entries:
         return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+
+
+def _holds_images(folder: _Folder) -> bool:
+    """Returns whether the folder or one of its sub-folders holds images."""
+    return any(has_image_suffix(name) for _, _, names in os.walk(folder.path) for name in names)
 
 
 def _has_images(folder: _Folder) -> bool:

@@ -1,4 +1,4 @@
-"""The `npz:<file>` source: arrays of images and labels in one file.
+"""The `npz:<file>` source: arrays of images, and perhaps of labels, in one file.
 
 | array            | names, in any case; `<split>` and `<kind>` may change places         |
 |------------------|----------------------------------------------------------------------|
@@ -7,7 +7,8 @@
 | test             | `test_images`, `x_test` ...; if there are none: `val_images`, `x_val` |
 
 Images are uint8 `[n, H, W, 3]`, `[n, H, W, 1]` or `[n, H, W]`. Labels are whole numbers `[n]` or
-`[n, 1]`, or one-hot `[n, classes]`. Other arrays are named on stderr and ignored.
+`[n, 1]`, or one-hot `[n, classes]`. If the training images have no labels, labels of the test are
+not used. Other arrays are named on stderr and ignored.
 """
 
 import math
@@ -32,13 +33,13 @@ _KINDS = {
 }
 _BLOCK_BYTES = 2**24
 _Member = tuple[zipfile.ZipInfo, tuple[int, ...], np.dtype]
-_Pair = tuple[str, str]  # the names of the images and of the labels of a split
+_Pair = tuple[str, str | None]  # the names of the images and of the labels of a split
 
 
 def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
     """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
-    arrays = (train.images, train.labels, test.images, test.labels)
-    np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))
+    arrays = zip(NPZ_KEYS, (train.images, train.labels, test.images, test.labels), strict=True)
+    np.savez(path, **{name: array for name, array in arrays if array is not None})
 
 
 def open_npz(source: str, path: Path) -> Source:
@@ -73,14 +74,16 @@ def _open_archive(source: str, archive: zipfile.ZipFile) -> Source:
             raise InputError("data.source", source, rule)
     else:
         train, test = hold_out_test(source, train)
-    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    labels = [split.labels for split in (train, test) if split.labels is not None]
+    num_classes = 1 + max((int(each.max()) for each in labels), default=-1)
     class_names = tuple(map(str, range(num_classes)))
     used = {*train_names, *(test_names or ())}
     unused = [Unused(name, "other arrays") for name in names if name not in used]
-    how = f"in {test_names[0]}" if test_names else "held out, by class"
-    sizes = f"{len(train.labels)} images in {train_names[0]}", f"{len(test.labels)} images {how}"
+    how = f"in {test_names[0]}" if test_names else "held out" + ", by class" * bool(labels)
+    counts = len(train.images), len(test.images)
+    sizes = f"{counts[0]} images in {train_names[0]}", f"{counts[1]} images {how}"
     usage = usage_line(source, *sizes, class_names, unused)
-    info = SourceInfo(len(train.labels), len(test.labels), train.images.shape[1:], class_names)
+    info = SourceInfo(*counts, train.images.shape[1:], class_names)
     return Source(source, info, lambda: (train, test), usage=usage)
 
 
@@ -101,19 +104,23 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
         if twice:
             rule = f"must hold the arrays of a split once, not {' and '.join(twice)}"
             raise InputError("data.source", source, rule)
+        images, labels = ((each or [None])[0] for each in arrays)
+        if pairs and pairs[0][1] is None:  # the training images have no labels
+            if images:
+                pairs.append((images, None))
+            continue
         if pairs and (not any(arrays) or (role == "val" and not all(arrays))):
             continue  # half of a validation set is listed as not used
         if role == "test" and not all(arrays):
-            there = next(names_of for names_of in arrays if names_of)[0]
-            rule = f"holds {there}, but not images and labels of a test set"
+            rule = f"holds {images or labels}, but not images and labels of a test set"
             raise InputError("data.source", source, rule)
-        if not all(arrays):
+        if not images:
             rule = (
                 f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none; also "
                 f"x_train, y_train ...), not {', '.join(names) or 'nothing'}"
             )
             raise InputError("data.source", source, rule)
-        pairs.append((arrays[0][0], arrays[1][0]))
+        pairs.append((images, labels))
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
@@ -131,33 +138,38 @@ def _part(name: str) -> tuple[Role | None, str] | None:
 def _read_split(
     source: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], names: _Pair
 ) -> Split:
-    images, labels = (_read_header(archive, members[name]) for name in names)
-    (_, shape, dtype), (_, label_shape, label_dtype) = images, labels
+    images, *others = (_read_header(archive, members[name]) for name in names if name)
+    (_, shape, dtype), labels = images, others[0] if others else None
 
     def require(condition: object, rule: str) -> None:
         if not condition:
-            found = f"images {dtype}{shape}, labels {label_dtype}{label_shape}"
+            found = f"images {dtype}{shape}"
+            if labels:
+                found += f", labels {labels[2]}{labels[1]}"
             raise InputError("data.source", source, f"{rule} (found {found})")
 
     x, y = names
-    for member in (images, labels):
+    for member in (images, *others):
         check_size(source, member[1], member[2].itemsize)
         _check_length(member)
     channels_fit = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     require(dtype == np.uint8, f"{x} must be uint8, values 0 to 255")
     require(channels_fit, f"{x} must be [n, H, W, 3], [n, H, W, 1] or [n, H, W]")
     require(math.prod(shape), f"{x} must not be empty")
-    require(label_dtype.kind in "biuf", f"{y} must be integers")
-    require(label_shape[:1] == shape[:1], f"{y} must hold one label per image")
-    rule = f"{y} must hold one label per image: whole numbers [n] or [n, 1], or one-hot rows"
-    with archive.open(labels[0]) as file:
-        read = _as_labels(np.lib.format.read_array(file, allow_pickle=False))
-    require(read is not None, rule)
-    assert read is not None
-    require(read.min() >= 0 and read.max() < 2**16, f"{y} must lie in [0, 65535]")
+    read = None
+    if labels:
+        require(labels[2].kind in "biuf", f"{y} must be integers")
+        require(labels[1][:1] == shape[:1], f"{y} must hold one label per image")
+        with archive.open(labels[0]) as file:
+            read = _as_labels(np.lib.format.read_array(file, allow_pickle=False))
+        form = "whole numbers [n] or [n, 1], or one-hot rows"
+        require(read is not None, f"{y} must hold one label per image: {form}")
+        assert read is not None
+        require(read.min() >= 0 and read.max() < 2**16, f"{y} must lie in [0, 65535]")
+        read = read.astype(np.int32)
     check_size(source, (*shape[:3], 3))
     check_memory(source, math.prod(shape[:3]) * 3)
-    return Split(_read_images(archive, images), read.astype(np.int32))
+    return Split(_read_images(archive, images), read)
 
 
 def _as_labels(array: np.ndarray) -> np.ndarray | None:

@@ -77,10 +77,10 @@ class Records(Images, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Images of a split before decoding, their labels, and their file names if they have any."""
+    """Images of a split before decoding; labels (None = none) and names as in `Split`."""
 
     images: Images
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | None
     names: tuple[str, ...]
 
 

@@ -1,14 +1,15 @@
-"""Opens a source of labelled images: one line of config, two NumPy arrays per split.
+"""Opens a source of images: one line of config, one or two NumPy arrays per split.
 
     source = open_source("tfds:cifar10", data_dir=None, image_size=32)
     source.info.num_train, source.info.class_names   # before an image is decoded
-    train, test = source.load()                      # uint8 images, int32 labels
+    train, test = source.load()                      # uint8 images, int32 labels or None
 
 | source          | images                                                               |
 |-----------------|----------------------------------------------------------------------|
 | `tfds:<name>`   | a TensorFlow Datasets image classification set; downloaded if needed |
 | `npz:<file>`    | arrays in one file, see `npz`; `save_npz` writes them                |
 | `folder:<path>` | one sub-folder of image files per class, see `folder_files`          |
+| `images:<path>` | all image files below a folder, without labels                       |
 | `shapes`        | built-in procedural images, see `hjepa_jax.data.shapes`              |
 
 The order of the images depends on the source alone. TensorFlow is imported only to read a `tfds:`
@@ -17,12 +18,15 @@ source.
 
 import dataclasses
 import math
+import os
 import sys
 from pathlib import Path
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, check_memory, check_size
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.errors import InputError, first_line
+
+STREAMABLE = ("tfds", "folder", "images")  # kinds of sources
 
 
 def open_source(
@@ -60,7 +64,7 @@ def open_source(
         check_size(source, (num_images, *found.info.image_shape))
     if found.usage and not quiet:
         print(found.usage, file=sys.stderr, flush=True)
-    if source.partition(":")[0] not in ("tfds", "folder"):  # small, or already in memory
+    if source.partition(":")[0] not in STREAMABLE:  # small, or already in memory
         return found
 
     def load() -> tuple[Split, Split]:
@@ -83,8 +87,8 @@ def _open(
     from hjepa_jax.data import folder, npz, tfds
 
     kind, _, rest = source.partition(":")
-    if streaming.when == "always" and kind not in ("tfds", "folder"):
-        rule = f"needs a source tfds:<name> or folder:<path>, not {source}"
+    if streaming.when == "always" and kind not in STREAMABLE:
+        rule = f"needs a source tfds:<name>, folder:<path> or images:<path>, not {source}"
         raise InputError("data.streaming", streaming.when, rule)
     if (streaming.train_split or streaming.class_list) and kind != "tfds":
         field = "data.train_split" if streaming.train_split else "data.class_list"
@@ -96,9 +100,13 @@ def _open(
         return tfds.open_tfds(source, rest, data_dir, image_size, streaming, may_download)
     if kind == "npz" and rest:
         return npz.open_npz(source, Path(rest))
-    if kind == "folder" and rest:
+    if kind in ("folder", "images") and rest:
         return folder.open_folder(source, Path(rest), image_size, streaming)
-    rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
+    rule = "must be tfds:<name>, npz:<file>, folder:<path>, images:<path> or shapes"
+    if os.path.isdir(path := os.path.expanduser(source)):
+        rule += f"; did you mean folder:{source} (or images:{source}, without labels)?"
+    elif os.path.isfile(path):
+        rule += f"; did you mean npz:{source}?"
     raise InputError("data.source", source, rule)
 
 

@@ -140,7 +140,10 @@ def neighbours(
     query_names: Sequence[str],
     same_class: Sequence[Sequence[bool]],
 ) -> Figure:
-    """Returns images and their nearest neighbours, framed by whether the class is the same."""
+    """Returns images and their nearest neighbours, framed by whether the class is the same.
+
+    Without classes `same_class` is empty, and nothing is framed.
+    """
     rows = [Row("query", queries)]
     rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
     figure = picture_table(rows, heads=query_names)
@@ -150,6 +153,8 @@ def neighbours(
                 spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
                 spine.set_linestyle("-" if same else (0, (2, 1)))
                 spine.set_capstyle("butt")  # round caps would fill the gaps
+    if not same_class:
+        return figure
     handles = [
         Patch(facecolor="none", edgecolor=COLOURS[0], label="same class"),
         Patch(facecolor="none", edgecolor=COLOURS[1], linestyle="--", label="another class"),

@@ -136,7 +136,11 @@ def open_config_source(
     may_download: bool = True,
     quiet: bool = False,
 ) -> Source:
-    """Opens the data source of the config; `source` and `data_dir` take precedence."""
+    """Opens the data source of the config; `source` and `data_dir` take precedence.
+
+    Raises:
+      InputError: see `open_source`.
+    """
     streaming = build.build_streaming(config)
     if source and source != config.data.source:  # it has other splits and classes
         streaming = Streaming("auto", max_labelled=config.data.max_labelled)

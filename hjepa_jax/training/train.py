@@ -8,7 +8,7 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from hjepa_jax.config import Config
 from hjepa_jax.config.validation import validate
@@ -16,7 +16,7 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
-from hjepa_jax.evaluation.labelled import MIN_ROWS
+from hjepa_jax.evaluation.labelled import MIN_ROWS, why_no_probe
 from hjepa_jax.evaluation.protocols import Protocol, check_classes
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.method.train_state import TrainState
@@ -92,6 +92,15 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         return rows
 
 
+class _Judged(NamedTuple):
+    """The images for k-NN and probes; they may differ from the images to train on."""
+
+    source: Source
+    train: Split
+    test: Split
+    has_classes: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     """The parts of a run."""
@@ -100,6 +109,7 @@ class _Parts:
     source: Source
     train: Split
     test: Split
+    judged: _Judged
     workdir: pathlib.Path
     backend: str
     record: RunRecord
@@ -118,14 +128,47 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
         source = open_config_source(config, quiet=not cluster.is_first())
         run = build_run(config, source)  # it refuses bad configs before images are read
         train, test = source.load()
-    if len(train.images) != source.info.num_train:  # some files of the folder are not images
-        counts = {"num_train": len(train.images), "num_test": len(test.images)}
-        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
+    found = {"num_train": len(train.images), "num_test": len(test.images)}
+    if train.labels is None:
+        found["class_names"] = ()
+    info = dataclasses.replace(source.info, **found)
+    if info != source.info:  # some files of the folder are not images, or a set has no labels
+        source = dataclasses.replace(source, info=info)
         run = build_run(config, source)
-    _check_judgeable(config, source, train)
+    judged = _load_judged(config, source, train, test)
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
-    return _Parts(run, source, train, test, workdir, backend, record)
+    return _Parts(run, source, train, test, judged, workdir, backend, record)
+
+
+def _load_judged(config: Config, source: Source, train: Split, test: Split) -> _Judged:
+    """Loads the images for k-NN and probes: `eval.data`, or the images of the run.
+
+    Raises:
+      InputError: the probes at the end would refuse the images ("data.source", "eval.data").
+    """
+    name = config.eval.data
+    if not (config.eval.probe_at_end or config.eval.every_epochs):
+        return _Judged(source, train, test, has_classes=False)
+    try:
+        if name is not None:
+            with cluster.first_process_first():
+                source = open_config_source(config, source=name, quiet=not cluster.is_first())
+                train, test = source.load()
+        why = why_no_probe(train, source.info.class_names)
+        if why and name is not None:
+            raise InputError("eval.data", name, f"{why}: probes need at least two")
+        if not why:
+            _check_judgeable(config, source, train)
+    except InputError as error:
+        if name is None:
+            raise
+        where = "" if error.value == name else f"{error.value} "
+        raise InputError("eval.data", name, where + error.rule) from error
+    if why and cluster.is_first():
+        line = "no k-NN score during training and no probe of labels; eval.data names labelled ones"
+        print(f"{source.name} {why}: {line}", flush=True)
+    return _Judged(source, train, test, has_classes=not why)
 
 
 @contextlib.contextmanager
@@ -161,7 +204,7 @@ def _check_judgeable(config: Config, source: Source, train: Split) -> None:
     """Refuses data that the probes at the end would refuse, before hours of training."""
     if config.eval.probe_at_end:
         check_classes(source.name, train.labels, len(source.info.class_names))
-    if (config.eval.probe_at_end or config.eval.every_epochs) and len(train.labels) < MIN_ROWS:
+    if len(train.images) < MIN_ROWS:
         rule = f"must have at least {MIN_ROWS} training images with labels, to hold some out"
         raise InputError("data.source", source.name, rule)
 
@@ -214,9 +257,11 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
         closing.enter_context(writing(workdir))
         closing.callback(logger.close)
         with closing:
+            judged = parts.judged.train if parts.judged.has_classes else None
             loop = Loop(
-                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend
-            )
+                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend,
+                judged=judged,
+            )  # fmt: skip
             state = loop.run(state, window, begin)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
             encoders = run.placement.local(encoders)
@@ -244,19 +289,21 @@ def _judge(
     parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
 ) -> list[dict[str, Any]]:
     """Runs the probes on the trained encoder and its baselines."""
-    print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-    config = parts.run.config
+    config, judged = parts.run.config, parts.judged
+    if judged.has_classes:
+        print("probes, chosen on held-out training images, scored on the test images:", flush=True)
     with writing(parts.workdir):
         rows = judge_run(
             parts.workdir,
             config,
             parts.run.model,
             encoders,
-            parts.train,
-            parts.test,
-            source=parts.source,
+            judged.train,
+            judged.test,
+            source=judged.source,
             step=step,
             protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
         )
-        logger.scalars(step, headline_scores(rows))
+        if scores := headline_scores(rows):
+            logger.scalars(step, scores)
     return rows
