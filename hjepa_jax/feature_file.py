@@ -127,6 +127,7 @@ def _open(source: str, config: Config, value: str) -> Source:
             image_size=config.data.image_size,
             seed=config.seed,
             streaming=streaming,
+            follow_links=config.data.follow_links,
         )
     except InputError as error:
         where = "" if error.value == source else f"{error.value} "

@@ -71,6 +71,7 @@ def _data(c: Config) -> None:
     c.data = ConfigDict()
     # tfds:<name> | shapes | npz:<file> | folder:<directory> | images:<directory> (without labels)
     c.data.source = "tfds:cifar10"
+    c.data.follow_links = False  # whether links out of the folder of images are followed
     # folder of prepared TFDS sets; None = $TFDS_DATA_DIR or ~/tensorflow_datasets
     c.data.dir = placeholder(str)
     c.data.streaming = "auto"  # auto (if decoded images exceed 8 GiB) | always | never

@@ -52,12 +52,19 @@ class FolderRecords:
 
 
 def open_folder(
-    source: str, root: Path, image_size: int, streaming: Streaming = NOT_STREAMED
+    source: str,
+    root: Path,
+    image_size: int,
+    streaming: Streaming = NOT_STREAMED,
+    *,
+    follow_links: bool = False,
 ) -> Source:
     """Opens `folder:<path>` or `images:<path>`; see `hjepa_jax.data.sources.open_source`."""
     if not root.is_dir():
-        raise InputError("data.source", source, "must name a folder that exists")
-    listing = list_folder(source, root, labelled=source.startswith("folder:"))
+        hint = f"; did you mean npz:{root}?" if root.is_file() else ""
+        raise InputError("data.source", source, f"must name a folder that exists{hint}")
+    is_labelled = source.startswith("folder:")
+    listing = list_folder(source, root, labelled=is_labelled, follow_links=follow_links)
     whole, shape = listing.splits[0], (image_size, image_size, 3)
     splits = listing.splits
     if len(splits) == 1:

@@ -76,7 +76,11 @@ class _Folder(NamedTuple):
 
 
 def list_folder(
-    source: str, root: str | os.PathLike[str], *, labelled: bool = True
+    source: str,
+    root: str | os.PathLike[str],
+    *,
+    labelled: bool = True,
+    follow_links: bool = False,
 ) -> FolderListing:
     """Lists the images of a folder by split and class, and everything that is not used.
 
@@ -84,12 +88,13 @@ def list_folder(
       source: name of the source, for errors.
       root: the folder.
       labelled: whether sub-folders are classes. If not, the images have no labels.
+      follow_links: whether links to files and folders outside of the folder are followed.
 
     Raises:
       InputError: there is no image, a class has no image, or train and test do not have the same
         classes.
     """
-    lister = _Lister(source, os.path.realpath(root), labelled)
+    lister = _Lister(source, os.path.realpath(root), labelled, follow_links)
     splits, names = lister.list_splits()
     return FolderListing(lister.top, splits, names, lister.unused)
 
@@ -97,8 +102,9 @@ def list_folder(
 class _Lister:
     """Lists one folder, and collects everything that is not used in `unused`."""
 
-    def __init__(self, source: str, top: str, labelled: bool):
+    def __init__(self, source: str, top: str, labelled: bool, follow_links: bool):
         self.source, self.top, self.labelled = source, top, labelled
+        self.follow_links = follow_links
         self.unused = list[Unused]()
 
     def list_splits(self) -> tuple[list[Listing], list[str]]:
@@ -228,11 +234,13 @@ class _Lister:
             is_folder = entry.is_dir()
             reason = self._why_unused(entry, folder)
             if reason == OUTSIDE and is_folder and refuse_links:
-                self._refuse(f"there is no image in {escaped(entry.path)} (it is a {OUTSIDE})")
+                rule = f"there is no image in {escaped(entry.path)} (it is a {OUTSIDE}"
+                self._refuse(f"{rule}; data.follow_links=True follows it)")
             if reason:
                 self._drop(entry.path, reason, is_folder=is_folder)
             elif is_folder:
-                real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                real = os.path.join(folder.chain[-1], entry.name)
+                real = os.path.realpath(real) if entry.is_symlink() else real
                 folders.append(_Folder(entry.path, (*folder.chain, real)))
             else:
                 files.append(entry.path)
@@ -244,7 +252,7 @@ class _Lister:
             return HIDDEN
         if entry.is_symlink():
             real = os.path.realpath(entry.path)
-            if not _is_within(self.top, real):
+            if not self.follow_links and not _is_within(self.top, real):
                 return OUTSIDE
             if any(_is_within(real, around) for around in folder.chain):
                 return "link to a folder around it"

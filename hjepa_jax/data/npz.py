@@ -50,7 +50,8 @@ def open_npz(source: str, path: Path) -> Source:
     """
     try:
         if not path.is_file():  # opening a pipe would block
-            raise FileNotFoundError("there is no such file")
+            hint = f"; did you mean folder:{path}?" if path.is_dir() else ""
+            raise FileNotFoundError(f"there is no such file{hint}")
         with zipfile.ZipFile(path) as archive:
             return _open_archive(source, archive)
     except InputError:

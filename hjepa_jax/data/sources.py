@@ -36,6 +36,7 @@ def open_source(
     image_size: int,
     seed: int = 0,
     streaming: Streaming = NOT_STREAMED,
+    follow_links: bool = False,
     may_download: bool = True,
     quiet: bool = False,
 ) -> Source:
@@ -50,6 +51,7 @@ def open_source(
       seed: seed of `shapes`. Other sources ignore it: if they have no test images, every seed holds
         out the same tenth (`hjepa_jax.data.rows.draw_test_rows`).
       streaming: whether the training images are read during training.
+      follow_links: whether links out of a folder are followed; other sources ignore it.
       may_download: if False, a TFDS set that is not prepared is refused.
       quiet: do not print the line about used and unused images.
 
@@ -57,7 +59,7 @@ def open_source(
       InputError: the source does not exist, cannot be read or breaks a rule of its format.
     """
     try:
-        found = _open(source, data_dir, image_size, seed, streaming, may_download)
+        found = _open(source, data_dir, image_size, seed, streaming, may_download, follow_links)
     except (OSError, RuntimeError, ValueError) as error:  # missing rights, impossible characters
         raise InputError("data.source", source, first_line(error)) from error
     for num_images in (found.info.num_train, found.info.num_test):
@@ -82,6 +84,7 @@ def _open(
     seed: int,
     streaming: Streaming,
     may_download: bool,
+    follow_links: bool,
 ) -> Source:
     # The readers are imported on use: they load Pillow or TFDS.
     from hjepa_jax.data import folder, npz, tfds
@@ -101,7 +104,8 @@ def _open(
     if kind == "npz" and rest:
         return npz.open_npz(source, Path(rest))
     if kind in ("folder", "images") and rest:
-        return folder.open_folder(source, Path(rest), image_size, streaming)
+        root = Path(rest)
+        return folder.open_folder(source, root, image_size, streaming, follow_links=follow_links)
     rule = "must be tfds:<name>, npz:<file>, folder:<path>, images:<path> or shapes"
     if os.path.isdir(path := os.path.expanduser(source)):
         rule += f"; did you mean folder:{source} (or images:{source}, without labels)?"

@@ -150,6 +150,7 @@ def open_config_source(
         image_size=config.data.image_size,
         seed=config.seed,
         streaming=streaming,
+        follow_links=config.data.follow_links,
         may_download=may_download,
         quiet=quiet,
     )
