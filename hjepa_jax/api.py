@@ -41,6 +41,7 @@ class Encoder:
       tokens_fn: the same for the tokens of the patches, {"tokens": [B, N, D]}.
       config: of the run.
       describe: makes `info`.
+      num_channels: C, channels of its input images.
     """
 
     params: Any
@@ -50,6 +51,7 @@ class Encoder:
     tokens_fn: EmbedFn | None = None
     config: Config = None
     describe: Callable[[], dict[str, Any]] = dict
+    num_channels: int = 3
 
     @property
     def info(self) -> dict[str, Any]:
@@ -58,8 +60,9 @@ class Encoder:
 
     def feature_names(self) -> list[str]:
         """Names of the features that `embed` returns."""
-        size = self.image_size
-        images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+        images = jax.ShapeDtypeStruct(
+            (1, self.image_size, self.image_size, self.num_channels), np.uint8
+        )
         return [*jax.eval_shape(self.embed_fn, self.params, images)]
 
     def embed(self, images: Any) -> Features:
@@ -97,7 +100,8 @@ class Encoder:
         return self.token_records(self._given(images), stop_at_error=True)[0]
 
     def _given(self, images: Any) -> GivenImages:
-        records = GivenImages(images_of(images), self.image_size)
+        given = images_of(images, self.num_channels)
+        records = GivenImages(given, self.image_size, self.num_channels)
         if not len(records):
             raise InputError("images", images, "must not be empty")
         return records
@@ -176,4 +180,5 @@ def _encoder(
         jax.jit(build.build_tokens_fn(config, model, dtype="float32")),
         config,
         info,
+        len(config.data.mean),
     )

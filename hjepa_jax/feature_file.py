@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
 from hjepa_jax import api
 from hjepa_jax.api import Encoder
@@ -128,6 +128,7 @@ def _open(source: str, config: Config, value: str) -> Source:
             seed=config.seed,
             streaming=streaming,
             follow_links=config.data.follow_links,
+            num_channels=len(config.data.mean),
         )
     except InputError as error:
         where = "" if error.value == source else f"{error.value} "
@@ -148,7 +149,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         return self.images.read(self.rows[row])
 
 
@@ -162,7 +163,11 @@ def _write(
 ) -> Shapes:
     """Makes the shards that are not there, then the file."""
     parts = source.parts or tuple(
-        Labelled(GivenImages(split.images, encoder.image_size), split.labels, split.names)
+        Labelled(
+            GivenImages(split.images, encoder.image_size, encoder.num_channels, source.info.dtype),
+            split.labels,
+            split.names,
+        )
         for split in source.load()
     )
     shards = Shards(output, _made_from(encoder, parts, features, tokens))

@@ -16,7 +16,8 @@ ON_EVERY_JAX = {
 # Test files about data files, reports, flags and processes: JAX's version does not matter to them.
 ON_ONE_JAX = {
     "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
-    "faults/test_resume", "test_alarms", "test_browser", "test_cli", "test_cluster",
+    "faults/test_resume", "test_alarms", "test_browser", "test_channels", "test_cli",
+    "test_cluster",
     "test_command_line", "test_config", "test_convert", "test_demo", "test_docs",
     "test_error_fields", "test_export", "test_extras", "test_fewshot", "test_figures",
     "test_fingerprint", "test_fitted_curve", "test_folder_files", "test_given", "test_held_out",

@@ -15,6 +15,9 @@ from hjepa_jax.config.fields import flatten
 # An ml_collections.ConfigDict; type checkers do not know its fields.
 Config = Any
 
+# Value of `data.mean` and `data.std` that are computed from the training images.
+AUTO = ("auto",)
+
 # Fields that may differ between a run and its continuation: they change the log, the speed or the
 # place of the data, and no result.
 FREE_FIELDS = (
@@ -83,8 +86,11 @@ def _data(c: Config) -> None:
     # A relative path counts from the current folder, then from the folder of the config file.
     c.data.class_list = placeholder(str)
     c.data.image_size = 32  # side of the images that the model sees; pixels
-    c.data.mean = (0.491, 0.482, 0.447)  # subtracted per channel; for pixels in [0, 1]
-    c.data.std = (0.247, 0.243, 0.262)  # divided by per channel; for pixels in [0, 1]
+    # subtracted per channel; integer pixels as fractions of the largest value; auto = computed
+    # Its length is the number of channels: 3 turns grey images into RGB.
+    c.data.mean = (0.491, 0.482, 0.447)
+    # divided by per channel; as data.mean
+    c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop; fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # width / height of the random crop
     c.data.local_views = 0  # V, further crops of each image; 0 = none

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt8
+from jaxtyping import Int32, Num
 from PIL import Image, ImageOps
 
+from hjepa_jax.data.pixels import square_pixels, with_channels
 from hjepa_jax.data.records import Labelled, Records, Streaming
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.host_memory import available_bytes
@@ -20,9 +21,15 @@ MAX_RESIDENT_BYTES = 8 * 1024**3
 class Split:
     """Decoded images of one split, their labels (None = none), and their file names if any."""
 
-    images: UInt8[np.ndarray, "n H W C"]
+    images: Num[np.ndarray, "n H W C"]
     labels: Int32[np.ndarray, " n"] | None
     names: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> Int32[np.ndarray, " n"]:
+        """Returns the labels of a split that has some."""
+        assert self.labels is not None
+        return self.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,8 @@ class SourceInfo:
       num_train: number of training images that `load` returns. For a folder: number of files,
         unreadable ones included.
       num_test: the same for the test images.
-      image_shape: (H, W, 3) of every image that `load` returns.
+      image_shape: (H, W, C) of every image that `load` returns.
+      dtype: type of its pixels: uint8, uint16 or float32.
       class_names: indexed by label; empty without labels.
     """
 
@@ -41,6 +49,12 @@ class SourceInfo:
     num_test: int
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    dtype: str = "uint8"
+
+    @property
+    def image_bytes(self) -> int:
+        """Returns the bytes of one image."""
+        return math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +102,28 @@ def check_memory(source: str, num_bytes: int) -> None:
         raise InputError("data.source", source, rule)
 
 
-def is_streamed(streaming: Streaming, num_images: int, shape: tuple[int, int, int]) -> bool:
+def is_streamed(
+    streaming: Streaming, num_images: int, shape: tuple[int, int, int], dtype: str = "uint8"
+) -> bool:
     """Returns whether a training set of this size is streamed."""
-    too_large = num_images * math.prod(shape) > MAX_RESIDENT_BYTES
+    num_bytes = num_images * math.prod(shape) * np.dtype(dtype).itemsize
+    too_large = num_bytes > MAX_RESIDENT_BYTES
     return streaming.when == "always" or (streaming.when == "auto" and too_large)
 
 
-def as_rgb(images: Shaped[np.ndarray, "n H W *C"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Returns images with three channels: grey values are repeated."""
-    if images.ndim == 3:
-        images = images[..., None]
-    return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
+def fit_pixels(
+    image: Num[np.ndarray, "H W C"], shape: tuple[int, int, int]
+) -> Num[np.ndarray, "S S C"]:
+    """Returns an image of this shape: resized and cropped like `square`, grey values repeated."""
+    image = with_channels(image[None], shape[2])[0]
+    if image.shape == shape:
+        return image
+    if image.dtype == np.uint8 and shape[2] == 3:
+        return square(Image.fromarray(image), shape[0])
+    return square_pixels(image, shape[0])
 
 
-def square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
+def square(image: Image.Image, image_size: int) -> Num[np.ndarray, "S S C"]:
     """Returns an RGB image: shorter side resized to `image_size`, then centre crop.
 
     `hjepa_jax.data.augment` takes the same crop of stored images that are not square.

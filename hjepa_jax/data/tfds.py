@@ -14,10 +14,10 @@ import urllib.request
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hjepa_jax.data import tfds_records
-from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, is_streamed, square
+from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, is_streamed
+from hjepa_jax.data.pixels import channels_of, check_pixels
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.data.rows import num_held_out
 from hjepa_jax.data.test_split import hold_out_test
@@ -49,17 +49,18 @@ def open_tfds(
     image_size: int,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
+    num_channels: int | None = 3,
 ) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
     builder = _prepared_builder(source, name, data_dir, streaming, may_download)
-    shape = _image_shape(source, builder, image_size)
+    shape, dtype = _image_kind(source, builder, image_size, num_channels)
     splits, train_name = builder.info.splits, streaming.train_split or "train"
     if train_name not in splits:
         rule = f"must be a split of {source}: {', '.join(splits)}"
         raise InputError("data.train_split", train_name, rule)
-    if is_streamed(streaming, splits[train_name].num_examples, shape):
-        return tfds_records.open_streamed(source, builder, shape, streaming)
-    return _open_resident(source, builder, shape)
+    if is_streamed(streaming, splits[train_name].num_examples, shape, dtype):
+        return tfds_records.open_streamed(source, builder, shape, streaming, dtype)
+    return _open_resident(source, builder, shape, dtype)
 
 
 def _prepared_builder(
@@ -85,21 +86,25 @@ def _prepared_builder(
     return builder
 
 
-def _image_shape(source: str, builder: Any, image_size: int) -> tuple[int, int, int]:
-    """Returns the shape of decoded images, and refuses a set without images to train on."""
+def _image_kind(
+    source: str, builder: Any, image_size: int, num_channels: int | None
+) -> tuple[tuple[int, int, int], str]:
+    """Returns shape and type of decoded images, and refuses a set without images to train on."""
     try:
         image: Any = builder.info.features[image_and_label(builder)[0]]
     except ValueError as error:
         raise InputError("data.source", source, "must be a set with one image per row") from error
     if "train" not in builder.info.splits:
         raise InputError("data.source", source, "must be a set with a split train")
-    if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
-        rule = f"images must be uint8 with 1 or 3 channels, not {image.np_dtype} {image.shape}"
+    dtype, stored = np.dtype(image.np_dtype), image.shape[-1] or 0
+    if rule := check_pixels("images", dtype, stored):
         raise InputError("data.source", source, rule)
-    return (image_size, image_size, 3) if None in image.shape else (*image.shape[:2], 3)
+    channels = channels_of(source, stored, num_channels)
+    sides = (image_size, image_size) if None in image.shape else image.shape[:2]
+    return (*sides, channels), dtype.name
 
 
-def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
+def _open_resident(source: str, builder: Any, shape: tuple[int, int, int], dtype: str) -> Source:
     """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
     splits, candidates = builder.info.splits, test_splits(builder)
     test_name = candidates[0] if candidates else None
@@ -108,7 +113,7 @@ def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> So
     def decode() -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
         for name in ("train", *candidates):
-            images, labels = _read_split(source, builder, name, shape)
+            images, labels = _read_split(source, builder, name, shape, dtype)
             is_labelled = tfds_records.has_labels(labels)
             # As for streamed sets: a test split without labels gives place to the next one.
             if name != "train" and "train_labels" in arrays and not is_labelled:
@@ -143,7 +148,7 @@ def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> So
     num_train -= 0 if test_name else num_test
     used = ("train", test_name)
     usage = splits_line(source, builder, used, num_train, num_test, class_names=names)
-    return Source(source, SourceInfo(num_train, num_test, shape, names), load, usage=usage)
+    return Source(source, SourceInfo(num_train, num_test, shape, names, dtype), load, usage=usage)
 
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
@@ -155,7 +160,7 @@ def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
 
 
 def _read_split(
-    source: str, builder: Any, name: str, shape: tuple[int, int, int]
+    source: str, builder: Any, name: str, shape: tuple[int, int, int], dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decodes images and labels of a split, in the order of its files; -1 is no label.
 
@@ -165,7 +170,7 @@ def _read_split(
     try:
         if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read it
             return tfds_records.read_split(builder, name, shape)
-        return _decode_split(builder, name, shape)
+        return _decode_split(builder, name, shape, dtype)
     except InputError:
         raise
     except Exception as error:  # TensorFlow on damaged files, or it is not installed
@@ -174,7 +179,7 @@ def _read_split(
 
 
 def _decode_split(
-    builder: Any, name: str, shape: tuple[int, int, int]
+    builder: Any, name: str, shape: tuple[int, int, int], dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -201,15 +206,15 @@ def _decode_split(
         read_config=read_config,
     )
     num_examples = builder.info.splits[name].num_examples
-    images = np.empty((num_examples, *shape), np.uint8)
+    images = np.empty((num_examples, *shape), dtype)
     labels = np.empty(num_examples, np.int32)
     start = 0
     for row in dataset.as_numpy_iterator():
         image, label = row[image_key], row[label_key] if label_key else -1
         if not one_size:
-            image = square(Image.fromarray(as_rgb(image[None])[0]), shape[0])[None]
+            image = fit_pixels(image, shape)[None]
         stop = start + len(image)
-        images[start:stop] = image  # grey values broadcast to three channels
+        images[start:stop] = image  # grey values broadcast to all channels
         labels[start:stop] = label
         start = stop
     return images, labels

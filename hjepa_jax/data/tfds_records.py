@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Num
 from PIL import Image
 
-from hjepa_jax.data.base import Source, SourceInfo, Split, square
+from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, square
 from hjepa_jax.data.class_list import find_class_list
+from hjepa_jax.data.pixels import with_channels
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
     Streaming,
@@ -47,9 +48,10 @@ class TfdsRecords:
       path: folder of the prepared set.
       split: name of the split.
       keys: names of the image feature and the label feature; None = no labels.
-      image_shape: (H, W, 3) of the returned images.
+      image_shape: (H, W, C) of the returned images.
       crops: whether stored images vary in size: shorter side resized, then centre crop.
       rows: records of the split, in their order here.
+      dtype: type of the pixels.
     """
 
     path: str
@@ -58,23 +60,32 @@ class TfdsRecords:
     image_shape: tuple[int, int, int]
     crops: bool
     rows: Int[np.ndarray, " n"]
+    dtype: str = "uint8"
 
     def __post_init__(self):
         self._opened: Any = None
+        self._feature: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # every worker opens the files itself
+        # Every worker opens the files itself.
+        return {**self.__dict__, "_opened": None, "_feature": None}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         try:
             encoded = self._source()[int(self.rows[row])][self.keys[0]]
-            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            if self.dtype != "uint8" or self.image_shape[2] != 3:
+                pixels = np.asarray(self._decode(encoded))
                 if self.crops:
-                    return square(image, self.image_shape[0])
-                pixels = np.asarray(image.convert("RGB"))
+                    return fit_pixels(pixels, self.image_shape)
+                pixels = with_channels(pixels[None], self.image_shape[2])[0]
+            else:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                    if self.crops:
+                        return square(image, self.image_shape[0])
+                    pixels = np.asarray(image.convert("RGB"))
             if pixels.shape != self.image_shape:
                 raise ValueError(f"its shape is {pixels.shape}, not {self.image_shape}")
             return pixels
@@ -109,6 +120,11 @@ class TfdsRecords:
         """Returns some of the records."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
+    def _decode(self, encoded: Any) -> np.ndarray:
+        """Decodes an image as TFDS stores it, in any type and number of channels."""
+        self._source()
+        return self._feature.decode_example_np(encoded)
+
     def _source(self) -> Any:
         if self._opened is None:
             import tensorflow_datasets
@@ -116,13 +132,18 @@ class TfdsRecords:
             tfds: Any = tensorflow_datasets
             # From the folder alone: the code of the set may be missing.
             builder = tfds.builder_from_directory(self.path)
+            self._feature = builder.info.features[self.keys[0]]
             decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
         return self._opened
 
 
 def open_streamed(
-    source: str, builder: Any, image_shape: tuple[int, int, int], streaming: Streaming
+    source: str,
+    builder: Any,
+    image_shape: tuple[int, int, int],
+    streaming: Streaming,
+    dtype: str = "uint8",
 ) -> Source:
     """Returns a source that reads its training images during training."""
     if "array_record" not in (formats := formats_of(builder)):
@@ -163,7 +184,7 @@ def open_streamed(
     chosen = tuple(names[label] for label in classes) if has_classes else ()
     used = (records.split, test_name, labelled.split)
     usage = splits_line(source, builder, used, len(records), len(test), class_names=chosen)
-    info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, chosen)
+    info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, chosen, dtype)
     new_label = np.full(len(names), -1, np.int32)
     new_label[classes] = np.arange(len(classes))
     labels = new_label if has_classes else None
@@ -189,7 +210,7 @@ def _load(
 
 def read_split(
     builder: Any, name: str, image_shape: tuple[int, int, int]
-) -> tuple[UInt8[np.ndarray, "n H W C"], Int32[np.ndarray, " n"]]:
+) -> tuple[Num[np.ndarray, "n H W C"], Int32[np.ndarray, " n"]]:
     """Decodes images and labels of a split, in the order of its files; -1 is no label.
 
     Raises:
@@ -205,12 +226,13 @@ def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> 
     rows = np.arange(builder.info.splits[name].num_examples, dtype=np.int32)
     keys = image_and_label(builder)
     crops = None in builder.info.features[keys[0]].shape  # images vary in size
-    return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
+    dtype = np.dtype(builder.info.features[keys[0]].np_dtype).name
+    return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows, dtype)
 
 
 def _read_labelled(
     records: TfdsRecords,
-) -> tuple[UInt8[np.ndarray, "n H W C"], Int32[np.ndarray, " n"], list[InputError]]:
+) -> tuple[Num[np.ndarray, "n H W C"], Int32[np.ndarray, " n"], list[InputError]]:
     """Returns images and labels of the readable records, and one error per unreadable record."""
     images, kept, errors = read_all(records)
     labels = records.labels(kept)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.data.augment import Augment
@@ -158,7 +158,7 @@ def finetune(
     with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
         for step in range(int(state.step), num_steps):
             (rows,) = order.batches(step, 1, size=1)
-            state = update(state, train.images[rows], train.labels[rows])
+            state = update(state, train.images[rows], train.classes[rows])
             bar.update(1)
             done = step + 1
             if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
@@ -175,11 +175,11 @@ def _test_top1(
     model: Classifier, params: Any, test: Split, preprocess: Callable[[Any], Any], batch_size: int
 ) -> float:
     @jax.jit
-    def embed(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
+    def embed(params: Any, images: Num[Array, "B H W C"]) -> dict[str, Any]:
         return {"logits": model.apply({"params": params}, preprocess(images))}
 
     logits = extract_features(embed, params, test.images, batch_size=batch_size)["logits"]
-    return float((logits.argmax(axis=-1) == test.labels).mean())
+    return float((logits.argmax(axis=-1) == test.classes).mean())
 
 
 def _num_steps(settings: FinetuneSettings, order: BatchOrder) -> int:
@@ -202,7 +202,7 @@ def _make_update(
 
     @jax.jit
     def update(
-        state: FinetuneState, images: UInt8[Array, "B H W C"], labels: Int[Array, " B"]
+        state: FinetuneState, images: Num[Array, "B H W C"], labels: Int[Array, " B"]
     ) -> FinetuneState:
         augment_rng, drop_rng = jax.random.split(jax.random.fold_in(run_rng, state.step))
         pixels = augment(jax.random.split(augment_rng, len(images)), images)

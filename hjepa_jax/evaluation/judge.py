@@ -125,7 +125,7 @@ def _attentive(
         for name, split in (("train", train), ("test", test))
     )  # fmt: skip
     result = attentive_probe(
-        tokens, train.labels, test_tokens, test.labels,
+        tokens, train.classes, test_tokens, test.classes,
         num_classes=num_classes, num_val=protocol.num_val, seed=protocol.seed,
         what=f"{encoder} attentive probe",
     )  # fmt: skip

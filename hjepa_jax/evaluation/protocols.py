@@ -91,7 +91,9 @@ def evaluate_encoders(
                 if name == "quality":
                     scores = [quality.row(encoder, pool, level, x)]
                 else:
-                    scores = _PROBES[name]((x, train.labels, y, test.labels), num_classes, protocol)
+                    scores = _PROBES[name](
+                        (x, train.classes, y, test.classes), num_classes, protocol
+                    )
                 for scored in scores:
                     where = {"level": level, "pool": pool, "dim": x.shape[1]}
                     rows.append({"protocol": name, **where, **scored, **source})
@@ -193,10 +195,10 @@ def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int
     if "lowshot" in protocol.protocols:
         fit, _ = hold_out(len(train.images), num_val=protocol.num_val, seed=protocol.seed)
         for shot in protocol.lowshot_labels or ():
-            draw_labels(train.labels, fit, shot, num_classes=num_classes, seed=0)
+            draw_labels(train.classes, fit, shot, num_classes=num_classes, seed=0)
     if "fewshot" in protocol.protocols:
         for shots in protocol.fewshot_shots:
-            check_shots(test.labels, shots)
+            check_shots(test.classes, shots)
 
 
 def check_classes(source: str, labels: Int[np.ndarray, " n"] | None, num_classes: int) -> None:

@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.reporting.figures import COLOURS, GREY, new_figure, plain
 from hjepa_jax.reporting.snapshot import DROPPED, TARGET, Snapshot
 
@@ -165,7 +166,7 @@ def neighbours(
 
 def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
     """Returns the figures of a snapshot by name; its arrays must be on the host."""
-    pixels, num_patches = snapshot.pixels, snapshot.tokens[0].shape[1]
+    pixels, num_patches = as_rgb(snapshot.pixels), snapshot.tokens[0].shape[1]
     side = round(num_patches**0.5)
     quarter = [side // 4 * side + side // 4, 3 * side // 4 * side + 3 * side // 4]
     heads = {f"head {i}": snapshot.attention[:, i] for i in range(snapshot.attention.shape[1])}
@@ -177,6 +178,34 @@ def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
         "similarity": similarity_maps(pixels, snapshot.tokens[0], quarter),
         "attention": attention_maps(pixels, {**shown, "rollout": snapshot.rollout}),
     }
+
+
+def as_pictures(images: Num[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 3"]:
+    """Returns stored images as RGB in [0, 1]; each channel is stretched, except for 8 bits."""
+    x = images.astype(np.float32) / full_scale(images.dtype)
+    if images.dtype != np.uint8:
+        axes = tuple(range(x.ndim - 1))
+        low, high = x.min(axis=axes), x.max(axis=axes)
+        x = (x - low) / np.maximum(high - low, 1e-12)
+    return as_rgb(x)
+
+
+def as_rgb(images: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 3"]:
+    """Returns images with pixels in [0, 1] as RGB.
+
+    One channel is shown in grey. Of two or of more than three channels the first principal
+    components are shown.
+    """
+    c = images.shape[-1]
+    if c == 3:
+        return images
+    if c == 1:
+        return np.repeat(images, 3, axis=-1)
+    flat = principal_components(images.reshape(-1, c), min(c, 3))
+    low, high = np.percentile(flat, (1, 99), axis=0)
+    flat = np.clip((flat - low) / np.maximum(high - low, 1e-12), 0, 1)
+    flat = np.pad(flat, ((0, 0), (0, 3 - flat.shape[1])))
+    return flat.reshape(*images.shape[:-1], 3).astype(np.float32)
 
 
 def enlarge(grid: np.ndarray, size: int) -> np.ndarray:

@@ -39,9 +39,9 @@ class Look:
       labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on them. Both are
         None without labels of at least two classes.
       class_names: indexed by label.
-      images: the held-out images, uint8 [Q, H, W, 3].
+      images: the held-out images, as stored, [Q, H, W, C].
       neighbours: images of the bank with the most similar best features, for the first S held-out
-        images, uint8 [S, k, H, W, 3].
+        images, as stored, [S, k, H, W, C].
       same_class: whether a neighbour has the class of its query, bool [S, k]; None without classes.
       bank_size: number of images in the bank.
     """

@@ -23,10 +23,14 @@ from hjepa_jax.reporting.figures import (
     scatter_maps,
     spectrum,
 )  # fmt: skip
-from hjepa_jax.reporting.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.reporting.image_figures import (
+    as_pictures,
+    neighbours,
+    principal_components,
+    snapshot_figures,
+)
 from hjepa_jax.reporting.look import KNN_K
 from hjepa_jax.reporting.page import Section, escape, table
-from hjepa_jax.reporting.snapshot import as_unit
 from hjepa_jax.reporting.verdicts import num, pct
 from hjepa_jax.runs.logger import quiet_tensorflow
 from hjepa_jax.runs.scores import Row
@@ -133,7 +137,9 @@ def features_section(facts: Facts) -> Section | None:
     values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
               levels.items()}  # fmt: skip
     count = len(look.neighbours)
-    pictures = (as_unit(look.images[:count]), as_unit(look.neighbours))
+    queries, found = look.images[:count], look.neighbours
+    shown = as_pictures(np.concatenate([queries[:, None], found], axis=1))  # on one scale
+    pictures = shown[:, 0], shown[:, 1:]
     same = [] if look.same_class is None else look.same_class.tolist()
     confusion = {}
     if look.labels is not None and look.predictions is not None:

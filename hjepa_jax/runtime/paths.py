@@ -9,7 +9,7 @@ from hjepa_jax.errors import InputError
 # Config fields that hold a path. TFDS reads data.dir, so that it may be an address (gs://).
 PATH_FIELDS = ("data.class_list", "data.dir", "train.init_from")
 # Prefixes of `data.source` that are followed by a path.
-PATH_SOURCES = ("folder:", "images:", "npz:")
+PATH_SOURCES = ("folder:", "images:", "npz:", "npy:")
 
 
 def local_path(field: str, value: str) -> pathlib.Path:

@@ -336,8 +336,7 @@ class Loop:
         """
         c, judged = self._config.eval, self._judged
         assert judged is not None
-        assert judged.labels is not None
-        images, labels = judged.images, judged.labels
+        images, labels = judged.images, judged.classes
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = spread_rows(bank, c.knn_bank_size)
         params = self._run.placement.local(state.target_params)

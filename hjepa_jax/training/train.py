@@ -26,7 +26,7 @@ from hjepa_jax.runs.checkpoint_meta import read_saved
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source
+from hjepa_jax.runs.run import Run, build_run, open_config_source, with_statistics
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
@@ -126,14 +126,18 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     """Loads the images and builds the run."""
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
-        run = build_run(config, source)  # it refuses bad configs before images are read
+        # It refuses bad configs before images are read.
+        run = build_run(with_statistics(config, source, None), source)
         train, test = source.load()
-    found = {"num_train": len(train.images), "num_test": len(test.images)}
+    found: dict[str, Any] = {"num_train": len(train.images), "num_test": len(test.images)}
     if train.labels is None:
         found["class_names"] = ()
     info = dataclasses.replace(source.info, **found)
-    if info != source.info:  # some files of the folder are not images, or a set has no labels
-        source = dataclasses.replace(source, info=info)
+    measured = with_statistics(config, source, train)
+    if measured is not config and cluster.is_first():
+        print(f"data.mean={measured.data.mean}, data.std={measured.data.std}", flush=True)
+    if info != source.info or measured is not config:  # files that are no images, say
+        source, config = dataclasses.replace(source, info=info), measured
         run = build_run(config, source)
     judged = _load_judged(config, source, train, test)
     data = fingerprint(train, source.records)
