@@ -348,12 +348,12 @@ def test_home_is_expanded_in_every_path(workdir, photos, tmp_path, monkeypatch):
 # The function for images of a data set
 
 
-def test_the_low_level_function_accepts_uint8_images_only(workdir):
+def test_the_low_level_function_accepts_stored_types_only(workdir):
     config = load_config(workdir)
     model, params = load_encoder(workdir)
     embed = jax.jit(build.build_embed_fn(config, model))
-    for dtype in (np.float32, np.int8, np.int32, bool):
-        with pytest.raises(InputError, match=r"^images='.*must be uint8 here; hjepa_jax.load"):
+    for dtype in (np.float16, np.int8, np.int32, bool):
+        with pytest.raises(InputError, match=r"^images='.*must be uint8, uint16, float32 here; hj"):
             embed(params, np.zeros((2, 16, 16, 3), dtype))
 
 

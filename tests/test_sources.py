@@ -51,7 +51,7 @@ def assert_refused(source, rule, value=None, **kwargs):
 
 @pytest.mark.parametrize("source", ["", "imagenet", "tfds:", "npz:", "folder:", "shapes:9", "s3:x"])
 def test_unknown_source_is_refused_with_the_kinds(source):
-    with pytest.raises(InputError, match=r"folder:<path>, images:<path> or shapes"):
+    with pytest.raises(InputError, match=r"npy:<path>, folder:<path>, images:<path> or shapes"):
         open_here(source)
 
 
@@ -241,7 +241,9 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (root / "x" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
     (root / "y").symlink_to(tmp_path / "elsewhere")
-    assert_refused(f"folder:{root}", f"no image in {root}/y (it is a link out of the folder)")
+    assert_refused(
+        f"folder:{root}", f"no image in {root}/y (it is a link out of the folder; data.follow_links"
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "test", "."])

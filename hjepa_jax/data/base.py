@@ -113,7 +113,7 @@ def is_streamed(
 
 def fit_pixels(
     image: Num[np.ndarray, "H W C"], shape: tuple[int, int, int]
-) -> Num[np.ndarray, "S S C"]:
+) -> Num[np.ndarray, "S T D"]:
     """Returns an image of this shape: resized and cropped like `square`, grey values repeated."""
     image = with_channels(image[None], shape[2])[0]
     if image.shape == shape:

@@ -101,7 +101,7 @@ def decode_image(
                 raise ValueError("more than 8 bits per channel")
             if kind == RGB:
                 return square(ImageOps.exif_transpose(image), image_size)
-            return square_pixels(_pixels(image, kind), image_size)
+            return square_pixels(pixels_of(image, kind), image_size)
     except Exception as error:  # on corrupt data Pillow's decoders raise almost anything
         unknown = isinstance(error, UnidentifiedImageError)  # its message is only the path
         reason = f"is none of {', '.join(IMAGE_FORMATS)}" if unknown else first_line(error)
@@ -109,7 +109,7 @@ def decode_image(
         raise InputError("data.source", escaped(os.fspath(path)), rule) from error
 
 
-def _pixels(image: Image.Image, kind: Kind) -> Num[np.ndarray, "H W C"]:
+def pixels_of(image: Image.Image, kind: Kind) -> Num[np.ndarray, "H W C"]:
     """Returns the pixels of an image as they are, with pages as channels if there are several."""
     if kind == Kind(1):
         return np.asarray(ImageOps.exif_transpose(image).convert("L"))[..., None]

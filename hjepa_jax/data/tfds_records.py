@@ -14,6 +14,7 @@ from PIL import Image
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, square
 from hjepa_jax.data.class_list import find_class_list
+from hjepa_jax.data.image_file import Kind, pixels_of
 from hjepa_jax.data.pixels import with_channels
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
@@ -52,6 +53,7 @@ class TfdsRecords:
       crops: whether stored images vary in size: shorter side resized, then centre crop.
       rows: records of the split, in their order here.
       dtype: type of the pixels.
+      num_stored: channels of the stored images.
     """
 
     path: str
@@ -61,14 +63,13 @@ class TfdsRecords:
     crops: bool
     rows: Int[np.ndarray, " n"]
     dtype: str = "uint8"
+    num_stored: int = 3
 
     def __post_init__(self):
         self._opened: Any = None
-        self._feature: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Every worker opens the files itself.
-        return {**self.__dict__, "_opened": None, "_feature": None}
+        return {**self.__dict__, "_opened": None}  # every worker opens the files itself
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +78,8 @@ class TfdsRecords:
         try:
             encoded = self._source()[int(self.rows[row])][self.keys[0]]
             if self.dtype != "uint8" or self.image_shape[2] != 3:
-                pixels = np.asarray(self._decode(encoded))
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                    pixels = pixels_of(image, Kind(self.num_stored, self.dtype))
                 if self.crops:
                     return fit_pixels(pixels, self.image_shape)
                 pixels = with_channels(pixels[None], self.image_shape[2])[0]
@@ -120,11 +122,6 @@ class TfdsRecords:
         """Returns some of the records."""
         return dataclasses.replace(self, rows=self.rows[rows])
 
-    def _decode(self, encoded: Any) -> np.ndarray:
-        """Decodes an image as TFDS stores it, in any type and number of channels."""
-        self._source()
-        return self._feature.decode_example_np(encoded)
-
     def _source(self) -> Any:
         if self._opened is None:
             import tensorflow_datasets
@@ -132,7 +129,6 @@ class TfdsRecords:
             tfds: Any = tensorflow_datasets
             # From the folder alone: the code of the set may be missing.
             builder = tfds.builder_from_directory(self.path)
-            self._feature = builder.info.features[self.keys[0]]
             decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
         return self._opened
@@ -226,8 +222,13 @@ def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> 
     rows = np.arange(builder.info.splits[name].num_examples, dtype=np.int32)
     keys = image_and_label(builder)
     crops = None in builder.info.features[keys[0]].shape  # images vary in size
-    dtype = np.dtype(builder.info.features[keys[0]].np_dtype).name
-    return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows, dtype)
+    feature: Any = builder.info.features[keys[0]]
+    dtype, stored = np.dtype(feature.np_dtype).name, feature.shape[-1]
+    if dtype == "float32" or (dtype == "uint16" and stored > 1):
+        rule = f"has images of {dtype} with {stored} channels, which cannot be read as array_record"
+        raise InputError("data.source", f"tfds:{builder.name}", rule)
+    path = str(builder.data_path)
+    return TfdsRecords(path, name, keys, image_shape, crops, rows, dtype, stored)
 
 
 def _read_labelled(
