@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_an_unknown_name_is_refused(tmp_path, name, rule):
     assert_refused(f"tfds:{name}", rule, data_dir=str(tmp_path))
 
 
-def define_tiny_set(name, splits, image_shape, labels=("x", "y"), unlabelled="", dtype=np.uint8):
+def define_tiny_set(
+    name, splits, image_shape, labels=("x", "y"), unlabelled="", dtype: Any = np.uint8
+):
     """Registers a TFDS set. Image i has the value 10 i; if the width varies, it is 4 + i.
 
     The split `unlabelled` has labels -1.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_unlabelled_folders_can_be_streamed(tmp_path, kind):
 @pytest.mark.parametrize("test", ["", "test_images", "val_images", "test_images test_labels"])
 def test_npz_files_may_hold_images_alone(tmp_path, capsys, test):
     images = np.arange(20 * 12, dtype=np.uint8).reshape(20, 2, 2, 3)
-    arrays = dict(zip(test.split(), (images[:5], np.zeros(5, int)), strict=False))
+    arrays: Any = dict(zip(test.split(), (images[:5], np.zeros(5, int)), strict=False))
     np.savez(tmp_path / "data.npz", train_images=images, **arrays)
     source = opened(f"npz:{tmp_path}/data.npz")
     splits = source.load()
@@ -174,7 +175,7 @@ def test_the_explicit_kind_trains_the_same_too(labelled_run, shapes_folder, tmp_
 
 def test_one_class_is_not_scored(tmp_path, capsys):
     splits = create_shapes(80, 20, seed=3)
-    save_npz(tmp_path / "one.npz", *(type(x)(x.images[:, ::2, ::2], 0 * x.labels) for x in splits))
+    save_npz(tmp_path / "one.npz", *(type(x)(x.images[:, ::2, ::2], 0 * x.classes) for x in splits))
     config = make_tiny_config(f"npz:{tmp_path}/one.npz")
     config.train.num_steps = 2
     train.train_and_evaluate(config, tmp_path / "run")

@@ -40,7 +40,8 @@ Pair = tuple[str, str | None]  # the names of the images and of the labels of a 
 def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
     """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
     arrays = zip(NPZ_KEYS, (train.images, train.labels, test.images, test.labels), strict=True)
-    np.savez(path, **{name: array for name, array in arrays if array is not None})
+    found: dict[str, Any] = {name: array for name, array in arrays if array is not None}
+    np.savez(path, **found)
 
 
 def open_npz(source: str, path: Path, num_channels: int | None = 3) -> Source:

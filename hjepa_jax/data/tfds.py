@@ -100,8 +100,8 @@ def _image_kind(
     if rule := check_pixels("images", dtype, stored):
         raise InputError("data.source", source, rule)
     channels = channels_of(source, stored, num_channels)
-    sides = (image_size, image_size) if None in image.shape else image.shape[:2]
-    return (*sides, channels), dtype.name
+    height, width = (image_size, image_size) if None in image.shape else image.shape[:2]
+    return (int(height), int(width), channels), dtype.name
 
 
 def _open_resident(source: str, builder: Any, shape: tuple[int, int, int], dtype: str) -> Source:

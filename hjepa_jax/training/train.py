@@ -8,7 +8,7 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from hjepa_jax.config import Config
 from hjepa_jax.config.validation import validate
@@ -16,8 +16,7 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
-from hjepa_jax.evaluation.labelled import MIN_ROWS, why_no_probe
-from hjepa_jax.evaluation.protocols import Protocol, check_classes
+from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow
@@ -39,6 +38,7 @@ from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.backend import select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.training import warm_start
+from hjepa_jax.training.judged import Judged, load_judged
 from hjepa_jax.training.loop import Loop
 
 
@@ -92,15 +92,6 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
         return rows
 
 
-class _Judged(NamedTuple):
-    """The images for k-NN and probes; they may differ from the images to train on."""
-
-    source: Source
-    train: Split
-    test: Split
-    has_classes: bool
-
-
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     """The parts of a run."""
@@ -109,7 +100,7 @@ class _Parts:
     source: Source
     train: Split
     test: Split
-    judged: _Judged
+    judged: Judged
     workdir: pathlib.Path
     backend: str
     record: RunRecord
@@ -139,40 +130,10 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     if info != source.info or measured is not config:  # files that are no images, say
         source, config = dataclasses.replace(source, info=info), measured
         run = build_run(config, source)
-    judged = _load_judged(config, source, train, test)
+    judged = load_judged(config, source, train, test)
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
     return _Parts(run, source, train, test, judged, workdir, backend, record)
-
-
-def _load_judged(config: Config, source: Source, train: Split, test: Split) -> _Judged:
-    """Loads the images for k-NN and probes: `eval.data`, or the images of the run.
-
-    Raises:
-      InputError: the probes at the end would refuse the images ("data.source", "eval.data").
-    """
-    name = config.eval.data
-    if not (config.eval.probe_at_end or config.eval.every_epochs):
-        return _Judged(source, train, test, has_classes=False)
-    try:
-        if name is not None:
-            with cluster.first_process_first():
-                source = open_config_source(config, source=name, quiet=not cluster.is_first())
-                train, test = source.load()
-        why = why_no_probe(train, source.info.class_names)
-        if why and name is not None:
-            raise InputError("eval.data", name, f"{why}: probes need at least two")
-        if not why:
-            _check_judgeable(config, source, train)
-    except InputError as error:
-        if name is None:
-            raise
-        where = "" if error.value == name else f"{error.value} "
-        raise InputError("eval.data", name, where + error.rule) from error
-    if why and cluster.is_first():
-        line = "no k-NN score during training and no probe of labels; eval.data names labelled ones"
-        print(f"{source.name} {why}: {line}", flush=True)
-    return _Judged(source, train, test, has_classes=not why)
 
 
 @contextlib.contextmanager
@@ -202,15 +163,6 @@ def _claimed(parts: _Parts) -> Iterator[Callable[[], None]]:
         if cluster.largest(not is_claimed(workdir)):
             raise InputError("--workdir", str(workdir), "must be shared by all processes")
         yield lambda: cluster.by_first(write)
-
-
-def _check_judgeable(config: Config, source: Source, train: Split) -> None:
-    """Refuses data that the probes at the end would refuse, before hours of training."""
-    if config.eval.probe_at_end:
-        check_classes(source.name, train.labels, len(source.info.class_names))
-    if len(train.images) < MIN_ROWS:
-        rule = f"must have at least {MIN_ROWS} training images with labels, to hold some out"
-        raise InputError("data.source", source.name, rule)
 
 
 def _check_same_everywhere(config: Config, record: RunRecord) -> None:
