@@ -208,19 +208,20 @@ def save_shapes(path, channels, dtype):
 @pytest.mark.usefixtures("blank_pictures", "short_probes")
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (13, "uint16"), (3, "float32")])
 def test_a_whole_run_on_other_images(tmp_path, channels, dtype):
-    """Training, resume, probe, report, features."""
+    """Training, resume, features; with 13 channels also probes and report."""
     arrays = save_shapes(tmp_path / "x.npz", channels, dtype)
     config = config_for(tmp_path / "x.npz")
-    config.eval.probe_at_end = True
+    config.eval.probe_at_end = channels == 13
     rows = train.train_and_evaluate(config, tmp_path / "whole")
-    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    assert {row["protocol"] for row in rows} == ({"linear", "knn"} if channels == 13 else set())
     stored = json.loads((tmp_path / "whole" / "config.json").read_text())["data"]
     mean, std = pixel_statistics(arrays["train_images"])
     assert (stored["mean"], stored["std"]) == ([*mean], [*std])
     train.train_and_evaluate(config, tmp_path / "whole")  # auto again: the recorded numbers
 
-    write_report([tmp_path / "whole"], tmp_path / "whole")
-    assert "Nearest neighbours" in (tmp_path / "whole" / "report.md").read_text()
+    if channels == 13:
+        write_report([tmp_path / "whole"], tmp_path / "whole")
+        assert "Nearest neighbours" in (tmp_path / "whole" / "report.md").read_text()
     shapes = write_features(
         str(tmp_path / "whole"), str(tmp_path / "x.npz"), str(tmp_path / "features.npz")
     )
