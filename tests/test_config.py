@@ -233,7 +233,7 @@ OTHER_VALUES = {
 # Fields of the same groups that say where images come from, or that the step reads by itself.
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
-    "data.train_split", "data.class_list", "model.target",
+    "data.train_split", "data.class_list", "data.follow_links", "model.target",
 }  # fmt: skip
 
 
