@@ -48,6 +48,7 @@ class Encoder:
       describe: makes `info`.
       read_classifier: returns the fine-tuned parameters, the names of the classes, and a jitted
         function for {"logits": [B, classes]}; None if the encoder comes from a file.
+      num_channels: C, channels of its input images.
     """
 
     params: Any
@@ -58,6 +59,7 @@ class Encoder:
     config: Config = None
     describe: Callable[[], dict[str, Any]] = dict
     read_classifier: Callable[[], tuple[Any, list[str], EmbedFn]] | None = None
+    num_channels: int = 3
 
     @property
     def info(self) -> dict[str, Any]:
@@ -66,7 +68,7 @@ class Encoder:
 
     def feature_names(self) -> list[str]:
         """Names of the features that `embed` returns."""
-        images = jax.ShapeDtypeStruct((1, *pair(self.image_size), 3), np.uint8)
+        images = jax.ShapeDtypeStruct((1, *pair(self.image_size), self.num_channels), np.uint8)
         return [*jax.eval_shape(self.embed_fn, self.params, images)]
 
     def embed(self, images: Any) -> Features:
@@ -127,7 +129,8 @@ class Encoder:
         return [names[i] for i in probabilities.argmax(axis=1)], probabilities
 
     def _given(self, images: Any) -> GivenImages:
-        records = GivenImages(images_of(images), self.image_size)
+        given = images_of(images, self.num_channels)
+        records = GivenImages(given, self.image_size, self.num_channels)
         if not len(records):
             raise InputError("images", images, "must not be empty")
         return records
@@ -213,4 +216,5 @@ def _encoder(
         jax.jit(build.build_tokens_fn(config, model, dtype="float32")),
         config,
         info,
+        len(config.data.mean),
     )

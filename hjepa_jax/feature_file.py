@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
 from hjepa_jax import api
 from hjepa_jax.api import Encoder
@@ -19,7 +19,7 @@ from hjepa_jax.data.fingerprint import digest_arrays
 from hjepa_jax.data.given import GivenImages
 from hjepa_jax.data.records import Images, Labelled, report_skipped
 from hjepa_jax.data.sources import open_source
-from hjepa_jax.data.test_split import draw_test_rows
+from hjepa_jax.data.test_split import draw_test
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.feature_cache import params_digest
 from hjepa_jax.evaluation.features import progress
@@ -127,6 +127,8 @@ def _open(source: str, config: Config, value: str) -> Source:
             image_size=config.data.image_size,
             seed=config.seed,
             streaming=streaming,
+            follow_links=config.data.follow_links,
+            num_channels=len(config.data.mean),
         )
     except InputError as error:
         where = "" if error.value == source else f"{error.value} "
@@ -147,7 +149,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         return self.images.read(self.rows[row])
 
 
@@ -161,17 +163,21 @@ def _write(
 ) -> Shapes:
     """Makes the shards that are not there, then the file."""
     parts = source.parts or tuple(
-        Labelled(GivenImages(split.images, encoder.image_size), split.labels, split.names)
+        Labelled(
+            GivenImages(split.images, encoder.image_size, encoder.num_channels, source.info.dtype),
+            split.labels,
+            split.names,
+        )
         for split in source.load()
     )
     shards = Shards(output, _made_from(encoder, parts, features, tokens))
     size = -(-SHARD_ROWS // encoder.batch_size) * encoder.batch_size
     pieces = [
-        (part, range(start, min(start + size, len(part.labels))))
+        (part, range(start, min(start + size, len(part.images))))
         for part in parts
-        for start in range(0, len(part.labels), size)
+        for start in range(0, len(part.images), size)
     ]
-    total = sum(len(part.labels) for part in parts)
+    total = sum(len(part.images) for part in parts)
     with progress("features", total, unit=" images") as bar:
         for number, (part, rows) in enumerate(pieces):
             path = shards.add(number)
@@ -182,13 +188,15 @@ def _write(
             bar.update(len(rows))
     skipped = [InputError("--input", *told) for told in shards.whole("errors")]
     report_skipped(source.name, skipped, f"{total} files")
-    labels = shards.whole("labels")
-    counts = [len(rows) for rows in shards.column("labels")]
+    counts = [len(rows) for rows in shards.column("rows")]
     is_test = np.repeat([part is not parts[0] for part, _ in pieces], counts)
     if len({*is_test}) < len(parts):
         raise InputError("--input", source.name, f"no image can be read: {skipped[0]}")
     if len(parts) == 1:
-        is_test[draw_test_rows(source.name, labels)[1]] = True
+        columns = shards.columns()
+        labels = shards.whole("labels") if "labels" in columns else None
+        names = shards.whole("files").tolist() if "files" in columns else ()
+        is_test[draw_test(source.name, len(is_test), labels, names).held] = True
     shapes = write_table(output, shards, is_test)
     shards.remove()
     return shapes
@@ -204,7 +212,7 @@ def _made_from(
         items = getattr(part.images, "items", None)
         of_arrays = digest_arrays(items) if isinstance(items, np.ndarray) else ""
         of_files = hashlib.sha256(json.dumps(stamps()).encode()).hexdigest() if stamps else ""
-        images.append([len(part.labels), of_files or of_arrays])
+        images.append([len(part.images), part.labels is not None, of_files or of_arrays])
     encoder_digest = [params_digest(encoder.params), str(encoder.config)]
     return {"encoder": encoder_digest, "images": images, "features": features, "tokens": tokens}
 
@@ -219,7 +227,9 @@ def _embed(
     if tokens:
         arrays["tokens"], _, _ = encoder.token_records(images)
     kept = np.asarray(rows)[kept]
-    arrays["labels"] = part.labels[kept]
+    arrays["rows"] = kept
+    if part.labels is not None:
+        arrays["labels"] = part.labels[kept]
     if part.names:
         arrays["files"] = np.array(part.names)[kept]
     told = [[str(error.value), error.rule] for error in errors]

@@ -75,7 +75,7 @@ def summary(workdir: pathlib.Path) -> str:
     from hjepa_jax.runs.workdir import checkpoint_sizes, load_config
 
     config, lines = load_config(workdir), {}
-    rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
+    rows = rows_on(config.eval.data or config.data.source, read_probe_json(workdir / "probe.json"))
     last_step = max(checkpoint_sizes(workdir), default=0)
     for protocol in ("linear", "knn"):
         if best := format_best(rows, protocol):

@@ -86,7 +86,7 @@ def _judge(
     Args:
       workdir: the run's directory.
       config: the run's config.
-      data: data source to evaluate on; None = the run's.
+      data: data source to evaluate on; None = eval.data of the run, or its data.source.
       options: fields of `Protocol`.
     """
     from hjepa_jax.data.fingerprint import fingerprint, why_redrawn
@@ -108,6 +108,7 @@ def _judge(
         "random_init": initial.target_params,
     }
     data_dir = None if _DATA_DIR.value is None else expanded("--data_dir", _DATA_DIR.value)
+    data = data or config.eval.data
     source = run.open_config_source(config, source=data, data_dir=data_dir)
     step = int(state.step)
     print(f"{workdir}: step {step}, {source.name}", flush=True)
@@ -134,7 +135,7 @@ def _judge(
             finetune_epochs=_FINETUNE.value,
         )
         if config.log.tensorboard:
-            group = f"probe_{source.name}" if data else "probe"
+            group = "probe" if data in (None, config.eval.data) else f"probe_{source.name}"
             write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
     return rows
 

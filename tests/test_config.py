@@ -191,7 +191,7 @@ NEEDS = {
 # Fields of the same groups that say where images come from, or that the step reads by itself.
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
-    "data.train_split", "data.class_list", "model.target",
+    "data.train_split", "data.class_list", "data.follow_links", "model.target",
 }  # fmt: skip
 BUILDERS = (
     build.build_model, build.build_masks, build.build_augment, build.build_local_views,
@@ -216,7 +216,7 @@ BROKEN = {
     "platform": ["tpu9", None], "seed": [-1, True, None], "data.image_size": [30, 0, BIG],
     "data.streaming": ["sometimes"], "data.num_workers": [-1], "data.max_labelled": [0],
     "data.train_split": ["unlabelled"], "data.class_list": ["classes.txt"],
-    "data.mean": [(0.5,), (0.1, 0.2, "a")], "data.std": [(0.5, 0.0, 0.5), (0.1, NAN, 0.1)],
+    "data.mean": [(), (0.1, 0.2, "a")], "data.std": [(0.5,), (0.5, 0.0, 0.5), (0.1, NAN, 0.1)],
     "data.crop_scale": [(0.5, 1.5), (0.9, 0.5), (0.9,), ((1, 2), 1)],
     "data.local_crop_scale": [(0.5, 0.2)], "data.horizontal_flip": [1.5, NAN],
     "data.vertical_flip": [-0.5], "data.blur": [1.5], "data.blur_sigma": [(0.0, 1.0)],

@@ -329,13 +329,13 @@ def test_home_is_expanded_in_every_path(workdir, photos, tmp_path, monkeypatch):
     assert hjepa_jax.load("~/run").image_size == 16
 
 
-def test_the_low_level_function_gives_the_same_features_of_uint8_images_alone(workdir):
+def test_the_low_level_function_gives_the_same_features_of_stored_images_alone(workdir):
     images = create_shapes(8, 1, seed=0)[0].images[:, ::2, ::2]
     model, params = load_encoder(workdir)
     embed = jax.jit(build.build_embed_fn(load_config(workdir), model))
     expected = hjepa_jax.load(workdir).embed(images)
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, dict(embed(params, images)), expected)
-    for dtype in (np.float32, np.int8, np.int32, bool):
-        with pytest.raises(InputError, match=r"^images='.*must be uint8 here; hjepa_jax.load"):
+    for dtype in (np.float16, np.int8, np.int32, bool):
+        with pytest.raises(InputError, match=r"^images='.*must be uint8, uint16, float32 here; hj"):
             embed(params, np.zeros((2, 16, 16, 3), dtype))

@@ -49,7 +49,7 @@ def assert_refused(source, rule, value=None, **kwargs):
 
 @pytest.mark.parametrize("source", ["", "imagenet", "tfds:", "npz:", "folder:", "shapes:9", "s3:x"])
 def test_unknown_source_is_refused_with_the_kinds(source):
-    with pytest.raises(InputError, match=r"tfds:<name>, npz:<file>, folder:<path> or shapes"):
+    with pytest.raises(InputError, match=r"npy:<path>, folder:<path>, images:<path> or shapes"):
         open_here(source)
 
 
@@ -217,7 +217,9 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     (root / "x" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
     (root / "y").symlink_to(tmp_path / "elsewhere")
-    assert_refused(f"folder:{root}", f"no image in {root}/y (it is a link out of the folder)")
+    assert_refused(
+        f"folder:{root}", f"no image in {root}/y (it is a link out of the folder; data.follow_links"
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "test", "."])
@@ -250,6 +252,25 @@ def test_a_path_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, kind, 
     os.symlink("loop", "loop")
     os.mkfifo("pipe")
     assert_refused(f"{kind}:{path}", "")
+
+
+@pytest.mark.parametrize(
+    ("files", "rule"),
+    [
+        ([], "must hold one sub-folder per class"),
+        (["0.png"], "one image cannot be split"),
+        (["0.png", "val/0.png"], "must hold one sub-folder per class; images:"),
+        (["x/0.png"], "one image cannot be split"),
+        (["x/0.png", "y/notes.txt"], "there is no image in"),
+        (["train/x/0.png", "test/y/0.png"], "must have the same classes"),
+        (["train/x/0.png", "test/0.png"], "must hold one sub-folder per class"),
+    ],
+)
+def test_a_folder_that_breaks_a_rule_is_refused(tmp_path, files, rule):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch() if file.endswith("txt") else save_image(tmp_path / file)
+    assert_refused(f"folder:{tmp_path}", rule)
 
 
 def test_files_that_may_hold_several_images_are_counted(tmp_path, capsys):

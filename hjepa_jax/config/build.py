@@ -14,6 +14,7 @@ from hjepa_jax.config.defaults import Config, encoder_size
 from hjepa_jax.config.fields import MAX_NUMBER, get_field
 from hjepa_jax.config.sizes import grid_of, local_sides, num_context, num_local_patches
 from hjepa_jax.data.augment import Augment, resize_and_normalize
+from hjepa_jax.data.pixels import DTYPES
 from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
@@ -295,21 +296,15 @@ def build_train_step(
 
 
 def build_preprocess(config: Config) -> Any:
-    """What evaluation does to stored images: resized and normalised, nothing random.
-
-    It refuses images that are not uint8: within a compiled function nobody can check that floats
-    lie in [0, 1].
-    """
+    """What evaluation does to stored images: resized and normalised, nothing random."""
     c = config.data
     resize = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
     )
 
     def preprocess(images: Any) -> Any:
-        if images.dtype != jnp.uint8:
-            rule = (
-                "must be uint8 here; hjepa_jax.load(workdir).embed(images) takes floats in [0, 1]"
-            )
+        if images.dtype not in DTYPES:
+            rule = f"must be {', '.join(DTYPES)} here; hjepa_jax.load(workdir).embed(images) helps"
             raise InputError("images", f"{images.dtype}{list(images.shape)}", rule)
         return resize(images)
 
@@ -362,7 +357,7 @@ def build_create_state(
 ) -> Callable[[], TrainState]:
     """A function, to jit, that makes the state at step 0 from `config.seed`."""
     init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
-    images = jnp.zeros((1, *pair(config.data.image_size), 3))
+    images = jnp.zeros((1, *pair(config.data.image_size), len(config.data.mean)))
     running = config.loss.agreement_weight and config.loss.spread_moment == "running"
     moment_width = config.model.projection[1] if running else None
 

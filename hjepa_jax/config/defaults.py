@@ -16,6 +16,9 @@ from hjepa_jax.config.sizes import counts_of
 # An ml_collections.ConfigDict; type checkers do not know its fields.
 Config = Any
 
+# Value of `data.mean` and `data.std` that are computed from the training images.
+AUTO = ("auto",)
+
 # Fields that may differ between a run and its continuation: they change the log, the speed or the
 # place of the data, and no result.
 FREE_FIELDS = (
@@ -70,7 +73,9 @@ def _run(c: Config) -> None:
 def _data(c: Config) -> None:
     """Adds the fields of images and views."""
     c.data = ConfigDict()
-    c.data.source = "tfds:cifar10"  # tfds:<name> | shapes | npz:<file> | folder:<directory>
+    # tfds:<name> | shapes | npz:<file> | folder:<directory> | images:<directory> (without labels)
+    c.data.source = "tfds:cifar10"
+    c.data.follow_links = False  # whether links out of the folder of images are followed
     # folder of prepared TFDS sets; None = $TFDS_DATA_DIR or ~/tensorflow_datasets
     c.data.dir = placeholder(str)
     c.data.streaming = "auto"  # auto (if decoded images exceed 8 GiB) | always | never
@@ -83,8 +88,11 @@ def _data(c: Config) -> None:
     c.data.class_list = placeholder(str)
     # side of the images that the model sees, or (height, width); pixels
     c.data.image_size = sides(32)
-    c.data.mean = (0.491, 0.482, 0.447)  # subtracted per channel; for pixels in [0, 1]
-    c.data.std = (0.247, 0.243, 0.262)  # divided by per channel; for pixels in [0, 1]
+    # subtracted per channel; integer pixels as fractions of the largest value; auto = computed
+    # Its length is the number of channels: 3 turns grey images into RGB.
+    c.data.mean = (0.491, 0.482, 0.447)
+    # divided by per channel; as data.mean
+    c.data.std = (0.247, 0.243, 0.262)
     c.data.crop_scale = (0.6, 1.0)  # area of the random crop; fraction of the image
     c.data.crop_ratio = (0.75, 1.3333)  # width / height of the random crop; 1 = as the image
     c.data.local_views = 0  # V, further crops of each image; 0 = none
@@ -232,6 +240,8 @@ def _train(c: Config) -> None:
 def _eval(c: Config) -> None:
     """Adds the fields of evaluation."""
     c.eval = ConfigDict()
+    # labelled images for k-NN and probes, as in data.source; None = those of data.source
+    c.eval.data = placeholder(str)
     c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out training images; 0 = never
     c.eval.knn_bank_size = 10_000  # training images that k-NN compares with
     # training images held out for choosing hyper-parameters; at most a fifth

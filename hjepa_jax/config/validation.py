@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from hjepa_jax.config.defaults import SIZES, Config, base_config, encoder_size
+from hjepa_jax.config.defaults import AUTO, SIZES, Config, base_config, encoder_size
 from hjepa_jax.config.fields import check_types, get_field, is_a
 from hjepa_jax.config.sizes import grid_of, local_sides, num_local_patches
+from hjepa_jax.data.pixels import MAX_CHANNELS
 from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.losses import PREDICTION_LOSSES
@@ -70,6 +71,10 @@ def _increasing(low: float, high: float) -> Rule:
     return Rule(lambda v: _numbers(v, 2) and low < v[0] <= v[1] <= high, words)
 
 
+def _per_channel(value: tuple[Any, ...]) -> bool:
+    return _numbers(value, len(value)) and 1 <= len(value) <= MAX_CHANNELS
+
+
 def _numbers(value: tuple[Any, ...], count: int) -> bool:
     return len(value) == count and all(is_a(float, v) for v in value)
 
@@ -78,7 +83,8 @@ _FRACTION = Rule(lambda v: 0 <= v <= 1, "must be in [0, 1]")
 _BELOW_ONE = Rule(lambda v: 0 <= v < 1, "must be in [0, 1)")
 _POSITIVE = Rule(lambda v: v > 0, "must be greater than 0")
 _PIXELS = "must be at least 1 and at most 4096 pixels"
-_STD = "must be three numbers, one per channel, each greater than 0"
+_CHANNELS = f"one number per channel, 1 to {MAX_CHANNELS} of them, or auto"
+_STD = f"must be {_CHANNELS}, each greater than 0"
 _PROJECTION = "must be two whole numbers, hidden width and features, from 2 to 8192"
 _PROGRESSION = "must be (geometric | linear, factor), with a factor of 1 to 100"
 _EMA = "must be (start, end, constant | linear | cosine), start and end in [0, 1]"
@@ -105,8 +111,8 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of("auto", "always", "never"), "data.streaming"),
     (_at_least(0, at_most=1024), "data.num_workers"),
     (Rule(lambda v: all(1 <= s <= 4096 for s in pair(v)), _PIXELS), "data.image_size"),
-    (Rule(lambda v: _numbers(v, 3), "must be three numbers, one per channel"), "data.mean"),
-    (Rule(lambda v: _numbers(v, 3) and min(v) > 0, _STD), "data.std"),
+    (Rule(lambda v: v == AUTO or _per_channel(v), f"must be {_CHANNELS}"), "data.mean"),
+    (Rule(lambda v: v == AUTO or (_per_channel(v) and min(v) > 0), _STD), "data.std"),
     (_increasing(0, 1), "data.crop_scale data.local_crop_scale mask.scale mask.context_scale"),
     (_increasing(0, 100), "data.crop_ratio data.blur_sigma"),
     (_increasing(0, 100), "mask.aspect_ratio mask.context_aspect_ratio"),
@@ -181,6 +187,8 @@ def _predicts(c: Config) -> bool:
 
 
 def _data_relations(c: Config) -> Relations:
+    same = AUTO in (c.data.mean, c.data.std) or len(c.data.std) == len(c.data.mean)
+    yield "data.std", same, f"must have as many numbers as data.mean, {len(c.data.mean)}"
     streamed = c.data.streaming == "always"
     for name in ("train_split", "class_list"):
         yield f"data.{name}", c.data[name] is None or streamed, "needs data.streaming='always'"

@@ -1,4 +1,4 @@
-"""Augmentation on the device, inside jit: uint8 images in, normalised float32 images out.
+"""Augmentation on the device, inside jit: stored images in, normalised float32 images out.
 
 One key per image decides everything about its view, so the split of a batch does not matter.
 Cropping and resizing is separable linear interpolation, written as two matrix products.
@@ -9,11 +9,13 @@ References:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Num, Shaped
 
+from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.data.sides import Sides, pair
 
 # ITU-R BT.601 luma, what grayscale and saturation refer to.
@@ -60,14 +62,14 @@ class Augment:
     solarize: float = 0.0
 
     def __call__(
-        self, rngs: Shaped[Array, "B ..."], images: UInt8[Array, "B H W C"]
+        self, rngs: Shaped[Array, "B ..."], images: Num[Array, "B H W C"]
     ) -> Float[Array, "B S T C"]:
         """Augments image b with key `rngs[b]`."""
         return normalize(jax.vmap(self._augment_image)(rngs, images), self.mean, self.std)
 
-    def _augment_image(self, rng: Array, image: UInt8[Array, "H W C"]) -> Float[Array, "S T C"]:
+    def _augment_image(self, rng: Array, image: Num[Array, "H W C"]) -> Float[Array, "S T C"]:
         crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
-        x = image.astype(jnp.float32) / 255.0
+        x = image.astype(jnp.float32) / full_scale(image.dtype)
         if self.crop_scale != (1.0, 1.0):
             height, width, top, left = _centre_box(image.shape[:2], self.image_size)
             box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
@@ -75,7 +77,7 @@ class Augment:
                 box = (box[0] + top, box[1] + left, *box[2:])
             x = crop_and_resize(x, *box, size=self.image_size)
         else:
-            x = _resize(x, self.image_size)
+            x = _resize(x, self.image_size, bounded=image.dtype != jnp.float32)
         if self.horizontal_flip:
             flip = _happens(flip_rng, self.horizontal_flip)
             x = jnp.where(flip, jnp.flip(x, axis=1), x)
@@ -105,7 +107,7 @@ class Augment:
 
 
 def resize_and_normalize(
-    images: UInt8[Array, "B H W C"],
+    images: Num[Array, "B H W C"],
     *,
     image_size: Sides,
     mean: tuple[float, ...],
@@ -116,8 +118,9 @@ def resize_and_normalize(
     The filter is the same as for image files (`hjepa_jax.data.base.fitted`). So a picture has the
     same features, to the rounding of its pixels, as a file and as a row of an array.
     """
-    x = jax.vmap(lambda image: _resize(image / 255.0, image_size))(images.astype(jnp.float32))
-    return normalize(x, mean, std)
+    scale, bounded = full_scale(images.dtype), images.dtype != jnp.float32
+    resize = jax.vmap(lambda image: _resize(image / scale, image_size, bounded=bounded))
+    return normalize(resize(images.astype(jnp.float32)), mean, std)
 
 
 def normalize(
@@ -202,8 +205,13 @@ def _happens(rng: Array, probability: float) -> Array:
     return jax.random.uniform(rng) < probability
 
 
-def _resize(image: Float[Array, "H W C"], size: Sides) -> Float[Array, "S T C"]:
-    """Returns the central box of the image at another size; untouched if it has that size."""
+def _resize(
+    image: Float[Array, "H W C"], size: Sides, *, bounded: bool = True
+) -> Float[Array, "S T C"]:
+    """Returns the central box of the image at another size; untouched if it has that size.
+
+    `bounded`: whether pixels lie in [0, 1], as those of integers do.
+    """
     sides = image.shape[:2]
     if sides == pair(size):
         return image
@@ -215,9 +223,10 @@ def _resize(image: Float[Array, "H W C"], size: Sides) -> Float[Array, "S T C"]:
         )
     )
     # The cubic filter overshoots. Pillow clips after each of its two passes, the first along rows.
-    wide = jnp.clip(jnp.matmul(cols[None], image, precision="highest"), 0.0, 1.0)
-    high = jnp.matmul(rows, wide.reshape(sides[0], -1), precision="highest")
-    return jnp.clip(high, 0.0, 1.0).reshape(*pair(size), wide.shape[2])
+    clip = functools.partial(jnp.clip, min=0.0, max=1.0) if bounded else lambda x: x
+    wide = clip(jnp.matmul(cols[None], image, precision="highest"))
+    high = clip(jnp.matmul(rows, wide.reshape(sides[0], -1), precision="highest"))
+    return high.reshape(*pair(size), wide.shape[2])
 
 
 def _centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:

@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt8
+from jaxtyping import Int32, Num
 from PIL import Image, ImageOps
 
+from hjepa_jax.data.pixels import fitted_pixels, with_channels
 from hjepa_jax.data.records import Labelled, Records, Streaming
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
@@ -19,11 +20,17 @@ MAX_RESIDENT_BYTES = 8 * 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Decoded images of one split, their labels, and their file names if they have any."""
+    """Decoded images of one split, their labels (None = none), and their file names if any."""
 
-    images: UInt8[np.ndarray, "n H W C"]
-    labels: Int32[np.ndarray, " n"]
+    images: Num[np.ndarray, "n H W C"]
+    labels: Int32[np.ndarray, " n"] | None
     names: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> Int32[np.ndarray, " n"]:
+        """Returns the labels of a split that has some."""
+        assert self.labels is not None
+        return self.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +38,24 @@ class SourceInfo:
     """Facts about a source that are known before any image is decoded.
 
     Attributes:
-      num_train: number of labelled training images that `load` returns. For a folder: number of
-        files, unreadable ones included.
+      num_train: number of training images that `load` returns. For a folder: number of files,
+        unreadable ones included.
       num_test: the same for the test images.
-      image_shape: (H, W, 3) of every image that `load` returns.
-      class_names: indexed by label.
+      image_shape: (H, W, C) of every image that `load` returns.
+      dtype: type of its pixels: uint8, uint16 or float32.
+      class_names: indexed by label; empty without labels.
     """
 
     num_train: int
     num_test: int
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    dtype: str = "uint8"
+
+    @property
+    def image_bytes(self) -> int:
+        """Returns the bytes of one image."""
+        return math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +103,28 @@ def check_memory(source: str, num_bytes: int) -> None:
         raise InputError("data.source", source, rule)
 
 
-def is_streamed(streaming: Streaming, num_images: int, shape: tuple[int, int, int]) -> bool:
+def is_streamed(
+    streaming: Streaming, num_images: int, shape: tuple[int, int, int], dtype: str = "uint8"
+) -> bool:
     """Returns whether a training set of this size is streamed."""
-    too_large = num_images * math.prod(shape) > MAX_RESIDENT_BYTES
+    num_bytes = num_images * math.prod(shape) * np.dtype(dtype).itemsize
+    too_large = num_bytes > MAX_RESIDENT_BYTES
     return streaming.when == "always" or (streaming.when == "auto" and too_large)
 
 
-def as_rgb(images: Shaped[np.ndarray, "n H W *C"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Returns images with three channels: grey values are repeated."""
-    if images.ndim == 3:
-        images = images[..., None]
-    return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
+def fit_pixels(
+    image: Num[np.ndarray, "H W C"], shape: tuple[int, int, int]
+) -> Num[np.ndarray, "S T D"]:
+    """Returns an image of this shape: resized and cropped like `fitted`, grey values repeated."""
+    image = with_channels(image[None], shape[2])[0]
+    if image.shape == shape:
+        return image
+    if image.dtype == np.uint8 and shape[2] == 3:
+        return fitted(Image.fromarray(image), shape[:2])
+    return fitted_pixels(image, shape[:2])
 
 
-def fitted(image: Image.Image, image_size: Sides) -> UInt8[np.ndarray, "S T 3"]:
+def fitted(image: Image.Image, image_size: Sides) -> Num[np.ndarray, "S T 3"]:
     """Returns an RGB image: resized so that it just covers `image_size`, then centre crop.
 
     `hjepa_jax.data.augment` takes the same crop of stored images of another shape.

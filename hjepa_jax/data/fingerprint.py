@@ -24,7 +24,7 @@ NUM_SAMPLED = 64  # streamed records that are decoded
 
 
 def fingerprint(train: Split, records: Records | None = None, *, test: Split | None = None) -> str:
-    """Returns `MARK` and hexadecimal digits over images and labels.
+    """Returns `MARK` and hexadecimal digits over images and labels, if there are any.
 
     Args:
       train: type, shape and all bytes of its images, and its labels.
@@ -33,7 +33,11 @@ def fingerprint(train: Split, records: Records | None = None, *, test: Split | N
       test: counts like `train`.
     """
     splits = [train] if test is None else [train, test]
-    arrays = [part for split in splits for part in (split.images, split.labels.astype("<i4"))]
+    arrays = []
+    for split in splits:
+        arrays.append(split.images)
+        if split.labels is not None:
+            arrays.append(split.labels.astype("<i4"))
     if records is None:
         return MARK + digest_arrays(*arrays)
     stamps = records.stamps()

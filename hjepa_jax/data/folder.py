@@ -1,19 +1,22 @@
-"""The `folder:<path>` source: one sub-folder of image files per class.
+"""The sources `folder:<path>`, with a sub-folder per class, and `images:<path>`, without labels.
 
 An unreadable image is skipped and named on stderr. A class without any readable image is refused.
 `folder_files` decides which files are used.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, is_streamed
 from hjepa_jax.data.folder_files import FolderListing, Listing, list_folder
-from hjepa_jax.data.image_file import MULTI_IMAGE_SUFFIXES, decode_image
+from hjepa_jax.data.image_file import MULTI_IMAGE_SUFFIXES, RGB, Kind, decode_image, kind_of
+from hjepa_jax.data.pixels import channels_of, with_channels
 from hjepa_jax.data.records import (
     NOT_STREAMED,
     Labelled,
@@ -22,9 +25,9 @@ from hjepa_jax.data.records import (
     report_skipped,
     stamps_of,
 )
-from hjepa_jax.data.rows import draw_rows, draw_test_rows
+from hjepa_jax.data.rows import draw_rows
 from hjepa_jax.data.sides import Sides, pair
-from hjepa_jax.data.test_split import hold_out_test
+from hjepa_jax.data.test_split import draw_test, hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
 
@@ -35,16 +38,19 @@ class FolderRecords:
 
     files: list[str]
     image_size: Sides
+    kind: Kind = RGB
+    num_channels: int = 3  # more than in the files, if they are grey
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (*pair(self.image_size), 3)
+        return (*pair(self.image_size), self.num_channels)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "S T 3"]:
-        return decode_image(self.files[row], self.image_size)
+    def read(self, row: int) -> Num[np.ndarray, "S T C"]:
+        image = decode_image(self.files[row], self.image_size, self.kind)
+        return with_channels(image[None], self.num_channels)[0]
 
     def stamps(self) -> list[tuple[str, int, int]]:
         ends = (min(self.files), max(self.files))  # the path that these two share, all share
@@ -53,28 +59,42 @@ class FolderRecords:
 
 
 def open_folder(
-    source: str, root: Path, image_size: Sides, streaming: Streaming = NOT_STREAMED
+    source: str,
+    root: Path,
+    image_size: Sides,
+    streaming: Streaming = NOT_STREAMED,
+    *,
+    follow_links: bool = False,
+    num_channels: int | None = 3,
 ) -> Source:
-    """Opens `folder:<path>`; see `hjepa_jax.data.sources.open_source`."""
+    """Opens `folder:<path>` or `images:<path>`; see `hjepa_jax.data.sources.open_source`."""
     if not root.is_dir():
-        raise InputError("data.source", source, "must name a folder that exists")
-    listing = list_folder(source, root)
-    whole, shape = listing.splits[0], (*pair(image_size), 3)
+        hint = f"; did you mean npz:{root}?" if root.is_file() else ""
+        raise InputError("data.source", source, f"must name a folder that exists{hint}")
+    is_labelled = source.startswith("folder:")
+    listing = list_folder(source, root, labelled=is_labelled, follow_links=follow_links)
+    kind = _kind_of_first(listing.splits[0].files, num_channels)
+    num_channels = channels_of(source, kind.num_channels, num_channels)
+    records_of = functools.partial(
+        FolderRecords, image_size=image_size, kind=kind, num_channels=num_channels
+    )
+    whole, shape = listing.splits[0], (*pair(image_size), num_channels)
     splits = listing.splits
     if len(splits) == 1:
-        splits = [whole.part(rows) for rows in draw_test_rows(source, whole.labels)]
-    usage = _usage(source, listing, splits)
-    if is_streamed(streaming, len(whole.files), shape):
+        rows = draw_test(source, len(whole.files), whole.labels, whole.names(listing.top))
+        splits = [whole.part(part) for part in rows]
+    usage = _usage(source, listing, splits, kind)
+    if is_streamed(streaming, len(whole.files), shape, kind.dtype):
         read = [each.part(draw_rows(len(each.files), streaming.max_labelled).held)
                 for each in splits]  # fmt: skip
-        records, parts = FolderRecords(splits[0].files, image_size), splits
+        records, parts = records_of(splits[0].files), splits
     else:
         # The test images are drawn among readable images: bad files must not empty the test set.
         read, records, parts = listing.splits, None, listing.splits
 
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
-        loaded = [_read_split(listing.top, each, image_size, skipped) for each in read]
+        loaded = [_read_split(listing.top, each, records_of(each.files), skipped) for each in read]
         if records is None:
             _check_classes(source, loaded, read, skipped)
         train, test = loaded if len(loaded) == 2 else hold_out_test(source, loaded[0])
@@ -82,20 +102,29 @@ def open_folder(
         return train, test
 
     num_train, num_test = (len(each.files) for each in (splits if records is None else read))
-    info = SourceInfo(num_train, num_test, shape, whole.class_names)
+    info = SourceInfo(num_train, num_test, shape, whole.class_names, kind.dtype)
     labelled = tuple(
-        Labelled(FolderRecords(each.files, image_size), each.labels, each.names(listing.top))
-        for each in parts
+        Labelled(records_of(each.files), each.labels, each.names(listing.top)) for each in parts
     )
     return Source(source, info, load, records, labelled, usage)
 
 
-def _usage(source: str, listing: FolderListing, splits: list[Listing]) -> str:
+def _kind_of_first(files: list[str], num_channels: int | None) -> Kind:
+    """Returns the kind of the first file that can be opened: all files must have it."""
+    for path in files:
+        with contextlib.suppress(OSError, ValueError, SyntaxError):
+            return kind_of(path, num_channels)
+    return RGB
+
+
+def _usage(source: str, listing: FolderListing, splits: list[Listing], kind: Kind) -> str:
     train, test = (f"{len(each.files)} files" for each in splits)
     names = listing.split_names
     train += f" in {names[0]}/" if names else ""
-    test += f" in {names[1]}/" if len(names) == 2 else " held out, by class"
-    count = sum(path.lower().endswith(MULTI_IMAGE_SUFFIXES) for x in splits for path in x.files)
+    by = ", by class" if splits[0].class_names else ""
+    test += f" in {names[1]}/" if len(names) == 2 else f" held out{by}"
+    several = () if kind.num_channels not in (1, 3) else MULTI_IMAGE_SUFFIXES
+    count = sum(path.lower().endswith(several) for x in splits for path in x.files)
     note = f"{count} GIF or TIFF files: only the first image of each is used" if count else ""
     return usage_line(source, train, test, splits[0].class_names, listing.unused, note=note)
 
@@ -103,17 +132,23 @@ def _usage(source: str, listing: FolderListing, splits: list[Listing]) -> str:
 def _check_classes(
     source: str, loaded: list[Split], listed: list[Listing], skipped: list[InputError]
 ) -> None:
-    """Refuses a folder with a class that has files, but no readable image."""
+    """Refuses a split or a class that has files, but no readable image."""
     for split, listing in zip(loaded, listed, strict=True):
+        reason = "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
+        if split.labels is None or listing.labels is None:
+            if not len(split.images):
+                raise InputError("data.source", source, f"there is no image left{reason}")
+            continue
         for label in np.setdiff1d(listing.labels, split.labels)[:1]:
-            reason = "".join(f" ({error.value} {error.rule})" for error in skipped[:1])
             rule = f"there is no image left in class {listing.class_names[label]}{reason}"
             raise InputError("data.source", source, rule)
 
 
-def _read_split(top: str, listing: Listing, image_size: Sides, skipped: list[InputError]) -> Split:
+def _read_split(
+    top: str, listing: Listing, records: FolderRecords, skipped: list[InputError]
+) -> Split:
     """Decodes the files of a split; appends the errors of unreadable files to `skipped`."""
-    images, rows, errors = read_all(FolderRecords(listing.files, image_size))
+    images, rows, errors = read_all(records)
     skipped += errors
     read = listing.part(np.array(rows, int))
     return Split(images, read.labels, read.names(top))

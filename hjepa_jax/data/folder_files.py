@@ -7,8 +7,12 @@ A folder holds one sub-folder per class, or one folder per split with the class 
 | training   | `train`, `training`                                                 |
 | test       | `test`, `testing`; if there is none: `val`, `valid`, `validation`, `dev` |
 
-Folders inside a class folder belong to the class. A file with an image suffix is used; a file with
-another suffix is used if its content is an image. Every other file is listed with a reason.
+Folders inside a class folder belong to the class. If no image lies in a sub-folder, or all are in
+folders of splits, the images have no labels. `labelled=False` reads any tree without labels: every
+image below the folder (or below its split folders) is used.
+
+A file with an image suffix is used; a file with another suffix is used if its content is an image.
+Every other file is listed with a reason.
 """
 
 import os
@@ -17,6 +21,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
+from hjepa_jax.data.folder_tree import (
+    Folder,
+    has_images,
+    holds_images,
+    is_run,
+    is_split,
+    is_within,
+    of_role,
+    sub_folders,
+)
 from hjepa_jax.data.image_file import has_image_suffix, why_no_image
 from hjepa_jax.data.test_split import split_role
 from hjepa_jax.data.usage import Unused
@@ -30,15 +44,16 @@ _RUN_FOLDERS = ("checkpoints", "features", "figures", "finetune", "projector")
 
 
 class Listing(NamedTuple):
-    """The files of a split, ordered by class and name, and their labels."""
+    """The files of a split, ordered by class and name, and their labels (None = none)."""
 
     class_names: tuple[str, ...]
     files: list[str]
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | None
 
     def part(self, rows: Int[np.ndarray, " rows"]) -> "Listing":
         """Returns some of the files."""
-        return Listing(self.class_names, [self.files[i] for i in rows], self.labels[rows])
+        labels = None if self.labels is None else self.labels[rows]
+        return Listing(self.class_names, [self.files[i] for i in rows], labels)
 
     def names(self, top: str) -> tuple[str, ...]:
         """Returns printable names of the files, relative to the folder `top`."""
@@ -61,23 +76,26 @@ class FolderListing(NamedTuple):
     unused: list[Unused]
 
 
-class _Folder(NamedTuple):
-    path: str
-    chain: tuple[str, ...]  # real paths of this folder and of the folders on the way to it
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.path)
-
-
-def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
+def list_folder(
+    source: str,
+    root: str | os.PathLike[str],
+    *,
+    labelled: bool = True,
+    follow_links: bool = False,
+) -> FolderListing:
     """Lists the images of a folder by split and class, and everything that is not used.
 
+    Args:
+      source: name of the source, for errors.
+      root: the folder.
+      labelled: whether sub-folders are classes. If not, the images have no labels.
+      follow_links: whether links to files and folders outside of the folder are followed.
+
     Raises:
-      InputError: there is no sub-folder per class, a class has no image, or train and test do not
-        have the same classes.
+      InputError: there is no image, a class has no image, or train and test do not have the same
+        classes.
     """
-    lister = _Lister(source, os.path.realpath(root))
+    lister = _Lister(source, os.path.realpath(root), labelled, follow_links)
     splits, names = lister.list_splits()
     return FolderListing(lister.top, splits, names, lister.unused)
 
@@ -85,24 +103,33 @@ def list_folder(source: str, root: str | os.PathLike[str]) -> FolderListing:
 class _Lister:
     """Lists one folder, and collects everything that is not used in `unused`."""
 
-    def __init__(self, source: str, top: str):
-        self.source, self.top, self.unused = source, top, list[Unused]()
+    def __init__(self, source: str, top: str, labelled: bool, follow_links: bool):
+        self.source, self.top, self.labelled = source, top, labelled
+        self.follow_links = follow_links
+        self.unused = list[Unused]()
 
     def list_splits(self) -> tuple[list[Listing], list[str]]:
         """Returns the splits and their folder names; without splits: one listing and no name."""
-        top = _Folder(self.top, (self.top,))
-        folders, files = self._scan(top, refuse_links=True)
-        trains = [each for each in _of_role(folders, "train") if _sub_folders(each)]
-        tests = _of_role(folders, "test") + _of_role(folders, "val")
-        if not trains or not _is_split(trains[0], folders, tests):
-            return [self._list_classes(top, folders, files)], []
-        used = [trains[0], *self._choose_test(tests)]
+        top = Folder(self.top, (self.top,))
+        folders, files = self._scan(top, refuse_links=self.labelled)
+        trains, tests = of_role(folders, "train"), of_role(folders, "test")
+        tests += of_role(folders, "val")
+        nested = [each for each in trains if sub_folders(each)]
+        flat = [each for each in trains if has_images(each)]
+        if nested and is_split(nested[0], folders, tests):
+            used = [nested[0], *self._choose_test(tests)]
+        elif flat and self._is_flat_split(folders, tests):
+            self.labelled = False
+            used = [flat[0], *[each for each in tests if holds_images(each)][:1]]
+        else:
+            return [self._list_split(top, folders, files)], []
         for folder in folders:
             if folder not in used:
                 self._drop_folder(folder, used)
         self._drop_files(files, f"beside {escaped(used[0].name)}/")
         splits = [
-            self._list_classes(folder, *self._scan(folder, refuse_links=True)) for folder in used
+            self._list_split(folder, *self._scan(folder, refuse_links=self.labelled))
+            for folder in used
         ]
         names = [escaped(folder.name) for folder in used]
         differing = {*splits[0].class_names} ^ {*splits[-1].class_names}
@@ -111,17 +138,32 @@ class _Lister:
             self._refuse(f"{rule} {', '.join(sorted(differing))}")
         return splits, names
 
-    def _choose_test(self, tests: list[_Folder]) -> list[_Folder]:
+    def _choose_test(self, tests: list[Folder]) -> list[Folder]:
         """Returns the first folder with class folders; empty if all folders are empty."""
         for folder in tests:
-            if _sub_folders(folder):
+            if sub_folders(folder) if self.labelled else holds_images(folder):
                 return [folder]
         for folder in tests:
-            if any(not name.startswith(".") for name in os.listdir(folder.path)):
+            if self.labelled and any(name[0] != "." for name in os.listdir(folder.path)):
                 self._refuse_without_classes(folder)
         return []
 
-    def _list_classes(self, root: _Folder, folders: list[_Folder], files: list[str]) -> Listing:
+    def _is_flat_split(self, folders: list[Folder], tests: list[Folder]) -> bool:
+        """Returns whether folders without class folders are splits: `train` may be a class."""
+        if self.labelled:
+            return all(split_role(folder.name) for folder in folders)
+        return len(folders) == 1 or any(map(holds_images, tests))
+
+    def _list_split(self, root: Folder, folders: list[Folder], files: list[str]) -> Listing:
+        """Lists the images of a split, by class if it has class folders."""
+        if self.labelled and (not has_images(root) or any(map(holds_images, folders))):
+            return self._list_classes(root, folders, files)
+        images = self._list_images(folders, files)
+        if not images:
+            self._refuse(f"there is no image in {escaped(root.path)}")
+        return Listing((), images, None)
+
+    def _list_classes(self, root: Folder, folders: list[Folder], files: list[str]) -> Listing:
         """Lists the class folders of a split."""
         self._drop_files(files, "beside the class folders")
         if all(split_role(folder.name) for folder in folders):
@@ -130,7 +172,7 @@ class _Lister:
         for folder in folders:
             self._check_is_class(folder)
             first = len(self.unused)
-            images = self._list_images(folder)
+            images = self._list_images(*self._scan(folder))
             lost = [each for each in self.unused[first:] if each.reason not in HARMLESS]
             if images:
                 labels += [len(names)] * len(images)
@@ -145,10 +187,10 @@ class _Lister:
             self._refuse_without_classes(root)
         return Listing(tuple(names), paths, np.array(labels, np.int32))
 
-    def _check_is_class(self, folder: _Folder) -> None:
+    def _check_is_class(self, folder: Folder) -> None:
         """Refuses a folder of splits beside class folders: it would become one class."""
-        inside = _sub_folders(folder)
-        if not inside or _has_images(folder):
+        inside = sub_folders(folder)
+        if not inside or has_images(folder):
             return
         path = escaped(folder.path)
         if split_role(folder.name):
@@ -160,9 +202,8 @@ class _Lister:
                 rule = f"must hold one sub-folder per class, but {path} holds a split"
                 self._refuse(f"{rule}, {escaped(name)}; name folder:{path}")
 
-    def _list_images(self, folder: _Folder) -> list[str]:
-        """Returns the images in a folder and its sub-folders, ordered by path."""
-        folders, files = self._scan(folder)
+    def _list_images(self, folders: list[Folder], files: list[str]) -> list[str]:
+        """Returns the images among the files and in the folders, ordered by path."""
         found: dict[str, list[str]] = {}
         for path in files:
             reason = "" if has_image_suffix(path) else why_no_image(path)
@@ -172,14 +213,14 @@ class _Lister:
                 found[path] = [path]
         for inner in folders:
             first = len(self.unused)
-            found[inner.path] = self._list_images(inner)
+            found[inner.path] = self._list_images(*self._scan(inner))
             if not found[inner.path] and len(self.unused) == first:
                 self._drop(inner.path, EMPTY, is_folder=True)
         return [image for path in sorted(found) for image in found[path]]
 
     def _scan(
-        self, folder: _Folder, *, refuse_links: bool = False
-    ) -> tuple[list[_Folder], list[str]]:
+        self, folder: Folder, *, refuse_links: bool = False
+    ) -> tuple[list[Folder], list[str]]:
         """Returns the sub-folders and files that may be used, by name, and drops the others.
 
         Args:
@@ -194,34 +235,36 @@ class _Lister:
             is_folder = entry.is_dir()
             reason = self._why_unused(entry, folder)
             if reason == OUTSIDE and is_folder and refuse_links:
-                self._refuse(f"there is no image in {escaped(entry.path)} (it is a {OUTSIDE})")
+                rule = f"there is no image in {escaped(entry.path)} (it is a {OUTSIDE}"
+                self._refuse(f"{rule}; data.follow_links=True follows it)")
             if reason:
                 self._drop(entry.path, reason, is_folder=is_folder)
             elif is_folder:
-                real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                folders.append(_Folder(entry.path, (*folder.chain, real)))
+                real = os.path.join(folder.chain[-1], entry.name)
+                real = os.path.realpath(real) if entry.is_symlink() else real
+                folders.append(Folder(entry.path, (*folder.chain, real)))
             else:
                 files.append(entry.path)
         return folders, files
 
-    def _why_unused(self, entry: os.DirEntry[str], folder: _Folder) -> str:
+    def _why_unused(self, entry: os.DirEntry[str], folder: Folder) -> str:
         """Returns the reason why an entry is not used; "" if it may be used. Opens no file."""
         if entry.name.startswith("."):
             return HIDDEN
         if entry.is_symlink():
             real = os.path.realpath(entry.path)
-            if not _is_within(self.top, real):
+            if not self.follow_links and not is_within(self.top, real):
                 return OUTSIDE
-            if any(_is_within(real, around) for around in folder.chain):
+            if any(is_within(real, around) for around in folder.chain):
                 return "link to a folder around it"
             if not os.path.exists(real):
                 return "link to nothing"
         if not entry.is_dir():
             return "" if entry.is_file() else "no file"  # a pipe, which would block when opened
-        own = entry.name in _RUN_FOLDERS and _is_run(folder.path)
-        return RUN if own or _is_run(entry.path) else ""
+        own = entry.name in _RUN_FOLDERS and is_run(folder.path)
+        return RUN if own or is_run(entry.path) else ""
 
-    def _drop_folder(self, folder: _Folder, used: list[_Folder]) -> None:
+    def _drop_folder(self, folder: Folder, used: list[Folder]) -> None:
         """Drops a folder beside the used splits; the reason gives its number of files."""
         count = sum(len(names) for _, _, names in os.walk(folder.path))
         names = " and ".join(f"{escaped(each.name)}/" for each in used)
@@ -237,49 +280,11 @@ class _Lister:
         name = os.path.relpath(path, self.top) + ("/" if is_folder else "")
         self.unused.append(Unused(name, reason))
 
-    def _refuse_without_classes(self, folder: _Folder) -> None:
-        self._refuse(f"{escaped(folder.path)} must hold one sub-folder per class")
+    def _refuse_without_classes(self, folder: Folder) -> None:
+        path = escaped(folder.path)
+        self._refuse(
+            f"{path} must hold one sub-folder per class; images:{path} reads it without labels"
+        )
 
     def _refuse(self, rule: str) -> None:
         raise InputError("data.source", self.source, rule)
-
-
-def _of_role(folders: list[_Folder], role: str) -> list[_Folder]:
-    """Returns the folders with this role: `train` before `Train` before `train_images`."""
-    ranked = []
-    for folder in folders:
-        found = split_role(folder.name)
-        if found and found[0] == role:
-            ranked.append((found[1], len(folder.name), folder.name.swapcase(), folder))
-    return [folder for *_, folder in sorted(ranked)]
-
-
-def _is_split(train: _Folder, folders: list[_Folder], tests: list[_Folder]) -> bool:
-    """Returns whether `train` is a split: it may be a class, beside "car" and "plane"."""
-    return len(folders) == 1 or any(map(_sub_folders, tests)) or not _has_images(train)
-
-
-def _is_within(folder: str, path: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _is_run(folder: str) -> bool:
-    """Returns whether a folder is the work directory of a run, or holds the report of several."""
-
-    def has(*names: str) -> bool:
-        return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-    if has("config.json") and has("checkpoints", "metrics.jsonl", "run.json"):
-        return True
-    return has("report.html", "report.md") and has("figures")
-
-
-def _sub_folders(folder: _Folder) -> list[str]:
-    with os.scandir(folder.path) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
-
-
-def _has_images(folder: _Folder) -> bool:
-    """Returns whether the folder itself holds images."""
-    with os.scandir(folder.path) as entries:
-        return any(has_image_suffix(entry.name) and entry.is_file() for entry in entries)

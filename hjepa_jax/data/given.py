@@ -1,20 +1,21 @@
 """Images that a user passes, converted to the form that an encoder takes.
 
-Files and arrays take one path: upright, RGB, resized to cover the size (bicubic), centre crop. So
-the features of a photo do not depend on how it is passed.
+Files and arrays take one path: upright, resized to cover the size (bicubic), centre crop. So the
+features of a photo do not depend on how it is passed.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Num, Shaped
 from PIL import Image
 
-from hjepa_jax.data.base import as_rgb, fitted
-from hjepa_jax.data.image_file import decode_image
+from hjepa_jax.data.base import fit_pixels
+from hjepa_jax.data.image_file import RGB, Kind, decode_image, kind_of
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 
@@ -28,33 +29,46 @@ class GivenImages:
     Attributes:
       items: one per image: a path, or an array that `as_stored` accepts.
       image_size: S, side of the returned images in pixels, or height and width.
+      num_channels: C of the returned images.
+      dtype: type of arrays that are passed as they are stored; None = see `as_stored`.
     """
 
     items: Sequence[Any] | np.ndarray
     image_size: Sides
+    num_channels: int = 3
+    dtype: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (*pair(self.image_size), 3)
+        return (*pair(self.image_size), self.num_channels)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "S T 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "S T C"]:
         item = self.items[row]
         if isinstance(item, str | os.PathLike):
             try:
-                return decode_image(os.path.expanduser(item), self.image_size)
+                image = decode_image(os.path.expanduser(item), self.image_size, self._kind)
             except InputError as error:
                 raise InputError("images", os.fspath(item), error.rule) from error
-        image = as_rgb(as_stored(item)[None])[0]
-        if image.shape == self.image_shape:
-            return image
-        return fitted(Image.fromarray(image), self.image_size)
+        else:
+            image = np.asarray(item) if self.dtype else as_stored(item, self.num_channels)
+            image = image if image.ndim == 3 else image[..., None]
+        return fit_pixels(image, self.image_shape)
+
+    @functools.cached_property
+    def _kind(self) -> Kind:
+        """The kind of the first file, which all files must have."""
+        path = next(each for each in self.items if isinstance(each, str | os.PathLike))
+        try:
+            return kind_of(os.path.expanduser(path), self.num_channels)
+        except (OSError, ValueError, SyntaxError):
+            return RGB
 
 
-def images_of(images: Any) -> Sequence[Any] | np.ndarray:
-    """Returns a sequence of single images.
+def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:
+    """Returns a sequence of single images, of `num_channels` channels or grey.
 
     `images` is an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
 
@@ -69,36 +83,41 @@ def images_of(images: Any) -> Sequence[Any] | np.ndarray:
                 raise InputError("images", _about(item), f"must be paths or arrays {PER_IMAGE}")
         return images
     array = _array(images)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)):
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, num_channels)):
         return [array]
-    if array.ndim == 4 and array.shape[3] in (1, 3):
+    if array.ndim == 4 and array.shape[3] in (1, num_channels):
         return array
     # Not [B, H, W]: it might be one image with its channels first, or with transparency.
     rule = f"must be one image {PER_IMAGE}, or a batch [B, H, W, 3] or [B, H, W, 1]"
     raise InputError("images", _about(array), rule)
 
 
-def as_stored(image: Any) -> UInt8[np.ndarray, "H W *C"]:
-    """Returns an image as uint8: floats in [0, 1] are scaled to 0 ... 255 and rounded.
+def as_stored(image: Any, num_channels: int = 3) -> Num[np.ndarray, "H W *C"]:
+    """Returns an image as it is stored. Three channels: floats in [0, 1] become uint8, 0 ... 255.
 
-    Only the type decides, not the values: an almost black uint8 image stays as it is.
+    Only the type decides, not the values: an almost black uint8 image stays as it is, and uint16,
+    too. For another number of channels floats become float32, of any value.
 
     Args:
-      image: uint8 [H, W, 3], [H, W, 1] or [H, W], or floats in [0, 1] of such a shape.
+      image: uint8 or uint16 [H, W, C], [H, W, 1] or [H, W], or floats in [0, 1] of such a shape.
+      num_channels: C.
 
     Raises:
       InputError: for another type or shape, or floats outside of [0, 1] ("images").
     """
     array = _array(image)
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, num_channels):
         raise InputError("images", _about(array), f"must be {PER_IMAGE}")
     if not array.size:
         raise InputError("images", _about(array), "must not be empty")
-    if array.dtype == np.uint8:
+    if array.dtype in (np.uint8, np.uint16):
         return array
     if array.dtype.kind != "f":
         rule = "must be uint8, or floats in [0, 1]; scale it yourself, so that black and white fit"
         raise InputError("images", _about(array), rule)
+    if num_channels != 3:
+        return array.astype(np.float32)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also true for NaN
         rule = f"floats must lie in [0, 1], these lie in [{low:g}, {high:g}]"

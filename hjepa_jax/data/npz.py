@@ -1,4 +1,4 @@
-"""The `npz:<file>` source: arrays of images and labels in one file.
+"""The `npz:<file>` source: arrays of images, and perhaps of labels, in one file.
 
 | array            | names, in any case; `<split>` and `<kind>` may change places         |
 |------------------|----------------------------------------------------------------------|
@@ -6,8 +6,9 @@
 | training labels  | `train_labels`, `y_train`; without splits: `labels`, `y`             |
 | test             | `test_images`, `x_test` ...; if there are none: `val_images`, `x_val` |
 
-Images are uint8 `[n, H, W, 3]`, `[n, H, W, 1]` or `[n, H, W]`. Labels are whole numbers `[n]` or
-`[n, 1]`, or one-hot `[n, classes]`. Other arrays are named on stderr and ignored.
+Images are uint8, uint16 or float32, `[n, H, W, C]` or `[n, H, W]`. Labels are whole numbers `[n]`
+or `[n, 1]`, or one-hot `[n, classes]`. If the training images have no labels, labels of the test
+are not used. Other arrays are named on stderr and ignored.
 """
 
 import math
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
-from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, check_memory, check_size
+from hjepa_jax.data.base import Source, SourceInfo, Split, check_memory, check_size
+from hjepa_jax.data.pixels import channels_of, check_finite, check_pixels, with_channels
 from hjepa_jax.data.test_split import Role, hold_out_test, split_role
 from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.errors import InputError, first_line
@@ -32,26 +34,28 @@ _KINDS = {
 }
 _BLOCK_BYTES = 2**24
 _Member = tuple[zipfile.ZipInfo, tuple[int, ...], np.dtype]
-_Pair = tuple[str, str]  # the names of the images and of the labels of a split
+Pair = tuple[str, str | None]  # the names of the images and of the labels of a split
 
 
 def save_npz(path: str | os.PathLike[str], train: Split, test: Split) -> None:
     """Writes a file that `npz:<path>` reads back; `path` should end in .npz."""
-    arrays = (train.images, train.labels, test.images, test.labels)
-    np.savez(path, **dict(zip(NPZ_KEYS, arrays, strict=True)))
+    arrays = zip(NPZ_KEYS, (train.images, train.labels, test.images, test.labels), strict=True)
+    found: dict[str, Any] = {name: array for name, array in arrays if array is not None}
+    np.savez(path, **found)
 
 
-def open_npz(source: str, path: Path) -> Source:
-    """Reads and checks the whole file at once.
+def open_npz(source: str, path: Path, num_channels: int | None = 3) -> Source:
+    """Reads and checks the whole file at once; `num_channels` as in `channels_of`.
 
     Raises:
       InputError: the file cannot be read, or breaks a rule of the format.
     """
     try:
         if not path.is_file():  # opening a pipe would block
-            raise FileNotFoundError("there is no such file")
+            hint = f"; did you mean folder:{path}?" if path.is_dir() else ""
+            raise FileNotFoundError(f"there is no such file{hint}")
         with zipfile.ZipFile(path) as archive:
-            return _open_archive(source, archive)
+            return _open_archive(source, archive, num_channels)
     except InputError:
         raise
     except Exception as error:  # on corrupt data zipfile and NumPy raise almost anything
@@ -59,32 +63,53 @@ def open_npz(source: str, path: Path) -> Source:
         raise InputError("data.source", source, rule) from error
 
 
-def _open_archive(source: str, archive: zipfile.ZipFile) -> Source:
+def _open_archive(source: str, archive: zipfile.ZipFile, num_channels: int | None) -> Source:
     members = archive.infolist()
     names = [member.filename.removesuffix(".npy") for member in members]
-    train_names, test_names = _choose_arrays(source, names)
+    train_names, test_names = choose_arrays(source, names)
     by_name = dict(zip(names, members, strict=True))
-    train = _read_split(source, archive, by_name, train_names)
+    train = _read_split(source, archive, by_name, train_names, num_channels)
     if test_names:
-        test = _read_split(source, archive, by_name, test_names)
-        if test.images.shape[1:] != train.images.shape[1:]:
-            shapes = f"{train.images.shape[1:]} and {test.images.shape[1:]}"
-            rule = f"train and test images differ in shape: {shapes}"
-            raise InputError("data.source", source, rule)
+        test = _read_split(source, archive, by_name, test_names, num_channels)
+        check_alike(source, train, test)
     else:
         train, test = hold_out_test(source, train)
-    num_classes = 1 + int(max(train.labels.max(), test.labels.max()))
-    class_names = tuple(map(str, range(num_classes)))
-    used = {*train_names, *(test_names or ())}
-    unused = [Unused(name, "other arrays") for name in names if name not in used]
-    how = f"in {test_names[0]}" if test_names else "held out, by class"
-    sizes = f"{len(train.labels)} images in {train_names[0]}", f"{len(test.labels)} images {how}"
-    usage = usage_line(source, *sizes, class_names, unused)
-    info = SourceInfo(len(train.labels), len(test.labels), train.images.shape[1:], class_names)
+    info = info_of(train, test)
+    usage = usage_of(source, info, names, train_names, test_names)
     return Source(source, info, lambda: (train, test), usage=usage)
 
 
-def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
+def check_alike(source: str, train: Split, test: Split) -> None:
+    """Refuses training and test images that differ in shape or type."""
+    kinds = [(each.images.shape[1:], each.images.dtype) for each in (train, test)]
+    if kinds[0] != kinds[1]:
+        (shape, dtype), (test_shape, test_dtype) = kinds
+        both = f"shape: {shape} and {test_shape}"
+        both = both if shape != test_shape else f"type: {dtype} and {test_dtype}"
+        raise InputError("data.source", source, f"train and test images differ in {both}")
+
+
+def info_of(train: Split, test: Split) -> SourceInfo:
+    """Returns the facts of two splits, whose classes have numbers as names."""
+    labels = [split.labels for split in (train, test) if split.labels is not None]
+    num_classes = 1 + max((int(each.max()) for each in labels), default=-1)
+    class_names = tuple(map(str, range(num_classes)))
+    shape, dtype = train.images.shape[1:], train.images.dtype.name
+    return SourceInfo(len(train.images), len(test.images), shape, class_names, dtype)
+
+
+def usage_of(
+    source: str, info: SourceInfo, names: list[str], train: Pair, test: Pair | None
+) -> str:
+    """Returns the line about used and unused arrays; `names` are the names of all arrays."""
+    used = {*train, *(test or ())}
+    unused = [Unused(name, "other arrays") for name in names if name not in used]
+    how = f"in {test[0]}" if test else "held out" + ", by class" * bool(info.class_names)
+    sizes = f"{info.num_train} images in {train[0]}", f"{info.num_test} images {how}"
+    return usage_line(source, *sizes, info.class_names, unused)
+
+
+def choose_arrays(source: str, names: list[str]) -> tuple[Pair, Pair | None]:
     """Returns the names of the training and of the test arrays."""
     found: dict[tuple[Role | None, str], list[str]] = {}
     for name in names:
@@ -92,7 +117,7 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
             found.setdefault(part, []).append(name)
     # `images` and `labels` are the training set only if no array has "train" in its name.
     train: Role | None = "train" if any(role == "train" for role, _ in found) else None
-    pairs: list[_Pair] = []
+    pairs: list[Pair] = []
     for role in (train, "test", "val"):
         if len(pairs) == 2:
             break
@@ -101,19 +126,23 @@ def _choose_arrays(source: str, names: list[str]) -> tuple[_Pair, _Pair | None]:
         if twice:
             rule = f"must hold the arrays of a split once, not {' and '.join(twice)}"
             raise InputError("data.source", source, rule)
+        images, labels = ((each or [None])[0] for each in arrays)
+        if pairs and pairs[0][1] is None:  # the training images have no labels
+            if images:
+                pairs.append((images, None))
+            continue
         if pairs and (not any(arrays) or (role == "val" and not all(arrays))):
             continue  # half of a validation set is listed as not used
         if role == "test" and not all(arrays):
-            there = next(names_of for names_of in arrays if names_of)[0]
-            rule = f"holds {there}, but not images and labels of a test set"
+            rule = f"holds {images or labels}, but not images and labels of a test set"
             raise InputError("data.source", source, rule)
-        if not all(arrays):
+        if not images:
             rule = (
                 f"must hold the arrays {', '.join(NPZ_KEYS)} (the last two or none; also "
                 f"x_train, y_train ...), not {', '.join(names) or 'nothing'}"
             )
             raise InputError("data.source", source, rule)
-        pairs.append((arrays[0][0], arrays[1][0]))
+        pairs.append((images, labels))
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
@@ -129,35 +158,70 @@ def _part(name: str) -> tuple[Role | None, str] | None:
 
 
 def _read_split(
-    source: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], names: _Pair
+    source: str,
+    archive: zipfile.ZipFile,
+    members: dict[str, zipfile.ZipInfo],
+    names: Pair,
+    num_channels: int | None,
 ) -> Split:
-    images, labels = (_read_header(archive, members[name]) for name in names)
-    (_, shape, dtype), (_, label_shape, label_dtype) = images, labels
-
-    def require(condition: object, rule: str) -> None:
-        if not condition:
-            found = f"images {dtype}{shape}, labels {label_dtype}{label_shape}"
-            raise InputError("data.source", source, f"{rule} (found {found})")
-
-    x, y = names
-    for member in (images, labels):
+    images, *others = (_read_header(archive, members[name]) for name in names if name)
+    for member in (images, *others):
         check_size(source, member[1], member[2].itemsize)
         _check_length(member)
-    channels_fit = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
-    require(dtype == np.uint8, f"{x} must be uint8, values 0 to 255")
-    require(channels_fit, f"{x} must be [n, H, W, 3], [n, H, W, 1] or [n, H, W]")
-    require(math.prod(shape), f"{x} must not be empty")
-    require(label_dtype.kind in "biuf", f"{y} must be integers")
-    require(label_shape[:1] == shape[:1], f"{y} must hold one label per image")
-    rule = f"{y} must hold one label per image: whole numbers [n] or [n, 1], or one-hot rows"
-    with archive.open(labels[0]) as file:
-        read = _as_labels(np.lib.format.read_array(file, allow_pickle=False))
-    require(read is not None, rule)
-    assert read is not None
-    require(read.min() >= 0 and read.max() < 2**16, f"{y} must lie in [0, 65535]")
-    check_size(source, (*shape[:3], 3))
-    check_memory(source, math.prod(shape[:3]) * 3)
-    return Split(_read_images(archive, images), read.astype(np.int32))
+    _, shape, dtype = images
+    found = check_images(source, names[0], shape, dtype)
+    labels = None
+    if others:
+        member, label_shape, label_dtype = others[0]
+        check_labels(source, names, shape, label_shape, label_dtype)
+        with archive.open(member) as file:
+            labels = read_labels(
+                source, str(names[1]), np.lib.format.read_array(file, allow_pickle=False)
+            )
+    num_channels = channels_of(source, found, num_channels)
+    check_size(source, (*shape[:3], num_channels), dtype.itemsize)
+    check_memory(source, math.prod(shape[:3]) * num_channels * dtype.itemsize)
+    read = _read_images(archive, images, num_channels)
+    check_finite(source, names[0], read)
+    return Split(read, labels)
+
+
+def check_images(source: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Refuses an array that holds no images ("data.source"); returns the number of channels."""
+    rule = ""
+    if len(shape) not in (3, 4):
+        rule = f"{name} must be [n, H, W, C] or [n, H, W]"
+    elif not math.prod(shape):
+        rule = f"{name} must not be empty"
+    rule = rule or check_pixels(name, dtype, (*shape, 1)[3])
+    if rule:
+        raise InputError("data.source", source, f"{rule} (found images {dtype}{shape})")
+    return (*shape, 1)[3]
+
+
+def check_labels(
+    source: str, names: Pair, shape: tuple[int, ...], label_shape: tuple[int, ...], dtype: Any
+) -> None:
+    """Refuses labels that do not fit images of this shape, before they are read."""
+    rule = "" if dtype.kind in "biuf" else f"{names[1]} must be integers"
+    if label_shape[:1] != shape[:1]:
+        rule = rule or f"{names[1]} must hold one label per image"
+    if rule:
+        found = f"images {shape}, labels {dtype}{label_shape}"
+        raise InputError("data.source", source, f"{rule} (found {found})")
+
+
+def read_labels(source: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Returns labels int32 [n] from an array of whole numbers or one-hot rows."""
+    read, rule = _as_labels(array), ""
+    if read is None:
+        rule = "must hold one label per image: whole numbers [n] or [n, 1], or one-hot rows"
+    elif read.min() < 0 or read.max() >= 2**16:
+        rule = "must lie in [0, 65535]"
+    if read is None or rule:
+        found = f"(found labels {array.dtype}{array.shape})"
+        raise InputError("data.source", source, f"{name} {rule} {found}")
+    return read.astype(np.int32)
 
 
 def _as_labels(array: np.ndarray) -> np.ndarray | None:
@@ -195,22 +259,25 @@ def _check_length(member: _Member) -> None:
         raise ValueError(f"{info.filename} is shorter than its shape {shape}")
 
 
-def _read_images(archive: zipfile.ZipFile, member: _Member) -> UInt8[np.ndarray, "n H W 3"]:
+def _read_images(
+    archive: zipfile.ZipFile, member: _Member, num_channels: int
+) -> Num[np.ndarray, "n H W C"]:
     """Reads images block by block into one array, so that no second copy is made."""
     with archive.open(member[0]) as file:
-        shape, is_fortran, _ = _parse_header(file)
+        shape, is_fortran, dtype = _parse_header(file)
         if is_fortran:  # stored pixel by pixel, not image by image: no blocks
             file.seek(0)
-            return as_rgb(np.lib.format.read_array(file, allow_pickle=False))
-        images = np.empty((*shape[:3], 3), np.uint8)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            return with_channels(array.astype(dtype.newbyteorder("=")), num_channels)
+        images = np.empty((*shape[:3], num_channels), dtype.newbyteorder("="))
         row_shape = (*shape[1:3], 1 if len(shape) == 3 else shape[3])
-        num_bytes = math.prod(row_shape)
+        num_bytes = math.prod(row_shape) * dtype.itemsize
         rows = max(1, _BLOCK_BYTES // num_bytes)
         for start in range(0, len(images), rows):
             count = min(rows, len(images) - start)
             data = file.read(count * num_bytes)
             if len(data) < count * num_bytes:
                 raise ValueError(f"{member[0].filename} ends too early")
-            block = np.frombuffer(data, np.uint8).reshape(count, *row_shape)
+            block = np.frombuffer(data, dtype).reshape(count, *row_shape)
             images[start : start + count] = block  # grey values are repeated
         return images

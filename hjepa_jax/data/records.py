@@ -5,6 +5,7 @@ processes read them.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Num
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.names import escaped
@@ -54,7 +55,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         """Decodes one image.
 
         Raises:
@@ -77,10 +78,10 @@ class Records(Images, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Images of a split before decoding, their labels, and their file names if they have any."""
+    """Images of a split before decoding; labels (None = none) and names as in `Split`."""
 
     images: Images
-    labels: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"] | None
     names: tuple[str, ...]
 
 
@@ -104,7 +105,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
+def read_or_next(records: Records, row: int) -> tuple[Num[np.ndarray, "H W C"], bool]:
     """Reads a row or, if it is unreadable, the next readable row; the last is followed by row 0.
 
     The result depends on nothing but the set and the row.
@@ -128,22 +129,24 @@ def read_or_next(records: Records, row: int) -> tuple[UInt8[np.ndarray, "H W 3"]
 
 def read_all(
     records: Records,
-) -> tuple[UInt8[np.ndarray, "n H W 3"], list[int], list[InputError]]:
+) -> tuple[Num[np.ndarray, "n H W C"], list[int], list[InputError]]:
     """Decodes all records in threads.
 
     Returns:
       The readable images, their rows, and one error for each unreadable row.
     """
-    images = np.empty((len(records), *records.image_shape), np.uint8)
+    images = np.empty((0, *records.image_shape), np.uint8)
     kept: list[int] = []
     errors: list[InputError] = []
-    ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, images[:1].nbytes)))
+    ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, math.prod(records.image_shape))))
     for start in range(0, len(records), ahead):
         rows = range(start, min(start + ahead, len(records)))
         for row, image in zip(rows, _read_in_threads(records, rows), strict=True):
             if isinstance(image, InputError):
                 errors.append(image)
             else:
+                if not kept:  # the first image tells the type of all
+                    images = np.empty((len(records), *records.image_shape), image.dtype)
                 images[len(kept)] = image
                 kept.append(row)
     return images[: len(kept)], kept, errors
@@ -162,27 +165,30 @@ class Decoded:
 
     def __init__(self, records: Images, *, stop_at_error: bool = False):
         self._records, self._stop_at_error = records, stop_at_error
+        self._dtype = np.dtype(np.uint8)  # of the newest image
         self.errors: dict[int, InputError] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, rows: slice) -> UInt8[np.ndarray, "n H W 3"]:
+    def __getitem__(self, rows: slice) -> Num[np.ndarray, "n H W C"]:
         wanted = range(*rows.indices(len(self)))
-        images = np.zeros((len(wanted), *self._records.image_shape), np.uint8)
-        for i, image in enumerate(_read_in_threads(self._records, wanted)):
+        read = [*_read_in_threads(self._records, wanted)]
+        for row, image in zip(wanted, read, strict=True):
             if not isinstance(image, InputError):
-                images[i] = image
+                self._dtype = image.dtype
             elif self._stop_at_error:
                 raise image
             else:
-                self.errors[wanted[i]] = image
-        return images
+                self.errors[row] = image
+        black = np.zeros(self._records.image_shape, self._dtype)
+        images = [black if isinstance(image, InputError) else image for image in read]
+        return np.stack(images) if images else np.zeros((0, *black.shape), self._dtype)
 
 
 def _read_in_threads(
     records: Images, rows: range
-) -> Iterator[UInt8[np.ndarray, "H W 3"] | InputError]:
+) -> Iterator[Num[np.ndarray, "H W C"] | InputError]:
     def read(row: int) -> np.ndarray | InputError:
         try:
             return records.read(row)

@@ -19,7 +19,7 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Num
 
 from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.data.records import Records, read_or_next
@@ -48,17 +48,17 @@ class _Batches:
     def __len__(self) -> int:
         return self._num_steps - self._first_step
 
-    def __getitem__(self, i: int) -> tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]:
+    def __getitem__(self, i: int) -> tuple[Num[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]:
         """Returns the images of a batch, and its unreadable rows."""
         (rows,) = self._order.batches(self._first_step + i, 1, size=1)
         rows = rows.reshape(self._num_parts, -1)[:, self._shard].reshape(-1)
-        images = np.empty((len(rows), *self._records.image_shape), np.uint8)
-        unreadable = []
-        for image, row in zip(images, rows.tolist(), strict=True):
-            image[:], is_own = read_or_next(self._records, row)
+        images, unreadable = [], []
+        for row in rows.tolist():
+            image, is_own = read_or_next(self._records, row)
+            images.append(image)
             if not is_own:
                 unreadable.append(row)
-        return images, np.array(unreadable, np.int32)
+        return np.stack(images), np.array(unreadable, np.int32)
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -86,7 +86,7 @@ def read_batches(
     num_parts: int = 1,
     shard_index: int = 0,
     shard_count: int = 1,
-) -> Iterator[tuple[UInt8[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]]:
+) -> Iterator[tuple[Num[np.ndarray, "b H W C"], Int32[np.ndarray, " _"]]]:
     """Yields the images and the unreadable rows of steps `first_step` ... `num_steps - 1`.
 
     Args:

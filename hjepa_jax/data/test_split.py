@@ -1,13 +1,15 @@
 """The test images of a source: a split of its own, or images that are held out."""
 
+import os
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Int32, Shaped
 
 from hjepa_jax.data.base import Split
-from hjepa_jax.data.rows import draw_test_rows
+from hjepa_jax.data.rows import Rows, draw_test_rows
 
 Role = Literal["train", "test", "val"]
 # Names of a split, in any case. The first name of a role has precedence over the second.
@@ -31,14 +33,37 @@ def split_role(name: str) -> tuple[Role, int] | None:
 
 
 def hold_out_test(source: str, split: Split) -> tuple[Split, Split]:
-    """Splits into train and test by `draw_test_rows`, in the memory of `split.images`.
+    """Splits into train and test by `draw_test`, in the memory of `split.images`.
 
     `split.images` is overwritten: a copy would double the memory of the data set.
     """
-    kept, held = draw_test_rows(source, split.labels)
+    kept, held = draw_test(source, len(split.images), split.labels, split.names)
     names = [tuple(split.names[i] for i in rows) if split.names else () for rows in (kept, held)]
-    test = Split(split.images[held], split.labels[held], names[1])
-    return Split(keep_rows(split.images, kept), split.labels[kept], names[0]), test
+    labels = [None if split.labels is None else split.labels[rows] for rows in (kept, held)]
+    test = Split(split.images[held], labels[1], names[1])
+    return Split(keep_rows(split.images, kept), labels[0], names[0]), test
+
+
+def draw_test(
+    source: str, count: int, labels: Int32[np.ndarray, " n"] | None, names: Sequence[str]
+) -> Rows:
+    """Draws the test images by `draw_test_rows`.
+
+    Without labels, the top folders of the files stand in for classes. So a folder without labels
+    holds out the same images as with its sub-folders as classes.
+
+    Args:
+      source: name of the source, for errors.
+      count: number of images.
+      labels: their labels; None = none.
+      names: names of their files; empty = none.
+    """
+    if labels is None:
+        labels = np.zeros(count, np.int32)
+        tops = [name.partition(os.sep)[0] if os.sep in name else "" for name in names]
+        if tops and len(set(tops)) <= count // 2:  # else most folders hold one image
+            labels = np.unique(tops, return_inverse=True)[1].astype(np.int32)
+    return draw_test_rows(source, labels)
 
 
 def keep_rows(

@@ -1,4 +1,4 @@
-"""The `tfds:<name>` source: image classification sets of TensorFlow Datasets.
+"""The `tfds:<name>` source: image sets of TensorFlow Datasets, with class labels or without.
 
 Prepared data is read in place; other data is downloaded. TFDS retries a dead network for minutes
 without a message, so the host of the download must answer first.
@@ -14,15 +14,23 @@ import urllib.request
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hjepa_jax.data import tfds_records
-from hjepa_jax.data.base import Source, SourceInfo, Split, as_rgb, fitted, is_streamed
+from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, is_streamed
+from hjepa_jax.data.pixels import channels_of, check_pixels
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.data.rows import num_held_out
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.data.test_split import hold_out_test
-from hjepa_jax.data.tfds_info import formats_of, made_from, splits_line, test_splits
+from hjepa_jax.data.tfds_info import (
+    class_names,
+    formats_of,
+    held_out,
+    image_and_label,
+    made_from,
+    splits_line,
+    test_splits,
+)
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.user_cache import kept_arrays
 
@@ -42,17 +50,18 @@ def open_tfds(
     image_size: Sides,
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
+    num_channels: int | None = 3,
 ) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
     builder = _prepared_builder(source, name, data_dir, streaming, may_download)
-    shape = _image_shape(source, builder, image_size)
+    shape, dtype = _image_kind(source, builder, image_size, num_channels)
     splits, train_name = builder.info.splits, streaming.train_split or "train"
     if train_name not in splits:
         rule = f"must be a split of {source}: {', '.join(splits)}"
         raise InputError("data.train_split", train_name, rule)
-    if is_streamed(streaming, splits[train_name].num_examples, shape):
-        return tfds_records.open_streamed(source, builder, shape, streaming)
-    return _open_resident(source, builder, shape)
+    if is_streamed(streaming, splits[train_name].num_examples, shape, dtype):
+        return tfds_records.open_streamed(source, builder, shape, streaming, dtype)
+    return _open_resident(source, builder, shape, dtype)
 
 
 def _prepared_builder(
@@ -78,39 +87,43 @@ def _prepared_builder(
     return builder
 
 
-def _image_shape(source: str, builder: Any, image_size: Sides) -> tuple[int, int, int]:
-    """Returns the shape of decoded images, and refuses a set that is not image classification."""
-    import tensorflow_datasets as tfds
-
-    features = dict(builder.info.features)
-    keys: Any = builder.info.supervised_keys or ()
-    kinds = [type(features.get(key)) for key in keys]
-    wanted = [tfds.features.Image, tfds.features.ClassLabel]
-    if kinds != wanted or "train" not in builder.info.splits:
-        rule = "must be an image classification set: an image, a class label and a split train"
+def _image_kind(
+    source: str, builder: Any, image_size: Sides, num_channels: int | None
+) -> tuple[tuple[int, int, int], str]:
+    """Returns shape and type of decoded images, and refuses a set without images to train on."""
+    try:
+        image: Any = builder.info.features[image_and_label(builder)[0]]
+    except ValueError as error:
+        raise InputError("data.source", source, "must be a set with one image per row") from error
+    if "train" not in builder.info.splits:
+        raise InputError("data.source", source, "must be a set with a split train")
+    dtype, stored = np.dtype(image.np_dtype), image.shape[-1] or 0
+    if rule := check_pixels("images", dtype, stored):
         raise InputError("data.source", source, rule)
-    image: Any = features[keys[0]]
-    if image.np_dtype != np.uint8 or image.shape[-1] not in (1, 3):
-        rule = f"images must be uint8 with 1 or 3 channels, not {image.np_dtype} {image.shape}"
-        raise InputError("data.source", source, rule)
-    return (*pair(image_size), 3) if None in image.shape else (*image.shape[:2], 3)
+    channels = channels_of(source, stored, num_channels)
+    height, width = pair(image_size) if None in image.shape else image.shape[:2]
+    return (int(height), int(width), channels), dtype.name
 
 
-def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> Source:
+def _open_resident(source: str, builder: Any, shape: tuple[int, int, int], dtype: str) -> Source:
     """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
     splits, candidates = builder.info.splits, test_splits(builder)
     test_name = candidates[0] if candidates else None
+    names = class_names(builder)
 
     def decode() -> dict[str, np.ndarray]:
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name in ("train", *candidates):
-            split = _read_split(source, builder, name, shape)
+            images, labels = _read_split(source, builder, name, shape, dtype)
+            is_labelled = tfds_records.has_labels(labels)
             # As for streamed sets: a test split without labels gives place to the next one.
-            if name != "train" and not tfds_records.has_labels(split.labels):
+            if name != "train" and "train_labels" in arrays and not is_labelled:
                 continue
-            if split.labels.min() < 0:
+            if is_labelled and labels.min() < 0:
                 raise InputError("data.source", source, f"split {name} has images without a label")
-            arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
+            arrays[f"{name}_images"] = images
+            if is_labelled:
+                arrays[f"{name}_labels"] = labels
             if name != "train":
                 break
         return arrays
@@ -118,23 +131,25 @@ def _open_resident(source: str, builder: Any, shape: tuple[int, int, int]) -> So
     def load() -> tuple[Split, Split]:
         key = f"{builder.info.full_name} {shape} {builder.data_path}"
         arrays = kept_arrays(key, decode, made_from=made_from(builder))
-        train = Split(arrays["train_images"], arrays["train_labels"])
+        train = Split(arrays["train_images"], arrays.get("train_labels"))
+        if names and train.labels is None:
+            print(f"{source}: split train has no labels", file=sys.stderr, flush=True)
         found = next((name for name in candidates if f"{name}_images" in arrays), None)
         if found != test_name:
-            test = f"in split {found}" if found else "held out, by class"
+            test = f"in split {found}" if found else held_out(names)
             line = f"{source}: split {test_name} has no labels; test images {test}"
             print(line, file=sys.stderr, flush=True)
         if found is None:
             return hold_out_test(source, train)
-        return train, Split(arrays[f"{found}_images"], arrays[f"{found}_labels"])
+        labels = None if train.labels is None else arrays[f"{found}_labels"]
+        return train, Split(arrays[f"{found}_images"], labels)
 
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
-    names = builder.info.features[builder.info.supervised_keys[1]].names
     used = ("train", test_name)
     usage = splits_line(source, builder, used, num_train, num_test, class_names=names)
-    return Source(source, SourceInfo(num_train, num_test, shape, tuple(names)), load, usage=usage)
+    return Source(source, SourceInfo(num_train, num_test, shape, names, dtype), load, usage=usage)
 
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
@@ -145,8 +160,10 @@ def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
     )
 
 
-def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
-    """Decodes one split, in the order of its files; the label of an unlabelled image is -1.
+def _read_split(
+    source: str, builder: Any, name: str, shape: tuple[int, int, int], dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes images and labels of a split, in the order of its files; -1 is no label.
 
     Raises:
       InputError: an image cannot be read.
@@ -154,7 +171,7 @@ def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int
     try:
         if formats_of(builder) == {"array_record"}:  # TensorFlow cannot read it
             return tfds_records.read_split(builder, name, shape)
-        return _decode_split(builder, name, shape)
+        return _decode_split(builder, name, shape, dtype)
     except InputError:
         raise
     except Exception as error:  # TensorFlow on damaged files, or it is not installed
@@ -162,7 +179,9 @@ def _read_split(source: str, builder: Any, name: str, shape: tuple[int, int, int
         raise InputError("data.source", source, rule) from error
 
 
-def _decode_split(builder: Any, name: str, shape: tuple[int, int, int]) -> Split:
+def _decode_split(
+    builder: Any, name: str, shape: tuple[int, int, int], dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
@@ -178,26 +197,28 @@ def _decode_split(builder: Any, name: str, shape: tuple[int, int, int]) -> Split
         try_autocache=False,
         num_parallel_calls_for_decode=8,
     )
-    image_key, _ = builder.info.supervised_keys
+    image_key, label_key = image_and_label(builder)
+    wanted = {key: True for key in (image_key, label_key) if key}
     one_size = None not in builder.info.features[image_key].shape
     dataset = builder.as_dataset(
         split=name,
         batch_size=READ_BATCH if one_size else None,
-        as_supervised=True,
+        decoders=tfds.decode.PartialDecoding(wanted),
         read_config=read_config,
     )
     num_examples = builder.info.splits[name].num_examples
-    images = np.empty((num_examples, *shape), np.uint8)
+    images = np.empty((num_examples, *shape), dtype)
     labels = np.empty(num_examples, np.int32)
     start = 0
-    for image, label in dataset.as_numpy_iterator():
+    for row in dataset.as_numpy_iterator():
+        image, label = row[image_key], row[label_key] if label_key else -1
         if not one_size:
-            image = fitted(Image.fromarray(as_rgb(image[None])[0]), shape[:2])[None]
+            image = fit_pixels(image, shape)[None]
         stop = start + len(image)
-        images[start:stop] = image  # grey values broadcast to three channels
+        images[start:stop] = image  # grey values broadcast to all channels
         labels[start:stop] = label
         start = stop
-    return Split(images, labels)
+    return images, labels
 
 
 def _download(source: str, builder: Any) -> None:

@@ -9,6 +9,29 @@ from hjepa_jax.runtime.backend import version
 from hjepa_jax.runtime.provenance import source_digest
 
 
+def image_and_label(builder: Any) -> tuple[str, str | None]:
+    """Returns the names of the image feature and of the label feature; None without classes.
+
+    Raises:
+      ValueError: the set has no image, or several.
+    """
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features)
+    keys: Any = builder.info.supervised_keys or ()
+    kinds = [type(features.get(key)) for key in keys]
+    if kinds == [tfds.features.Image, tfds.features.ClassLabel]:
+        return keys
+    (image,) = (name for name, each in features.items() if type(each) is tfds.features.Image)
+    return image, None
+
+
+def class_names(builder: Any) -> tuple[str, ...]:
+    """Returns the names of the classes; none without a label feature."""
+    _, label = image_and_label(builder)
+    return tuple(builder.info.features[label].names) if label else ()
+
+
 def test_splits(builder: Any) -> list[str]:
     """Returns the splits that may hold the test images; the first one with labels is used."""
     return [name for name in ("test", "validation") if name in builder.info.splits]
@@ -29,10 +52,15 @@ def splits_line(
     return usage_line(
         source,
         f"{num_train} images in split {train}",
-        f"{num_test} images " + (f"in split {test}" if test else "held out, by class"),
+        f"{num_test} images " + (f"in split {test}" if test else held_out(class_names)),
         class_names,
         [Unused(name, "other splits") for name in others],
     )
+
+
+def held_out(class_names: Sequence[str]) -> str:
+    """Returns how test images are chosen if no split has them."""
+    return "held out, by class" if class_names else "held out"
 
 
 def formats_of(builder: Any) -> set[str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Num
 from PIL import Image
 
-from hjepa_jax.data.base import Source, SourceInfo, Split, fitted
+from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, fitted
 from hjepa_jax.data.class_list import find_class_list
+from hjepa_jax.data.image_file import Kind, pixels_of
+from hjepa_jax.data.pixels import with_channels
 from hjepa_jax.data.records import (
     MAX_UNREADABLE,
     Streaming,
@@ -21,9 +23,17 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.rows import draw_rows, draw_test_rows
-from hjepa_jax.data.test_split import keep_rows
-from hjepa_jax.data.tfds_info import files_of, formats_of, made_from, splits_line, test_splits
+from hjepa_jax.data.rows import draw_rows
+from hjepa_jax.data.test_split import draw_test, keep_rows
+from hjepa_jax.data.tfds_info import (
+    class_names,
+    files_of,
+    formats_of,
+    image_and_label,
+    made_from,
+    splits_line,
+    test_splits,
+)
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.user_cache import kept_arrays
 
@@ -38,18 +48,22 @@ class TfdsRecords:
     Attributes:
       path: folder of the prepared set.
       split: name of the split.
-      keys: names of the image feature and the label feature.
-      image_shape: (H, W, 3) of the returned images.
+      keys: names of the image feature and the label feature; None = no labels.
+      image_shape: (H, W, C) of the returned images.
       crops: whether stored images vary in size: shorter side resized, then centre crop.
       rows: records of the split, in their order here.
+      dtype: type of the pixels.
+      num_stored: channels of the stored images.
     """
 
     path: str
     split: str
-    keys: tuple[str, str]
+    keys: tuple[str, str | None]
     image_shape: tuple[int, int, int]
     crops: bool
     rows: Int[np.ndarray, " n"]
+    dtype: str = "uint8"
+    num_stored: int = 3
 
     def __post_init__(self):
         self._opened: Any = None
@@ -60,13 +74,20 @@ class TfdsRecords:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, row: int) -> UInt8[np.ndarray, "H W 3"]:
+    def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         try:
             encoded = self._source()[int(self.rows[row])][self.keys[0]]
-            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            if self.dtype != "uint8" or self.image_shape[2] != 3:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                    pixels = pixels_of(image, Kind(self.num_stored, self.dtype))
                 if self.crops:
-                    return fitted(image, self.image_shape[:2])
-                pixels = np.asarray(image.convert("RGB"))
+                    return fit_pixels(pixels, self.image_shape)
+                pixels = with_channels(pixels[None], self.image_shape[2])[0]
+            else:
+                with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+                    if self.crops:
+                        return fitted(image, self.image_shape[:2])
+                    pixels = np.asarray(image.convert("RGB"))
             if pixels.shape != self.image_shape:
                 raise ValueError(f"its shape is {pixels.shape}, not {self.image_shape}")
             return pixels
@@ -82,6 +103,8 @@ class TfdsRecords:
 
     def labels(self, rows: Sequence[int]) -> Int32[np.ndarray, " n"]:
         """Returns the labels of some rows: `UNREADABLE` for a corrupt record, -1 for no label."""
+        if self.keys[1] is None:
+            return np.full(len(rows), -1, np.int32)
         source = self._source()
         try:
             examples = source.__getitems__([int(self.rows[row]) for row in rows])
@@ -112,7 +135,11 @@ class TfdsRecords:
 
 
 def open_streamed(
-    source: str, builder: Any, image_shape: tuple[int, int, int], streaming: Streaming
+    source: str,
+    builder: Any,
+    image_shape: tuple[int, int, int],
+    streaming: Streaming,
+    dtype: str = "uint8",
 ) -> Source:
     """Returns a source that reads its training images during training."""
     if "array_record" not in (formats := formats_of(builder)):
@@ -122,7 +149,7 @@ def open_streamed(
             "array_record"
         )
         raise InputError("data.source", source, rule)
-    names = tuple(builder.info.features[builder.info.supervised_keys[1]].names)
+    names = class_names(builder)
     classes = list(range(len(names)))
     if streaming.class_list is not None:
         classes = _read_classes(streaming.class_list, names)
@@ -135,69 +162,84 @@ def open_streamed(
         return records.part(np.flatnonzero(chosen).astype(np.int32))
 
     labelled = open_split("train")
+    has_classes = _is_labelled(labelled)
     others = (open_split(name) for name in test_splits(builder))
-    test = next((split for split in others if _is_labelled(split)), None)
+    test = next((split for split in others if not has_classes or _is_labelled(split)), None)
     test_name = test.split if test else None
     if test is None:
-        whole = _all_records(builder, labelled.split, image_shape)
-        labels = _split_labels(whole, builder)[labelled.rows]
-        labelled, test = map(labelled.part, draw_test_rows(source, labels))
+        labels = None
+        if has_classes:
+            whole = _all_records(builder, labelled.split, image_shape)
+            labels = _split_labels(whole, builder)[labelled.rows]
+        rows = draw_test(source, len(labelled), labels, ())
+        labelled, test = map(labelled.part, rows)
     records = open_split(streaming.train_split) if streaming.train_split else labelled
     drawn = [
         split.part(draw_rows(len(split), streaming.max_labelled).held) for split in (labelled, test)
     ]
-    class_names = tuple(names[label] for label in classes)
+    chosen = tuple(names[label] for label in classes) if has_classes else ()
     used = (records.split, test_name, labelled.split)
-    usage = splits_line(source, builder, used, len(records), len(test), class_names=class_names)
-    info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, class_names)
+    usage = splits_line(source, builder, used, len(records), len(test), class_names=chosen)
+    info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, chosen, dtype)
     new_label = np.full(len(names), -1, np.int32)
     new_label[classes] = np.arange(len(classes))
-    return Source(source, info, lambda: _load(source, drawn, new_label), records, usage=usage)
+    labels = new_label if has_classes else None
+    return Source(source, info, lambda: _load(source, drawn, labels), records, usage=usage)
 
 
 def _load(
-    source: str, drawn: list[TfdsRecords], new_label: Int32[np.ndarray, " classes"]
+    source: str, drawn: list[TfdsRecords], new_label: Int32[np.ndarray, " classes"] | None
 ) -> tuple[Split, Split]:
-    """Decodes the labelled images; `new_label` numbers the chosen classes."""
+    """Decodes the images for probes; `new_label` numbers the chosen classes; None = no labels."""
     skipped: list[InputError] = []
     loaded = []
     for records in drawn:
-        split, errors = _read_labelled(records)
-        if np.any(split.labels == -1):
+        images, labels, errors = _read_labelled(records)
+        if new_label is not None and np.any(labels == -1):
             rule = f"split {records.split} has images without a label"
             raise InputError("data.source", source, rule)
-        loaded.append(Split(split.images, new_label[split.labels]))
+        loaded.append(Split(images, None if new_label is None else new_label[labels]))
         skipped += errors
     report_skipped(source, skipped, f"{sum(map(len, drawn))} images")
     return loaded[0], loaded[1]
 
 
-def read_split(builder: Any, name: str, image_shape: tuple[int, int, int]) -> Split:
-    """Decodes a whole split, in the order of its files; -1 is the label of an unlabelled image.
+def read_split(
+    builder: Any, name: str, image_shape: tuple[int, int, int]
+) -> tuple[Num[np.ndarray, "n H W C"], Int32[np.ndarray, " n"]]:
+    """Decodes images and labels of a split, in the order of its files; -1 is no label.
 
     Raises:
       InputError: an image cannot be read.
     """
-    split, errors = _read_labelled(_all_records(builder, name, image_shape))
+    images, labels, errors = _read_labelled(_all_records(builder, name, image_shape))
     if errors:
         raise errors[0]
-    return split
+    return images, labels
 
 
 def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> TfdsRecords:
     rows = np.arange(builder.info.splits[name].num_examples, dtype=np.int32)
-    keys = builder.info.supervised_keys
+    keys = image_and_label(builder)
     crops = None in builder.info.features[keys[0]].shape  # images vary in size
-    return TfdsRecords(str(builder.data_path), name, keys, image_shape, crops, rows)
+    feature: Any = builder.info.features[keys[0]]
+    dtype, stored = np.dtype(feature.np_dtype).name, feature.shape[-1]
+    if dtype == "float32" or (dtype == "uint16" and stored > 1):
+        rule = f"has images of {dtype} with {stored} channels, which cannot be read as array_record"
+        raise InputError("data.source", f"tfds:{builder.name}", rule)
+    path = str(builder.data_path)
+    return TfdsRecords(path, name, keys, image_shape, crops, rows, dtype, stored)
 
 
-def _read_labelled(records: TfdsRecords) -> tuple[Split, list[InputError]]:
+def _read_labelled(
+    records: TfdsRecords,
+) -> tuple[Num[np.ndarray, "n H W C"], Int32[np.ndarray, " n"], list[InputError]]:
     """Returns images and labels of the readable records, and one error per unreadable record."""
     images, kept, errors = read_all(records)
     labels = records.labels(kept)
     readable = np.flatnonzero(labels != UNREADABLE)
     errors += unreadable_errors(records, np.delete(kept, readable).astype(int).tolist())
-    return Split(keep_rows(images, readable), labels[readable]), errors
+    return keep_rows(images, readable), labels[readable], errors
 
 
 def has_labels(labels: Int32[np.ndarray, " n"]) -> bool:

@@ -31,8 +31,11 @@ def usage_line(
     note: str = "",
 ) -> str:
     """Returns the line; `train` and `test` give number and origin of the images."""
-    count = f"{len(class_names)} class" + ("es" if len(class_names) != 1 else "")
-    line = f"{source}: train {train}; test {test}; {count} ({_first_names(class_names)})"
+    classes = "no labels"
+    if class_names:
+        plural = "es" if len(class_names) > 1 else ""
+        classes = f"{len(class_names)} class{plural} ({_first_names(class_names)})"
+    line = f"{source}: train {train}; test {test}; {classes}"
     if unused:
         by_reason: dict[str, list[str]] = {}
         for name, reason in unused:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Num, Shaped
 from tqdm import tqdm
 
 from hjepa_jax.data.augment import resize_and_normalize
@@ -26,7 +26,7 @@ Representation = tuple[str, int | str, Float[np.ndarray, "n _"]]
 def extract_features(
     embed: EmbedFn,
     encoder_params: Any,
-    images: UInt8[np.ndarray, "n H W C"] | Decoded,
+    images: Num[np.ndarray, "n H W C"] | Decoded,
     *extra: Shaped[np.ndarray, "n ..."],
     batch_size: int,
     what: str = "",
@@ -95,10 +95,10 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: An
     )  # fmt: skip
 
 
-def embed_pixels(_: Any, images: UInt8[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:
+def embed_pixels(_: Any, images: Num[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:
     """Returns the features of the raw-pixel baseline: the pixels of images of at most 32x32."""
-    size = min(PIXEL_SIZE, *images.shape[1:3])
-    pixels = resize_and_normalize(images, image_size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
+    size, c = min(PIXEL_SIZE, *images.shape[1:3]), images.shape[3]
+    pixels = resize_and_normalize(images, image_size=size, mean=(0.0,) * c, std=(1.0,) * c)
     return {"pixels": pixels.reshape(len(images), -1)}
 
 

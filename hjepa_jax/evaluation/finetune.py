@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Num
 
 from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.data.augment import Augment
@@ -162,7 +162,7 @@ def finetune(
     with progress(what, num_steps, unit=" steps", initial=int(state.step)) as bar:
         for step in range(int(state.step), num_steps):
             (rows,) = order.batches(step, 1, size=1)
-            state = update(state, train.images[rows], train.labels[rows])
+            state = update(state, train.images[rows], train.classes[rows])
             bar.update(1)
             done = step + 1
             if checkpoints is not None and (done % order.steps_per_epoch == 0 or done == num_steps):
@@ -180,14 +180,14 @@ def _test_top1(
 ) -> float:
     classify = make_classify_fn(model, preprocess)
     logits = extract_features(classify, params, test.images, batch_size=batch_size)["logits"]
-    return float((logits.argmax(axis=-1) == test.labels).mean())
+    return float((logits.argmax(axis=-1) == test.classes).mean())
 
 
 def make_classify_fn(model: Classifier, preprocess: Callable[[Any], Any]) -> Callable[..., Any]:
     """Returns the jitted `classify(params, uint8 [B, H, W, C])` for {"logits": [B, classes]}."""
 
     @jax.jit
-    def classify(params: Any, images: UInt8[Array, "B H W C"]) -> dict[str, Any]:
+    def classify(params: Any, images: Num[Array, "B H W C"]) -> dict[str, Any]:
         return {"logits": model.apply({"params": params}, preprocess(images))}
 
     return classify
@@ -213,7 +213,7 @@ def _make_update(
 
     @jax.jit
     def update(
-        state: FinetuneState, images: UInt8[Array, "B H W C"], labels: Int[Array, " B"]
+        state: FinetuneState, images: Num[Array, "B H W C"], labels: Int[Array, " B"]
     ) -> FinetuneState:
         augment_rng, drop_rng = jax.random.split(jax.random.fold_in(run_rng, state.step))
         pixels = augment(jax.random.split(augment_rng, len(images)), images)

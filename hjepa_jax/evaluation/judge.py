@@ -18,6 +18,7 @@ from hjepa_jax.evaluation.classifier_file import write_classifier
 from hjepa_jax.evaluation.feature_cache import FeatureCache, params_digest
 from hjepa_jax.evaluation.features import check_levels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
+from hjepa_jax.evaluation.labelled import why_no_probe
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
 from hjepa_jax.runs.scores import Row, may_be_of, rows_to_add_to, write_probe_json
@@ -62,7 +63,11 @@ def judge_run(
     images = fingerprint(train, test=test)
     _warn_of_other_images(workdir / "probe.json", source.name, images)
     num_classes, rows = len(source.info.class_names), list[Row]()
-    protocols.check_classes(source.name, train.labels, num_classes)
+    if why := why_no_probe(train, source.info.class_names):
+        print(f"{source.name} {why}: no probe of labels, only the protocol quality", flush=True)
+        protocol = dataclasses.replace(protocol, protocols=("quality",))
+    else:
+        protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
 
     add = functools.partial(_add, rows, workdir / "probe.json", num_layers)
@@ -127,7 +132,7 @@ def _attentive(
         for name, split in (("train", train), ("test", test))
     )  # fmt: skip
     result = attentive_probe(
-        tokens, train.labels, test_tokens, test.labels,
+        tokens, train.classes, test_tokens, test.classes,
         num_classes=num_classes, num_val=protocol.num_val, seed=protocol.seed,
         what=f"{encoder} attentive probe",
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from hjepa_jax.data.base import Split
 from hjepa_jax.data.rows import Rows, draw_rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.quality import check_features
@@ -28,6 +29,13 @@ class ProbeResult:
     val_top1: tuple[float, ...]
     test_predictions: Int32[np.ndarray, " num_test"]
     at_edge: tuple[str, ...]
+
+
+def why_no_probe(train: Split, class_names: Sequence[str]) -> str:
+    """Returns why probes of labels say nothing about these images; "" if they do."""
+    if train.labels is None or not class_names:
+        return "has no labels"
+    return "has one class" if len(class_names) == 1 else ""
 
 
 def check_labelled(

@@ -70,8 +70,10 @@ def evaluate_encoders(
     for name in protocol.protocols:
         if name not in PROTOCOLS:
             raise InputError("--protocols", name, f"must be some of {', '.join(PROTOCOLS)}")
-    check_classes(data, train.labels, num_classes)
-    _check_shots(protocol, train, test, num_classes)
+    reads_labels = set(protocol.protocols) != {"quality"}
+    if reads_labels:
+        check_classes(data, train.labels, num_classes)
+        _check_shots(protocol, train, test, num_classes)
     extract = Extractor(embed, protocol.batch_size, cache)
     quality = QualityRows(extract, protocol, train, embed_views)
     early = quality.measure_untrained(encoders)
@@ -79,7 +81,9 @@ def evaluate_encoders(
     for encoder, params in {**encoders, "pixels": None}.items():
         features = early.pop(encoder, None) or extract.features(encoder, params, "train", train)
         train_x = protocol.representations(features)
-        test_x = protocol.representations(extract.features(encoder, params, "test", test))
+        test_x = train_x
+        if reads_labels:
+            test_x = protocol.representations(extract.features(encoder, params, "test", test))
         quality.extract_views(encoder, params)
         source = origin(encoder, step, protocol.seed, data, train, test, images)
         for (pool, level, x), (_, _, y) in zip(train_x, test_x, strict=True):
@@ -87,7 +91,9 @@ def evaluate_encoders(
                 if name == "quality":
                     scores = [quality.row(encoder, pool, level, x)]
                 else:
-                    scores = _PROBES[name]((x, train.labels, y, test.labels), num_classes, protocol)
+                    scores = _PROBES[name](
+                        (x, train.classes, y, test.classes), num_classes, protocol
+                    )
                 for scored in scores:
                     where = {"level": level, "pool": pool, "dim": x.shape[1]}
                     rows.append({"protocol": name, **where, **scored, **source})
@@ -108,8 +114,8 @@ def origin(
         "seed": seed,
         "data": data,
         "data_fingerprint": images,
-        "train_size": len(train.labels),
-        "test_size": len(test.labels),
+        "train_size": len(train.images),
+        "test_size": len(test.images),
     }
 
 
@@ -187,16 +193,18 @@ _PROBES = {"linear": _linear, "knn": _knn, "lowshot": _lowshot, "fewshot": _fews
 def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int) -> None:
     """Refuses numbers of labels that some class does not have, before any computation."""
     if "lowshot" in protocol.protocols:
-        fit, _ = hold_out(len(train.labels), num_val=protocol.num_val, seed=protocol.seed)
+        fit, _ = hold_out(len(train.images), num_val=protocol.num_val, seed=protocol.seed)
         for shot in protocol.lowshot_labels or ():
-            draw_labels(train.labels, fit, shot, num_classes=num_classes, seed=0)
+            draw_labels(train.classes, fit, shot, num_classes=num_classes, seed=0)
     if "fewshot" in protocol.protocols:
         for shots in protocol.fewshot_shots:
-            check_shots(test.labels, shots)
+            check_shots(test.classes, shots)
 
 
-def check_classes(source: str, labels: Int[np.ndarray, " n"], num_classes: int) -> None:
+def check_classes(source: str, labels: Int[np.ndarray, " n"] | None, num_classes: int) -> None:
     """Refuses training labels that lack a class: no probe could predict it ("data.source")."""
+    if labels is None:
+        raise InputError("data.source", source, "has no labels")
     missing: Sequence[int] = sorted(set(range(num_classes)) - set(labels.tolist()))
     if missing:
         rule = f"has no training image of class {missing[0]} ({len(missing)} of {num_classes} lack)"

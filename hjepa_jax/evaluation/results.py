@@ -252,5 +252,6 @@ def headline_scores(rows: list[Row]) -> dict[str, float]:
             scores[name] = row["top1"]
         else:
             scores[f"{name}_level_{row['level']}"] = row["top1"]
-    scores.setdefault("eval/linear_top1", scores.get("eval/linear_top1_level_0", float("nan")))
+    if scores:  # without labels there are none
+        scores.setdefault("eval/linear_top1", scores.get("eval/linear_top1_level_0", float("nan")))
     return scores

@@ -190,7 +190,7 @@ def to_stablehlo(config: Config, model: HJEPA, params: Any) -> bytes:
         return {**embed(params, images), **tokens(params, images)}
 
     height, width = pair(config.data.image_size)
-    shape = jax_export.symbolic_shape(f"b, {height}, {width}, 3")
+    shape = jax_export.symbolic_shape(f"b, {height}, {width}, {len(config.data.mean)}")
     images = jax.ShapeDtypeStruct(shape, np.uint8)
     exported = jax_export.export(jax.jit(program), platforms=STABLEHLO_PLATFORMS)(images)
     return bytes(exported.serialize())
@@ -228,13 +228,14 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
         "mlp_ratio": c.mlp_ratio,
         "class_token": has_class_token,
         "reg_tokens": c.num_summary_tokens + c.num_registers - has_class_token,
+        "in_chans": None if len(config.data.mean) == 3 else len(config.data.mean),
         "init_values": c.layer_scale or None,
         "act_layer": "gelu" if c.gelu == "erf" else "gelu_tanh",
         "global_pool": "token" if has_class_token else "avg",
         "fc_norm": False,
     }
     trained = {
-        "input_size": [3, size, size],
+        "input_size": [len(config.data.mean), size, size],
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "interpolation": "bicubic",
@@ -265,7 +266,7 @@ def _transformers(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]
         "num_attention_heads": num_heads,
         "image_size": size,
         "patch_size": c.patch_size,
-        "num_channels": 3,
+        "num_channels": len(config.data.mean),
         "qkv_bias": True,
         "hidden_act": "gelu" if c.gelu == "erf" else "gelu_pytorch_tanh",
         "layer_norm_eps": c.layer_norm_epsilon,

@@ -18,6 +18,7 @@ from hjepa_jax.runtime.files import replacing
 
 SUFFIXES = (".npz", ".npy", ".parquet")
 NOT_FEATURES = ("labels", "files")  # columns
+INTERNAL = ("rows", "errors")  # arrays of a shard that are no columns
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -72,7 +73,7 @@ class Shards:
     def columns(self) -> list[str]:
         """Names of the columns."""
         with np.load(self.paths[0]) as shard:
-            return [name for name in shard.files if name != "errors"]
+            return [name for name in shard.files if name not in INTERNAL]
 
 
 def write_table(output: pathlib.Path, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
@@ -109,7 +110,7 @@ def _write_npy(file: Any, shards: Shards, _: Bool[np.ndarray, " n"]) -> Shapes:
         return {"tokens": _write_array(file, shards, "tokens", None)}
     parts = zip(*(shards.column(name) for name in names), strict=True)
     first = np.concatenate([next(shards.column(name))[:1] for name in names], axis=1)
-    shape = (len(shards.whole("labels")), first.shape[1])
+    shape = (len(shards.whole("rows")), first.shape[1])
     _write_header(file, first.dtype, shape)
     for columns in parts:
         file.write(np.concatenate(columns, axis=1).tobytes())
@@ -123,7 +124,7 @@ def _write_array(
     dtypes = {part.dtype for part in shards.column(name)} if name in NOT_FEATURES else None
     first = next(shards.column(name))
     dtype = np.result_type(*dtypes) if dtypes else first.dtype
-    count = len(shards.whole("labels")) if rows is None else int(rows.sum())
+    count = len(shards.whole("rows")) if rows is None else int(rows.sum())
     shape = (count, *first.shape[1:])
     _write_header(file, dtype, shape)
     for part in shards.column(name, rows):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.data.sides import pair
@@ -123,7 +123,7 @@ class StepOutputs:
     spread_moment: Any = None
 
 
-TrainStep = Callable[[TrainState, UInt8[Array, "*B H W C"]], tuple[TrainState, StepOutputs]]
+TrainStep = Callable[[TrainState, Num[Array, "*B H W C"]], tuple[TrainState, StepOutputs]]
 
 
 def make_train_step(method: Method) -> TrainStep:
@@ -132,7 +132,7 @@ def make_train_step(method: Method) -> TrainStep:
 
 
 def train_step(
-    method: Method, state: TrainState, images: UInt8[Array, "*B H W C"]
+    method: Method, state: TrainState, images: Num[Array, "*B H W C"]
 ) -> tuple[TrainState, StepOutputs]:
     """One optimizer update.
 
@@ -148,7 +148,7 @@ def train_step(
 def gradient(
     method: Method,
     state: TrainState,
-    images: UInt8[Array, "B H W C"],
+    images: Num[Array, "B H W C"],
     augment_rngs: Shaped[Array, "B ..."],
     mask_rngs: Shaped[Array, "B ..."],
 ) -> tuple[Any, StepOutputs]:
@@ -196,7 +196,7 @@ def gradient(
 
 def sample_inputs(
     method: Method,
-    images: UInt8[Array, "B H W C"],
+    images: Num[Array, "B H W C"],
     augment_rngs: Shaped[Array, "B ..."],
     mask_rngs: Shaped[Array, "B ..."],
 ) -> Inputs:
@@ -235,7 +235,7 @@ def _at_queries(levels: dict[int, Array], masks: Masks) -> dict[int, Float[Array
 def accumulated_gradient(
     method: Method,
     state: TrainState,
-    images: UInt8[Array, "*B H W C"],
+    images: Num[Array, "*B H W C"],
     augment_rngs: Shaped[Array, "B ..."],
     mask_rngs: Shaped[Array, "B ..."],
 ) -> tuple[Any, StepOutputs]:

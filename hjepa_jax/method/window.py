@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics as clu_metrics
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from hjepa_jax.method.step import TrainStep, select
 from hjepa_jax.method.train_state import TrainState
@@ -145,7 +145,7 @@ def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, Log
     def run_steps(
         state: TrainState,
         window: LogWindow,
-        images: UInt8[Array, "... H W C"],
+        images: Num[Array, "... H W C"],
         index: Int[Array, "S ..."] | None,
         count: Int[Array, ""],
     ) -> tuple[TrainState, LogWindow]:

@@ -124,7 +124,7 @@ def collapse_section(facts: Facts) -> Section | None:
     if facts.look:
         v = facts.look.verdict
         text += (
-            f"\n\nThe checkpoint at step {facts.look.step}, on {len(facts.look.labels)} "
+            f"\n\nThe checkpoint at step {facts.look.step}, on {len(facts.look.images)} "
             f"held-out training images: **{v.label}**, effective rank {v.effective_rank:.1f} of "
             f"{v.max_rank}, relative std {v.relative_std:.3f} (threshold {v.min_relative_std:.2g})."
         )

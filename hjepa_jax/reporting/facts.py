@@ -49,6 +49,7 @@ class Facts:
       meta: origin of the newest checkpoint; empty without a checkpoint.
       look: None if the checkpoint or the images are missing; `no_look` says why.
       width: width of the encoder.
+      has_classes: whether labels of several classes judge the run; True if unknown.
     """
 
     name: str
@@ -66,11 +67,12 @@ class Facts:
     look: Look | None
     no_look: str
     width: int
+    has_classes: bool
 
     @property
     def own_probes(self) -> list[Row]:
-        """Returns the rows on the data set of the run, of one seed; see `rows_on`."""
-        return rows_on(self.config.data.source, self.probes)
+        """Returns the rows on the data set that judges the run, of one seed; see `rows_on`."""
+        return rows_on(self.config.eval.data or self.config.data.source, self.probes)
 
     @property
     def device_memory(self) -> int | None:
@@ -172,6 +174,7 @@ def read_facts(
         look=look,
         no_look=reason,
         width=model.context_encoder.width,
+        has_classes=not record or len(record.class_names) > 1 or config.eval.data is not None,
     )
     rule = _stopped_by(facts) if facts.status == "interrupted" else ""
     return dataclasses.replace(facts, status="stopped", stopped_by=rule) if rule else facts

@@ -176,25 +176,28 @@ def confusion_matrix(
 
 def scatter_maps(
     maps: Mapping[str, Float[np.ndarray, "n 2"]],
-    labels: Int[np.ndarray, " n"],
+    labels: Int[np.ndarray, " n"] | None,
     class_names: Sequence[str],
 ) -> Figure:
-    """Returns 2-D maps of features, one point per image, with colour and marker by class."""
+    """Returns 2-D maps of features, one point per image, with colour and marker by class.
+
+    Without classes (None) all points look the same.
+    """
     figure = new_figure(4.6 * len(maps) + 1.6, 4.4)
     markers = "os^Dv"
     for i, (name, points) in enumerate(maps.items()):
         axes = figure.add_subplot(1, len(maps), i + 1)
-        for j, label in enumerate(np.unique(labels)):
-            rows = labels == label
+        for j, label in enumerate(np.unique(0 if labels is None else labels)):
+            rows = np.ones(len(points), bool) if labels is None else labels == label
             axes.scatter(
                 *points[rows].T, s=12, alpha=0.75, linewidths=0, color=COLOURS[j % len(COLOURS)],
                 marker=markers[j // len(COLOURS) % len(markers)],
-                label=plain(class_names[int(label)]),
+                label=None if labels is None else plain(class_names[int(label)]),
             )  # fmt: skip
         axes.set_xticks([])
         axes.set_yticks([])
         finish(axes, name, "first axis", "second axis", grid=False)
-    if len(class_names) <= 30:
+    if labels is not None and len(class_names) <= 30:
         figure.axes[-1].legend(fontsize=8, frameon=False, bbox_to_anchor=(1.0, 1.0))
     return figure
 

@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.reporting.figures import COLOURS, GREY, new_figure, plain
 from hjepa_jax.reporting.snapshot import DROPPED, TARGET, Snapshot
 
@@ -143,7 +144,10 @@ def neighbours(
     query_names: Sequence[str],
     same_class: Sequence[Sequence[bool]],
 ) -> Figure:
-    """Returns images and their nearest neighbours, framed by whether the class is the same."""
+    """Returns images and their nearest neighbours, framed by whether the class is the same.
+
+    Without classes `same_class` is empty, and nothing is framed.
+    """
     rows = [Row("query", queries)]
     rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
     figure = picture_table(rows, heads=query_names)
@@ -153,6 +157,8 @@ def neighbours(
                 spine.set(color=COLOURS[0] if same else COLOURS[1], linewidth=2.5)
                 spine.set_linestyle("-" if same else (0, (2, 1)))
                 spine.set_capstyle("butt")  # round caps would fill the gaps
+    if not same_class:
+        return figure
     handles = [
         Patch(facecolor="none", edgecolor=COLOURS[0], label="same class"),
         Patch(facecolor="none", edgecolor=COLOURS[1], linestyle="--", label="another class"),
@@ -163,7 +169,7 @@ def neighbours(
 
 def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
     """Returns the figures of a snapshot by name; its arrays must be on the host."""
-    pixels, (rows, cols) = snapshot.pixels, snapshot.tokens[0].shape[1:3]
+    pixels, (rows, cols) = as_rgb(snapshot.pixels), snapshot.tokens[0].shape[1:3]
     quarter = [(rows // 4, cols // 4), (3 * rows // 4, 3 * cols // 4)]
     heads = {f"head {i}": snapshot.attention[:, i] for i in range(snapshot.attention.shape[1])}
     shown = dict(list(heads.items())[:6])
@@ -174,6 +180,34 @@ def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
         "similarity": similarity_maps(pixels, snapshot.tokens[0], quarter),
         "attention": attention_maps(pixels, {**shown, "rollout": snapshot.rollout}),
     }
+
+
+def as_pictures(images: Num[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 3"]:
+    """Returns stored images as RGB in [0, 1]; each channel is stretched, except for 8 bits."""
+    x = images.astype(np.float32) / full_scale(images.dtype)
+    if images.dtype != np.uint8:
+        axes = tuple(range(x.ndim - 1))
+        low, high = x.min(axis=axes), x.max(axis=axes)
+        x = (x - low) / np.maximum(high - low, 1e-12)
+    return as_rgb(x)
+
+
+def as_rgb(images: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 3"]:
+    """Returns images with pixels in [0, 1] as RGB.
+
+    One channel is shown in grey. Of two or of more than three channels the first principal
+    components are shown.
+    """
+    c = images.shape[-1]
+    if c == 3:
+        return images
+    if c == 1:
+        return np.repeat(images, 3, axis=-1)
+    flat = principal_components(images.reshape(-1, c), min(c, 3))
+    low, high = np.percentile(flat, (1, 99), axis=0)
+    flat = np.clip((flat - low) / np.maximum(high - low, 1e-12), 0, 1)
+    flat = np.pad(flat, ((0, 0), (0, 3 - flat.shape[1])))
+    return flat.reshape(*images.shape[:-1], 3).astype(np.float32)
 
 
 def enlarge(grid: np.ndarray, size: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ from hjepa_jax.data.base import Split
 from hjepa_jax.evaluation.collapse import measure_spread, verdict_beside
 from hjepa_jax.evaluation.features import Features, extract_features, representations
 from hjepa_jax.evaluation.knn import knn_predict, nearest_rows
-from hjepa_jax.evaluation.labelled import MIN_ROWS, hold_out
+from hjepa_jax.evaluation.labelled import MIN_ROWS, hold_out, why_no_probe
 from hjepa_jax.evaluation.quality import Verdict
 from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
 from hjepa_jax.runs.load import load_state
@@ -33,14 +33,16 @@ class Look:
       snapshot: pictures of a few images.
       features: features of the held-out images by name, [Q, D].
       verdict: whether the features of level 0 have collapsed, beside the untrained network.
-      best: name of the features with the best k-NN score on images of the bank.
+      best: name of the features with the best k-NN score on images of the bank; without classes:
+        of the summary tokens if there are any, else of level 0.
       best_features: these features of the held-out images, [Q, D]. Pictures are made of them.
-      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on them.
+      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on them. Both are
+        None without labels of at least two classes.
       class_names: indexed by label.
-      images: the held-out images, uint8 [Q, H, W, 3].
+      images: the held-out images, as stored, [Q, H, W, C].
       neighbours: images of the bank with the most similar best features, for the first S held-out
-        images, uint8 [S, k, H, W, 3].
-      same_class: whether a neighbour has the class of its query, bool [S, k].
+        images, as stored, [S, k, H, W, C].
+      same_class: whether a neighbour has the class of its query, bool [S, k]; None without classes.
       bank_size: number of images in the bank.
     """
 
@@ -50,13 +52,20 @@ class Look:
     verdict: Verdict
     best: str
     best_features: Float[np.ndarray, "Q _"]
-    labels: Int[np.ndarray, " Q"]
-    predictions: Int[np.ndarray, " Q"]
+    labels: Int[np.ndarray, " Q"] | None
+    predictions: Int[np.ndarray, " Q"] | None
     class_names: tuple[str, ...]
     images: Any
     neighbours: Any
     same_class: Any
     bank_size: int
+
+    @property
+    def names(self) -> list[str]:
+        """Returns a name for each held-out image: its class, or its number without classes."""
+        if self.labels is None:
+            return [f"image {i}" for i in range(len(self.images))]
+        return [self.class_names[label] for label in self.labels]
 
 
 def look_at(
@@ -78,11 +87,15 @@ def look_at(
 
     bank_x, query_x = (features(state.target_params, rows) for rows in (bank, queries))
     untrained = features(initial.target_params, queries)["level_0"]
-    name, best_bank, best_queries = _best_features(bank_x, query_x, train.labels[bank])
-    (predictions,) = knn_predict(
-        best_bank, train.labels[bank], best_queries, ks=[min(KNN_K, len(bank))],
-        num_classes=int(train.labels.max()) + 1,
-    )  # fmt: skip
+    labels = None if why_no_probe(train, class_names) else train.labels
+    bank_y = None if labels is None else labels[bank]
+    name, best_bank, best_queries = _best_features(bank_x, query_x, bank_y)
+    predictions = None
+    if bank_y is not None:
+        (predictions,) = knn_predict(
+            best_bank, bank_y, best_queries, ks=[min(KNN_K, len(bank))],
+            num_classes=len(class_names),
+        )  # fmt: skip
     shown, k = best_queries[:NUM_SHOWN], min(NUM_NEIGHBOURS, len(bank))
     found = bank[nearest_rows(best_bank, shown, k=k)]
     return Look(
@@ -94,35 +107,43 @@ def look_at(
         verdict=verdict_beside(query_x["level_0"], measure_spread(untrained)),
         best=name,
         best_features=best_queries,
-        labels=train.labels[queries],
+        labels=None if labels is None else labels[queries],
         predictions=predictions,
         class_names=class_names,
         images=train.images[queries],
         neighbours=train.images[found],
-        same_class=train.labels[found] == train.labels[queries[:NUM_SHOWN]][:, None],
+        same_class=None if labels is None else labels[found] == labels[queries[: len(found)], None],
         bank_size=len(bank),
     )
 
 
 def _best_features(
-    bank_x: Features, query_x: dict[str, Float[np.ndarray, "Q _"]], bank_y: Int[np.ndarray, " n"]
+    bank_x: Features,
+    query_x: dict[str, Float[np.ndarray, "Q _"]],
+    bank_y: Int[np.ndarray, " n"] | None,
 ) -> tuple[str, Float[np.ndarray, "n D"], Float[np.ndarray, "Q D"]]:
     """Returns the features with the best k-NN score: their name, of the bank, of the queries.
 
     A fifth of the bank is scored beside the rest of it, so the queries decide nothing. Equal scores
-    go to the first of `representations`, which has the fewest dimensions.
+    go to the first of `representations`, which has the fewest dimensions. Without classes (None)
+    the summary tokens are taken if there are any, else level 0.
     """
-    fit = val = np.arange(len(bank_y))
-    if len(bank_y) >= MIN_ROWS:
-        fit, val = hold_out(len(bank_y), num_val=len(bank_y))  # a fifth at most
+    n = len(bank_x["level_0"])
+    fit = val = np.arange(n)
+    if n >= MIN_ROWS:
+        fit, val = hold_out(n, num_val=n)  # a fifth at most
 
-    def score(x: Float[np.ndarray, "n D"]) -> float:
+    def score(pool: str, x: Float[np.ndarray, "n D"]) -> float:
+        if bank_y is None:
+            return float(pool == "summary")
         k, num_classes = min(KNN_K, len(fit)), int(bank_y.max()) + 1
         (found,) = knn_predict(x[fit], bank_y[fit], x[val], ks=[k], num_classes=num_classes)
         return float((found == bank_y[val]).mean())
 
     in_bank, in_queries = (representations(x) for x in (bank_x, query_x))
-    best = max(range(len(in_bank)), key=lambda i: score(in_bank[i][2]))  # the first of equals
+    best = max(
+        range(len(in_bank)), key=lambda i: score(in_bank[i][0], in_bank[i][2])
+    )  # the first of equals
     pool, level, x = in_bank[best]
     levels = "all levels" if level == "all" else f"level {level}"
     names = {"mean": f"{levels}, mean over patches", "summary": "summary tokens"}

@@ -23,10 +23,14 @@ from hjepa_jax.reporting.figures import (
     scatter_maps,
     spectrum,
 )  # fmt: skip
-from hjepa_jax.reporting.image_figures import neighbours, principal_components, snapshot_figures
+from hjepa_jax.reporting.image_figures import (
+    as_pictures,
+    neighbours,
+    principal_components,
+    snapshot_figures,
+)
 from hjepa_jax.reporting.look import KNN_K
 from hjepa_jax.reporting.page import Section, escape, table
-from hjepa_jax.reporting.snapshot import as_unit
 from hjepa_jax.reporting.verdicts import num, pct
 from hjepa_jax.runs.logger import quiet_tensorflow
 from hjepa_jax.runs.scores import Row
@@ -116,27 +120,34 @@ def features_section(facts: Facts) -> Section | None:
     if look is None:
         return None
     levels = {name.replace("_", " "): x for name, x in look.features.items()}
-    top1 = float((look.predictions == look.labels).mean())
     text = (
-        f"{len(look.labels)} held-out training images beside {look.bank_size} others, target "
-        f"encoder at step {look.step}. Neighbours, confusion matrix and maps are made of the "
-        f"features with the best k-NN score among those others: {look.best}. k-NN with k = "
-        f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of the held-out images right. The test "
-        "images are left to the probes."
+        f"{len(look.images)} held-out training images beside {look.bank_size} others, target "
+        f"encoder at step {look.step}. "
     )
+    if look.labels is None or look.predictions is None:
+        text += f"The images have no classes. Neighbours and maps are made of: {look.best}."
+    else:
+        top1 = float((look.predictions == look.labels).mean())
+        text += (
+            "Neighbours, confusion matrix and maps are made of the features with the best k-NN "
+            f"score among those others: {look.best}. k-NN with k = "
+            f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of the held-out images right. The "
+            "test images are left to the probes."
+        )
     values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
               levels.items()}  # fmt: skip
     count = len(look.neighbours)
-    pictures = (as_unit(look.images[:count]), as_unit(look.neighbours))
-    names = [look.class_names[label] for label in look.labels[:count]]
+    queries, found = look.images[:count], look.neighbours
+    shown = as_pictures(np.concatenate([queries[:, None], found], axis=1))  # on one scale
+    pictures = shown[:, 0], shown[:, 1:]
+    same = [] if look.same_class is None else look.same_class.tolist()
+    confusion = {}
+    if look.labels is not None and look.predictions is not None:
+        matrix = confusion_matrix(look.labels, look.predictions, look.class_names)
+        confusion = {"confusion": (matrix, "Confusion matrix of k-NN")}
     return "Features", text, {
-        "neighbours": (
-            neighbours(*pictures, names, look.same_class.tolist()), "Nearest neighbours"
-        ),
-        "confusion": (
-            confusion_matrix(look.labels, look.predictions, look.class_names),
-            "Confusion matrix of k-NN",
-        ),
+        "neighbours": (neighbours(*pictures, look.names[:count], same), "Nearest neighbours"),
+        **confusion,
         "map": (
             scatter_maps(_maps(look.best_features), look.labels, look.class_names),
             "Maps of the features in two dimensions",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 from PIL import Image
 
 from hjepa_jax.runtime.files import replacing
@@ -18,7 +18,7 @@ def write_projector(
     logdir: Path,
     features: Mapping[str, Float[np.ndarray, "n _"]],
     class_names: Sequence[str],
-    images: UInt8[np.ndarray, "n H W C"],
+    images: Num[np.ndarray, "n H W C"],
 ) -> None:
     """Writes projector_config.pbtxt, which TensorBoard reads, and the files that it names."""
     folder = logdir / "projector"
@@ -47,10 +47,14 @@ embeddings {{
         file.write("".join(config).encode())
 
 
-def sprite(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "S S 3"]:
+def sprite(images: Num[np.ndarray, "n H W C"]) -> Num[np.ndarray, "S S 3"]:
     """Returns a square of thumbnails, row by row; unused places are black."""
     side = math.ceil(math.sqrt(len(images)))
     picture = np.zeros((side, THUMBNAIL, side, THUMBNAIL, 3), np.uint8)
+    if images.dtype != np.uint8 or images.shape[3] != 3:
+        from hjepa_jax.reporting.image_figures import as_pictures  # matplotlib loads slowly
+
+        images = np.rint(255 * as_pictures(images)).astype(np.uint8)
     for i, image in enumerate(images):
         small = Image.fromarray(image).resize((THUMBNAIL, THUMBNAIL))
         picture[i // side, :, i % side] = np.asarray(small)

@@ -45,8 +45,7 @@ def write_report(
     facts = read_facts(workdirs[0], images=images, splits=splits)
     files = publish(f"Run {facts.name}", sections(facts), output)
     if (look := facts.look) and output.resolve() == workdirs[0].resolve():
-        names = [look.class_names[label] for label in look.labels]
-        write_projector(output, look.features, names, look.images)
+        write_projector(output, look.features, look.names, look.images)
     return files
 
 

@@ -39,6 +39,11 @@ def _summary(facts: Facts) -> Section:
         ),
         "✓ holds, ✗ does not, ? not known.",
     ]  # fmt: skip
+    if not facts.has_classes:
+        lines.append(
+            "The images have no labels, or one class: there is no k-NN score and no probe of "
+            "labels. `eval.data`, or `--data` of the probe command, names labelled images."
+        )
     if facts.history.sampled:
         shown, total = len(facts.history.lines), facts.history.num_lines
         lines.append(

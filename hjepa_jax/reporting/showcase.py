@@ -5,7 +5,7 @@ import time
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.evaluation.quality import singular_values
@@ -55,7 +55,7 @@ class Showcase:
       logger: receives the pictures.
     """
 
-    def __init__(self, run: Run, images: UInt8[np.ndarray, "n H W C"], logger: RunLogger):
+    def __init__(self, run: Run, images: Num[np.ndarray, "n H W C"], logger: RunLogger):
         self._run, self._images, self._logger = run, fixed_images(images), logger
         self._snapshot = jax.jit(build_snapshot_fn(run.config, run.model))
         self._budget, self._started = Budget(MAX_SHARE, FIRST_COST_SEC), time.perf_counter()

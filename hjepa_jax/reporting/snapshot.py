@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from hjepa_jax.config import Config
 from hjepa_jax.config.build import build_masks, build_preprocess
@@ -39,7 +39,7 @@ class Snapshot:
     """Result of `make_snapshot_fn` for B images.
 
     Attributes:
-      pixels: float32 [B, H, W, 3] in [0, 1].
+      pixels: float32 [B, H, W, C] in [0, 1].
       states: per level int32 [B, rows, columns]: `CONTEXT`, `TARGET` or `DROPPED`.
       tokens: per level float32 [B, rows, columns, D], the target features.
       cosine: per level float32 [B, rows, columns], of prediction and target; NaN = not predicted.
@@ -56,14 +56,9 @@ class Snapshot:
     rollout: Any
 
 
-def fixed_images(images: UInt8[np.ndarray, "n H W C"]) -> UInt8[np.ndarray, "B H W C"]:
+def fixed_images(images: Num[np.ndarray, "n H W C"]) -> Num[np.ndarray, "B H W C"]:
     """Returns the images of a snapshot: `NUM_IMAGES`, evenly spaced."""
     return images[spread_rows(np.arange(len(images)), NUM_IMAGES)]
-
-
-def as_unit(images: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
-    """Returns stored images with pixels in [0, 1]."""
-    return images.astype(np.float32) / 255.0
 
 
 def make_snapshot_fn(
@@ -88,7 +83,7 @@ def make_snapshot_fn(
     apply: Any = model.apply
     all_levels: Any = model.clone(levels=None).apply  # also levels that are not predicted
 
-    def snapshot(params: Any, target_params: Any, images: UInt8[Array, "B H W C"]) -> Snapshot:
+    def snapshot(params: Any, target_params: Any, images: Num[Array, "B H W C"]) -> Snapshot:
         masks = sample_masks(jax.random.split(jax.random.PRNGKey(MASK_SEED), len(images)))
         views = preprocess(images)
         _, intermediates = apply(
@@ -108,7 +103,7 @@ def make_snapshot_fn(
             _seen(x, num_summary, num_prefix) for x in (weights[-1], _rollout(weights)[:, None])
         ]
         return Snapshot(
-            pixels=as_pixels(images),
+            pixels=_stretched(as_pixels(images), images.dtype),
             states=tuple(map(_as_grid, _states(valid, masks, grid_size), grids)),
             tokens=tuple(x.reshape(len(x), *g, -1) for x, g in zip(levels, grids, strict=True)),
             cosine=tuple(map(_as_grid, cosine, grids)),
@@ -117,6 +112,14 @@ def make_snapshot_fn(
         )
 
     return snapshot
+
+
+def _stretched(pixels: Float[Array, "B H W C"], stored: Any) -> Float[Array, "B H W C"]:
+    """Returns pixels with every channel stretched to [0, 1], unless the images have 8 bits."""
+    if stored == jnp.uint8:
+        return pixels
+    low, high = (f(pixels, axis=(0, 1, 2), keepdims=True) for f in (jnp.min, jnp.max))
+    return (pixels - low) / jnp.maximum(high - low, 1e-12)
 
 
 def _states(valid: dict[int, Array], masks: Masks, grid_size: Sides) -> list[Int[Array, "B _"]]:
@@ -184,9 +187,9 @@ def _as_grid(x: Shaped[Array, "*B n"], grid: tuple[int, int]) -> Shaped[Array, "
 
 def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
     """Returns `snapshot(params, target_params, uint8 images)`, see `Snapshot`."""
-    c = config.data
+    c, n = config.data, len(config.data.mean)
     as_pixels = functools.partial(
-        resize_and_normalize, image_size=c.image_size, mean=(0.0,) * 3, std=(1.0,) * 3
+        resize_and_normalize, image_size=c.image_size, mean=(0.0,) * n, std=(1.0,) * n
     )
     return make_snapshot_fn(
         model,

@@ -37,8 +37,8 @@ def checklist(facts: Facts) -> list[Check]:
         checks.append((bool(loss[-1] < loss[0]), fell, f"{num(loss[0])} to {num(loss[-1])}"))
     else:
         checks.append((None, fell, "fewer than two values"))
-    checks += [collapse_check(facts), _knn_check(facts)]
-    for protocol in ("linear", "knn"):
+    checks += [collapse_check(facts)] + [_knn_check(facts)] * facts.has_classes
+    for protocol in ("linear", "knn") if facts.has_classes else ():
         for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
             what = f"Trained features beat {name} by more than {pct(MARGIN)} points ({protocol})"
             holds, evidence = trained_beats(facts, protocol, encoder)

@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hjepa_jax.config import Config, build
+from hjepa_jax.config.defaults import AUTO
 from hjepa_jax.config.validation import validate
-from hjepa_jax.data.base import Source, check_size
-from hjepa_jax.data.records import Streaming
+from hjepa_jax.data.base import Source, SourceInfo, Split, check_size
+from hjepa_jax.data.pixels import pixel_statistics
+from hjepa_jax.data.records import Streaming, read_or_next
+from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
@@ -21,6 +25,10 @@ from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
 from hjepa_jax.runtime.backend import current_rules, initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.runtime.placement import Placement, check_resident, make_placement
+
+# Fields that change colours, which are defined for RGB in [0, 1].
+COLOURS = ("brightness", "contrast", "saturation", "hue", "grayscale", "solarize")
+NUM_MEASURED = 1024  # streamed images from which AUTO is computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +71,10 @@ def build_run(config: Config, source: Source) -> Run:
     """
     info, streamed = source.info, source.records is not None
     batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
-    check_size(config.data.source, (info.num_train, *info.image_shape))
+    check_size(config.data.source, (info.num_train, info.image_bytes))
     if not streamed:
-        check_resident(config.data.source, info.num_train * math.prod(info.image_shape))
+        check_resident(config.data.source, info.num_train * info.image_bytes)
+    _check_colours(config, info)
     placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
     model = build.build_model(config)
@@ -77,7 +86,7 @@ def build_run(config: Config, source: Source) -> Run:
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*shape, *info.image_shape), jnp.uint8)
+        return jax.ShapeDtypeStruct((*shape, *info.image_shape), info.dtype)
 
     state = jax.eval_shape(create_state)
     layout = placement.state(state)
@@ -117,6 +126,45 @@ def build_run(config: Config, source: Source) -> Run:
     return Run(config, model, schedules, create, lower, placement, batch_shape)
 
 
+def _check_colours(config: Config, info: SourceInfo) -> None:
+    """Refuses changes of colour for images that are not RGB."""
+    if info.image_shape[2] == 3 and info.dtype != "float32":
+        return
+    changes = [name for name in COLOURS if config.data[name]]
+    if changes:
+        off = ", ".join(f"data.{name}=0" for name in changes)
+        rule = f"needs three channels of uint8 or uint16, not {info.image_shape[2]} of {info.dtype}"
+        raise InputError(f"data.{changes[0]}", config.data[changes[0]], f"{rule}; set {off}")
+
+
+def with_statistics(config: Config, source: Source, train: Split | None) -> Config:
+    """Returns the config with numbers for `data.mean` and `data.std` if they are `AUTO`.
+
+    Args:
+      config: the config.
+      source: its data source.
+      train: training images; None = not loaded, the numbers are 0 and 1 for each channel.
+    """
+    wanted: list[Any] = [name for name in ("mean", "std") if config.data[name] == AUTO]
+    if not wanted:
+        return config
+    channels = source.info.image_shape[2]
+    found = (0.0,) * channels, (1.0,) * channels
+    if train is not None:
+        images = train.images
+        if (records := source.records) is not None:
+            rows = spread_rows(np.arange(len(records)), NUM_MEASURED)
+            images = np.stack([read_or_next(records, int(row))[0] for row in rows])
+        found = pixel_statistics(images)
+    values = {"mean": found[0], "std": found[1]}
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for name in wanted:
+            config.data[name] = values[name]
+    validate(config)
+    return config.lock()
+
+
 def _make_placement(config: Config) -> Placement:
     """Returns the placement on all devices, which must divide the batch.
 
@@ -144,7 +192,11 @@ def open_config_source(
     may_download: bool = True,
     quiet: bool = False,
 ) -> Source:
-    """Opens the data source of the config; `source` and `data_dir` take precedence."""
+    """Opens the data source of the config; `source` and `data_dir` take precedence.
+
+    Raises:
+      InputError: see `open_source`.
+    """
     streaming = build.build_streaming(config)
     if source and source != config.data.source:  # it has other splits and classes
         streaming = Streaming("auto", max_labelled=config.data.max_labelled)
@@ -154,6 +206,8 @@ def open_config_source(
         image_size=config.data.image_size,
         seed=config.seed,
         streaming=streaming,
+        follow_links=config.data.follow_links,
+        num_channels=next((len(v) for v in (config.data.mean, config.data.std) if v != AUTO), None),
         may_download=may_download,
         quiet=quiet,
     )
@@ -165,6 +219,7 @@ def describe(config: Config) -> dict[str, Any]:
     config = expand_paths(config)
     platform = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
     source = open_config_source(config, may_download=False)
+    config = with_statistics(config, source, None)
     run = build_run(config, source)
     num_bytes = step_bytes(run.compile()[0])
     warn_of_sizes(config, num_bytes)

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from hjepa_jax.config.defaults import REMOVED_FIELDS, Config, base_config
+from hjepa_jax.config.defaults import AUTO, REMOVED_FIELDS, Config, base_config
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.fingerprint import other_content
@@ -57,19 +57,23 @@ def check_workdir(
 
 
 def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | None) -> Config:
-    """Returns the config, with `train.init_from` of the run in `workdir` if it has none itself.
+    """Returns the config with values of the run in `workdir` that its command may leave out.
 
-    A resumed run does not read that field, so its command may leave it out.
+    These are `train.init_from`, which a resumed run does not read, and statistics that were
+    computed from its images (`AUTO`).
 
     Raises:
       InputError: if the config of that run cannot be read.
     """
     past = _past(workdir, saved)
-    if past is None or config.train.init_from or not past.config.train.init_from:
+    if past is None:
         return config
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.train.init_from = past.config.train.init_from
+        config.train.init_from = config.train.init_from or past.config.train.init_from
+        for name in ("mean", "std"):
+            if config.data[name] == AUTO:
+                config.data[name] = past.config.data[name]
     return config.lock()
 
 

@@ -9,7 +9,7 @@ from hjepa_jax.errors import InputError
 # Config fields that hold a path. TFDS reads data.dir, so that it may be an address (gs://).
 PATH_FIELDS = ("data.class_list", "data.dir", "train.init_from")
 # Prefixes of `data.source` that are followed by a path.
-PATH_SOURCES = ("folder:", "npz:")
+PATH_SOURCES = ("folder:", "images:", "npz:", "npy:")
 
 
 def local_path(field: str, value: str) -> pathlib.Path:
@@ -47,6 +47,8 @@ def expand_paths(config: Any) -> Any:
             read_by_tfds = field == "data.dir"
             config[section][name] = (_expand_home if read_by_tfds else expanded)(field, value)
     config.data.source = expand_source("data.source", config.data.source)
+    if config.eval.data is not None:
+        config.eval.data = expand_source("eval.data", config.eval.data)
     return config.lock() if locked else config
 
 

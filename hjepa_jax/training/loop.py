@@ -62,10 +62,13 @@ class Loop:
         checkpoints: Checkpoints,
         logger: RunLogger,
         backend: str,
+        *,
+        judged: Split | None,
     ):
         c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
         self._run, self._config, self._schedules = run, c, run.schedules
         self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._judged = judged  # labelled images for k-NN; None = no k-NN
         self._workdir, self._records = workdir, records
         self._unreadable: set[int] = set()  # unreadable rows that this process has met
         self._backend = backend
@@ -85,7 +88,9 @@ class Loop:
             1, round(c.train.checkpoint_every_epochs * steps_per_epoch)
         )
         # 0 = never; rounded up to whole steps.
-        self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
+        self._eval_every = 0
+        if judged is not None:
+            self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
         shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
         self._show_every = math.ceil(shows_every * steps_per_epoch)
         self._showcase = Showcase(run, train.images, logger)
@@ -329,7 +334,9 @@ class Loop:
 
         Features: level 0 (mean over patches) and the summary tokens.
         """
-        c, (images, labels) = self._config.eval, (self._train.images, self._train.labels)
+        c, judged = self._config.eval, self._judged
+        assert judged is not None
+        images, labels = judged.images, judged.classes
         bank, queries = hold_out(len(images), num_val=c.num_val)
         bank = spread_rows(bank, c.knn_bank_size)
         params = self._run.placement.local(state.target_params)

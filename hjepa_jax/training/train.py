@@ -16,8 +16,7 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
-from hjepa_jax.evaluation.labelled import MIN_ROWS
-from hjepa_jax.evaluation.protocols import Protocol, check_classes
+from hjepa_jax.evaluation.protocols import Protocol
 from hjepa_jax.evaluation.results import headline_scores
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow
@@ -26,7 +25,7 @@ from hjepa_jax.runs.checkpoint_meta import read_saved
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source
+from hjepa_jax.runs.run import Run, build_run, open_config_source, with_statistics
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
@@ -39,6 +38,7 @@ from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.backend import select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.training import warm_start
+from hjepa_jax.training.judged import Judged, load_judged
 from hjepa_jax.training.loop import Loop
 
 
@@ -100,6 +100,7 @@ class _Parts:
     source: Source
     train: Split
     test: Split
+    judged: Judged
     workdir: pathlib.Path
     backend: str
     record: RunRecord
@@ -116,16 +117,23 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     """Loads the images and builds the run."""
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
-        run = build_run(config, source)  # it refuses bad configs before images are read
+        # It refuses bad configs before images are read.
+        run = build_run(with_statistics(config, source, None), source)
         train, test = source.load()
-    if len(train.images) != source.info.num_train:  # some files of the folder are not images
-        counts = {"num_train": len(train.images), "num_test": len(test.images)}
-        source = dataclasses.replace(source, info=dataclasses.replace(source.info, **counts))
+    found: dict[str, Any] = {"num_train": len(train.images), "num_test": len(test.images)}
+    if train.labels is None:
+        found["class_names"] = ()
+    info = dataclasses.replace(source.info, **found)
+    measured = with_statistics(config, source, train)
+    if measured is not config and cluster.is_first():
+        print(f"data.mean={measured.data.mean}, data.std={measured.data.std}", flush=True)
+    if info != source.info or measured is not config:  # files that are no images, say
+        source, config = dataclasses.replace(source, info=info), measured
         run = build_run(config, source)
-    _check_judgeable(config, source, train)
+    judged = load_judged(config, source, train, test)
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
-    return _Parts(run, source, train, test, workdir, backend, record)
+    return _Parts(run, source, train, test, judged, workdir, backend, record)
 
 
 @contextlib.contextmanager
@@ -155,15 +163,6 @@ def _claimed(parts: _Parts) -> Iterator[Callable[[], None]]:
         if cluster.largest(not is_claimed(workdir)):
             raise InputError("--workdir", str(workdir), "must be shared by all processes")
         yield lambda: cluster.by_first(write)
-
-
-def _check_judgeable(config: Config, source: Source, train: Split) -> None:
-    """Refuses data that the probes at the end would refuse, before hours of training."""
-    if config.eval.probe_at_end:
-        check_classes(source.name, train.labels, len(source.info.class_names))
-    if (config.eval.probe_at_end or config.eval.every_epochs) and len(train.labels) < MIN_ROWS:
-        rule = f"must have at least {MIN_ROWS} training images with labels, to hold some out"
-        raise InputError("data.source", source.name, rule)
 
 
 def _check_same_everywhere(config: Config, record: RunRecord) -> None:
@@ -214,9 +213,11 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
         closing.enter_context(writing(workdir))
         closing.callback(logger.close)
         with closing:
+            judged = parts.judged.train if parts.judged.has_classes else None
             loop = Loop(
-                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend
-            )
+                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend,
+                judged=judged,
+            )  # fmt: skip
             state = loop.run(state, window, begin)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
             encoders = run.placement.local(encoders)
@@ -244,19 +245,21 @@ def _judge(
     parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
 ) -> list[dict[str, Any]]:
     """Runs the probes on the trained encoder and its baselines."""
-    print("probes, chosen on held-out training images, scored on the test images:", flush=True)
-    config = parts.run.config
+    config, judged = parts.run.config, parts.judged
+    if judged.has_classes:
+        print("probes, chosen on held-out training images, scored on the test images:", flush=True)
     with writing(parts.workdir):
         rows = judge_run(
             parts.workdir,
             config,
             parts.run.model,
             encoders,
-            parts.train,
-            parts.test,
-            source=parts.source,
+            judged.train,
+            judged.test,
+            source=judged.source,
             step=step,
             protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
         )
-        logger.scalars(step, headline_scores(rows))
+        if scores := headline_scores(rows):
+            logger.scalars(step, scores)
     return rows
