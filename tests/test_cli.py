@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import hjepa_jax
+from hjepa_jax.config import base_config
+from hjepa_jax.config.fields import flatten
 from hjepa_jax.runs.history import read_metrics
 
 MAIN = "hjepa_jax.main"
@@ -64,7 +66,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     workdir = tmp_path / "run"
     result = run_module(MAIN, *tiny_flags, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
-    assert "random_init" in result.stdout
+    assert "random-init" in result.stdout
     first = json.loads((workdir / "probe.json").read_text())["results"]
 
     result = run_module(
@@ -105,23 +107,36 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
 
 
 def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
-    result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
+    command = (MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
+    result = run_module(*command, "--json")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
     assert set(sizes) == {
-        "params_total",
-        "params_trainable",
-        "num_patches",
-        "num_levels",
-        "num_context",
-        "num_steps",
-        "steps_per_epoch",
-        "flops_per_image",
-        "platform",
-    }
+        "params_total", "params_trainable", "num_patches", "num_levels", "num_context",
+        "num_steps", "steps_per_epoch", "images_per_update", "flops_per_image", "state_bytes",
+        "images_bytes", "platform",
+    }  # fmt: skip
     assert sizes["num_patches"] == 16
     assert sizes["steps_per_epoch"] == 15
+    assert sizes["images_bytes"] == 240 * 16 * 16 * 3
+    assert sizes["state_bytes"] > 4 * sizes["params_total"]
+    lines = run_module(*command).stdout.splitlines()
+    assert f"{sizes['params_trainable']:,} trained" in next(x for x in lines if "param" in x)
+    assert len(lines) == 7
+    assert max(map(len, lines)) <= 80
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_config_explains_every_field(run_module):
+    result = run_module("hjepa_jax.show_config", "cifar10_tiny", "--config.optim.learning_rate=7.5")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "* learning_rate           7.5           peak" in lines
+    assert "  clip_norm               3.0           largest global gradient norm; 0 = no" in lines
+    assert len([x for x in lines if re.match(r"[* ] \w", x)]) == len(
+        flatten(base_config().to_dict())
+    )
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.slow
@@ -194,7 +209,8 @@ def test_a_closed_pipe_ends_the_command_silently(tiny_flags, tmp_path):
 def test_missing_config_flag_and_file_are_refused(run_module):
     assert_refused(run_module(MAIN), "--config: must be given")
     assert_refused(run_module(MAIN, "--config=README.md"), "--config='README.md'", "SyntaxError")
-    assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")
+    words = ("configs/shape_tiny.py", "the package: cifar10_patches, ", "mean shapes_tiny?")
+    assert_refused(run_module(MAIN, "configs/shape_tiny.py"), *words)
 
 
 def test_probing_an_empty_directory_is_refused(run_module, tmp_path):

@@ -46,7 +46,7 @@ def test_the_command_writes_rows_and_refuses_other_folders(workdir, tmp_path, ru
     command = functools.partial(run_module, "experiments.held_out", f"--num_fit={NUM_FIT}")
     done = command(str(workdir))
     assert done.returncode == 0, done.stderr
-    assert "random_init" in done.stdout
+    assert "random-init" in done.stdout
     assert len(read_probe_json(workdir / "held_out.json")) > 6
     refused = command(str(tmp_path))
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

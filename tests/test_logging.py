@@ -10,7 +10,7 @@ import pytest
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.runs.history import read_metrics
-from hjepa_jax.runs.logger import RunLogger, write_tensorboard_scalars
+from hjepa_jax.runs.logger import RunLogger, write_tensorboard
 from hjepa_jax.runs.progress import format_duration, summary_box
 
 
@@ -72,7 +72,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
     write(range(1, 5), 1.0)
     write(range(3, 6), 2.0, resume_step=2)
     write(range(5, 7), 3.0, resume_step=4)
-    write_tensorboard_scalars(tmp_path, 6, {"probe": 1.0})
+    write_tensorboard(tmp_path, 6, {"probe": 1.0}, {"probe_table": "a | b"})
     write([], 4.0, resume_step=1)  # a start without events purges nothing
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()
@@ -151,13 +151,13 @@ def test_a_terminal_gets_one_line_that_never_wraps():
             output += part
     output = output.decode()
     os.close(controller)
-    stays, live = output.split("k-NN\033[K\r\n")
+    stays, live = output.split("\r\nk-NN\r\n")
     parts = [*stays.split("\r"), *live.split("\r")]
     assert [part[part.index("step") :][:8] for part in parts if "step" in part] == [
         f"step {step}/4" for step in range(1, 5)
     ]
     assert all(len(part.removesuffix("\033[K")) <= 39 for part in parts)
-    assert output.count("\n") == 2, "one after what stays, one at the end"
+    assert output.count("\n") == 3, "around what stays, and one at the end"
 
 
 def test_damaged_lines_are_skipped(tmp_path):

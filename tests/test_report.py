@@ -29,9 +29,9 @@ from tests.conftest import draw_small
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
-    "What was reached", "Configuration", "Parameters", "Speed and memory", "Loss", "Schedules",
-    "Collapse indicators", "Warnings", "Probes", "What it sees", "Features", "Checkpoints",
-    "Next steps",
+    "What was reached", "Next steps", "Probes", "What it sees", "Features", "Loss",
+    "Collapse indicators", "Warnings", "Schedules", "Speed and memory", "Checkpoints",
+    "Parameters", "Configuration",
 ]  # fmt: skip
 
 
@@ -107,7 +107,16 @@ def test_the_end_of_a_run_writes_all_sections_and_figures(finished):
 
 
 def test_the_checklist_states_loss_probes_and_last_step(finished):
-    (checks,) = tables(report_sections(finished)["What was reached"])
+    reached = report_sections(finished)["What was reached"]
+    headline, checks = tables(reached)
+    rows = read_rows(finished)
+    trained = percent(best(rows, "linear", "target")["top1"])
+    assert headline[0] == ["", "trained", "random-init", "raw pixels"]
+    assert headline[1][1].startswith(f"{trained} (")
+    assert "; chance is 10.00:" in reached
+    assert re.findall(r"\((figures/.+)\)", reached) == [
+        f"figures/{name}.png" for name in ("probe_linear", "neighbours", "masks")
+    ]
     said = {what: (mark, evidence) for mark, what, evidence in checks[1:]}
     assert said["Training reached its last step"] == ("✓", "step 8 of 8")
     assert said["The last step has a checkpoint"] == ("✓", "newest is step 8")
@@ -314,6 +323,13 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     row = next(r for r in read_rows(finished) if (r["encoder"], r["pool"]) == ("target", "summary"))
     label = f"{row['protocol']}, target summary level {row['level']}"
     assert [label, percent(row["top1"]), percent(row["top1"]), "0.00"] in probes
+
+    config["optim"]["learning_rate"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    write_report([finished, other], tmp_path / "out")
+    text = report_sections(tmp_path / "out")["Probes"]
+    assert "no standard deviation, because the runs differ in optim.learning_rate (" in text
+    assert [label, percent(row["top1"]), percent(row["top1"])] in tables(text)[0]
 
 
 def test_a_sampled_log_says_how_many_lines_were_read(finished, tmp_path):

@@ -24,7 +24,7 @@ from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation import collapse, quality
+from hjepa_jax.evaluation import collapse, extraction, protocols, quality
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.method.window import make_run_steps
 from hjepa_jax.reporting import showcase
@@ -256,6 +256,22 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 
+@pytest.mark.usefixtures("own_programs")
+def test_rates_and_length_do_not_change_the_program(tiny_config):
+    """So the cache of compiled programs has it: only its arguments differ."""
+
+    def program() -> str:
+        built = run.build_run(tiny_config, run.open_config_source(tiny_config))
+        return built.lower(steps_per_call=1, donate=False).as_text()
+
+    before = program()
+    c = tiny_config.optim
+    c.learning_rate, c.final_learning_rate, c.warmup_epochs, c.decay_epochs = 0.5, 0.1, 0.3, 0.2
+    c.weight_decay, c.final_weight_decay, c.ema_momentum = 0.3, 0.4, (0.9, 0.9, "constant")
+    tiny_config.train.num_steps = 9
+    assert program() == before
+
+
 @pytest.mark.parametrize("harm", ["damaged newest", "edited config.json"])
 def test_checkpoints_resume_only_under_their_own_config(
     tiny_config, tiny_run, tmp_path, capsys, harm
@@ -303,7 +319,7 @@ def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "num_params", fail)  # the loop's last call before the start
+    monkeypatch.setattr(loop, "return_unused_memory", fail)  # the loop's last call before the start
     for target in (tmp_path / "new" / "run", workdir):
         with pytest.raises((RuntimeError, InputError)):
             train.train_and_evaluate(tiny_config, target)
@@ -450,7 +466,9 @@ def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monk
 
 
 @pytest.mark.usefixtures("short_probes")
-def test_the_final_probe_has_trained_random_and_pixel_rows(tiny_config, tmp_path):
+def test_the_final_probe_has_trained_random_and_pixel_rows(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
     tiny_config.eval.probe_at_end = True
     rows = train.train_and_evaluate(tiny_config, tmp_path)
     assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
@@ -470,6 +488,16 @@ def test_the_final_probe_has_trained_random_and_pixel_rows(tiny_config, tmp_path
     assert last["eval/linear_top1"] == by_level["all"]
     assert last["eval/linear_top1_level_1"] == by_level[1]
 
+    # A finished command makes nothing again.
+    before = contents(tmp_path)
+    capsys.readouterr()
+    for name in ("linear_probe", "knn_probe"):
+        monkeypatch.setattr(protocols, name, None)
+    monkeypatch.setattr(extraction, "extract_features", None)
+    assert train.train_and_evaluate(tiny_config, tmp_path) == rows
+    assert contents(tmp_path) == before
+    assert f"{len(rows)} of {len(rows)} scores are unchanged" in capsys.readouterr().out
+
 
 @pytest.mark.slow
 def test_tensorboard_gets_scalars_hparams_texts_and_pictures(tiny_config, tmp_path, monkeypatch):
@@ -485,10 +513,10 @@ def test_tensorboard_gets_scalars_hparams_texts_and_pictures(tiny_config, tmp_pa
     assert tags >= TRAIN_METRICS
     pictures = {"masks", "pca", "cosine", "similarity", "attention"}
     for name in pictures:
-        assert [e.step for e in events.Tensors(f"figures/{name}")] == [3, 6]
-    assert [e.step for e in events.Tensors("figures/spectrum")] == [3, 6]
-    assert [e.step for e in events.Tensors("features/target")] == [3, 6]
-    assert tags >= {"config", "parameters", "environment"}
+        assert [e.step for e in events.Tensors(f"figures/{name}")] == [1, 3, 6]
+    assert [e.step for e in events.Tensors("figures/spectrum")] == [1, 3, 6]
+    assert [e.step for e in events.Tensors("features/target")] == [1, 3, 6]
+    assert tags >= {"config", "parameters", "environment", "curves"}
     (text,) = events.Tensors("parameters")
     assert b"patch_embedding" in text.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.summary_metadata

@@ -31,7 +31,7 @@ def test_positions_are_interpolated_to_another_grid():
 
 
 @pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
-def test_a_run_can_start_from_one_at_a_lower_resolution(tiny_config, tmp_path, positions):
+def test_a_run_can_start_from_one_at_a_lower_resolution(tiny_config, tmp_path, positions, capsys):
     with tiny_config.unlocked():
         tiny_config.model.positions = positions
     train.train_and_evaluate(tiny_config, tmp_path / "small")
@@ -44,6 +44,7 @@ def test_a_run_can_start_from_one_at_a_lower_resolution(tiny_config, tmp_path, p
         tiny_config.optim.learning_rate, tiny_config.optim.weight_decay = 0.0, 0.0
         tiny_config.optim.ema_momentum = (1.0, 1.0, "constant")
     train.train_and_evaluate(tiny_config, tmp_path / "large")
+    assert f"train.init_from: starting from {tmp_path / 'small'}, step 6" in capsys.readouterr().out
     _, after, initial = load_state(tmp_path / "large")
     changed = []
     for old, new in (

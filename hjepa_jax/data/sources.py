@@ -99,6 +99,8 @@ def _open(
     if kind == "folder" and rest:
         return folder.open_folder(source, Path(rest), image_size, streaming)
     rule = "must be tfds:<name>, npz:<file>, folder:<path> or shapes"
+    if (path := Path(source)).exists():
+        rule += f"; did you mean {'folder' if path.is_dir() else 'npz'}:{source}?"
     raise InputError("data.source", source, rule)
 
 

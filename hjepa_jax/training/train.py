@@ -18,15 +18,17 @@ from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
 from hjepa_jax.evaluation.labelled import MIN_ROWS
 from hjepa_jax.evaluation.protocols import Protocol, check_classes
-from hjepa_jax.evaluation.results import headline_scores
+from hjepa_jax.evaluation.results import format_tables, headline_scores
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.checkpoint_meta import read_saved
+from hjepa_jax.runs.history import read_history
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
+from hjepa_jax.runs.progress import format_table, sizes_table
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source
+from hjepa_jax.runs.run import Run, build_run, open_config_source, sizes
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
@@ -114,9 +116,11 @@ def _check(config: Config, workdir: pathlib.Path, data: RunRecord | None = None)
 
 def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     """Loads the images and builds the run."""
+    _say(f"opening {config.data.source} for {workdir} ...")
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
         run = build_run(config, source)  # it refuses bad configs before images are read
+        _say(_header(run, source, workdir))
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # some files of the folder are not images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
@@ -126,6 +130,27 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
     return _Parts(run, source, train, test, workdir, backend, record)
+
+
+def _say(text: str) -> None:
+    if cluster.is_first():
+        print(text, flush=True)
+
+
+def _header(run: Run, source: Source, workdir: pathlib.Path) -> str:
+    """Returns the table at the start of a run."""
+    c, info = run.config, source.info
+    lines = {"workdir": str(workdir)}
+    if c.log.tensorboard:
+        lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
+    height, width, _ = info.image_shape
+    lines["data"] = (
+        f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
+        f"{len(info.class_names)} classes"
+    )
+    if c.eval.every_epochs:
+        lines["k-NN"] = "top-1 on held-out training images; training itself sees no labels"
+    return format_table(lines | sizes_table(sizes(run, source)))
 
 
 @contextlib.contextmanager
@@ -181,6 +206,10 @@ def _report(parts: _Parts) -> None:
     workdir = parts.workdir
     if not parts.run.config.log.report or not cluster.is_first():
         return
+    if _is_up_to_date(workdir):
+        print("report.html is up to date", flush=True)
+        return
+    print("writing the report ...", flush=True)
     try:
         from hjepa_jax.reporting.publish import write_report  # matplotlib loads slowly
 
@@ -189,6 +218,15 @@ def _report(parts: _Parts) -> None:
         command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
         message = f"warning: no report could be written: {first_line(error)}; try {command}"
         print(message, file=sys.stderr, flush=True)
+
+
+def _is_up_to_date(workdir: pathlib.Path) -> bool:
+    """Returns whether the report is newer than all that it is made of."""
+    names = ("metrics.jsonl", "probe.json", "config.json", "run.json", "checkpoints")
+    sources = [path for name in names if (path := workdir / name).exists()]
+    newest = max(path.stat().st_mtime_ns for path in sources)
+    report = workdir / "report.html"
+    return report.exists() and report.stat().st_mtime_ns > newest
 
 
 def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:
@@ -244,7 +282,6 @@ def _judge(
     parts: _Parts, encoders: dict[str, Any], step: int, logger: RunLogger
 ) -> list[dict[str, Any]]:
     """Runs the probes on the trained encoder and its baselines."""
-    print("probes, chosen on held-out training images, scored on the test images:", flush=True)
     config = parts.run.config
     with writing(parts.workdir):
         rows = judge_run(
@@ -258,5 +295,10 @@ def _judge(
             step=step,
             protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
         )
-        logger.scalars(step, headline_scores(rows))
+        scores = headline_scores(rows)
+        history = read_history(parts.workdir / "metrics.jsonl")
+        logged = {n: dict(zip(*history.series(n), strict=True)).get(step) for n in scores}
+        if logged != scores:
+            logger.scalars(step, scores)
+            logger.texts(step, {"probe": f"```\n{format_tables(rows)}\n```"})
     return rows

@@ -20,6 +20,7 @@ from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.run import Run
 from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.paths import local_path
 from hjepa_jax.runtime.placement import Placement
 
@@ -116,6 +117,8 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
     """
     with _errors_of_the_field(workdir):
         _, found, _ = load_state(local_path(FIELD, workdir))
+    if cluster.is_first():
+        print(f"{FIELD}: starting from {workdir}, step {int(found.step)}", flush=True)
     place, ours = run.placement, state.params
     theirs = _with_our_head(workdir, found.params, ours, place)
     params = jax.tree.map(_fit, theirs, ours)
