@@ -256,6 +256,18 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 
+def test_the_first_step_is_shown_at_once(tiny_config, tmp_path, capsys):
+    tiny_config.log.every_steps = 6
+    train.train_and_evaluate(tiny_config, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"opening {tiny_config.data.source} for {tmp_path} ..."
+    assert lines[1].split() == ["workdir", str(tmp_path)]
+    (first,) = (i for i, line in enumerate(lines) if "  step 1/6  loss " in line)
+    assert lines[first - 2] == "compiling the training step ..."
+    (last,) = (line for line in lines if "  step 6/6  loss " in line)
+    assert "  rank " in last
+
+
 @pytest.mark.usefixtures("own_programs")
 def test_rates_and_length_do_not_change_the_program(tiny_config):
     """So the cache of compiled programs has it: only its arguments differ."""

@@ -129,7 +129,7 @@ class _Probe:
 
     Attributes:
       name: its protocol.
-      index: number of the representation among those of the protocol.
+      index: number of the representation in `Protocol.representations`.
       where: the fields of its rows that name protocol and features.
       known: its rows, if they need not be made again.
     """

@@ -137,7 +137,7 @@ def _format_quality(rows: list[Row]) -> str:
 
 
 def verdict_of(row: Row) -> str:
-    """Returns the verdict on trained features; "baseline" for the others, which it compares with."""
+    """Returns the verdict on trained features; "baseline" for those that it compares with."""
     return row["verdict"] if row["encoder"] in ("target", "online") else "baseline"
 
 

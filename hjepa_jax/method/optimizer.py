@@ -38,8 +38,8 @@ UNDECAYED = (
 class WarmupCosine:
     """See `warmup_cosine_schedule`. Fields are arrays, so that a program can take them.
 
-    Inverses are computed once, as XLA does with constants. So the values are bit for bit those of
-    a program that has the numbers built in.
+    Inverses are computed once, as XLA does with constants. So a program with these numbers as
+    constants has the same values, bit for bit.
     """
 
     peak: Any

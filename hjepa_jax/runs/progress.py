@@ -25,9 +25,9 @@ class LiveLine:
         return time.monotonic() >= self._due
 
     def update(self, text: str, *, short: str = "", always: bool = False) -> None:
-        """Shows a text; `short` instead if it does not fit, as a wrapped line cannot be overwritten.
+        """Shows a text, or `short` if it does not fit: nobody can overwrite a wrapped line.
 
-        `always`: also write it into a file.
+        With `always`, a file gets it at any time.
         """
         width = shutil.get_terminal_size((WIDTH, 24)).columns if self.live else WIDTH
         line = short if short and len(text) >= width else text

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import pathlib
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow, empty_window, make_averages, make_run_steps
 from hjepa_jax.models.hjepa import HJEPA
+from hjepa_jax.runs.progress import format_table, sizes_table
 from hjepa_jax.runtime.backend import initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.runtime.placement import Placement, check_resident, make_placement
@@ -187,7 +190,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 def sizes(run: Run, source: Source) -> dict[str, Any]:
-    """Returns length and sizes of a run; the bytes are those of its state and resident images."""
+    """Returns the length of a run, and the sizes of its networks, state and resident images."""
     masks = build.build_masks(run.config)
     state, _ = jax.eval_shape(run.create)
     trainable, target = num_params(state.params), num_params(state.target_params)
@@ -204,6 +207,22 @@ def sizes(run: Run, source: Source) -> dict[str, Any]:
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
         "images_bytes": resident * source.info.num_train * math.prod(source.info.image_shape),
     }
+
+
+def start_table(run: Run, source: Source, workdir: pathlib.Path) -> str:
+    """Returns the table at the start of a run."""
+    c, info = run.config, source.info
+    lines = {"workdir": str(workdir)}
+    if c.log.tensorboard:
+        lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
+    height, width, _ = info.image_shape
+    lines["data"] = (
+        f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
+        f"{len(info.class_names)} classes"
+    )
+    if c.eval.every_epochs:
+        lines["k-NN"] = "top-1 on held-out training images; training itself sees no labels"
+    return format_table(lines | sizes_table(sizes(run, source)))
 
 
 def _cpu() -> Any:

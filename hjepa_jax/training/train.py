@@ -26,14 +26,14 @@ from hjepa_jax.runs.checkpoint_meta import read_saved
 from hjepa_jax.runs.history import read_history
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
-from hjepa_jax.runs.progress import format_table, sizes_table
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source, sizes
+from hjepa_jax.runs.run import Run, build_run, open_config_source, start_table
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
     checkpoint_sizes,
     prepare_workdir,
+    report_is_up_to_date,
     with_recorded_start,
     writing,
 )
@@ -120,7 +120,7 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
         run = build_run(config, source)  # it refuses bad configs before images are read
-        _say(_header(run, source, workdir))
+        _say(start_table(run, source, workdir))
         train, test = source.load()
     if len(train.images) != source.info.num_train:  # some files of the folder are not images
         counts = {"num_train": len(train.images), "num_test": len(test.images)}
@@ -135,22 +135,6 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
 def _say(text: str) -> None:
     if cluster.is_first():
         print(text, flush=True)
-
-
-def _header(run: Run, source: Source, workdir: pathlib.Path) -> str:
-    """Returns the table at the start of a run."""
-    c, info = run.config, source.info
-    lines = {"workdir": str(workdir)}
-    if c.log.tensorboard:
-        lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
-    height, width, _ = info.image_shape
-    lines["data"] = (
-        f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
-        f"{len(info.class_names)} classes"
-    )
-    if c.eval.every_epochs:
-        lines["k-NN"] = "top-1 on held-out training images; training itself sees no labels"
-    return format_table(lines | sizes_table(sizes(run, source)))
 
 
 @contextlib.contextmanager
@@ -206,7 +190,7 @@ def _report(parts: _Parts) -> None:
     workdir = parts.workdir
     if not parts.run.config.log.report or not cluster.is_first():
         return
-    if _is_up_to_date(workdir):
+    if report_is_up_to_date(workdir):
         print("report.html is up to date", flush=True)
         return
     print("writing the report ...", flush=True)
@@ -218,15 +202,6 @@ def _report(parts: _Parts) -> None:
         command = f"python -m hjepa_jax.report --workdir={shlex.quote(str(workdir))}"
         message = f"warning: no report could be written: {first_line(error)}; try {command}"
         print(message, file=sys.stderr, flush=True)
-
-
-def _is_up_to_date(workdir: pathlib.Path) -> bool:
-    """Returns whether the report is newer than all that it is made of."""
-    names = ("metrics.jsonl", "probe.json", "config.json", "run.json", "checkpoints")
-    sources = [path for name in names if (path := workdir / name).exists()]
-    newest = max(path.stat().st_mtime_ns for path in sources)
-    report = workdir / "report.html"
-    return report.exists() and report.stat().st_mtime_ns > newest
 
 
 def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str, Any]]:
