@@ -379,6 +379,13 @@ def test_tables_show_every_score_in_its_place():
     assert "verdict" in table
 
 
+def test_tensorboard_gets_few_scores():
+    rows = evaluate(Protocol(protocols=("knn",), batch_size=40))
+    found = results.scalars(rows, group="probe_x")
+    assert set(found) == {f"probe_x/knn_{n}" for n in ("trained", "random-init", "raw_pixels")}
+    assert found["probe_x/knn_trained"] == results.best_row(rows, "knn", "target")["top1"]
+
+
 def best_score(rows, protocol, encoder):
     row = results.best_row(rows, protocol, encoder)
     return None if row is None else row["top1"]

@@ -256,6 +256,14 @@ def test_the_step_is_compiled_once(tiny_config, tmp_path, monkeypatch):
     assert len(compiled) == 2
 
 
+def test_tensorboard_explains_every_curve():
+    names = [(key.partition("/")[0], name) for key in showcase.CURVES
+             for name in key.partition("/")[2].split(", ")]  # fmt: skip
+    patterns = [f"{group}/{re.sub('<.*>', '.+', name)}" for group, name in names]
+    for metric in TRAIN_METRICS | {"eval/knn_top1_summary", "eval/linear_top1_level_1"}:
+        assert any(re.fullmatch(pattern, metric) for pattern in patterns), metric
+
+
 def test_the_first_step_is_shown_at_once(tiny_config, tmp_path, capsys):
     tiny_config.log.every_steps = 6
     train.train_and_evaluate(tiny_config, tmp_path)

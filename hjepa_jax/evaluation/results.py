@@ -127,13 +127,18 @@ def _format_quality(rows: list[Row]) -> str:
     lines = [f"  {'encoder':<11} {'pool':<8} {'level':>5}{heads}  verdict"]
     for row in _trained_first(rows):
         values = "".join(
-            f" {row[name]:>6.4g}" if row.get(name) is not None else f" {'-':>6}"
+            f" {'-' if (value := row.get(name)) is None else _six(value):>6}"
             for name in QUALITY_COLUMNS
         )
         verdict = verdict_of(row).partition(" ")[0]  # "partial" for "partial collapse"
         start = f"{_start(row['encoder'])} {row['pool']:<8} {row['level']!s:>5}"
         lines.append(f"{start}{values}  {verdict}")
     return "\n".join(lines)
+
+
+def _six(value: float) -> str:
+    """Returns a number in six characters, unless it is huge."""
+    return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
 
 
 def verdict_of(row: Row) -> str:

@@ -24,8 +24,8 @@ FIRST_COST_SEC = 10.0  # expected for the first pictures, mostly to compile
 
 # Meaning of the curves, by the name before a level or the name of a loss term.
 CURVES = {
-    "eval/knn_top1": "k-NN on held-out training images: whether features relate to the content",
-    "eval/linear_top1": "linear probe on the test images after the last step",
+    "eval/knn_top1, knn_top1_<features>": "k-NN of held-out training images, by the labels",
+    "eval/linear_top1, linear_top1_<level>": "linear probe on the test images after the last step",
     "probe/": "best score of each encoder on the test images, chosen on held-out training images",
     "train/loss": "weighted sum of all terms; falls also when all features become alike",
     "train/loss_<term>": "a term before its weight",
