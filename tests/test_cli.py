@@ -202,8 +202,7 @@ def test_a_closed_pipe_ends_the_command_silently(tiny_flags, tmp_path):
     os.close(reader)
     result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    lines = result.stderr.splitlines()
-    assert (result.returncode, [line[:4] for line in lines]) == (128 + signal.SIGPIPE, ["npz:"])
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_missing_config_flag_and_file_are_refused(run_module):

@@ -362,12 +362,14 @@ def test_tables_show_every_score_in_its_place():
     by_place = {
         (r["encoder"], r["pool"], str(r["level"])): r for r in rows if r["protocol"] == "knn"
     }
-    _, chance, header, *lines = table.split("\n\n")[0].splitlines()
+    *scores, _ = table.split("\n\n")
+    _, chance, header, *lines = scores[0].splitlines()
     assert chance == f"chance: {100 / NUM_CLASSES:.1f} (always the most frequent class)"
     assert max(map(len, table.splitlines())) <= 80
     knn_ends = header.index("knn") + 3
     warned = results.warnings([row for row in rows if "top1" in row])
-    assert " ".join(map(str.strip, lines[len(by_place) :])) == " ".join(warned)
+    notes = scores[-1].splitlines()[1 + len(by_place) :]
+    assert " ".join(map(str.strip, notes)) == " ".join(warned)
     encoders = {results.encoder_name(name): name for name in results.ENCODERS}
     trained = [line.startswith("> trained") for line in lines[: len(by_place)]]
     assert trained == sorted(trained, reverse=True)

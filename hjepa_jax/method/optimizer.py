@@ -112,7 +112,7 @@ def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: in
     if kind not in ("constant", "linear", "cosine"):
         raise ValueError(f"kind={kind!r}: must be constant, linear or cosine")
     half = end - start if kind == "linear" else (start - end) * 0.5
-    return Interpolation(*map(np.float32, (start, end, half, _inverse(num_steps))), kind)
+    return Interpolation(*map(np.float32, (start, end, half, _inverse(num_steps))), kind=kind)
 
 
 def _inverse(steps: int) -> np.float32:
