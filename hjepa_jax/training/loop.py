@@ -154,7 +154,7 @@ class Loop:
             stop_keeping_memory()
         return_unused_memory()
         print(
-            f"compiled in {time.perf_counter() - started:.1f} s for {self._backend}"
+            f"compiled in {time.perf_counter() - started:.1f} s on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
             + (f", going on at step {step}" if step else ", starting"),
             flush=True,
