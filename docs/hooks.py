@@ -2,30 +2,13 @@
 
 import pathlib
 import re
+import runpy
 from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-DEFAULTS = REPOSITORY / "hjepa_jax/config/defaults.py"
+# By its path: the tools of the site are installed without the package.
+config_fields = runpy.run_path(str(REPOSITORY / "hjepa_jax/config/meanings.py"))["config_fields"]
 KEPT = (".md", ".csv", ".png", ".py", ".sbatch", ".yaml")
-
-
-def config_fields() -> list[tuple[str, str, str]]:
-    """Returns name, default and comment of every field, in the order of `base_config`."""
-    text = DEFAULTS.read_text().split("def _run")[1].split("def base_config")[0]
-    found, above = [], []
-    for line in text.splitlines():
-        if line.startswith("    # "):
-            above.append(line.removeprefix("    # "))
-            continue
-        field = re.match(r"    c\.([\w.]+) = (.*?)(?:  # (.*))?$", line)
-        if field and field[2] != "ConfigDict()":
-            name, default, beside = field.groups()
-            default = "None" if default.startswith("placeholder") else default
-            default = re.sub(r"^(?:amount|sides)\((.*)\)$", r"\1", default)
-            comment = ". ".join(filter(None, [beside, *above[:1], " ".join(above[1:])]))
-            found.append((name, default, comment))
-        above = []
-    return found
 
 
 def config_tables() -> str:

@@ -2,7 +2,8 @@
 
   hjepa COMMAND [flags]    hjepa COMMAND --help    hjepa --version
 
-Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`.
+Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`, `hjepa train` is
+`python -m hjepa_jax.main`.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from hjepa_jax import cli
 # Command -> its module and one line for the help page.
 COMMANDS = {
     "train": ("main", "train the run that a config describes, or resume it"),
+    "config": ("show_config", "print every field of a config with its meaning"),
     "probe": ("probe", "judge the encoder of a run"),
     "report": ("report", "write report.md and report.html of a run"),
     "embed": ("embed", "write the features of images into a file"),

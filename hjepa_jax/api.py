@@ -216,5 +216,5 @@ def _encoder(
         jax.jit(build.build_tokens_fn(config, model, dtype="float32")),
         config,
         info,
-        len(config.data.mean),
+        num_channels=len(config.data.mean),
     )

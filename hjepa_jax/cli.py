@@ -11,13 +11,17 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from hjepa_jax.command_line import asks_for_help, fail, help_page, import_jax, parse_flags
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.host_memory import keep_freed_memory
 from hjepa_jax.runtime.paths import local_path
 
-__all__ = ["config_name", "define_platform", "define_workdirs", "fail", "parse_flags", "run"]
+__all__ = [
+    "config_name", "define_config", "define_platform", "define_workdirs", "fail", "parse_flags",
+    "run",
+]  # fmt: skip
 
 flags.disclaim_key_flags()  # the flags defined here belong to the calling command
 
@@ -63,9 +67,21 @@ def define_platform() -> flags.FlagHolder[str | None]:
     return flags.DEFINE_string("platform", None, "Backend to use, or auto (default: the run's).")
 
 
+def define_config() -> flags.FlagHolder[Any]:
+    """Defines `--config` and its overrides; the flag may be left out before the name."""
+    try:
+        holder = config_flags.DEFINE_config_file(
+            "config", None, "Config file, or the name of a config in the package.", lock_config=True
+        )
+    except flags.Error as unreadable:  # a --flagfile, which is read at once
+        fail(str(unreadable))
+    flags.mark_flag_as_required("config")
+    return holder
+
+
 def define_workdirs() -> flags.FlagHolder[list[str]]:
     """Defines `--workdir` for commands that take one or several runs; see `workdirs`."""
-    text = "The run's directory. Several runs: give it several times."
+    text = "Directories of runs; the flag may be left out before them."
     return flags.DEFINE_multi_string("workdir", None, text, required=True)
 
 
@@ -130,14 +146,19 @@ def _is_open_on(stream: TextIO, descriptor: int) -> bool:
 class _Output(io.FileIO):
     """Writes to stdout or stderr. After the first failure all output is dropped.
 
+    On a terminal, output begins below a live line (text after a carriage return), and never in the
+    middle of a line that was cleared.
+
     Args:
       descriptor: the number of the open file.
       required: whether a failure is an error (stdout), or is ignored (stderr).
     """
 
+    before = b""  # goes before the next output on the terminal, whether stdout or stderr
+
     def __init__(self, descriptor: int, *, required: bool):
         super().__init__(descriptor, "wb", closefd=False)
-        self._required = required
+        self._required, self._terminal = required, self.isatty()
 
     def write(self, data: Any) -> int | None:
         """See `io.RawIOBase.write`.
@@ -147,6 +168,15 @@ class _Output(io.FileIO):
           InputError: if a required output cannot be written. A closed terminal is ignored: the
             system sends SIGHUP, and the run saves before it stops.
         """
+        text = bytes(data)
+        if self._terminal:
+            if not text.startswith((b"\r", b"\n")) and _Output.before:
+                super().write(_Output.before)
+            if text.endswith(b"\n"):
+                _Output.before = b""
+            elif b"\r" in text and text != b"\r":
+                shown = text.rpartition(b"\r")[2].replace(b"\033[K", b"").strip()
+                _Output.before = b"\n" if shown else b"\r"
         try:
             return super().write(data)
         except OSError as error:

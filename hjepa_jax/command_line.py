@@ -21,17 +21,17 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from hjepa_jax.data.sides import AMOUNT, SIDES
 from hjepa_jax.errors import InputError
+from hjepa_jax.hints import did_you_mean, flag_message, override_message
 from hjepa_jax.runtime.paths import expanded
 
 # Errors of config_flags, besides flags.Error, for overrides with an unknown field or bad literal.
 CONFIG_FLAGS_ERRORS = (
     AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
 )  # fmt: skip
-# Longest error message and longest value quoted in it, in characters.
-MAX_LINE, MAX_VALUE = 2000, 200
+MAX_LINE = 2000  # characters of an error message
 CONFIGS = pathlib.Path(__file__).with_name("configs")
 HELP_FLAGS = {"help", "helpshort", "helpfull", "h", "?"}
-WIDTH = 88  # characters in a line of the help page
+WIDTH, NAME = 80, 22  # characters of a line of the help page, and of its first column
 
 
 def fail(message: str) -> NoReturn:
@@ -44,6 +44,8 @@ def fail(message: str) -> NoReturn:
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Sets the flags in `values` from a command line; a bad flag ends the program.
 
+    Arguments without a flag are values of `--config`, or else of `--workdir`.
+
     Args:
       argv: the command line, starting with the program's name.
       values: the defined flags.
@@ -55,12 +57,13 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
         if isinstance(values[name].parser, ConfigFileFlagParser):
             values[name].parser = _ConfigFile(name)
     try:
-        notes = _check_repeated(values.read_flags_from_files(argv[1:], force_gnu=True), values)
-        rest = values(argv)
+        given = _named(values.read_flags_from_files(argv[1:], force_gnu=True), values)
+        notes = _check_repeated(given, values)
+        rest = values([argv[0], *given])
     except flags.Error as error:
-        fail(_flag_message(str(error)))
+        fail(flag_message(str(error), values))
     except CONFIG_FLAGS_ERRORS as error:
-        fail(_override_message(argv, error) or f"{type(error).__name__}: {error}")
+        fail(override_message(argv, error) or f"{type(error).__name__}: {error}")
     if len(rest) > 1:
         fail(f"{rest[1]!r}: not a flag; every option begins with --")
     _reset_none(values)
@@ -92,7 +95,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) -> str:
-    """Returns the docstring of a command's module and one paragraph per flag.
+    """Returns the docstring of a command's module and its flags, in two columns.
 
     Args:
       main: the function of the command.
@@ -100,21 +103,42 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
     """
     module = sys.modules[main.__module__]
     owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-    parts = [(module.__doc__ or "").strip(), "Flags:"]
-    for flag in sorted(values.get_key_flags_for_module(owner), key=lambda flag: flag.name):
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    shown = {flag.name: flag for flag in values.get_key_flags_for_module(owner)}
+    if "config" in values:  # config_flags makes it a flag of `cli`
+        shown["config"] = values["config"]
+    for _, flag in sorted(shown.items()):
         name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
-        default = "" if flag.default is None else f" Default: {_plain(flag.default)}."
-        text = textwrap.fill(f"{flag.help}{default}", WIDTH - 6)
-        parts.append(f"  {name}\n" + textwrap.indent(text, " " * 6))
+        default = "" if flag.default in (None, False) else f" Default: {_plain(flag.default)}."
+        texts = {name: f"{flag.help}{default}"}
         if isinstance(flag.parser, ConfigFileFlagParser):
-            fields = pathlib.Path(__file__).with_name("config") / "defaults.py"
-            text = "Sets a field of the config. All fields and their meaning:"
-            parts.append(f"  --{flag.name}.GROUP.FIELD=VALUE\n      {text}\n      {fields}")
-    return "\n\n".join(parts)
+            texts[f"--{flag.name}.FIELD=VALUE"] = "Sets a field; `hjepa config NAME` lists them."
+        for name, text in texts.items():
+            start = f"  {name:<{NAME}} "
+            indent = " " * len(start) if len(name) <= NAME else " " * (NAME + 3)
+            wrapped = textwrap.wrap(text, WIDTH - len(indent))
+            lines += [start + wrapped[0]] if len(name) <= NAME else [start, indent + wrapped[0]]
+            lines += [indent + more for more in wrapped[1:]]
+    return "\n".join(lines)
 
 
 def _plain(default: Any) -> str:
     return ",".join(default) if isinstance(default, list) else str(default)
+
+
+def _named(given: list[str], values: flags.FlagValues) -> list[str]:
+    """Returns the arguments, with the flag before each of those that have none."""
+    owner = next((name for name in ("config", "workdir") if name in values), None)
+    named, is_value = [], False
+    for argument in given:
+        if argument.startswith("-") or is_value or owner is None:
+            name = argument.lstrip("-")
+            switch = any(n in values and values[n].boolean for n in (name, name.removeprefix("no")))
+            is_value = argument.startswith("-") and "=" not in argument and not switch
+            named.append(argument)
+        else:
+            named.append(f"--{owner}={argument}")
+    return named
 
 
 def _check_repeated(given: list[str], values: flags.FlagValues) -> list[str]:
@@ -166,6 +190,11 @@ class _ConfigFile(ConfigFileFlagParser):
     def parse(self, path: str) -> ConfigDict:
         """Returns the locked config of `get_config`; the text after a colon is its argument."""
         file, _, argument = config_path_of(expanded(f"--{self.name}", path)).partition(":")
+        if not pathlib.Path(file).exists():
+            shipped = sorted(p.stem for p in CONFIGS.glob("[a-z]*.py"))
+            rule = f"no such file, and no config of the package: {', '.join(shipped)}"
+            near = difflib.get_close_matches(pathlib.Path(file).stem, shipped, n=1)
+            raise InputError(f"--{self.name}", path, rule + did_you_mean("", near))
         try:
             config = _load(file, argument)
         except (Exception, SystemExit) as error:
@@ -182,13 +211,14 @@ def config_path_of(value: str) -> str:
     """Returns the path of a config file, with its argument if there is one (`FILE:ARGUMENT`).
 
     Args:
-      value: a path, or the name of a config in the package. `configs/NAME.py` is such a name, too,
-        if there is no file of this path.
+      value: a path, or the name of a config in the package. `configs/NAME.py` and `configs/NAME`
+        are such names, too, if there is no file of this path.
     """
     file, colon, argument = value.partition(":")
     path = pathlib.Path(file)
     shipped = CONFIGS / f"{path.stem}.py"
-    is_name = file in (path.stem, f"configs/{path.stem}.py") and shipped.is_file()
+    names = (path.stem, f"configs/{path.stem}", f"configs/{path.stem}.py")
+    is_name = file in names and shipped.is_file()
     return f"{shipped}{colon}{argument}" if is_name and not path.is_file() else value
 
 
@@ -302,39 +332,3 @@ def _optional(field: str) -> bool:
     from hjepa_jax.config.fields import get_field
 
     return get_field(base_config(), field) is None
-
-
-def _flag_message(message: str) -> str:
-    """Returns absl's message on a flag, with the rule for its value."""
-    if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
-        return f"--{missing[1]}: must be given"
-    if not_so := re.match(r"flag --config\.([^=]+)=(.*?): ", message, re.DOTALL):
-        from hjepa_jax.config.fields import RULES
-
-        field, value = not_so[1], not_so[2]
-        value = value[:MAX_VALUE] + "..." * (len(value) > MAX_VALUE)  # leaves room for the rule
-        kind = float if "[" in field else _config_types().get(field)
-        rule = RULES[kind] if kind else "is a group of fields, each of which is set by itself"
-        return str(InputError(field, value, rule))
-    return message
-
-
-def _override_message(argv: list[str], error: BaseException) -> str:
-    """Returns the message for the first override of an unknown field or element; "" if none."""
-    known = _config_types()
-    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in argv)
-    overrides = [match[1] for match in matches if match]
-    for field in overrides:
-        if (name := field.partition("[")[0]) not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean --config.{near[0]}?" if near else ""
-            return f"--config.{field}: is not a field of a config{hint}"
-    return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
-
-
-def _config_types() -> dict[str, Any]:
-    """Returns the type of each field of a config; loads JAX."""
-    from hjepa_jax.config import base_config
-    from hjepa_jax.config.fields import field_types
-
-    return field_types(base_config())

@@ -1,7 +1,7 @@
 """Trains the run that a config describes.
 
-python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR] [--dry_run]
-  [--config.optim.learning_rate=1e-3 ...]
+python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR]
+  [--dry_run [--json]] [--config.optim.learning_rate=1e-3 ...]
   [--coordinator=auto | --coordinator=HOST:PORT --num_processes=2 --process_id=0]
 """
 
@@ -9,6 +9,7 @@ import json
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,14 +19,10 @@ from hjepa_jax.command_line import config_path_of
 from hjepa_jax.errors import Interrupted
 from hjepa_jax.runtime.paths import local_path
 
-try:
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "Config file, or the name of a config in the package.", lock_config=True
-    )
-except flags.Error as unreadable:  # a --flagfile, which is read at once
-    cli.fail(str(unreadable))
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory (runs/<config name>).")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build, print sizes as JSON, write nothing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print sizes; train and write nothing.")
+_JSON = flags.DEFINE_bool("json", False, "With --dry_run: print one JSON object.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -35,7 +32,6 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Number of this process, from 0.", lower_bound=0
 )
-flags.mark_flag_as_required("config")
 
 
 def main() -> None:
@@ -52,7 +48,8 @@ def main() -> None:
 
     resolve_class_list(config, path)
     if _DRY_RUN.value:
-        print(json.dumps(run.describe(config)))
+        sizes = run.describe(config)
+        print(json.dumps(sizes) if _JSON.value else dry_table(sizes))
         return
     try:
         with cluster.member(
@@ -65,6 +62,20 @@ def main() -> None:
         sys.exit(stop.status)
     if cluster.is_first():
         print(summary(workdir))
+
+
+def dry_table(sizes: dict[str, Any]) -> str:
+    """Returns the sizes of a run as a table for people."""
+    from hjepa_jax.runs.progress import format_table, sizes_table
+
+    flops = sizes["flops_per_image"]
+    total = flops * sizes["images_per_update"] * sizes["num_steps"]
+    work = {
+        "work": f"{flops / 1e9:.3g} GFLOP an image, {total:.2g} FLOP in all",
+        "time": "not known before a step has run; a run tells it within seconds",
+        "platform": sizes["platform"],
+    }
+    return format_table(sizes_table(sizes) | work)
 
 
 def summary(workdir: pathlib.Path) -> str:

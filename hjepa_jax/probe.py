@@ -1,6 +1,6 @@
 """Evaluates the encoder of a run, or of several runs with different seeds.
 
-  python -m hjepa_jax.probe --workdir=DIR [--workdir=DIR2 ...]
+  python -m hjepa_jax.probe DIR [DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
     [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
     [--step=last|best|N] [--num_layers=1] [--data=SOURCE] [--seed=0]
@@ -96,7 +96,7 @@ def _judge(
     from hjepa_jax.runs import run
     from hjepa_jax.runs.checkpoint_meta import read_newest_meta
     from hjepa_jax.runs.load import load_state
-    from hjepa_jax.runs.logger import write_tensorboard_scalars
+    from hjepa_jax.runs.logger import write_tensorboard
     from hjepa_jax.runs.workdir import writing
     from hjepa_jax.runtime.backend import select_platform
 
@@ -136,7 +136,8 @@ def _judge(
         )
         if config.log.tensorboard:
             group = "probe" if data in (None, config.eval.data) else f"probe_{source.name}"
-            write_tensorboard_scalars(workdir, step, results.scalars(rows, group=group))
+            texts = {group: f"```\n{results.format_tables(rows)}\n```"}
+            write_tensorboard(workdir, step, results.scalars(rows, group=group), texts)
     return rows
 
 

@@ -1,6 +1,6 @@
 """Writes the report of a run that is finished, interrupted or still training.
 
-  python -m hjepa_jax.report --workdir=DIR [--workdir=DIR2 ...] [--output=DIR] [--noimages]
+  python -m hjepa_jax.report DIR [DIR2 ...] [--output=DIR] [--noimages]
 
 Writes report.md, report.html (a single file) and figures/ to DIR. For several work directories it
 writes a comparison to --output. Every number comes from metrics.jsonl, probe.json, config.json or

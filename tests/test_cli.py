@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import hjepa_jax
+from hjepa_jax.config import base_config
+from hjepa_jax.config.fields import flatten
 from hjepa_jax.runs.history import read_metrics
 from tests.processes import run_command
 
@@ -59,7 +61,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "random_init" in run("main", *tiny_flags, f"--workdir={workdir}")
+    assert "random-init" in run("main", *tiny_flags, f"--workdir={workdir}")
     first, encoders = read_rows(), "--encoders=target,online"
     run("probe", f"--workdir={workdir}", "--protocols=knn", encoders, "--nokeep_features")
     rows = read_rows()
@@ -88,14 +90,34 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
 
 
 def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
-    result = run_module(MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
+    command = (MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
+    result = run_module(*command, "--json")
     assert result.returncode == 0, result.stderr
     sizes = json.loads(result.stdout)
     names = "params_total params_trainable num_patches num_levels num_context num_steps step_bytes"
-    assert set(sizes) == {*f"{names} steps_per_epoch flops_per_image platform".split()}
+    names += " steps_per_epoch images_per_update flops_per_image state_bytes images_bytes platform"
+    assert set(sizes) == {*names.split()}
     assert (sizes["num_patches"], sizes["steps_per_epoch"]) == (16, 15)
-    assert sizes["step_bytes"] > 240 * 16 * 16 * 3  # the images alone
+    assert sizes["images_bytes"] == 240 * 16 * 16 * 3
+    assert sizes["state_bytes"] > 4 * sizes["params_total"]
+    assert sizes["step_bytes"] > sizes["state_bytes"] + sizes["images_bytes"]
+    lines = run_module(*command).stdout.splitlines()
+    assert f"{sizes['params_trainable']:,} trained" in next(x for x in lines if "param" in x)
+    assert len(lines) == 7
+    assert max(map(len, lines)) <= 80
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_config_explains_every_field(run_module):
+    result = run_module("hjepa_jax.show_config", "cifar10_tiny", "--config.optim.learning_rate=7.5")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "* learning_rate           7.5           peak" in lines
+    assert "  clip_norm               3.0           largest global gradient norm; 0 = no" in lines
+    assert len([x for x in lines if re.match(r"[* ] \w", x)]) == len(
+        flatten(base_config().to_dict())
+    )
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.slow
@@ -157,6 +179,8 @@ def test_a_closed_pipe_ends_the_command_silently(tiny_run, tmp_path):
 def test_missing_config_flag_and_file_are_refused(run_module):
     assert_refused(run_module(MAIN), "--config: must be given")
     assert_refused(run_module(MAIN, "--config=configs/nowhere.py"), "configs/nowhere.py")
+    words = ("configs/shape_tiny.py", "the package: cifar10_patches, ", "mean shapes_tiny?")
+    assert_refused(run_module(MAIN, "configs/shape_tiny.py"), *words)
 
 
 def test_probing_an_empty_directory_is_refused(run_module, tmp_path):

@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hjepa_jax import cli, main
+from hjepa_jax.__main__ import COMMANDS
 from hjepa_jax.config import base_config
 from hjepa_jax.config.fields import field_types, flatten, get_field
 from hjepa_jax.config.validation import validate
@@ -123,6 +124,26 @@ def test_a_bad_override_gives_one_line(argument, words, capsys):
     assert len(told) < 2_020
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("--config.optim.lr=1", "--config.optim.learning_rate"),
+        ("--config.train.learning_rate=1", "--config.optim.learning_rate"),
+        ("--config.optimizer.kind=muon", "--config.optim.kind"),
+        ("--lr=1", "--config.optim.learning_rate"),
+        ("--epochs", "--config.train.num_epochs"),
+        ("--batch-size=1", "--config.train.batch_size"),
+        ("--workdirs=x", "--workdir"),
+    ],
+)
+def test_a_name_of_the_same_meaning_is_hinted_at(argument, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse(SHAPES, argument, define=define_some)
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {argument.partition('=')[0]}: is not a f")
+    assert told.endswith(f"; did you mean {hint}?\n")
+
+
 def define_some(values):
     flags.DEFINE_string("output", None, "", values)
     flags.DEFINE_list("levels", None, "", values)
@@ -161,6 +182,17 @@ def test_the_same_value_given_twice_and_repeatable_flags_are_accepted(capsys):
     values = parse(*given, "--config.seed=1", define=define_some)
     assert (values.output, values.workdir, values.config.seed) == ("a", ["a", "b"], 1)
     assert capsys.readouterr().err == ""
+
+
+def test_runs_and_configs_need_no_flag_before_them():
+    values = flags.FlagValues()
+    define_some(values)
+    cli.parse_flags(["probe", "a", "--output", "x", "b", "--noimages", "c", "--workdir=d"], values)
+    assert values.workdir == ["a", "b", "c", "d"]
+    assert (values.output, values.images) == ("x", False)
+    assert parse("shapes_tiny", "--config.seed", "3").config.seed == 3
+    with pytest.raises(InputError, match="--config='b': is given twice"):
+        parse("shapes_tiny", "b")
 
 
 def test_workdirs_may_be_repeated_or_listed_and_contain_commas(tmp_path, monkeypatch):
@@ -259,6 +291,21 @@ def test_a_full_disk_is_an_error_on_stdout_only():
         assert cli._Output(os.dup(full.fileno()), required=False).write(b"x") == 1
 
 
+def test_no_line_on_a_terminal_overwrites_another(monkeypatch):
+    ours, terminal = pty.openpty()
+    monkeypatch.setattr(cli._Output, "before", b"")
+    out, err = (cli._Output(terminal, required=required) for required in (True, False))
+    for stream, text in (
+        (out, "\rstep 1\033[K"), (out, "\rstep 2\033[K"), (err, "a warning\n"), (out, "a note\n"),
+        (err, "\rbar 10 %"), (err, "\r        "), (out, "a table\n"),
+    ):  # fmt: skip
+        stream.write(text.encode())
+    shown = (
+        "\rstep 1\033[K\rstep 2\033[K\r\na warning\r\na note\r\n\rbar 10 %\r        \ra table\r\n"
+    )
+    assert os.read(ours, 1000).decode() == shown
+
+
 def test_a_closed_terminal_is_ignored():
     terminal, ours = pty.openpty()
     os.close(terminal)
@@ -304,7 +351,17 @@ def test_help_is_a_page_with_status_0(flag, capsys, monkeypatch):
     cli.run(main.main)  # an uncaught SystemExit would end the test: Python's own status is 0
     page = capsys.readouterr().out
     assert page.startswith("Trains the run that a config describes.")
-    assert "--workdir\n" in page
-    assert "Default: False." in page
-    assert max(map(len, page.splitlines())) <= 100
-    assert page.count("\n") < 60
+    assert "\n  --workdir              The run's directory" in page
+    assert "\n  --[no]dry_run          Print" in page
+    assert "`hjepa config NAME`" in page
+
+
+@pytest.mark.parametrize("command", [c for c, _ in COMMANDS.values()])
+def test_the_help_of_a_command_fits_a_screen(command, run_module):
+    page = run_module(f"hjepa_jax.{command}", "--help")
+    assert page.returncode == 0
+    lines = page.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines[lines.index("Flags:") :])) <= 80
+    assert len(lines) <= 50
+    assert "--[no]help" not in page.stdout

@@ -9,7 +9,7 @@ import pytest
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.runs.history import read_metrics
-from hjepa_jax.runs.logger import RunLogger, write_tensorboard_scalars
+from hjepa_jax.runs.logger import RunLogger, write_tensorboard
 from hjepa_jax.runs.progress import Progress, format_duration, summary_box
 from tests import processes
 
@@ -63,7 +63,7 @@ def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
     write_steps(range(1, 5), 1.0)
     write_steps(range(3, 6), 2.0, resume_step=2)
     write_steps(range(5, 7), 3.0, resume_step=4)
-    write_tensorboard_scalars(tmp_path, 6, {"probe": 1.0})
+    write_tensorboard(tmp_path, 6, {"probe": 1.0}, {"probe_table": "a | b"})
     write_steps([], 4.0, resume_step=1)  # a start without events purges nothing
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()
@@ -130,12 +130,12 @@ def test_a_terminal_gets_one_line_that_never_wraps(monkeypatch):
             output += part
     output = output.decode()
     os.close(controller)
-    stays, live = output.split("k-NN\033[K\r\n")
+    stays, live = output.split("\r\nk-NN\r\n")
     parts = [*stays.split("\r"), *live.split("\r")]
     shown = [part[part.index("step") :][:8] for part in parts if "step" in part]
     assert shown == [f"step {step}/4" for step in range(1, 5)]
     assert all(len(part.removesuffix("\033[K")) <= 39 for part in parts)
-    assert output.count("\n") == 2, "one after what stays, one at the end"
+    assert output.count("\n") == 3, "around what stays, and one at the end"
 
 
 def test_damaged_lines_are_skipped(tmp_path):

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 SHIPPED = REPOSITORY / "hjepa_jax" / "configs" / "shapes_tiny.py"
 
 
-@pytest.mark.parametrize("value", ["shapes_tiny", "configs/shapes_tiny.py"])
+@pytest.mark.parametrize("value", ["shapes_tiny", "configs/shapes_tiny", "configs/shapes_tiny.py"])
 def test_a_shipped_config_is_found_by_name_in_any_folder(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command_line.config_path_of(value) == str(SHIPPED)
@@ -48,7 +48,7 @@ def test_the_command_lists_its_commands_and_refuses_others():
     assert all(f"\n  {name} " in page.stdout for name in ("train", "probe", "export", "convert"))
     other = hjepa("trian")
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
-    assert "'trian': must be one of train, probe" in other.stderr
+    assert "'trian': must be one of train, config, probe" in other.stderr
     assert "--workdir" in hjepa("report", "--help").stdout
 
 
@@ -100,5 +100,5 @@ def test_the_wheel_works_in_an_empty_environment(built, tmp_path):
     own = "from hjepa_jax.configs import shapes_tiny\nget_config = shapes_tiny.get_config\n"
     (here / "own.py").write_text(own)
     for config in ("shapes_tiny", "configs/shapes_tiny.py", "own.py"):
-        said = run(environment / "bin" / "hjepa", "train", f"--config={config}", "--dry_run")
+        said = run(environment / "bin" / "hjepa", "train", config, "--dry_run", "--json")
         assert '"num_patches"' in said

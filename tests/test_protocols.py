@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hjepa_jax.config import base_config
 from hjepa_jax.data.base import Split
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation import extraction, quality_rows, results
 from hjepa_jax.evaluation.feature_cache import FeatureCache
 from hjepa_jax.evaluation.features import extract_features, representations
+from hjepa_jax.evaluation.known_rows import KnownRows, settings_of
 from hjepa_jax.evaluation.protocols import PROTOCOLS, Protocol, evaluate_encoders
 from hjepa_jax.runs.scores import (
     read_probe_json,
@@ -250,6 +252,36 @@ def test_what_cannot_be_judged_is_refused():
         evaluate(Protocol(protocols=("tarot",)))
 
 
+def test_only_rows_that_depend_on_something_new_are_made_again(tmp_path):
+    path = tmp_path / "probe.json"
+
+    def judged(params, protocol=KNN, step=7):
+        made = []
+
+        def report(rows):
+            made.extend(row["encoder"] for row in rows)
+            write_probe_json(path, rows)
+
+        known = KnownRows(path, base_config(), settings_of(protocol), params)
+        return evaluate(protocol, params=params, step=step, known=known, report=report), {*made}
+
+    everyone = {"target", "random_init", "pixels"}
+    first, made = judged(encoders())
+    assert made == everyone
+    assert judged(encoders()) == (first, set())
+    other = encoders() | {"target": encoders(3)["target"]}
+    again, made = judged(other)
+    assert made == {"target"}
+    assert [r for r in again if r["encoder"] != "target"] == [
+        r for r in first if r["encoder"] != "target"
+    ]
+    assert judged(other, step=8)[1] == {"target"}
+    assert judged(other, dataclasses.replace(KNN, fewshot_shots=(2,)), step=8)[1] == set()
+    assert judged(other, dataclasses.replace(KNN, seed=1), step=8)[1] == everyone
+    more = dataclasses.replace(KNN, protocols=("knn", "quality"))
+    assert judged(other, more, step=8)[1] == everyone
+
+
 def test_verdicts_compare_with_the_untrained_encoder():
     rng = np.random.default_rng(0)
     wide = rng.normal(size=(48, 64)).astype(np.float32)
@@ -326,14 +358,30 @@ def test_tables_show_every_score_in_its_place():
     by_place = {
         (r["encoder"], r["pool"], str(r["level"])): r for r in rows if r["protocol"] == "knn"
     }
-    _, header, *lines = table.split("\n\n")[0].splitlines()
+    *scores, _ = table.split("\n\n")
+    _, chance, header, *lines = scores[0].splitlines()
+    assert chance == f"chance: {100 / NUM_CLASSES:.1f} (always the most frequent class)"
+    assert max(map(len, table.splitlines())) <= 80
     knn_ends = header.index("knn") + 3
     warned = results.warnings([row for row in rows if "top1" in row])
-    assert lines[len(by_place) :] == warned
+    notes = scores[-1].splitlines()[1 + len(by_place) :]
+    assert " ".join(map(str.strip, notes)) == " ".join(warned)
+    encoders = {results.encoder_name(name): name for name in results.ENCODERS}
+    trained = [line.startswith("> trained") for line in lines[: len(by_place)]]
+    assert trained == sorted(trained, reverse=True)
+    assert any(trained)
     for line in lines[: len(by_place)]:
-        row = by_place[tuple(line.split()[:3])]
+        name, *place = line[2:13].strip(), *line[13:].split()[:2]
+        row = by_place[(encoders[name], *place)]
         assert line[:knn_ends].endswith(results.format_score(row))
     assert "verdict" in table
+
+
+def test_tensorboard_gets_few_scores():
+    rows = evaluate(Protocol(protocols=("knn",), batch_size=40))
+    found = results.scalars(rows, group="probe_x")
+    assert set(found) == {f"probe_x/knn_{n}" for n in ("trained", "random-init", "raw_pixels")}
+    assert found["probe_x/knn_trained"] == results.best_row(rows, "knn", "target")["top1"]
 
 
 def best_score(rows, protocol, encoder):
@@ -414,16 +462,16 @@ def test_scores_have_intervals_and_numbers_of_test_images():
     table = results.format_tables(rows)
     assert table.startswith("top-1 in percent on 100 test images")
     assert "50.00 (40.4-59.6)" in table
-    assert results.format_best(rows, "linear") == "target 50.0 %, pixels 0.0 %"
+    assert results.format_best(rows, "linear") == "trained 50.0 %, raw pixels 0.0 %"
     assert results.format_best(rows, "knn") is None
 
 
 def test_settings_at_an_end_are_warned_of():
     note = "l2 1e-10 is the smallest tried, a better one may lie beyond"
     row = feature_row(0.5, 0.5, test_size=100, at_edge=[note], converged=False)
-    expected = [f"linear, target mean level 0: {n}" for n in (note, "the fit did not converge")]
-    assert results.format_row(row).splitlines()[1:] == expected
-    assert results.format_tables([row, feature_row(0.4, 0.4)]).splitlines()[-2:] == expected
+    expected = [f"linear, trained mean level 0: {n}" for n in (note, "the fit did not converge")]
+    table = results.format_tables([row, feature_row(0.4, 0.4)]).replace("\n  lie", " lie")
+    assert table.splitlines()[-2:] == expected
 
 
 def test_seeds_have_a_mean_and_standard_deviation():

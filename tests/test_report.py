@@ -29,9 +29,9 @@ from tests.conftest import draw_small, make_tiny_config
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
-    "What was reached", "Configuration", "Parameters", "Speed and memory", "Loss", "Schedules",
-    "Collapse indicators", "Warnings", "Probes", "What it sees", "Features", "Checkpoints",
-    "Next steps",
+    "What was reached", "Next steps", "Probes", "What it sees", "Features", "Loss",
+    "Collapse indicators", "Warnings", "Schedules", "Speed and memory", "Checkpoints",
+    "Parameters", "Configuration",
 ]  # fmt: skip
 
 
@@ -101,7 +101,16 @@ def test_the_end_of_a_run_writes_all_sections_and_figures(finished):
 
 
 def test_the_checklist_states_loss_probes_and_last_step(finished):
-    (checks,) = tables(report_sections(finished)["What was reached"])
+    reached = report_sections(finished)["What was reached"]
+    headline, checks = tables(reached)
+    rows = read_rows(finished)
+    trained = percent(best(rows, "linear", "target")["top1"])
+    assert headline[0] == ["", "trained", "random-init", "raw pixels"]
+    assert headline[1][1].startswith(f"{trained} (")
+    assert "; chance is 10.00:" in reached
+    assert re.findall(r"\((figures/.+)\)", reached) == [
+        f"figures/{name}.png" for name in ("probe_linear", "neighbours", "masks")
+    ]
     said = {what: (mark, evidence) for mark, what, evidence in checks[1:]}
     assert said["Training reached its last step"] == ("✓", "step 6 of 6")
     assert said["The last step has a checkpoint"] == ("✓", "newest is step 6")
@@ -169,7 +178,7 @@ def test_every_probe_stands_in_the_table_with_its_interval(finished):
 
 def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
     page, text = ((finished / f"report.{end}").read_text() for end in ("html", "md"))
-    assert not re.findall(r"""<script|(?:src|href|srcset)=["'](?!data:)""", page)
+    assert not re.findall(r"""<script|(?:src|href|srcset)=["'](?!data:|#)""", page)
     num_pictures = len(list((finished / "figures").iterdir()))
     assert page.count("data:image/png;base64,") == 2 * num_pictures
     assert re.findall("<figcaption>(.+)</figcaption>", page) == re.findall(r"!\[(.+)\]", text)
@@ -313,6 +322,13 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
     row = next(r for r in read_rows(finished) if (r["encoder"], r["pool"]) == ("target", "summary"))
     label = f"{row['protocol']}, target summary level {row['level']}"
     assert [label, percent(row["top1"]), percent(row["top1"]), "0.00"] in probes
+
+    config["optim"]["learning_rate"] = 0.5
+    (other / "config.json").write_text(json.dumps(config))
+    write_report([finished, other], tmp_path / "out")
+    text = report_sections(tmp_path / "out")["Probes"]
+    assert "no standard deviation, because the runs differ in optim.learning_rate (" in text
+    assert [label, percent(row["top1"]), percent(row["top1"])] in tables(text)[0]
 
 
 def test_a_sampled_log_says_how_many_lines_were_read(finished, tmp_path):

@@ -25,7 +25,7 @@ from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.order import BatchOrder
 from hjepa_jax.errors import InputError, Interrupted
-from hjepa_jax.evaluation import collapse, quality
+from hjepa_jax.evaluation import collapse, extraction, protocols, quality
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.method.window import make_run_steps
 from hjepa_jax.reporting import showcase
@@ -200,6 +200,42 @@ def test_several_steps_a_call_are_one_program_and_change_no_result(
         np.testing.assert_allclose(one["train/loss"], four["train/loss"], rtol=1e-4)
 
 
+def test_tensorboard_explains_every_curve():
+    names = [(key.partition("/")[0], name) for key in showcase.CURVES
+             for name in key.partition("/")[2].split(", ")]  # fmt: skip
+    patterns = [f"{group}/{re.sub('<.*>', '.+', name)}" for group, name in names]
+    for metric in {*METRICS.split()} | {"eval/knn_top1_summary", "eval/linear_top1_level_1"}:
+        assert any(re.fullmatch(pattern, metric) for pattern in patterns), metric
+
+
+def test_the_first_step_is_shown_at_once(tiny_config, tmp_path, capsys):
+    tiny_config.log.every_steps = 6
+    train.train_and_evaluate(tiny_config, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"opening {tiny_config.data.source} for {tmp_path} ..."
+    assert lines[1].split() == ["workdir", str(tmp_path)]
+    (first,) = (i for i, line in enumerate(lines) if "  step 1/6  loss " in line)
+    assert lines[first - 2] == "compiling the training step ..."
+    (last,) = (line for line in lines if "  step 6/6  loss " in line)
+    assert "  rank " in last
+
+
+@pytest.mark.usefixtures("own_programs")
+def test_rates_and_length_do_not_change_the_program(tiny_config):
+    """So the cache of compiled programs has it: only its arguments differ."""
+
+    def program() -> str:
+        built = run.build_run(tiny_config, run.open_config_source(tiny_config))
+        return built.lower(steps_per_call=1, donate=False).as_text()
+
+    before = program()
+    c = tiny_config.optim
+    c.learning_rate, c.final_learning_rate, c.warmup_epochs, c.decay_epochs = 0.5, 0.1, 0.3, 0.2
+    c.weight_decay, c.final_weight_decay, c.ema_momentum = 0.3, 0.4, (0.9, 0.9, "constant")
+    tiny_config.train.num_steps = 9
+    assert program() == before
+
+
 @pytest.mark.parametrize("harm", ["damaged newest", "edited config.json"])
 def test_checkpoints_resume_only_under_their_own_config(
     tiny_config, tiny_run, tmp_path, capsys, harm
@@ -247,7 +283,7 @@ def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "num_params", fail)  # the loop's last call before the start
+    monkeypatch.setattr(loop, "return_unused_memory", fail)  # the loop's last call before the start
     for target in (tmp_path / "new" / "run", workdir):
         with pytest.raises((RuntimeError, InputError)):
             train.train_and_evaluate(tiny_config, target)
@@ -392,6 +428,40 @@ def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monk
     assert "Run the same command again" not in report
 
 
+@pytest.mark.usefixtures("short_probes")
+def test_the_final_probe_has_trained_random_and_pixel_rows(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    tiny_config.eval.probe_at_end = True
+    rows = train.train_and_evaluate(tiny_config, tmp_path)
+    assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    for row in rows:
+        assert 0 <= row["top1"] <= 1
+        assert row["train_size"] == 240
+        assert row["test_size"] == 60
+        assert row["step"] == (6 if row["encoder"] == "target" else 0)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    by_level = {
+        row["level"]: row["top1"]
+        for row in rows
+        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
+    }
+    assert last["eval/linear_top1"] == by_level["all"]
+    assert last["eval/linear_top1_level_1"] == by_level[1]
+
+    # A finished command makes nothing again.
+    before = contents(tmp_path)
+    capsys.readouterr()
+    for name in ("linear_probe", "knn_probe"):
+        monkeypatch.setattr(protocols, name, None)
+    monkeypatch.setattr(extraction, "extract_features", None)
+    assert train.train_and_evaluate(tiny_config, tmp_path) == rows
+    assert contents(tmp_path) == before
+    assert f"{len(rows)} of {len(rows)} scores are unchanged" in capsys.readouterr().out
+
+
 @pytest.mark.slow  # it loads TensorFlow
 def test_tensorboard_gets_everything_and_changes_no_metric(
     tiny_config, tiny_run, tmp_path, monkeypatch
@@ -406,10 +476,10 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     events.Reload()
     tags = set(events.Tags()["tensors"])
-    assert tags >= {*METRICS.split(), "config", "parameters", "environment"}
+    assert tags >= {*METRICS.split(), "config", "parameters", "environment", "curves"}
     for name in ("masks", "pca", "cosine", "similarity", "attention", "spectrum"):
-        assert [e.step for e in events.Tensors(f"figures/{name}")] == [3, 6]
-    assert [e.step for e in events.Tensors("features/target")] == [3, 6]
+        assert [e.step for e in events.Tensors(f"figures/{name}")] == [1, 3, 6]
+    assert [e.step for e in events.Tensors("features/target")] == [1, 3, 6]
     (text,) = events.Tensors("parameters")
     assert b"patch_embedding" in text.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.summary_metadata

@@ -39,7 +39,7 @@ def paths_and_leaves(tree):
 
 @pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
 def test_a_run_can_start_from_one_at_a_lower_resolution(
-    tiny_config, tiny_run, tmp_path, monkeypatch, positions
+    tiny_config, tiny_run, tmp_path, monkeypatch, positions, capsys
 ):
     """It compiles its own program only."""
     tiny_config.model.positions, small = positions, tiny_run
@@ -56,6 +56,7 @@ def test_a_run_can_start_from_one_at_a_lower_resolution(
     monkeypatch.setattr(run, "make_run_steps", lambda step: compiled.append(step) or make(step))
     train.train_and_evaluate(tiny_config, tmp_path / "large")
     assert len(compiled) == 1
+    assert f"train.init_from: starting from {small}, step 6" in capsys.readouterr().out
     _, after, initial = load_state(tmp_path / "large")
     assert int(after.step) == 1
     names, changed = ("params", "target_params"), []

@@ -73,7 +73,9 @@ def measure() -> dict:
         index = rng.integers(0, NUM_IMAGES, (1, _BATCH_SIZE.value)).astype(np.int32)
         index = place.put(index, place.batches)
         started = time.perf_counter()
-        state, window = run_steps(state, window, images, index, np.int32(1))
+        state, window = run_steps(
+            state, window, images, index, np.int32(1), built.schedules.numbers
+        )
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - started)
     leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))

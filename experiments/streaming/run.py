@@ -95,7 +95,7 @@ def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
     info = SourceInfo(5_000, 8_000, (96, 96, 3), tuple("0123456789"))
     built = run.build_run(config, Source("stl10_like", info, list, records))
     program = built.lower(steps_per_call=1, donate=True).compile()
-    state, window = built.create()
+    (state, window), numbers = built.create(), built.schedules.numbers
 
     order = BatchOrder(len(records), batch_size, seed=0)
     decoded = read_batches(records, order, 0, 10**6, num_workers=num_workers)
@@ -103,7 +103,9 @@ def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
     seconds: dict[str, list[float]] = {"fed": [], "step": []}
     num_fed = max(1, 4_096 // batch_size)
     images, _ = batches.take(0, 1)
-    state, window = jax.block_until_ready(program(state, window, images, None, np.int32(1)))
+    state, window = jax.block_until_ready(
+        program(state, window, images, None, np.int32(1), numbers)
+    )
     step = 1
     for _ in range(5):
         for _ in range(8):  # what was decoded while the step ran does not count
@@ -115,7 +117,9 @@ def feed(folder: pathlib.Path, batch_size: int, num_workers: int) -> list[dict]:
         seconds["fed"].append((time.perf_counter() - started) / (num_fed * batch_size))
         started = time.perf_counter()
         for _ in range(2):
-            state, window = jax.block_until_ready(program(state, window, images, None, np.int32(1)))
+            state, window = jax.block_until_ready(
+                program(state, window, images, None, np.int32(1), numbers)
+            )
         seconds["step"].append((time.perf_counter() - started) / (2 * batch_size))
         step += 1
     batches.close()

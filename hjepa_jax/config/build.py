@@ -50,6 +50,15 @@ class Schedules:
     weight_decay_fn: Schedule
     ema_momentum_fn: Schedule
 
+    @property
+    def numbers(self) -> tuple[Schedule, Schedule, Schedule]:
+        """Returns the schedules as a tree of arrays, the argument of a compiled program."""
+        return self.learning_rate_fn, self.weight_decay_fn, self.ema_momentum_fn
+
+    def with_numbers(self, numbers: tuple[Schedule, Schedule, Schedule]) -> "Schedules":
+        """Returns these schedules with other numbers, which a program is given."""
+        return Schedules(self.steps_per_epoch, self.num_steps, *numbers)
+
 
 def build_model(config: Config) -> HJEPA:
     """Context encoder and predictor.

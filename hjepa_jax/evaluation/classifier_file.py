@@ -23,9 +23,9 @@ def write_classifier(workdir: pathlib.Path, params: Any, class_names: Sequence[s
       params: the parameters.
       class_names: names of the classes, in the order of the logits.
     """
-    tensors = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    tensors: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     with replacing(workdir / FILE_NAME) as file:
-        np.savez(file, class_names=np.array(class_names), **tensors)
+        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **tensors)
 
 
 def read_classifier(workdir: pathlib.Path) -> tuple[Any, list[str]]:

@@ -1,7 +1,6 @@
 """Evaluates the encoders of a run: every protocol, printed and added to its work directory."""
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 import sys
@@ -14,10 +13,11 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
-from hjepa_jax.evaluation.classifier_file import write_classifier
+from hjepa_jax.evaluation.classifier_file import FILE_NAME, write_classifier
 from hjepa_jax.evaluation.feature_cache import FeatureCache, params_digest
 from hjepa_jax.evaluation.features import check_levels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
+from hjepa_jax.evaluation.known_rows import KnownRows, settings_of
 from hjepa_jax.evaluation.labelled import why_no_probe
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
@@ -43,7 +43,9 @@ def judge_run(
     keep_features: bool = True,
     finetune_epochs: float = 20.0,
 ) -> list[Row]:
-    """Runs the protocols, prints rows and tables, and adds every row to probe.json at once.
+    """Runs the protocols, prints tables, and adds every row to probe.json at once.
+
+    Rows that depend on nothing new are taken from probe.json.
 
     Args:
       workdir: the work directory; features go to its folder `features`, fine-tunings to `finetune`,
@@ -70,40 +72,58 @@ def judge_run(
         protocols.check_classes(source.name, train.labels, num_classes)
     check_levels(protocol.levels or (), config.model.num_levels)
 
-    add = functools.partial(_add, rows, workdir / "probe.json", num_layers)
+    path = workdir / "probe.json"
+    settings = settings_of(
+        protocol, num_layers=num_layers, finetune_epochs=finetune_epochs,
+        data=source.name, images=images,
+    )  # fmt: skip
+    known = KnownRows(path, config, settings, encoders)
+    new: list[Row] = []
+
+    def add(made: list[Row]) -> None:
+        for row in made:
+            layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
+            row["num_layers"] = num_layers if layered else 1
+        new.extend(made)
+        write_probe_json(path, made)
+
     if pooled := tuple(name for name in protocol.protocols if name in protocols.PROTOCOLS):
-        protocols.evaluate_encoders(
+        rows += protocols.evaluate_encoders(
             build.build_embed_fn(config, model, num_layers=num_layers),
             encoders, train, test, num_classes=num_classes, step=step,
             protocol=dataclasses.replace(protocol, protocols=pooled),
             embed_views=build.build_embed_views_fn(config, model, num_layers=num_layers),
             cache=FeatureCache(workdir / "features") if keep_features else None,
-            data=source.name, report=add,
+            data=source.name, report=add, known=known,
         )  # fmt: skip
     for encoder, params in {**encoders, "pixels": None}.items():
         common = protocols.origin(encoder, step, protocol.seed, source.name, train, test, images)
-        if "attentive" in protocol.protocols:
-            embed = jax.jit(build.build_tokens_fn(config, model))
-            add(_attentive(embed, encoder, params, train, test, num_classes, protocol) | common)
-        if "finetune" in protocol.protocols and encoder != "pixels":
-            settings = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
-            row, classifier = _finetune(
-                workdir, config, model, encoder, params, train, test, settings
-            )
-            if encoder == "target":
-                write_classifier(workdir, classifier, source.info.class_names)
-            add(row | common)
-    print(results.format_tables(rows))
+        for name in ("attentive", "finetune"):
+            if name not in protocol.protocols or (name, encoder) == ("finetune", "pixels"):
+                continue
+            made_from = known.made_from(name, encoder, common["step"])
+            keeps = (name, encoder) == ("finetune", "target")
+            found = known.of(name, made_from)
+            if found and (not keeps or (workdir / FILE_NAME).is_file()):
+                rows += found
+                continue
+            print(f"{name}: {encoder} ...", flush=True)
+            if name == "attentive":
+                embed = jax.jit(build.build_tokens_fn(config, model))
+                row = _attentive(embed, encoder, params, train, test, num_classes, protocol)
+            else:
+                epochs = FinetuneSettings(num_classes, finetune_epochs, seed=protocol.seed)
+                row, classifier = _finetune(
+                    workdir, config, model, encoder, params, train, test, epochs
+                )
+                if keeps:
+                    write_classifier(workdir, classifier, source.info.class_names)
+            add([{**row, **common, "made_from": made_from}])
+            rows += new[-1:]
+    if len(new) < len(rows):
+        print(f"{len(rows) - len(new)} of {len(rows)} scores are unchanged in {path}")
+    print(results.format_tables(rows), flush=True)
     return rows
-
-
-def _add(rows: list[Row], path: pathlib.Path, num_layers: int, row: Row) -> None:
-    """Adds a row to `rows` and to probe.json, and prints it."""
-    layered = row["protocol"] in protocols.PROTOCOLS and row["encoder"] != "pixels"
-    row["num_layers"] = num_layers if layered else 1
-    rows.append(row)
-    print(results.format_row(row), flush=True)
-    write_probe_json(path, [row])
 
 
 def _warn_of_other_images(path: pathlib.Path, data: str, images: str) -> None:

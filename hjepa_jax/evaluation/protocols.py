@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -17,15 +18,18 @@ from hjepa_jax.data.rows import Rows
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.extraction import Extractor
 from hjepa_jax.evaluation.feature_cache import FeatureCache
-from hjepa_jax.evaluation.features import EmbedFn
+from hjepa_jax.evaluation.features import EmbedFn, embed_pixels
 from hjepa_jax.evaluation.fewshot import check_shots, fewshot_probe
 from hjepa_jax.evaluation.knn import DEFAULT_KS, TEMPERATURE, knn_probe
+from hjepa_jax.evaluation.known_rows import KnownRows
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.linear import DEFAULT_L2_GRID, linear_probe
 from hjepa_jax.evaluation.logistic import TOLERANCE
 from hjepa_jax.evaluation.lowshot import DEFAULT_ALPHAS, DEFAULT_SHOTS, draw_labels, lowshot_probe
 from hjepa_jax.evaluation.protocol import Protocol
 from hjepa_jax.evaluation.quality_rows import QualityRows
+from hjepa_jax.evaluation.results import encoder_name
+from hjepa_jax.runs.progress import LiveLine
 from hjepa_jax.runs.scores import Row
 
 PROTOCOLS = ("linear", "knn", "lowshot", "fewshot", "quality")
@@ -46,7 +50,8 @@ def evaluate_encoders(
     embed_views: EmbedFn | None = None,
     cache: FeatureCache | None = None,
     data: str = "",
-    report: Callable[[Row], None] = lambda row: None,
+    report: Callable[[list[Row]], None] = lambda rows: None,
+    known: KnownRows | None = None,
 ) -> list[Row]:
     """Runs every protocol on every representation of every encoder, and of the raw pixels.
 
@@ -62,7 +67,8 @@ def evaluate_encoders(
         for LiDAR; None = no LiDAR.
       cache: storage for features; None = none.
       data: name of the data set, for the rows.
-      report: called with each new row.
+      report: called with the new rows of each probe.
+      known: rows that need not be made again; None = none.
 
     Returns:
       One row per result, with its whole protocol.
@@ -76,29 +82,92 @@ def evaluate_encoders(
         _check_shots(protocol, train, test, num_classes)
     extract = Extractor(embed, protocol.batch_size, cache)
     quality = QualityRows(extract, protocol, train, embed_views)
-    early = quality.measure_untrained(encoders)
     images, rows = fingerprint(train, test=test), []
-    for encoder, params in {**encoders, "pixels": None}.items():
+    everything = {**encoders, "pixels": None}
+    probes = {
+        name: _probes_of(name, params, embed, train, protocol, step, known)
+        for name, params in everything.items()
+    }
+    missing = [probe for found in probes.values() for probe in found if not probe.known]
+    early = {}
+    if any(probe.name == "quality" for probe in missing):
+        early = quality.measure_untrained(encoders)
+    number, line = 0, LiveLine()
+    for encoder, params in everything.items():
+        if all(probe.known for probe in probes[encoder]):
+            rows += [row for probe in probes[encoder] for row in probe.known]
+            continue
+        line.update(f"features: {encoder_name(encoder)} ...")
         features = early.pop(encoder, None) or extract.features(encoder, params, "train", train)
         train_x = protocol.representations(features)
         test_x = train_x
         if reads_labels:
             test_x = protocol.representations(extract.features(encoder, params, "test", test))
-        quality.extract_views(encoder, params)
+        if any(probe.name == "quality" and not probe.known for probe in probes[encoder]):
+            quality.extract_views(encoder, params)
         source = origin(encoder, step, protocol.seed, data, train, test, images)
-        for (pool, level, x), (_, _, y) in zip(train_x, test_x, strict=True):
-            for name in protocol.protocols:
-                if name == "quality":
-                    scores = [quality.row(encoder, pool, level, x)]
-                else:
-                    scores = _PROBES[name](
-                        (x, train.classes, y, test.classes), num_classes, protocol
-                    )
-                for scored in scores:
-                    where = {"level": level, "pool": pool, "dim": x.shape[1]}
-                    rows.append({"protocol": name, **where, **scored, **source})
-                    report(rows[-1])
+        for probe in probes[encoder]:
+            if probe.known:
+                rows += probe.known
+                continue
+            number += 1
+            where = probe.where
+            what = f"{encoder_name(encoder)} {where['pool']} level {where['level']}"
+            line.update(f"probing {number} of {len(missing)}: {probe.name}, {what} ...")
+            (_, _, x), (_, _, y) = train_x[probe.index], test_x[probe.index]
+            if probe.name == "quality":
+                scores = [quality.row(encoder, where["pool"], where["level"], x)]
+            else:
+                arrays = (x, train.classes, y, test.classes)
+                scores = _PROBES[probe.name](arrays, num_classes, protocol)
+            made = [{**where, **scored, **source} for scored in scores]
+            rows += made
+            line.clear()
+            report(made)
     return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """A probe of one representation of an encoder.
+
+    Attributes:
+      name: its protocol.
+      index: number of the representation in `Protocol.representations`.
+      where: the fields of its rows that name protocol and features.
+      known: its rows, if they need not be made again.
+    """
+
+    name: str
+    index: int
+    where: Row
+    known: list[Row]
+
+
+def _probes_of(
+    encoder: str,
+    params: Any,
+    embed: EmbedFn,
+    train: Split,
+    protocol: Protocol,
+    step: int,
+    known: KnownRows | None,
+) -> list[_Probe]:
+    """Returns all probes of an encoder in the order of their rows; computes no features."""
+    images = jax.ShapeDtypeStruct((2, *train.images.shape[1:]), np.uint8)
+    shapes = jax.eval_shape(embed_pixels if encoder == "pixels" else embed, params, images)
+    empty = {name: np.empty((0, x.shape[1]), np.float32) for name, x in shapes.items()}
+    step, found = step if encoder in TRAINED_ENCODERS else 0, []
+    for index, (pool, level, x) in enumerate(protocol.representations(empty)):
+        for name in protocol.protocols:
+            where: Row = {"protocol": name, "level": level, "pool": pool, "dim": x.shape[1]}
+            if known is None:
+                found.append(_Probe(name, index, where, []))
+                continue
+            where["made_from"] = known.made_from(name, encoder, step)
+            like = {**where, "encoder": encoder, "step": step}
+            found.append(_Probe(name, index, where, known.find(like)))
+    return found
 
 
 def origin(
@@ -108,6 +177,7 @@ def origin(
 
     `images` is the fingerprint of train and test.
     """
+    labels = test.labels
     return {
         "encoder": encoder,
         "step": step if encoder in TRAINED_ENCODERS else 0,
@@ -116,6 +186,8 @@ def origin(
         "data_fingerprint": images,
         "train_size": len(train.images),
         "test_size": len(test.images),
+        # Right by always naming the most frequent class; not without labels.
+        **({} if labels is None else {"chance": float(np.bincount(labels).max() / len(labels))}),
     }
 
 

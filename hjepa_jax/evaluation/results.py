@@ -4,6 +4,7 @@
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ from hjepa_jax.runs.scores import IDENTITY, Row
 RARE = ("data", "seed", "num_layers")
 # Preference among features with equal held-out scores; see `best_row`.
 _POOLS = ("mean", "summary", "concat")
+# The words for encoders that people read; the trained one comes first in every table.
+ENCODERS = {
+    "target": "trained", "online": "online", "random_init": "random-init", "pixels": "raw pixels",
+}  # fmt: skip
+SCORE_COLUMNS = 2  # in 80 characters
 QUALITY_COLUMNS = ("relative_std", "effective_rank", "rankme", "alpha_req", "uniformity", "lidar")
 
 
@@ -24,24 +30,13 @@ def column(row: Row) -> str:
     return f"{row['protocol']} {row['labels']}" if row.get("labels") else row["protocol"]
 
 
-def format_row(row: Row) -> str:
-    """Returns one result as a line, with its warnings."""
-    if row["protocol"] == "quality":
-        score = f"rank {row['effective_rank']:.1f} of {row['max_rank']}: {row['verdict']}"
-    else:
-        score = f"{100 * row['top1']:6.2f} %{_spread(row)}"
-    return "\n".join([f"{column(row):<20} {_where(row):<32} {score}", *warnings([row])])
+def encoder_name(encoder: str) -> str:
+    """Returns the words for an encoder: "trained" for "target"."""
+    return ENCODERS.get(encoder, encoder)
 
 
 def _where(row: Row) -> str:
-    return f"{row['encoder']} {row['pool']} level {row['level']}"
-
-
-def _spread(row: Row) -> str:
-    for name in ("top1_std", "interval"):
-        if name in row:
-            return f" +- {100 * row[name]:.2f}"
-    return ""
+    return f"{encoder_name(row['encoder'])} {row['pool']} level {row['level']}"
 
 
 def format_score(row: Row) -> str:
@@ -87,19 +82,33 @@ def scores_by(rows: Sequence[Row], where: Sequence[str]) -> dict[tuple[Any, ...]
 
 def _format_scores(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(column(row) for row in rows))
-    cells = scores_by(rows, ("encoder", "pool", "level", "dim"))
-    widths = [max(map(len, [name, *(c.get(name, "") for c in cells.values())])) for name in columns]
-    heads = "".join(f"  {name:>{w}}" for name, w in zip(columns, widths, strict=True))
-    lines = [
-        f"top-1 in percent on {tested_on(rows)} (with its 95 % interval)",
-        f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}",
-    ]
-    for (encoder, pool, level, dim), scores in cells.items():
-        values = "".join(
-            f"  {scores.get(name, ''):>{w}}" for name, w in zip(columns, widths, strict=True)
-        )
-        lines.append(f"{encoder:<12} {pool:<8} {level!s:>5} {dim:>5}{values}")
-    return "\n".join([*lines, *warnings(rows)])
+    cells = scores_by(_trained_first(rows), ("encoder", "pool", "level", "dim"))
+    chances = {row["chance"] for row in rows if "chance" in row}
+    lines = [f"top-1 in percent on {tested_on(rows)} (with its 95 % interval)"]
+    if len(chances) == 1:
+        lines.append(f"chance: {100 * chances.pop():.1f} (always the most frequent class)")
+    for start in range(0, len(columns), SCORE_COLUMNS):
+        names = columns[start : start + SCORE_COLUMNS]
+        widths = [max(len(name), *(len(c.get(name, "")) for c in cells.values())) for name in names]
+        heads = "".join(f"  {name:>{w}}" for name, w in zip(names, widths, strict=True))
+        lines += [""] * bool(start) + [
+            f"  {'encoder':<11} {'pool':<8} {'level':>5} {'dim':>5}{heads}"
+        ]
+        for (encoder, pool, level, dim), scores in cells.items():
+            values = (f"  {scores.get(n, ''):>{w}}" for n, w in zip(names, widths, strict=True))
+            lines.append(f"{_start(encoder)} {pool:<8} {level!s:>5} {dim:>5}{''.join(values)}")
+    notes = [textwrap.fill(text, 80, subsequent_indent="  ") for text in warnings(rows)]
+    return "\n".join([*lines, *notes])
+
+
+def _trained_first(rows: Iterable[Row]) -> list[Row]:
+    order = [*ENCODERS]
+    return sorted(rows, key=lambda row: order.index(row["encoder"]))
+
+
+def _start(encoder: str) -> str:
+    """Returns the first column of a table; a mark precedes the trained encoder."""
+    return f"{'>' if encoder == 'target' else ' '} {encoder_name(encoder):<11}"
 
 
 def warnings(rows: Sequence[Row]) -> list[str]:
@@ -114,16 +123,27 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 
 def _format_quality(rows: list[Row]) -> str:
-    heads = "".join(f" {name:>14}" for name in QUALITY_COLUMNS)
-    lines = [f"{'encoder':<12} {'pool':<8} {'level':>5} {'dim':>5}{heads}  verdict"]
-    for row in rows:
+    heads = "".join(f" {n:>6}" for n in ("std", "rank", "RankMe", "alpha", "unif", "LiDAR"))
+    lines = [f"  {'encoder':<11} {'pool':<8} {'level':>5}{heads}  verdict"]
+    for row in _trained_first(rows):
         values = "".join(
-            f" {row[name]:>14.3f}" if row.get(name) is not None else f" {'-':>14}"
+            f" {'-' if (value := row.get(name)) is None else _six(value):>6}"
             for name in QUALITY_COLUMNS
         )
-        start = f"{row['encoder']:<12} {row['pool']:<8} {row['level']!s:>5} {row['dim']:>5}"
-        lines.append(f"{start}{values}  {row['verdict']}")
+        verdict = verdict_of(row).partition(" ")[0]  # "partial" for "partial collapse"
+        start = f"{_start(row['encoder'])} {row['pool']:<8} {row['level']!s:>5}"
+        lines.append(f"{start}{values}  {verdict}")
     return "\n".join(lines)
+
+
+def _six(value: float) -> str:
+    """Returns a number in six characters, unless it is huge."""
+    return f"{value:.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+
+
+def verdict_of(row: Row) -> str:
+    """Returns the verdict on trained features; "baseline" for those that it compares with."""
+    return row["verdict"] if row["encoder"] in ("target", "online") else "baseline"
 
 
 def format_seeds(runs: list[list[Row]]) -> str:
@@ -166,20 +186,13 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 
 def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
-    """Returns scores by name for TensorBoard: "probe/linear/target_mean_level_0"."""
-    found = {}
-    for row in rows:
-        where = f"{row['encoder']}_{row['pool']}_level_{row['level']}"
-        name = column(row).replace(" ", "_").replace("%", "percent")
-        if "top1" in row:
-            found[f"{group}/{name}/{where}"] = row["top1"]
-        else:
-            found |= {
-                f"{group}/{metric}/{where}": row[metric]
-                for metric in QUALITY_COLUMNS
-                if row.get(metric) is not None
-            }
-    return found
+    """Returns the best score of each encoder for TensorBoard: "probe/linear_trained"."""
+    return {
+        f"{group}/{protocol}_{encoder_name(encoder).replace(' ', '_')}": best["top1"]
+        for protocol in ("linear", "knn")
+        for encoder in ENCODERS
+        if (best := best_row(rows, protocol, encoder))
+    }
 
 
 def best_row(rows: Iterable[Row], protocol: str, encoder: str) -> Row | None:
@@ -236,9 +249,7 @@ def format_best(rows: Sequence[Row], protocol: str) -> str | None:
     if not best:
         return None
     # Their 95 % intervals are in the table above the box, which fits a terminal of 80 columns.
-    return ", ".join(
-        f"{row['encoder'].replace('_', '-')} {100 * row['top1']:.1f} %" for row in best
-    )
+    return ", ".join(f"{encoder_name(row['encoder'])} {100 * row['top1']:.1f} %" for row in best)
 
 
 def headline_scores(rows: list[Row]) -> dict[str, float]:

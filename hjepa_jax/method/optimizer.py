@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import struct
 
 from hjepa_jax.method.muon import scale_by_muon
 from hjepa_jax.models.matmul import FLOAT32, Precision
@@ -32,6 +34,50 @@ UNDECAYED = (
 )
 
 
+@struct.dataclass
+class WarmupCosine:
+    """See `warmup_cosine_schedule`. Fields are arrays, so that a program can take them.
+
+    Inverses are computed once, as XLA does with constants. So a program with these numbers as
+    constants has the same values, bit for bit.
+    """
+
+    peak: Any
+    warmup_steps: Any
+    slope: Any  # of the warm-up, per step
+    begin: Any  # step at which the cosine begins
+    inverse_length: Any  # of the cosine
+    end: Any
+    half: Any  # half of the height of the cosine
+
+    def __call__(self, step: Any) -> Any:
+        """Returns the value at a step."""
+        step = jnp.asarray(step, jnp.float32)
+        progress = (step - self.begin) * self.inverse_length
+        cosine = _cosine(self.peak, self.half, self.end, progress)
+        return jnp.where(step < self.warmup_steps, step * self.slope, cosine)
+
+
+@struct.dataclass
+class Interpolation:
+    """See `interpolation_schedule`. All fields but `kind` are arrays, as in `WarmupCosine`."""
+
+    start: Any
+    end: Any
+    half: Any  # half of start - end, or end - start if linear
+    inverse_steps: Any
+    kind: str = struct.field(pytree_node=False)
+
+    def __call__(self, step: Any) -> Any:
+        """Returns the value at a step."""
+        progress = jnp.asarray(step, jnp.float32) * self.inverse_steps
+        if self.kind == "constant":
+            return jnp.zeros_like(progress) + self.start
+        if self.kind == "cosine":
+            return _cosine(self.start, self.half, self.end, progress)
+        return self.start + self.half * jnp.clip(progress, 0.0, 1.0)
+
+
 def warmup_cosine_schedule(
     peak: float,
     *,
@@ -39,7 +85,7 @@ def warmup_cosine_schedule(
     num_steps: int,
     end: float = 0.0,
     decay_steps: int | None = None,
-) -> Schedule:
+) -> WarmupCosine:
     """Linear from 0 to `peak` over `warmup_steps`; half a cosine down to `end`, at the end.
 
     Args:
@@ -52,18 +98,12 @@ def warmup_cosine_schedule(
     """
     longest = max(num_steps - warmup_steps, 0)
     length = longest if decay_steps is None else min(decay_steps, longest)
-
-    def schedule(step: Any) -> Any:
-        step = jnp.asarray(step, jnp.float32)
-        warmup = peak * step / max(warmup_steps, 1)
-        progress = (step - (num_steps - length)) / max(length, 1)
-        cosine = _cosine(peak, end, progress)
-        return jnp.where(step < warmup_steps, warmup, cosine)
-
-    return schedule
+    slope = np.float32(peak) * _inverse(warmup_steps)
+    numbers = (peak, warmup_steps, slope, num_steps - length, _inverse(length), end)
+    return WarmupCosine(*map(np.float32, (*numbers, (peak - end) * 0.5)))
 
 
-def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: int) -> Schedule:
+def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: int) -> Interpolation:
     """From `start` to `end` over `num_steps`: "constant" (stays at start), "linear" or "cosine".
 
     Raises:
@@ -71,20 +111,16 @@ def interpolation_schedule(start: float, end: float, *, kind: str, num_steps: in
     """
     if kind not in ("constant", "linear", "cosine"):
         raise ValueError(f"kind={kind!r}: must be constant, linear or cosine")
-
-    def schedule(step: Any) -> Any:
-        progress = jnp.asarray(step, jnp.float32) / num_steps
-        if kind == "constant":
-            return jnp.full_like(progress, start)
-        if kind == "cosine":
-            return _cosine(start, end, progress)
-        return start + (end - start) * jnp.clip(progress, 0.0, 1.0)
-
-    return schedule
+    half = end - start if kind == "linear" else (start - end) * 0.5
+    return Interpolation(*map(np.float32, (start, end, half, _inverse(num_steps))), kind=kind)
 
 
-def _cosine(start: float, end: float, progress: Any) -> Any:
-    value = end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+def _inverse(steps: int) -> np.float32:
+    return np.float32(1.0) / np.float32(max(steps, 1))
+
+
+def _cosine(start: Any, half: Any, end: Any, progress: Any) -> Any:
+    value = end + half * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
     return jnp.where(progress > 0.0, value, start)  # not rounded, whatever the end is
 
 

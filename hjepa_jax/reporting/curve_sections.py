@@ -90,13 +90,14 @@ def schedules_section(facts: Facts) -> Section | None:
         if len(steps):
             label = name.replace("_", " ").replace("ema", "EMA")
             rows.append((label, num(values[0]), num(values.max()), num(values[-1])))
-            panels.append(
-                Panel(label[0].upper() + label[1:], label, {label: thin((steps, values))})
-            )
+            if values.min() < values.max():  # a constant needs no picture
+                title = label[0].upper() + label[1:]
+                panels.append(Panel(title, label, {label: thin((steps, values))}))
     if not rows:
         return None
     text = table(["schedule", "first line", "highest", "newest line"], rows)
-    return "Schedules", text, {"schedules": (curves(panels), "Schedules over training")}
+    figures = {"schedules": (curves(panels), "Schedules over training")} if panels else {}
+    return "Schedules", text, figures
 
 
 def collapse_section(facts: Facts) -> Section | None:

@@ -1,6 +1,7 @@
 """Facts about a run, read from its work directory and nowhere else."""
 
 import dataclasses
+import datetime
 import functools
 import pathlib
 from typing import Any
@@ -73,6 +74,15 @@ class Facts:
     def own_probes(self) -> list[Row]:
         """Returns the rows on the data set that judges the run, of one seed; see `rows_on`."""
         return rows_on(self.config.eval.data or self.config.data.source, self.probes)
+
+    @property
+    def ended(self) -> str:
+        """Returns the date of the newest log line as the beginning of a sentence; "" if unknown."""
+        path = self.workdir / "metrics.jsonl"
+        if not path.exists():
+            return ""
+        when = datetime.datetime.fromtimestamp(path.stat().st_mtime)
+        return f"Newest line of the log: {when:%Y-%m-%d %H:%M}. "
 
     @property
     def device_memory(self) -> int | None:

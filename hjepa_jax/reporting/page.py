@@ -65,6 +65,11 @@ def code(value: object) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
+def slug(heading: str) -> str:
+    """Returns the address of a section within the page."""
+    return re.sub(r"\W+", "-", heading.lower())
+
+
 def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, bytes]]) -> str:
     """Returns a page that loads no other file.
 
@@ -72,6 +77,7 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
     their address in the text.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    body = re.sub(r"<h2>(.*?)</h2>", lambda h: f'<h2 id="{slug(h[1])}">{h[1]}</h2>', body)
     for address, (light, dark) in pictures.items():
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
         body = re.sub(

@@ -11,6 +11,7 @@ from hjepa_jax.evaluation.results import (
     differing,
     scores_by,
     tested_on,
+    verdict_of,
     warnings,
 )
 from hjepa_jax.reporting.facts import Facts
@@ -72,7 +73,7 @@ def probes_section(facts: Facts) -> Section | None:
     if quality:
         where = ["encoder", "step", "pool", "level", *differing(quality)]
         rows = [
-            [*map(r.get, where), *(num(r.get(n)) for n in QUALITY_COLUMNS), r["verdict"]]
+            [*map(r.get, where), *(num(r.get(n)) for n in QUALITY_COLUMNS), verdict_of(r)]
             for r in quality
         ]
         parts.append(table([*where, *QUALITY_COLUMNS, "verdict"], rows))

@@ -11,10 +11,11 @@ from hjepa_jax.evaluation.results import best_row, column, differing, format_sco
 from hjepa_jax.reporting.curve_sections import thin
 from hjepa_jax.reporting.facts import Facts, read_facts
 from hjepa_jax.reporting.figures import Panel, curves, png
-from hjepa_jax.reporting.page import Section, code, escape, table, to_html
+from hjepa_jax.reporting.page import Section, code, escape, slug, table, to_html
 from hjepa_jax.reporting.projector import write_projector
 from hjepa_jax.reporting.sections import sections
 from hjepa_jax.reporting.verdicts import num, pct
+from hjepa_jax.runs.seeds import differences
 from hjepa_jax.runtime.files import replacing
 from hjepa_jax.runtime.names import encodable
 
@@ -52,7 +53,8 @@ def write_report(
 def publish(title: str, parts: list[Section], output: pathlib.Path) -> list[pathlib.Path]:
     """Writes sections as report.md, report.html and figures/."""
     (output / "figures").mkdir(parents=True, exist_ok=True)
-    text, pictures = [f"# {escape(title)}"], {}
+    contents = " · ".join(f"[{heading}](#{slug(heading)})" for heading, _, _ in parts)
+    text, pictures = [f"# {escape(title)}", contents], {}
     for heading, body, figures in parts:
         text += [f"## {heading}", body]
         for name, (figure, caption) in figures.items():
@@ -136,10 +138,14 @@ def _probe_table(runs: list[Facts], heads: list[str]) -> str:
                 key += "".join(f", {name} {row.get(name)}" for name in rare)
                 cells.setdefault(key, [None] * len(runs))[i] = row["top1"]
     rows = [[key, *map(pct, values)] for key, values in cells.items()]
-    spread = [
-        [*row, f"{100 * float(np.std(values, ddof=1)):.2f}"]
-        if (values := [v for v in cells[row[0]] if v is not None]) and len(values) > 1
-        else [*row, "-"]
-        for row in rows
-    ]
+    steps = [run.history.last_step() for run in runs]
+    images = [run.meta.get("data") for run in runs]
+    if differing_runs := differences([run.config for run in runs], steps, images):
+        text = f"Top-1 in percent. There is no standard deviation, because {differing_runs}."
+        return text + "\n\n" + table(heads, rows)
+    spread = []
+    for row, values in zip(rows, cells.values(), strict=True):
+        known = [value for value in values if value is not None]
+        std = f"{100 * float(np.std(known, ddof=1)):.2f}" if len(known) > 1 else "-"
+        spread.append([*row, std])
     return "Top-1 in percent.\n\n" + table([*heads, "standard deviation"], spread)

@@ -3,6 +3,7 @@
 from hjepa_jax.config import base_config
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.evaluation.collapse import PATIENCE
+from hjepa_jax.evaluation.results import best_row, encoder_name, format_score, tested_on
 from hjepa_jax.reporting.curve_sections import (
     collapse_section,
     loss_section,
@@ -13,23 +14,36 @@ from hjepa_jax.reporting.facts import Facts
 from hjepa_jax.reporting.page import Section, code, table
 from hjepa_jax.reporting.probe_sections import features_section, look_section, probes_section
 from hjepa_jax.reporting.verdicts import checklist, next_steps, pct
+from hjepa_jax.runs.progress import format_duration
+
+# Figures that stand on the first screen, in the section of the results.
+FIRST = ("probe_linear", "neighbours", "masks")
 
 
 def sections(facts: Facts) -> list[Section]:
-    """Returns all sections of the report that are not empty."""
+    """Returns all sections of the report that are not empty: results, evidence, origin."""
     made = [
-        _summary, _setting, _parameters, speed_section, loss_section, schedules_section,
-        collapse_section, _warnings, probes_section, look_section, features_section, _checkpoints,
-        _next,
+        _summary, _next, probes_section, look_section, features_section, loss_section,
+        collapse_section, _warnings, schedules_section, speed_section, _checkpoints, _parameters,
+        _setting,
     ]  # fmt: skip
-    return [section for make in made if (section := make(facts)) is not None]
+    (heading, text, first), *rest = (part for make in made if (part := make(facts)) is not None)
+    for name in FIRST:
+        for _, _, figures in rest:
+            if name in figures:
+                first[name] = figures.pop(name)
+    return [(heading, text, first), *rest]
 
 
 def _summary(facts: Facts) -> Section:
     step, total = facts.history.last_step(), facts.num_steps
     of = f" of {total}" if total else " (number of steps not known)"
+    device = facts.meta.get("versions", {}).get("device", "an unknown device")
+    duration = format_duration(facts.history.training_seconds())
     lines = [
-        f"**Status: {facts.status}**, step {step}{of}.",
+        f"**Status: {facts.status}**, step {step}{of}. {facts.ended}{duration} in steps, on "
+        f"{device}.",
+        *_headline(facts),
         "A good representation beats the same network untrained and raw pixels, and has not "
         "collapsed. Whether this one does, by its own numbers:",
         table(
@@ -53,6 +67,23 @@ def _summary(facts: Facts) -> Section:
     if facts.history.num_damaged:
         lines.append(f"{facts.history.num_damaged} lines of metrics.jsonl are damaged.")
     return "What was reached", "\n\n".join(lines), {}
+
+
+def _headline(facts: Facts) -> list[str]:
+    """Returns a table of the best scores of each encoder; nothing without scores."""
+    encoders, rows = ("target", "random_init", "pixels"), []
+    for protocol, name in (("linear", "linear probe"), ("knn", "k-NN")):
+        best = [best_row(facts.own_probes, protocol, encoder) for encoder in encoders]
+        if any(best):
+            rows.append([name, *("-" if row is None else format_score(row) for row in best)])
+    if not rows:
+        return []
+    text = "Best features of each encoder, chosen on held-out training images; top-1 in percent"
+    scored = [row for row in facts.own_probes if "top1" in row]
+    chance = {row["chance"] for row in scored if "chance" in row}
+    text += f" on {tested_on(scored)}, with the 95 % interval"
+    text += f"; chance is {pct(chance.pop())}" if len(chance) == 1 else ""
+    return [f"{text}:", table(["", *map(encoder_name, encoders)], rows)]
 
 
 def _setting(facts: Facts) -> Section:

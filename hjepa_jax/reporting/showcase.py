@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
+from hjepa_jax.config import base_config
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.evaluation.quality import singular_values
 from hjepa_jax.method.train_state import TrainState
@@ -19,6 +20,30 @@ from hjepa_jax.runtime.provenance import source_commit, versions
 
 MAX_SHARE = 0.02  # fraction of a run's time
 FIRST_COST_SEC = 10.0  # expected for the first pictures, mostly to compile
+
+
+# Meaning of the curves, by the name before a level or the name of a loss term.
+CURVES = {
+    "eval/knn_top1, knn_top1_<features>": "k-NN of held-out training images, by the labels",
+    "eval/linear_top1, linear_top1_<level>": "linear probe on the test images after the last step",
+    "probe/": "best score of each encoder on the test images, chosen on held-out training images",
+    "train/loss": "weighted sum of all terms; falls also when all features become alike",
+    "train/loss_<term>": "a term before its weight",
+    "train/effective_rank": "directions that the target features use; low is a collapse",
+    "train/relative_std": "spread of the target features over their length; near 0 is a collapse",
+    "train/target_std, context_std": "how far images differ; near 0 all are one point",
+    "train/pred_target_cosine": "how well hidden patches are predicted; near 1 is too easy",
+    "train/explained_variance_<level>": "prediction: 0 is no better than the mean, 1 is perfect",
+    "train/position_share": "share of the targets' variance that the place of a patch decides",
+    "train/image_share": "share of the targets' variance that the image decides",
+    "train/num_targets_<level>": "targets per image",
+    "train/learning_rate, weight_decay, ema_momentum": "schedules",
+    "train/grad_norm, update_norm, param_norm": "Euclidean norms over all parameters",
+    "train/nonfinite_steps": "steps left out so far, because loss or gradient was not finite",
+    "perf/images_per_sec, steps_per_sec": "speed without evaluation, saving and pictures",
+    "perf/data_wait_fraction": "share of the time in which the device waits for images",
+    "perf/peak_memory_bytes": "of the device; on a CPU, of the process",
+}
 
 
 class Budget:
@@ -53,20 +78,30 @@ class Showcase:
       run: the run.
       images: its training images.
       logger: receives the pictures.
+      name: name of the run among others.
     """
 
-    def __init__(self, run: Run, images: Num[np.ndarray, "n H W C"], logger: RunLogger):
-        self._run, self._images, self._logger = run, fixed_images(images), logger
+    def __init__(
+        self, run: Run, images: Num[np.ndarray, "n H W C"], logger: RunLogger, *, name: str
+    ):
+        self._name, self._run, self._logger = name, run, logger
+        self._images = fixed_images(images)
         self._snapshot = jax.jit(build_snapshot_fn(run.config, run.model))
         self._budget, self._started = Budget(MAX_SHARE, FIRST_COST_SEC), time.perf_counter()
 
     def introduce(self, state: TrainState) -> None:
-        """Logs the configuration (as hparams and text), the parameters and the environment."""
+        """Logs the fields that differ from the defaults as hparams, and texts.
+
+        The texts are the meaning of the curves, the configuration, the parameters and the
+        environment.
+        """
         if not self._logger.tensorboard:
             return
-        fields = flatten(self._run.config.to_dict())
+        fields, defaults = (flatten(c.to_dict()) for c in (self._run.config, base_config()))
+        changed = {k: v for k, v in fields.items() if v != defaults[k]}
         self._logger.hparams(
-            {k: v if isinstance(v, int | float | str) else str(v) for k, v in fields.items()}
+            {"run": self._name}
+            | {k: v if isinstance(v, int | float | str) else str(v) for k, v in changed.items()}
         )
         parts = {**state.params, "target encoder": state.target_params}
         leaves = [
@@ -84,6 +119,7 @@ class Showcase:
         self._logger.texts(
             0,
             {
+                "curves": table(["curve", "meaning"], list(CURVES.items())),
                 "config": table(["field", "value"], list(fields.items())),
                 "parameters": table(["part", "shape", "parameters"], sizes + leaves),
                 "environment": table(["", "version"], list(where.items())),

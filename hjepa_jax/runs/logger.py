@@ -40,7 +40,8 @@ class RunLogger:
         self._pending: dict[str, Any] = {}
         path = workdir / "metrics.jsonl"
         self._file = path.open("a", encoding="utf-8")
-        self._file.truncate(end_of_step(path, resume_step))
+        if (end := end_of_step(path, resume_step)) != path.stat().st_size:
+            self._file.truncate(end)
 
     @functools.cached_property
     def _writer(self) -> Any:
@@ -160,8 +161,11 @@ def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
             RecordWriter(file).write(event.SerializeToString())
 
 
-def write_tensorboard_scalars(workdir: pathlib.Path, step: int, values: dict[str, float]) -> None:
-    """Adds scalars to the TensorBoard events of a run that this process does not train."""
+def write_tensorboard(
+    workdir: pathlib.Path, step: int, values: dict[str, float], texts: dict[str, str]
+) -> None:
+    """Adds scalars and texts to the TensorBoard events of a run that another process trains."""
     writer = _tensorboard_writer(workdir)
     writer.write_scalars(step, values)
+    writer.write_texts(step, texts)
     writer.close()

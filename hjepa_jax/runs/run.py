@@ -1,7 +1,10 @@
 """Builds a run from a config: model, training step, data, and their placement on devices."""
 
 import dataclasses
+import functools
 import math
+import pathlib
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +25,7 @@ from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow, empty_window, make_averages, make_run_steps
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
+from hjepa_jax.runs.progress import format_table, sizes_table
 from hjepa_jax.runtime.backend import current_rules, initialise, select_platform
 from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.runtime.placement import Placement, check_resident, make_placement
@@ -41,7 +45,8 @@ class Run:
       schedules: length, learning rate, weight decay, EMA momentum.
       create: returns state and metrics window at step 0, placed on the devices.
       lower: `lower(steps_per_call, donate)` returns the lowered program
-        `(state, window, images, index, count) -> (state, window)`, see `make_run_steps`.
+        `(state, window, images, index, count, schedules.numbers) -> (state, window)`, see
+        `make_run_steps`. So runs with other rates or of another length have the same program.
         `platforms` names other backends to lower for.
       placement: layout of the arguments of that program.
       batch_shape: (batch_size,), or with gradient accumulation (parts, images per part).
@@ -81,7 +86,7 @@ def build_run(config: Config, source: Source) -> Run:
     tx = build.build_optimizer(config, schedules)
     # jax.jit remembers its traces: the shapes below and the program share one trace. `inline` keeps
     # the program itself the same.
-    train_step = jax.jit(build.build_train_step(config, model, tx, schedules), inline=True)
+    train_step = jax.jit(functools.partial(_train_step, config, model, schedules), inline=True)
     create_state = jax.jit(build.build_create_state(config, model, tx), inline=True)
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
@@ -90,7 +95,7 @@ def build_run(config: Config, source: Source) -> Run:
 
     state = jax.eval_shape(create_state)
     layout = placement.state(state)
-    _, outputs = jax.eval_shape(train_step, state, images_like(*batch_shape))
+    _, outputs = jax.eval_shape(train_step, schedules.numbers, state, images_like(*batch_shape))
     averages, width = make_averages(sorted(outputs.scalars)), outputs.features.shape[-1]
 
     def create_window() -> LogWindow:
@@ -100,30 +105,45 @@ def build_run(config: Config, source: Source) -> Run:
         window = create_window()
         return initialise(create_state, layout), placement.put(window, placement.whole)
 
-    def sharded_step(state: TrainState, images: Any) -> Any:
+    def sharded_step(numbers: Any, state: TrainState, images: Any) -> Any:
         # Forward and backward pass need full parameters. In the update each device has its part.
         params, target_params = placement.gathered((state.params, state.target_params))
         state = dataclasses.replace(state, params=params, target_params=target_params)
-        return train_step(state, images)
+        return train_step(numbers, state, images)
 
     def lower(
         *, steps_per_call: int, donate: bool, platforms: tuple[str, ...] | None = None
     ) -> Any:
         whole, batches = placement.whole, placement.batches_of(batch_shape)
         placed = {} if whole is None else {
-            "in_shardings": (layout, whole, batches if streamed else whole, batches, whole),
+            "in_shardings": (layout, whole, batches if streamed else whole, batches, whole, whole),
             "out_shardings": (layout, whole),
         }  # fmt: skip
         donated = (0, 1) if donate else ()
-        run_steps = jax.jit(make_run_steps(sharded_step), donate_argnums=donated, **placed)
+
+        def run_steps(*args: Any) -> Any:
+            *rest, numbers = args
+            return make_run_steps(functools.partial(sharded_step, numbers))(*rest)
+
+        run_steps = jax.jit(run_steps, donate_argnums=donated, **placed)
         shape = (steps_per_call, *batch_shape)
         images = images_like(*shape) if streamed else images_like(info.num_train)
         index = None if streamed else jax.ShapeDtypeStruct(shape, jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
-        traced = run_steps.trace(state, jax.eval_shape(create_window), images, index, count)
+        window = jax.eval_shape(create_window)
+        traced = run_steps.trace(state, window, images, index, count, schedules.numbers)
         return traced.lower(lowering_platforms=platforms)
 
     return Run(config, model, schedules, create, lower, placement, batch_shape)
+
+
+def _train_step(
+    config: Config, model: HJEPA, schedules: build.Schedules, numbers: Any, *args: Any
+) -> Any:
+    """Runs the training step with the numbers of the schedules as arguments of the program."""
+    schedules = schedules.with_numbers(numbers)
+    tx = build.build_optimizer(config, schedules)
+    return build.build_train_step(config, model, tx, schedules)(*args)
 
 
 def _check_colours(config: Config, info: SourceInfo) -> None:
@@ -227,23 +247,50 @@ def describe(config: Config) -> dict[str, Any]:
         whole = config.copy_and_resolve_references()
         whole.optim.accumulation_steps = 1
         run = build_run(whole, source)
-    masks = build.build_masks(config)
-    state, _ = jax.eval_shape(run.create)
-    trainable, target = num_params(state.params), num_params(state.target_params)
     with jax.default_device(_cpu()):  # CUDA's cost analysis misses the matrix products
         cost = run.lower(steps_per_call=1, donate=False).cost_analysis()
     return {
-        "params_total": trainable + target,
-        "params_trainable": trainable,
-        "num_patches": masks.num_patches,
-        "num_levels": config.model.num_levels,
-        "num_context": masks.context_capacity,
-        "num_steps": run.schedules.num_steps,
-        "steps_per_epoch": run.schedules.steps_per_epoch,
+        **sizes(run, source),
         "flops_per_image": cost["flops"] / config.train.batch_size,
         "step_bytes": num_bytes,
         "platform": platform,
     }
+
+
+def sizes(run: Run, source: Source) -> dict[str, Any]:
+    """Returns the length of a run, and the sizes of its networks, state and resident images."""
+    masks = build.build_masks(run.config)
+    state, _ = jax.eval_shape(run.create)
+    trainable, target = num_params(state.params), num_params(state.target_params)
+    resident = source.records is None  # else the images are streamed
+    return {
+        "params_total": trainable + target,
+        "params_trainable": trainable,
+        "num_patches": masks.num_patches,
+        "num_levels": run.config.model.num_levels,
+        "num_context": masks.context_capacity,
+        "num_steps": run.schedules.num_steps,
+        "steps_per_epoch": run.schedules.steps_per_epoch,
+        "images_per_update": run.config.train.batch_size,
+        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+        "images_bytes": resident * source.info.num_train * math.prod(source.info.image_shape),
+    }
+
+
+def start_table(run: Run, source: Source, workdir: pathlib.Path) -> str:
+    """Returns the table at the start of a run."""
+    c, info = run.config, source.info
+    lines = {"workdir": str(workdir)}
+    if c.log.tensorboard:
+        lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
+    height, width, _ = info.image_shape
+    lines["data"] = (
+        f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
+        f"{len(info.class_names)} classes"
+    )
+    if c.eval.every_epochs:
+        lines["k-NN"] = "top-1 on held-out training images; training itself sees no labels"
+    return format_table(lines | sizes_table(sizes(run, source)))
 
 
 def _cpu() -> Any:

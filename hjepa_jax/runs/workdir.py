@@ -162,6 +162,15 @@ def _refuse_results_of_unknown_origin(workdir: pathlib.Path) -> None:
         raise InputError("--workdir", str(workdir), rule)
 
 
+def report_is_up_to_date(workdir: pathlib.Path) -> bool:
+    """Returns whether the report is newer than all that it is made of."""
+    names = ("metrics.jsonl", "probe.json", "config.json", "run.json", "checkpoints")
+    sources = [path for name in names if (path := workdir / name).exists()]
+    newest = max(path.stat().st_mtime_ns for path in sources)
+    report = workdir / "report.html"
+    return report.exists() and report.stat().st_mtime_ns > newest
+
+
 @contextlib.contextmanager
 def writing(directory: pathlib.Path, field: str = "--workdir") -> Iterator[None]:
     """Turns an error of the file system inside the block into an InputError of `field`."""

@@ -32,7 +32,7 @@ from hjepa_jax.runs.history import read_lines
 from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
 from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.progress import Progress, StepTimer, peak_memory_bytes
-from hjepa_jax.runs.run import Run, num_params
+from hjepa_jax.runs.run import Run
 from hjepa_jax.runs.workdir import writing
 from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.backend import current_rules
@@ -93,7 +93,7 @@ class Loop:
             self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
         shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
         self._show_every = math.ceil(shows_every * steps_per_epoch)
-        self._showcase = Showcase(run, train.images, logger)
+        self._showcase = Showcase(run, train.images, logger, name=workdir.resolve().name)
 
     def run(self, state: TrainState, window: LogWindow, begin: Callable[[], None]) -> TrainState:
         """Runs from the state's step to the last one.
@@ -118,6 +118,8 @@ class Loop:
         run_steps, size = self._compile(state, step)
         begin()
         cluster.meet()  # compiling takes each process its own time
+        place = self._run.placement
+        numbers = place.put(self._schedules.numbers, place.whole)
         with self._batches(step, size) as batches, StopSignals() as stop:
             self._timer.restart()
             under_way: collections.deque[Any] = collections.deque()
@@ -127,10 +129,11 @@ class Loop:
                 before = time.perf_counter()
                 images, index = self._take(batches, step, count)
                 data_wait = time.perf_counter() - before
-                state, window = run_steps(state, window, images, index, np.int32(count))
+                state, window = run_steps(state, window, images, index, np.int32(count), numbers)
                 under_way.append(state.step + 0)  # a copy: the next call is given the state
                 step += count
                 self._timer.add_steps(count, data_wait)
+                self._tick(window, step)
                 return_unused_memory(above=0.0 if self._logs_at(step) else _FULL)
                 signum = self._agreed(stop.signum, step)
                 with writing(self._workdir):
@@ -139,7 +142,7 @@ class Loop:
                     raise Interrupted(signum, step)
                 if step == count:  # the run's first call, not that of a resumed run
                     with writing(self._workdir):
-                        self._introduce(state)
+                        self._introduce(state, window)
             if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
                 raise Interrupted(signum, step)
         self._progress.end()
@@ -147,7 +150,10 @@ class Loop:
 
     def _compile(self, state: TrainState, step: int) -> tuple[Any, int]:
         """The compiled program, and how many steps it makes at most in one call."""
-        rules, started = current_rules(), time.perf_counter()
+        rules = current_rules()
+        if cluster.is_first():
+            print("compiling the training step ...", flush=True)
+        started = time.perf_counter()
         run_steps, size = self._run.compile()
         if cluster.is_first():
             warn_of_sizes(self._config, step_bytes(run_steps))
@@ -155,13 +161,22 @@ class Loop:
             stop_keeping_memory()
         return_unused_memory()
         print(
-            f"{num_params(state.params):,} trainable parameters on {self._backend}"
+            f"compiled in {time.perf_counter() - started:.1f} s on {self._backend}"
             + (f" ({rules})" if str(rules) else "")
-            + f", compiled in {time.perf_counter() - started:.1f} s, "
-            + (f"going on at step {step}" if step else "starting"),
+            + (f", going on at step {step}" if step else ", starting"),
             flush=True,
         )
         return run_steps, size
+
+    def _tick(self, window: LogWindow, step: int) -> None:
+        """Shows the step and the loss between two log lines, if nothing was shown for a while."""
+        if self._progress.is_due() and not self._logs_at(step):
+            loss = float(window.averages.loss.compute())  # waits for the steps under way
+            self._show_progress(step, loss, self._timer.rates(self._config.train.batch_size))
+
+    def _show_progress(self, step: int, loss: float, rates: dict[str, float]) -> None:
+        speed = {name: rates[f"perf/{name}"] for name in ("images_per_sec", "steps_per_sec")}
+        self._progress.show(step, loss=loss, **speed)
 
     def _wait(self, state: TrainState, under_way: collections.deque[Any]) -> None:
         """Waits until the device may be given another call."""
@@ -176,11 +191,15 @@ class Loop:
         lines = read_lines(self._workdir / "metrics.jsonl")
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
-    def _introduce(self, state: TrainState) -> None:
-        """Sends the first pictures, after the first call: TensorBoard's packages load slowly."""
+    def _introduce(self, state: TrainState, window: LogWindow) -> None:
+        """Sends texts and the first pictures, after the first call: TensorBoard loads slowly."""
         jax.block_until_ready(state)
         paused = time.perf_counter()
         self._showcase.introduce(state)
+        if self._show_every:
+            local = self._run.placement.local(dataclasses.replace(state, opt_state=None))
+            if cluster.is_first():
+                self._showcase.show(local, window)
         cluster.meet()  # the others wait here for process 0, not inside a step
         self._timer.add_pause(time.perf_counter() - paused)
 
@@ -302,12 +321,9 @@ class Loop:
         values = summarize(window, verdict)
         rates = self._timer.rates(batch_size)
         unreadable = 0 if self._records is None else cluster.total(len(self._unreadable))
-        self._progress.show(
-            step,
-            loss=values["loss"],
-            images_per_sec=rates["perf/images_per_sec"],
-            steps_per_sec=rates["perf/steps_per_sec"],
-        )
+        if verdict:
+            self._progress.rank = verdict.effective_rank
+        self._show_progress(step, values["loss"], rates)
         self._logger.scalars(
             step,
             {
@@ -364,6 +380,7 @@ class Loop:
                 )
                 num_right = int(np.sum(predictions == labels[own]))
             scores[metric] = cluster.total(num_right) / len(queries)
+        self._progress.knn = max(scores.values())
         self._logger.scalars(step, scores)
         told = ", ".join(
             f"{100 * scores[metric]:.1f} % ({name.replace('_', ' ')})"

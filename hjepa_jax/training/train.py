@@ -17,20 +17,22 @@ from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
 from hjepa_jax.evaluation.protocols import Protocol
-from hjepa_jax.evaluation.results import headline_scores
+from hjepa_jax.evaluation.results import format_tables, headline_scores
 from hjepa_jax.method.train_state import TrainState
 from hjepa_jax.method.window import LogWindow
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.checkpoint_meta import read_saved
+from hjepa_jax.runs.history import read_history
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source, with_statistics
+from hjepa_jax.runs.run import Run, build_run, open_config_source, start_table, with_statistics
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
     checkpoint_sizes,
     prepare_workdir,
+    report_is_up_to_date,
     with_recorded_start,
     writing,
 )
@@ -115,10 +117,12 @@ def _check(config: Config, workdir: pathlib.Path, data: RunRecord | None = None)
 
 def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     """Loads the images and builds the run."""
+    _say(f"opening {config.data.source} for {workdir} ...")
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
         # It refuses bad configs before images are read.
         run = build_run(with_statistics(config, source, None), source)
+        _say(start_table(run, source, workdir))
         train, test = source.load()
     found: dict[str, Any] = {"num_train": len(train.images), "num_test": len(test.images)}
     if train.labels is None:
@@ -134,6 +138,11 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
     return _Parts(run, source, train, test, judged, workdir, backend, record)
+
+
+def _say(text: str) -> None:
+    if cluster.is_first():
+        print(text, flush=True)
 
 
 @contextlib.contextmanager
@@ -180,6 +189,10 @@ def _report(parts: _Parts) -> None:
     workdir = parts.workdir
     if not parts.run.config.log.report or not cluster.is_first():
         return
+    if report_is_up_to_date(workdir):
+        print("report.html is up to date", flush=True)
+        return
+    print("writing the report ...", flush=True)
     try:
         from hjepa_jax.reporting.publish import write_report  # matplotlib loads slowly
 
@@ -246,8 +259,6 @@ def _judge(
 ) -> list[dict[str, Any]]:
     """Runs the probes on the trained encoder and its baselines."""
     config, judged = parts.run.config, parts.judged
-    if judged.has_classes:
-        print("probes, chosen on held-out training images, scored on the test images:", flush=True)
     with writing(parts.workdir):
         rows = judge_run(
             parts.workdir,
@@ -260,6 +271,11 @@ def _judge(
             step=step,
             protocol=Protocol(num_val=config.eval.num_val, batch_size=config.eval.batch_size),
         )
-        if scores := headline_scores(rows):
+        if not (scores := headline_scores(rows)):
+            return rows
+        history = read_history(parts.workdir / "metrics.jsonl")
+        logged = {n: dict(zip(*history.series(n), strict=True)).get(step) for n in scores}
+        if logged != scores:
             logger.scalars(step, scores)
+            logger.texts(step, {"probe": f"```\n{format_tables(rows)}\n```"})
     return rows

@@ -19,6 +19,7 @@ from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.run import Run
 from hjepa_jax.runs.workdir import load_config
+from hjepa_jax.runtime import cluster
 from hjepa_jax.runtime.paths import local_path
 from hjepa_jax.runtime.placement import Placement
 
@@ -111,6 +112,8 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
     with _errors_of_the_field(workdir):
         _, found, _ = load_state(folder)
         grids = grid_of(load_config(folder)), grid_of(run.config)
+    if cluster.is_first():
+        print(f"{FIELD}: starting from {workdir}, step {int(found.step)}", flush=True)
     place, ours = run.placement, state.params
     theirs = _with_our_head(workdir, found.params, ours, place)
     params, target_params = on_grid(theirs, *grids), on_grid(found.target_params, *grids)
