@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Num, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
 from hjepa_jax.data.augment import Augment
 from hjepa_jax.data.sides import pair
@@ -32,7 +32,7 @@ from hjepa_jax.method.objective import (
     weighted_sum,
 )
 from hjepa_jax.method.optimizer import Schedule, global_norm
-from hjepa_jax.method.train_state import TrainState, ema_update
+from hjepa_jax.method.train_state import TrainState, ema_update, select, with_moment
 from hjepa_jax.models.hjepa import HJEPA, Targets
 
 
@@ -250,7 +250,7 @@ def accumulated_gradient(
 
     def add(carry: Any, part: Any) -> tuple[Any, StepOutputs]:
         total, moment = carry
-        grads, outputs = gradient(method, _with_moment(state, moment), *part)
+        grads, outputs = gradient(method, with_moment(state, moment), *part)
         total = jax.tree.map(jnp.add, total, grads)
         moment = outputs.spread_moment
         return (total, moment), dataclasses.replace(outputs, spread_moment=None)
@@ -260,14 +260,8 @@ def accumulated_gradient(
     (total, moment), outputs = jax.lax.scan(add, start, parts)
     grads = jax.tree.map(lambda g: g / method.num_parts, total)
     scalars = {name: jnp.mean(value) for name, value in outputs.scalars.items()}
-    features = outputs.features
-    features = features.reshape(-1, features.shape[-1])
+    features = outputs.features.reshape(-1, outputs.features.shape[-1])
     return grads, StepOutputs(scalars, features, spread_moment=moment)
-
-
-def _with_moment(state: TrainState, moment: Float[Array, "K K"] | None) -> TrainState:
-    """The state with another running moment, if it carries one."""
-    return state if moment is None else dataclasses.replace(state, spread_moment=moment)
 
 
 def update(
@@ -290,16 +284,7 @@ def update(
     # A step that is not finite changes nothing but the step number. Masks, augmentation and data of
     # the next step differ, so it may do better.
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
-    new = dataclasses.replace(
-        _with_moment(state, outputs.spread_moment),
-        params=params,
-        target_params=target_params,
-        opt_state=opt_state,
-    )
+    changed = {"params": params, "target_params": target_params, "opt_state": opt_state}
+    new = dataclasses.replace(with_moment(state, outputs.spread_moment), **changed)
     new_state = dataclasses.replace(select(finite, new, state), step=state.step + 1)
     return new_state, StepOutputs(scalars, outputs.features, finite)
-
-
-def select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """`new` if the condition holds, else `old`, for trees of arrays."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -1,11 +1,13 @@
 """The training state: everything that a step reads and writes, as one pytree."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jaxtyping import Array, Bool, Float
 
 
 @struct.dataclass
@@ -77,3 +79,13 @@ def ema_update(target_params: Any, params: Any, ema_momentum: jax.Array | float)
     """Target = m * target + (1 - m) * params, leaf by leaf, m in [0, 1]."""
     m = ema_momentum
     return jax.tree.map(lambda t, p: m * t + (1.0 - m) * p, target_params, params)
+
+
+def with_moment(state: TrainState, moment: Float[Array, "K K"] | None) -> TrainState:
+    """The state with another running moment, if it carries one."""
+    return state if moment is None else dataclasses.replace(state, spread_moment=moment)
+
+
+def select(condition: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """`new` if the condition holds, else `old`, for trees of arrays."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -21,8 +21,8 @@ from clu import metrics as clu_metrics
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from hjepa_jax.method.step import TrainStep, select
-from hjepa_jax.method.train_state import TrainState
+from hjepa_jax.method.step import TrainStep
+from hjepa_jax.method.train_state import TrainState, select
 
 FEATURE_ROWS = 512
 

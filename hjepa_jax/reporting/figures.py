@@ -11,7 +11,7 @@ b'PNG'
 import dataclasses
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -246,14 +245,8 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
         if text.get_color() in ("black", INK, DARK_INK):  # not text on pictures
             text.set_color(ink)  # pyright: ignore[reportAttributeAccessIssue]
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
-    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-        # The layout takes half of the time of a drawing. It settles with the sizes that the first
-        # one found, and colours do not change it.
-        _without_warnings(figure.draw_without_rendering)
-        _draw(canvas)
-        figure.set_layout_engine("none")
-    else:
-        _draw(canvas)
+    _draw(canvas)
+    figure.set_layout_engine("none")  # half of the time of a drawing; colours do not change it
     shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
     # 256 colours: a third of the size. Colours of text, paper and lines stay exact. k-means keeps
     # the others close.
@@ -278,12 +271,7 @@ def pixels(figure: Figure) -> Float[np.ndarray, "1 H W 3"]:
 
 
 def _draw(canvas: FigureCanvasAgg) -> None:
-    """Draws the figure."""
-    _without_warnings(canvas.draw)
-
-
-def _without_warnings(draw: Callable[[], object]) -> None:
-    """Calls `draw`, without warnings about characters that the font lacks."""
+    """Draws the figure, without warnings about characters that the font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
-        draw()
+        canvas.draw()
