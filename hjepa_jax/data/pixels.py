@@ -49,7 +49,7 @@ def channels_of(source: str, found: int, wanted: int | None) -> int:
     """
     if wanted is None or wanted == found or (found, wanted) == (1, 3):
         return wanted or found
-    rule = f"must have one number per channel, and {source} has {found}; ('auto',) computes them"
+    rule = f"must have one number per channel, and {source} has {found}; auto computes them"
     raise InputError("data.mean", f"{wanted} numbers", rule)
 
 
