@@ -24,7 +24,7 @@ def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run
     command = functools.partial(run_module, "experiments.held_out", f"--num_fit={NUM_FIT}")
     done = command(str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert "random_init" in done.stdout
+    assert "random-init" in done.stdout
     rows = read_probe_json(tmp_path / "run" / "held_out.json")
     assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
     assert {row["protocol"] for row in rows} == {"linear", "knn"}

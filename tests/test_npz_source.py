@@ -160,7 +160,6 @@ BAD_LABELS = [
 BROKEN = [
     *(({"train_images": images}, f"train_images {rule}") for images, rule in BAD_IMAGES),
     *(({"train_labels": labels}, f"train_labels {rule}") for labels, rule in BAD_LABELS),
-    ({"train_labels": None}, "must hold the arrays"),
     ({"train_images": None, "train_labels": None, "arr_0": TRAIN}, "must hold the arrays"),
     ({"train_images": None, "x": GOOD["train_images"]}, "must hold the arrays"),
     ({"test_images": GOOD["train_images"]}, "holds test_images, but not images and labels"),

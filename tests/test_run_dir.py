@@ -276,7 +276,7 @@ def test_init_from_may_be_omitted_or_spelt_differently_on_resume(tmp_path, monke
         check_workdir(again, workdir, saved=saved, data=RECORD)
         for same in (str(tmp_path / "runs/a"), "./runs/a/"):
             other = with_changes({"train.init_from": same})
-            assert with_recorded_start(other, workdir, saved) is other
+            assert with_recorded_start(other, workdir, saved).train.init_from == same
             check_workdir(other, workdir, saved=saved, data=RECORD)
         other = with_changes({"train.init_from": "runs/b"})
         with pytest.raises(InputError, match=r"train.init_from 'runs/a' -> 'runs/b'"):

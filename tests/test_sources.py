@@ -254,25 +254,6 @@ def test_a_path_that_cannot_be_followed_is_refused(tmp_path, monkeypatch, kind, 
     assert_refused(f"{kind}:{path}", "")
 
 
-@pytest.mark.parametrize(
-    ("files", "rule"),
-    [
-        ([], "must hold one sub-folder per class"),
-        (["0.png"], "one image cannot be split"),
-        (["0.png", "val/0.png"], "must hold one sub-folder per class; images:"),
-        (["x/0.png"], "one image cannot be split"),
-        (["x/0.png", "y/notes.txt"], "there is no image in"),
-        (["train/x/0.png", "test/y/0.png"], "must have the same classes"),
-        (["train/x/0.png", "test/0.png"], "must hold one sub-folder per class"),
-    ],
-)
-def test_a_folder_that_breaks_a_rule_is_refused(tmp_path, files, rule):
-    for file in files:
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch() if file.endswith("txt") else save_image(tmp_path / file)
-    assert_refused(f"folder:{tmp_path}", rule)
-
-
 def test_files_that_may_hold_several_images_are_counted(tmp_path, capsys):
     for name in ("0.gif", "1.TIF", "2.png"):
         save_image(tmp_path / "x" / name)

@@ -56,7 +56,10 @@ def check_source(config: Config) -> None:
             raise InputError(FIELD, workdir, rule)
     for path in sorted(there.keys() | here.keys()):
         shapes = there.get(path), here.get(path)
-        is_free = path.startswith(HEAD) or path.endswith(POSITIONS)
+        # Another grid has another number of positions, of the same width.
+        is_free = path.startswith(HEAD)
+        if path.endswith(POSITIONS) and all(shapes):
+            is_free = len({shape[1:] for shape in shapes if shape}) == 1
         if not (is_free or shapes[0] == shapes[1]):
             what = ", ".join(
                 f"{shape if shape else 'absent'} {where}"
