@@ -56,7 +56,7 @@ def write_images(folder: pathlib.Path, num: int) -> None:
 
 
 def watch(command: list[str], stop: Callable[[], bool] = lambda: False) -> list[float]:
-    """Runs a command, or kills it once `stop()` holds; returns its memory every half second, MiB."""
+    """Runs a command, or kills it once `stop()` holds; returns its memory over time, MiB."""
     seen = []
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
