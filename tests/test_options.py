@@ -18,7 +18,7 @@ from hjepa_jax.method.train_state import create_train_state
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import rope2d_angles, rotate, turns_of
-from hjepa_jax.models.predictor import MODES, Predictor
+from hjepa_jax.models.predictor import MODES, Predictor, _groups
 from hjepa_jax.models.pyramid import FUSIONS, FeaturePyramid, upsampling_matrix
 from hjepa_jax.models.transformer import Attention, Block, drop_path_rates
 from hjepa_jax.models.vit import VisionTransformer
@@ -448,6 +448,11 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
     np.testing.assert_allclose(found[kept], branch[kept] / 0.75, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(drop_path_rates(4, 0.3), [0.0, 0.1, 0.2, 0.3])
     assert drop_path_rates(1, 0.3) == [0.3]
+
+
+def test_each_block_and_each_coarser_level_is_a_group_of_its_own():
+    assert _groups(2, 3, {0: 6, 1: 4}).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+    assert _groups(2, 3, {1: 4}).tolist() == [0, 0, 1, 1, 1, 1], "cells are not cut into blocks"
 
 
 @pytest.mark.slow

@@ -107,9 +107,9 @@ def agreement_loss(
     teacher: Float[Array, "B 1 K"] | None = None,
     teacher_weight: float = 0.0,
 ) -> Float[Array, ""]:
-    """How far the V views of each image point from their mean direction: 1 - cosine, in [0, 1].
+    """How far the V views of each image point from their mean direction: 1 - cosine.
 
-    Every view takes part in the mean and has a gradient through it.
+    In [0, 1] without a teacher. Every view takes part in the mean, with a gradient through it.
 
     Args:
       x: projections of the views.

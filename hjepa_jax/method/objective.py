@@ -34,7 +34,7 @@ class Objective:
       num_slices: random directions per step, for SIGReg.
       teacher_weight: weight of the target encoder's projection in the centre of the agreement.
       spread_moment: second moment that the spread compares: "batch" (one per view), "views" (one
-        over all views) or "running" (the latter, averaged over batches; see `second_moment`).
+        over all views) or "running" ("views", averaged over batches; see `second_moment`).
     """
 
     weights: Mapping[str, float]

@@ -69,7 +69,8 @@ class Method:
         collapse.
       local_views: further views of each image; None = none.
       num_parts: for gradient accumulation: number of parts of the batch; their gradients are
-        averaged. Batch statistics (VICReg, SIGReg, projection, spread) are computed per part.
+        averaged. Means over queries and statistics of a batch (VICReg, SIGReg, projection,
+        spread) are computed per part.
     """
 
     model: HJEPA
@@ -158,7 +159,7 @@ def gradient(
     # 1. Masks, and the augmented views that they apply to.
     inputs = sample_inputs(method, images, augment_rngs, mask_rngs)
 
-    # 2. Targets, from the EMA parameters alone.
+    # 2. Targets, from the EMA parameters alone (without an EMA: within `loss_fn`).
     ema_targets = None
     if method.ema_momentum_fn is not None:
         ema_targets = jax.lax.stop_gradient(encode_targets(method, state.target_params, inputs))
@@ -166,7 +167,7 @@ def gradient(
     # 3. Loss and gradient.
     rng = batch_rng(state.rng, state.step)
     rngs = {}
-    if model.context_encoder.drop_path:  # drawn for this part of the batch
+    if model.context_encoder.drop_path:  # one key for each part of a batch
         rngs["drop_path"] = jax.random.fold_in(mask_rngs[0], NO_IMAGE)
 
     def loss_fn(params: Any) -> tuple[Array, Any]:

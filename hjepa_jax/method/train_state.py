@@ -15,7 +15,7 @@ class TrainState:
     """All that a run must keep to go on exactly where it stopped.
 
     Attributes:
-      step: int32 [], optimizer updates done.
+      step: int32 [], steps done; a skipped update counts.
       params: online parameters, {"context_encoder": ..., "predictor": ...} and, where views agree,
         "projection"; float32.
       target_params: EMA of params["context_encoder"]; a copy, with `model.target=online`.

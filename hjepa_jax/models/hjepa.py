@@ -72,7 +72,7 @@ class HJEPA(nn.Module):
       predictor: predicts hidden features at every level.
       levels: the levels that are predicted; None = all. Without any there is no predictor.
       summary_pass: whether the summary tokens alone must predict these levels as well.
-      min_coverage: fraction of a cell's patches that must be hidden for it to be predicted.
+      min_coverage: fraction of a cell's patches that must be hidden for it to count in the loss.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
       projection: of each view, into the space where the views of an image agree; None = none.
       projection_input: what it reads of a view: "summary" (tokens), or "summary+patches": these,
@@ -233,7 +233,7 @@ class HJEPA(nn.Module):
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
     """Means over the valid tokens; an image without any gets the mean of all other images.
 
-    Such an image adds nothing to the spread of the batch. A vector of zeros would.
+    Such an image adds nothing to the variance of the batch. A vector of zeros would.
     """
     weight = valid.astype(jnp.float32)[..., None]
     means = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)

@@ -27,7 +27,7 @@ class Predictor(nn.Module):
 
     Its `mode` says who attends to whom:
       self: all tokens to all. The prediction of one block depends on the other blocks.
-      blocks: the queries of each block to the context and to themselves. This equals one pass per
+      blocks: the queries of each block to the context and to each other. This equals one pass per
         block, except that the context attends to itself only and is computed once. The queries of
         each coarser level form a block, too.
       cross: each query to the context alone. Context tokens are not updated. This is the cheapest.
@@ -38,8 +38,8 @@ class Predictor(nn.Module):
       out_width: width of the encoder's tokens, D.
       width, depth, num_heads, mlp_ratio: size of the predictor.
       mode: one of `MODES`.
-      positions: "learned", "sincos2d" or "rope2d". "rope2d" comes beside "sincos2d", so that a
-        query knows its place even if it attends to summary tokens only, which have no place.
+      positions: "learned", "sincos2d" or "rope2d". "rope2d" is used together with "sincos2d": a
+        query must know its place even if it attends to summary tokens only, which have none.
       precision: of the matrix products; parameters are float32.
       remat: see `block_type`.
     """
@@ -124,9 +124,9 @@ class Predictor(nn.Module):
 
         if context_index is not None:
             x = x + at_context(table).astype(x.dtype)
-        num_queries = [query_valid[level].shape[1] for level in levels]
+        num_queries = {level: query_valid[level].shape[1] for level in levels}
         queries = []
-        for level, n in zip(levels, num_queries, strict=True):
+        for level, n in num_queries.items():
             token = self.mask_token + self.level_tokens[level][None, None]
             token = jnp.broadcast_to(token, (1, n, self.width))
             queries.append(token + at_queries(table, level))
@@ -142,23 +142,16 @@ class Predictor(nn.Module):
                 queries = block(queries, memory=memory, allowed=context_valid[:, None], turns=turns)
         else:
             valid = jnp.concatenate([context_valid, *query_valid.values()], axis=1)
-            allowed = self._allowed(valid, num_context, num_queries, num_blocks)
+            allowed = valid[:, None]  # which tokens each token may attend to
+            if self.mode == "blocks":
+                groups = _groups(num_context, num_blocks, num_queries)
+                allowed = allowed & ((groups == 0) | (groups[:, None] == groups))[None]
             queries = self._joint(x, queries, allowed, turns)
-        parts = jax.lax.split(self.norm(queries), num_queries, axis=1)
+        parts = jax.lax.split(self.norm(queries), [*num_queries.values()], axis=1)
         return {
             level: self.heads[level](part).astype(jnp.float32)
             for level, part in zip(levels, parts, strict=True)
         }
-
-    def _allowed(
-        self, valid: Bool[Array, "B T"], num_context: int, num_queries: list[int], num_blocks: int
-    ) -> Bool[Array, "B _ T"]:
-        """Which of the valid tokens each token may attend to."""
-        allowed = valid[:, None]
-        if self.mode == "blocks":
-            groups = _groups(num_context, num_blocks, num_queries)
-            allowed = allowed & ((groups == 0) | (groups[:, None] == groups))[None]
-        return allowed
 
     def _joint(
         self,
@@ -184,8 +177,11 @@ def _side_by_side(parts: list[Float[Array, "_ _ D"]], batch_size: int) -> Float[
     )
 
 
-def _groups(num_context: int, num_blocks: int, num_queries: list[int]) -> Int[np.ndarray, " T"]:
+def _groups(
+    num_context: int, num_blocks: int, num_queries: dict[int, int]
+) -> Int[np.ndarray, " T"]:
     """The group of each token: 0 for the context, then one for each block and coarser level."""
-    finest = [num_queries[0] // num_blocks] * num_blocks
-    sizes = [num_context, *finest, *num_queries[1:]]
+    sizes = [num_context]
+    for level, n in num_queries.items():
+        sizes += [n] if level else [n // num_blocks] * num_blocks
     return np.repeat(np.arange(len(sizes)), sizes)

@@ -3,7 +3,7 @@
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). By default the GELU is the tanh form (fast on
   every backend). Exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever
-  the precision is, of logits in the precision's results.
+  the precision is; the logits have the dtype `precision.results`.
 """
 
 from typing import Any
@@ -145,7 +145,7 @@ class Block(nn.Module):
         attention = Attention(
             self.num_heads, self.precision, self.out_scale, self.cross, name="attention"
         )
-        if memory is not None and not self.cross:  # the predictor has normalised it otherwise
+        if memory is not None and not self.cross:  # else the predictor has normalised it
             memory = norm(memory)
         y = attention(norm(x), memory=memory, allowed=allowed, turns=turns)
         x = x + self._branch(y, "scale_attention")

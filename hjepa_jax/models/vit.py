@@ -1,8 +1,8 @@
 """Vision transformer over any subset of the patches of an image.
 
 The encoder never computes on patches it is not shown: `index` chooses them before the patch
-embedding, so hidden pixels cannot leak and cost nothing. The patch embedding is a Dense layer on
-flattened patches, the same function as the usual strided convolution.
+embedding, so hidden pixels cannot leak and cost next to nothing. The patch embedding is a Dense
+layer on flattened patches, the same function as the usual strided convolution.
 """
 
 import jax
@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
       patch_size: pixels per side of a patch, P.
       width, depth, num_heads, mlp_ratio: size of the transformer.
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
-      num_registers: further such tokens, which nobody reads.
+      num_registers: further such tokens, whose outputs are not used.
       positions: "learned", "sincos2d" or "rope2d".
       precision: of the matrix products; parameters are float32.
       drop_path: probability to leave out a branch of the last block, see `Block` and
@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
                 tokens = jnp.broadcast_to(tokens, (x.shape[0], count, self.width)).astype(x.dtype)
                 x = jnp.concatenate([tokens, x], axis=1)
         turns = None
-        if self.positions == "rope2d":  # what is nowhere is not turned
+        if self.positions == "rope2d":  # the tokens before them have angle 0
             turns = turns_of(jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0))))
         allowed = None
         if valid is not None:
@@ -157,7 +157,7 @@ class VisionTransformer(nn.Module):
                 name=f"block_{i}",
             )
             x = block(x, allowed=allowed, turns=turns)
-            self.sow("intermediates", f"tokens_{i}", x)  # for who asks; nothing in training
+            self.sow("intermediates", f"tokens_{i}", x)  # read by attention maps and probes
         x = layer_norm("norm", self.epsilon)(x).astype(jnp.float32)
         parts = (self.num_summary_tokens, self.num_registers, x.shape[1] - prefix)
         summary, _, patches = jax.lax.split(x, parts, axis=1)
