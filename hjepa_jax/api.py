@@ -9,6 +9,7 @@ names, probabilities = encoder.predict("cat.jpg")  # if the run was fine-tuned
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -106,7 +107,7 @@ class Encoder:
         return self.token_records(self._given(images), stop_at_error=True)[0]
 
     def predict(self, images: Any) -> tuple[list[str], Float[np.ndarray, "B classes"]]:
-        """Classifies images by the fine-tuned encoder and its head.
+        """Classifies images by the fine-tuned encoder and its head, of the newest fine-tuning.
 
         `hjepa probe --protocols=finetune` trains them and keeps them in the work directory.
 
@@ -196,6 +197,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     config = load_config(path)
     model, params = load_encoder(path, step)
 
+    @functools.cache
     def classifier() -> tuple[Any, list[str], EmbedFn]:
         fine_tuned, names = read_classifier(path)
         network = Classifier(model.context_encoder, len(names))

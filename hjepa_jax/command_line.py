@@ -65,7 +65,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except CONFIG_FLAGS_ERRORS as error:
         fail(override_message(argv, error) or f"{type(error).__name__}: {error}")
     if len(rest) > 1:
-        fail(f"{rest[1]!r}: not a flag; every option begins with --")
+        fail(f"{rest[1]!r}: not a flag; give it before any --")
     _reset_none(values)
     for note in notes:
         print(note, file=sys.stderr)
@@ -299,10 +299,12 @@ class _Sides(_Tuple):
     """Reads a whole number, or (height, width)."""
 
     def parse(self, argument: Any) -> Any:
-        """Returns an int if the text is one."""
+        """Returns an int if the text is one, or two equal ones."""
         with contextlib.suppress(ValueError, TypeError):
             return int(argument)
-        return super().parse(argument)
+        found = super().parse(argument)
+        is_square = isinstance(found, tuple) and len(found) == 2 and found[0] == found[1]
+        return found[0] if is_square else found
 
 
 # "none" is also a value of loss.regularizer and other string fields: see `_reset_none`.

@@ -79,7 +79,10 @@ def write_features(
 
 
 def _input_path(value: str) -> tuple[pathlib.Path, str]:
-    """Returns the input and its kind, "folder" or "npz"."""
+    """Returns the input and its kind: "folder", "images" or "npz"."""
+    kind, _, rest = value.partition(":")
+    if kind in ("folder", "images") and rest and local_path("--input", rest).is_dir():
+        return local_path("--input", rest), kind
     path = local_path("--input", value)
     if path.is_dir():
         return path, "folder"
@@ -115,7 +118,9 @@ def _not_writable(value: str, error: OSError) -> InputError:
 def _open(source: str, config: Config, value: str) -> Source:
     """Opens the input like a run of this config, so that the test images are the same."""
     when = (
-        "always" if config.data.streaming == "always" and source.startswith("folder:") else "auto"
+        "always"
+        if config.data.streaming == "always" and source.startswith(("folder:", "images:"))
+        else "auto"
     )
     streaming = dataclasses.replace(
         build.build_streaming(config), when=when, train_split=None, class_list=None

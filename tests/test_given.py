@@ -56,7 +56,7 @@ IMAGE = (8, 8, 3)
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.zeros(IMAGE, np.int8), ["int8[8, 8, 3]", "must be uint8, or floats in [0, 1]"]),
+        (np.zeros(IMAGE, np.int8), ["int8[8, 8, 3]", "must be uint8, uint16, or floats in [0, 1]"]),
         (np.zeros(IMAGE, np.int64), ["int64[8, 8, 3]", "must be uint8"]),
         (np.zeros(IMAGE, bool), ["bool[8, 8, 3]", "must be uint8"]),
         (np.zeros(IMAGE, complex), ["complex128", "must be uint8"]),

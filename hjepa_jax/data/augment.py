@@ -71,7 +71,7 @@ class Augment:
         crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
         x = image.astype(jnp.float32) / full_scale(image.dtype)
         if self.crop_scale != (1.0, 1.0):
-            height, width, top, left = _centre_box(image.shape[:2], self.image_size)
+            height, width, top, left = centre_box(image.shape[:2], self.image_size)
             box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
             if top or left:
                 box = (box[0] + top, box[1] + left, *box[2:])
@@ -215,7 +215,7 @@ def _resize(
     sides = image.shape[:2]
     if sides == pair(size):
         return image
-    *box, top, left = _centre_box(sides, size)
+    *box, top, left = centre_box(sides, size)
     rows, cols = (
         _resize_matrix(start, length, num_pixels, num_results, cubic=True)
         for start, length, num_pixels, num_results in zip(
@@ -229,7 +229,7 @@ def _resize(
     return high.reshape(*pair(size), wide.shape[2])
 
 
-def _centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:
+def centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:
     """Returns height, width, top and left of the largest central box of the shape of `size`.
 
     The same as `hjepa_jax.data.base.fitted` cuts out of an image file: the model never sees an

@@ -90,7 +90,7 @@ def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
     num_bytes = math.prod(shape) * itemsize
     if num_bytes > MAX_RESIDENT_BYTES:
         limit = f"{MAX_RESIDENT_BYTES / 2**30:.0f} GiB"
-        rule = f"must fit the device as uint8, {limit}; this is {num_bytes / 2**30:.1f} GiB"
+        rule = f"must fit the device, {limit}; this is {num_bytes / 2**30:.1f} GiB"
         raise InputError("data.source", source, rule)
 
 

@@ -19,7 +19,9 @@ from hjepa_jax.data.image_file import RGB, Kind, decode_image, kind_of
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 
-PER_IMAGE = "[H, W, 3], [H, W, 1] or [H, W]"
+
+def _per_image(num_channels: int) -> str:
+    return f"[H, W, {num_channels}], [H, W, 1] or [H, W]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,8 @@ def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:
     if isinstance(images, list | tuple):
         for item in images:
             if not isinstance(item, str | os.PathLike) and np.ndim(_array(item)) < 2:
-                raise InputError("images", _about(item), f"must be paths or arrays {PER_IMAGE}")
+                rule = f"must be paths or arrays {_per_image(num_channels)}"
+                raise InputError("images", _about(item), rule)
         return images
     array = _array(images)
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, num_channels)):
@@ -88,7 +91,8 @@ def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:
     if array.ndim == 4 and array.shape[3] in (1, num_channels):
         return array
     # Not [B, H, W]: it might be one image with its channels first, or with transparency.
-    rule = f"must be one image {PER_IMAGE}, or a batch [B, H, W, 3] or [B, H, W, 1]"
+    shape = _per_image(num_channels)
+    rule = f"must be one image {shape}, or a batch [B, H, W, {num_channels}] or [B, H, W, 1]"
     raise InputError("images", _about(array), rule)
 
 
@@ -108,15 +112,17 @@ def as_stored(image: Any, num_channels: int = 3) -> Num[np.ndarray, "H W *C"]:
     array = _array(image)
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, num_channels):
-        raise InputError("images", _about(array), f"must be {PER_IMAGE}")
+        raise InputError("images", _about(array), f"must be {_per_image(num_channels)}")
     if not array.size:
         raise InputError("images", _about(array), "must not be empty")
     if array.dtype in (np.uint8, np.uint16):
         return array
     if array.dtype.kind != "f":
-        rule = "must be uint8, or floats in [0, 1]; scale it yourself, so that black and white fit"
+        rule = "must be uint8, uint16, or floats in [0, 1]; scale it, so that black and white fit"
         raise InputError("images", _about(array), rule)
     if num_channels != 3:
+        if not np.isfinite(array).all():
+            raise InputError("images", _about(array), "must be finite")
         return array.astype(np.float32)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also true for NaN
@@ -132,7 +138,7 @@ def _array(value: Any) -> Shaped[np.ndarray, "..."]:
     try:
         return np.asarray(value)
     except ValueError as error:  # rows of different lengths
-        rule = f"must be paths or arrays {PER_IMAGE}"
+        rule = "must be paths or arrays, one image each"
         raise InputError("images", type(value).__name__, rule) from error
 
 

@@ -114,7 +114,7 @@ def pixels_of(image: Image.Image, kind: Kind) -> Num[np.ndarray, "H W C"]:
     """Returns the pixels of an image as they are, with pages as channels if there are several."""
     if kind == Kind(1):
         return np.asarray(ImageOps.exif_transpose(image).convert("L"))[..., None]
-    pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
+    pages = [np.asarray(ImageOps.exif_transpose(page)) for page in ImageSequence.Iterator(image)]
     pixels = np.stack(pages, axis=-1) if len(pages) == kind.num_channels > 1 else pages[0]
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     found = Kind(pixels.shape[2], _DEEP.get(image.mode, "uint8"))

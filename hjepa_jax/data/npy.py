@@ -26,7 +26,7 @@ from hjepa_jax.data.pixels import channels_of, check_finite, with_channels
 from hjepa_jax.data.records import NOT_STREAMED, Streaming, stamps_of
 from hjepa_jax.data.rows import draw_rows
 from hjepa_jax.data.test_split import draw_test
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _map(source: str, files: dict[str, Path], names: Pair) -> Split:
     images, labels = _mapped(str(files[names[0]])), None
     check_images(source, names[0], images.shape, images.dtype)
     if names[1]:
-        array = np.load(files[names[1]])
+        array = _mapped(str(files[names[1]]))
         check_labels(source, names, images.shape, array.shape, array.dtype)
         labels = read_labels(source, names[1], array)
     return Split(images if images.ndim == 4 else images[..., None], labels)
@@ -108,7 +108,15 @@ def _map(source: str, files: dict[str, Path], names: Pair) -> Split:
 
 @functools.lru_cache
 def _mapped(path: str) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    source = f"npy:{path}"
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (EOFError, ValueError) as error:
+        rule = f"cannot be read: {first_line(error)}"
+        raise InputError("data.source", source, rule) from error
+    if not isinstance(found, np.ndarray):
+        raise InputError("data.source", source, f"must be a .npy file; did you mean npz:{path}?")
+    return found
 
 
 def _take(

@@ -138,7 +138,7 @@ def read_all(
     images = np.empty((0, *records.image_shape), np.uint8)
     kept: list[int] = []
     errors: list[InputError] = []
-    ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, math.prod(records.image_shape))))
+    ahead = max(1, min(READ_AHEAD, MAX_WAITING_BYTES // max(1, 4 * math.prod(records.image_shape))))
     for start in range(0, len(records), ahead):
         rows = range(start, min(start + ahead, len(records)))
         for row, image in zip(rows, _read_in_threads(records, rows), strict=True):
@@ -181,6 +181,10 @@ class Decoded:
                 raise image
             else:
                 self.errors[row] = image
+        kinds = {image.dtype.name for image in read if not isinstance(image, InputError)}
+        if len(kinds) > 1:  # NumPy would convert them, and their scales differ
+            rule = "must all have one type of pixels"
+            raise InputError("images", " and ".join(sorted(kinds)), rule)
         black = np.zeros(self._records.image_shape, self._dtype)
         images = [black if isinstance(image, InputError) else image for image in read]
         return np.stack(images) if images else np.zeros((0, *black.shape), self._dtype)

@@ -63,8 +63,9 @@ class _Batches:
 
 def _start_worker(index: int, count: int) -> None:
     """Leaves signals to the run, and ends the worker when the run ends or is killed."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # batch systems signal all processes
-        signal.signal(signum, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # batch systems and terminals signal all processes
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     warnings.simplefilter("ignore")  # about metadata, which does not matter
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -15,17 +15,34 @@ from hjepa_jax.runtime.files import replacing
 FILE_NAME = "classifier.npz"
 
 
-def write_classifier(workdir: pathlib.Path, params: Any, class_names: Sequence[str]) -> None:
+def write_classifier(
+    workdir: pathlib.Path, params: Any, class_names: Sequence[str], made_from: str
+) -> None:
     """Writes the parameters of a `Classifier`, in place of an earlier one.
 
     Args:
       workdir: the work directory.
       params: the parameters.
       class_names: names of the classes, in the order of the logits.
+      made_from: digest of everything that the fine-tuning depends on.
     """
     tensors: dict[str, Any] = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     with replacing(workdir / FILE_NAME) as file:
-        np.savez(file, allow_pickle=False, class_names=np.array(class_names), **tensors)
+        np.savez(file, allow_pickle=False, **_about(class_names, made_from), **tensors)
+
+
+def _about(class_names: Sequence[str], made_from: str) -> dict[str, Any]:
+    return {"class_names": np.array(class_names), "made_from": np.array(made_from)}
+
+
+def is_kept(workdir: pathlib.Path, class_names: Sequence[str], made_from: str) -> bool:
+    """Returns whether the work directory holds the classifier of this fine-tuning."""
+    try:
+        with (workdir / FILE_NAME).open("rb") as file, np.load(file) as arrays:
+            about = _about(class_names, made_from)
+            return all(np.array_equal(arrays[name], value) for name, value in about.items())
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
 
 
 def read_classifier(workdir: pathlib.Path) -> tuple[Any, list[str]]:
@@ -42,7 +59,8 @@ def read_classifier(workdir: pathlib.Path) -> tuple[Any, list[str]]:
         with path.open("rb") as file, np.load(file) as arrays:
             tensors = dict(arrays)
         names = tensors.pop("class_names").tolist()
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        tensors.pop("made_from", None)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         rule = f"has a damaged {FILE_NAME}: {error}"
         raise InputError("workdir", str(workdir), rule) from error
     return traverse_util.unflatten_dict(tensors, sep="/"), names

@@ -24,16 +24,18 @@ class Extractor:
       embed: `embed(encoder_params, uint8 images)`, a dict of features by name.
       batch_size: images per call.
       cache: storage for features; None = none.
+      embed_raw: the same for raw pixels.
     """
 
     embed: EmbedFn
     batch_size: int
     cache: FeatureCache | None
+    embed_raw: EmbedFn = embed_pixels
 
     def features(self, encoder: str, params: Any, name: str, split: Split) -> Features:
         """Returns the features of a split; `name` is "train" or "test"."""
         if encoder == "pixels":  # faster to compute than to read
-            embed = jax.jit(embed_pixels)
+            embed = jax.jit(self.embed_raw)
             return extract_features(embed, params, split.images, batch_size=self.batch_size)
         what = f"{encoder} features, {name}"
         return self._stored(f"{encoder}_{name}", what, self.embed, params, split.images)

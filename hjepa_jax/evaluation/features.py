@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float, Num, Shaped
 from tqdm import tqdm
 
-from hjepa_jax.data.augment import resize_and_normalize
+from hjepa_jax.data.augment import centre_box, resize_and_normalize
 from hjepa_jax.data.records import Decoded
+from hjepa_jax.data.sides import Sides
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.placement import make_placement
 
@@ -95,9 +96,16 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: An
     )  # fmt: skip
 
 
-def embed_pixels(_: Any, images: Num[jax.Array, "B H W C"]) -> dict[str, Float[jax.Array, "B _"]]:
-    """Returns the features of the raw-pixel baseline: the pixels of images of at most 32x32."""
-    size, c = min(PIXEL_SIZE, *images.shape[1:3]), images.shape[3]
+def embed_pixels(
+    _: Any, images: Num[jax.Array, "B H W C"], *, image_size: Sides = 1
+) -> dict[str, Float[jax.Array, "B _"]]:
+    """Returns the features of the raw-pixel baseline: the pixels of images of at most 32x32.
+
+    They show the part of an image that an encoder for `image_size` sees.
+    """
+    *box, _, _ = centre_box(images.shape[1:3], image_size)
+    shrink, c = min(1.0, PIXEL_SIZE / max(box)), images.shape[3]
+    size = (max(1, round(shrink * box[0])), max(1, round(shrink * box[1])))
     pixels = resize_and_normalize(images, image_size=size, mean=(0.0,) * c, std=(1.0,) * c)
     return {"pixels": pixels.reshape(len(images), -1)}
 

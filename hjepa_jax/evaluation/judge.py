@@ -1,6 +1,7 @@
 """Evaluates the encoders of a run: every protocol, printed and added to its work directory."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import sys
@@ -13,15 +14,21 @@ from hjepa_jax.data.base import Source, Split
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation import protocols, results
 from hjepa_jax.evaluation.attentive import attentive_probe
-from hjepa_jax.evaluation.classifier_file import FILE_NAME, write_classifier
+from hjepa_jax.evaluation.classifier_file import is_kept, write_classifier
 from hjepa_jax.evaluation.feature_cache import FeatureCache, params_digest
-from hjepa_jax.evaluation.features import check_levels, extract_features
+from hjepa_jax.evaluation.features import check_levels, embed_pixels, extract_features
 from hjepa_jax.evaluation.finetune import FinetuneSettings, finetune
 from hjepa_jax.evaluation.known_rows import KnownRows, settings_of
 from hjepa_jax.evaluation.labelled import why_no_probe
 from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.runs.newest_checkpoint import NewestCheckpoint
-from hjepa_jax.runs.scores import Row, may_be_of, rows_to_add_to, write_probe_json
+from hjepa_jax.runs.scores import (
+    Row,
+    may_be_of,
+    read_probe_json,
+    rows_to_add_to,
+    write_probe_json,
+)
 from hjepa_jax.runtime.provenance import source_digest
 
 # Protocols on pooled features, then protocols that need the encoder's tokens or the encoder itself.
@@ -93,6 +100,7 @@ def judge_run(
             encoders, train, test, num_classes=num_classes, step=step,
             protocol=dataclasses.replace(protocol, protocols=pooled),
             embed_views=build.build_embed_views_fn(config, model, num_layers=num_layers),
+            embed_raw=functools.partial(embed_pixels, image_size=config.data.image_size),
             cache=FeatureCache(workdir / "features") if keep_features else None,
             data=source.name, report=add, known=known,
         )  # fmt: skip
@@ -104,7 +112,7 @@ def judge_run(
             made_from = known.made_from(name, encoder, common["step"])
             keeps = (name, encoder) == ("finetune", "target")
             found = known.of(name, made_from)
-            if found and (not keeps or (workdir / FILE_NAME).is_file()):
+            if found and (not keeps or is_kept(workdir, source.info.class_names, made_from)):
                 rows += found
                 continue
             print(f"{name}: {encoder} ...", flush=True)
@@ -117,9 +125,12 @@ def judge_run(
                     workdir, config, model, encoder, params, train, test, epochs
                 )
                 if keeps:
-                    write_classifier(workdir, classifier, source.info.class_names)
+                    write_classifier(workdir, classifier, source.info.class_names, made_from)
             add([{**row, **common, "made_from": made_from}])
             rows += new[-1:]
+    # The newest rows are those of the images as they are now, even if nothing had to be made.
+    if lost := [row for row in rows if row not in read_probe_json(path)]:
+        write_probe_json(path, lost)
     if len(new) < len(rows):
         print(f"{len(rows) - len(new)} of {len(rows)} scores are unchanged in {path}")
     print(results.format_tables(rows), flush=True)

@@ -61,8 +61,12 @@ class KnownRows:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, row: Row) -> list[Row]:
-        """Returns the known rows with the protocol, features and `made_from` of `row`."""
-        return self._rows.get(_key(row), [])
+        """Returns the known rows with the protocol, features and `made_from` of `row`.
+
+        None if some are missing: a row of other settings may have replaced one of several.
+        """
+        rows = self._rows.get(_key(row), [])
+        return rows if rows and len(rows) == rows[0].get("num_rows") else []
 
     def of(self, name: str, made_from: str) -> list[Row]:
         """Returns the known rows of a probe whatever its features are."""

@@ -48,6 +48,7 @@ def evaluate_encoders(
     step: int,
     protocol: Protocol,
     embed_views: EmbedFn | None = None,
+    embed_raw: EmbedFn = embed_pixels,
     cache: FeatureCache | None = None,
     data: str = "",
     report: Callable[[list[Row]], None] = lambda rows: None,
@@ -65,6 +66,7 @@ def evaluate_encoders(
       protocol: the settings.
       embed_views: `embed_views(encoder_params, uint8 images, keys)`, features of augmented views
         for LiDAR; None = no LiDAR.
+      embed_raw: `embed` for the raw pixels.
       cache: storage for features; None = none.
       data: name of the data set, for the rows.
       report: called with the new rows of each probe.
@@ -80,12 +82,12 @@ def evaluate_encoders(
     if reads_labels:
         check_classes(data, train.labels, num_classes)
         _check_shots(protocol, train, test, num_classes)
-    extract = Extractor(embed, protocol.batch_size, cache)
+    extract = Extractor(embed, protocol.batch_size, cache, embed_raw)
     quality = QualityRows(extract, protocol, train, embed_views)
     images, rows = fingerprint(train, test=test), []
-    everything = {**encoders, "pixels": None}
+    everything, embeds = {**encoders, "pixels": None}, {"pixels": embed_raw}
     probes = {
-        name: _probes_of(name, params, embed, train, protocol, step, known)
+        name: _probes_of(name, params, embeds.get(name, embed), train, protocol, step, known)
         for name, params in everything.items()
     }
     missing = [probe for found in probes.values() for probe in found if not probe.known]
@@ -120,7 +122,7 @@ def evaluate_encoders(
             else:
                 arrays = (x, train.classes, y, test.classes)
                 scores = _PROBES[probe.name](arrays, num_classes, protocol)
-            made = [{**where, **scored, **source} for scored in scores]
+            made = [{**where, **scored, **source, "num_rows": len(scores)} for scored in scores]
             rows += made
             line.clear()
             report(made)
@@ -155,7 +157,7 @@ def _probes_of(
 ) -> list[_Probe]:
     """Returns all probes of an encoder in the order of their rows; computes no features."""
     images = jax.ShapeDtypeStruct((2, *train.images.shape[1:]), np.uint8)
-    shapes = jax.eval_shape(embed_pixels if encoder == "pixels" else embed, params, images)
+    shapes = jax.eval_shape(embed, params, images)
     empty = {name: np.empty((0, x.shape[1]), np.float32) for name, x in shapes.items()}
     step, found = step if encoder in TRAINED_ENCODERS else 0, []
     for index, (pool, level, x) in enumerate(protocol.representations(empty)):

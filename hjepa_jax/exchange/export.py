@@ -48,7 +48,7 @@ tokens = model(images).last_hidden_state""",
     "stablehlo": """from jax import export
 
 program = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
-features = program.call(images)  # uint8 [B, {size}, 3]; level_0 ..., summary, tokens""",
+features = program.call(images)  # uint8 [B, {size}]; level_0 ..., summary, tokens""",
 }
 
 
@@ -142,7 +142,7 @@ def model_card(info: dict[str, Any], layout: str) -> str:
         origin = f"converted from `{made['file']}` (SHA-256 `{made['sha256']}`)"
     scores = [f"* {protocol}: {told}" for protocol, told in info["scores"].items()]
     (height, width), patch = pair(info["image_size"]), info["patch_size"]
-    loading = LOADING[layout].replace("{size}", f"{height}, {width}")
+    loading = LOADING[layout].replace("{size}", f"{height}, {width}, {len(info['mean'])}")
     return f"""---
 library_name: {"jax" if layout == "stablehlo" else layout}
 tags: [self-supervised-learning, vision-transformer, jepa]

@@ -87,7 +87,7 @@ def _knn_check(facts: Facts) -> Check:
 
 def num_held_out(facts: Facts) -> int | None:
     """Returns the minimum number of held-out images of k-NN during training; None if unknown."""
-    if facts.steps_per_epoch is None:
+    if facts.steps_per_epoch is None or facts.config.eval.data is not None:
         return None
     # Images in whole batches: less than one batch is missing.
     num_images = facts.steps_per_epoch * facts.config.train.batch_size

@@ -16,13 +16,13 @@ class Score:
     Attributes:
       value: top-1 accuracy on held-out training images; the highest over the kinds of features.
       metric: name of that accuracy in the log.
-      protocol: number of held-out images, and number of images they were compared with. Scores of
-        different protocols are not comparable.
+      protocol: number of held-out images, number of images they were compared with, and
+        `eval.data`. Scores of different protocols are not comparable.
     """
 
     value: float
     metric: str
-    protocol: tuple[Any, Any]
+    protocol: tuple[Any, ...]
 
 
 def read_score(meta: dict[str, Any]) -> Score | None:
@@ -33,7 +33,7 @@ def read_score(meta: dict[str, Any]) -> Score | None:
         if name.startswith(BEST_METRIC) and is_a(float, value)
     ]
     evaluation = meta["config"]["eval"]
-    protocol = (evaluation["num_val"], evaluation["knn_bank_size"])
+    protocol = (evaluation["num_val"], evaluation["knn_bank_size"], evaluation.get("data"))
     return Score(*max(found), protocol) if found else None
 
 
@@ -64,7 +64,7 @@ class KeepBest:
 
     def _best_steps(self, steps: Iterable[int]) -> list[int]:
         """Returns the best step of each protocol; the protocol of the newest score comes last."""
-        best: dict[tuple[Any, Any], tuple[float, int]] = {}
+        best: dict[tuple[Any, ...], tuple[float, int]] = {}
         for step in sorted(steps):
             if score := self.scores.get(step):
                 candidates = [(score.value, step)]

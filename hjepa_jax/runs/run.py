@@ -273,7 +273,7 @@ def sizes(run: Run, source: Source) -> dict[str, Any]:
         "steps_per_epoch": run.schedules.steps_per_epoch,
         "images_per_update": run.config.train.batch_size,
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-        "images_bytes": resident * source.info.num_train * math.prod(source.info.image_shape),
+        "images_bytes": resident * source.info.num_train * source.info.image_bytes,
     }
 
 
@@ -283,13 +283,14 @@ def start_table(run: Run, source: Source, workdir: pathlib.Path) -> str:
     lines = {"workdir": str(workdir)}
     if c.log.tensorboard:
         lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
-    height, width, _ = info.image_shape
+    (height, width, _), num_classes = info.image_shape, len(info.class_names)
     lines["data"] = (
         f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
-        f"{len(info.class_names)} classes"
+        + {0: "no labels", 1: "one class"}.get(num_classes, f"{num_classes} classes")
     )
-    if c.eval.every_epochs:
-        lines["k-NN"] = "top-1 on held-out training images; training itself sees no labels"
+    if c.eval.every_epochs and (c.eval.data or num_classes > 1):
+        whose = c.eval.data or "training"
+        lines["k-NN"] = f"top-1 on held-out {whose} images; training itself sees no labels"
     return format_table(lines | sizes_table(sizes(run, source)))
 
 

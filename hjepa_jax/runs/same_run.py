@@ -60,6 +60,8 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
         schedules and moved paths are not compared in that case.
     """
     differing = set(differing_fields(past.config, config))
+    if not past.num_updates:  # statistics that were computed, perhaps of images before a change
+        differing -= {"data.mean", "data.std"}
     if _same_path(past.config.train.init_from, config.train.init_from):
         differing.discard("train.init_from")
     moved = {field for field in differing & {*DATA_PATHS} if _may_be_moved(past, config, field)}
@@ -142,7 +144,7 @@ def _may_be_moved(past: Past, config: Config, field: str) -> bool:
         return False
     if kind == "tfds":  # name/config:version
         return before.split(":")[0] == now.split(":")[0]
-    return kind in ("folder", "npz")
+    return kind in ("folder", "images", "npz", "npy")
 
 
 def _another_past(past: Past, new: Config, num_images: int) -> str:

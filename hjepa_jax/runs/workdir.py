@@ -72,7 +72,7 @@ def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | No
     with config.unlocked():
         config.train.init_from = config.train.init_from or past.config.train.init_from
         for name in ("mean", "std"):
-            if config.data[name] == AUTO:
+            if config.data[name] == AUTO and past.num_updates:
                 config.data[name] = past.config.data[name]
     return config.lock()
 

@@ -171,7 +171,8 @@ class Loop:
     def _tick(self, window: LogWindow, step: int) -> None:
         """Shows the step and the loss between two log lines, if nothing was shown for a while."""
         if self._progress.is_due() and not self._logs_at(step):
-            loss = float(window.averages.loss.compute())  # waits for the steps under way
+            # Waits for the steps under way. On the host: each process has a clock of its own.
+            loss = float(jax.device_get(window.averages.loss).compute())
             self._show_progress(step, loss, self._timer.rates(self._config.train.batch_size))
 
     def _show_progress(self, step: int, loss: float, rates: dict[str, float]) -> None:
