@@ -1,5 +1,6 @@
 """Writes the metrics of a run: metrics.jsonl, and TensorBoard through CLU's writers."""
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -95,10 +96,11 @@ class RunLogger:
 
     def close(self) -> None:
         """Writes the pending line and closes all files."""
-        self.end_line()
-        self._file.close()
-        if "_writer" in vars(self) and self._writer:
-            self._writer.close()
+        with contextlib.ExitStack() as closing:  # all of them, even on a full disk
+            if "_writer" in vars(self) and self._writer:
+                closing.callback(self._writer.close)
+            closing.callback(self._file.close)
+            self.end_line()
 
 
 class SilentLogger(RunLogger):

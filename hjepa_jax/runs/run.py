@@ -43,6 +43,7 @@ class Run:
       config: the config they were built from.
       model: the online networks.
       schedules: length, learning rate, weight decay, EMA momentum.
+      state_shapes: shapes and types of the state.
       create: returns state and metrics window at step 0, placed on the devices.
       lower: `lower(steps_per_call, donate)` returns the lowered program
         `(state, window, images, index, count, schedules.numbers) -> (state, window)`, see
@@ -55,6 +56,7 @@ class Run:
     config: Config
     model: HJEPA
     schedules: build.Schedules
+    state_shapes: TrainState
     create: Callable[[], tuple[TrainState, LogWindow]]
     lower: Callable[..., Any]
     placement: Placement
@@ -134,7 +136,7 @@ def build_run(config: Config, source: Source) -> Run:
         traced = run_steps.trace(state, window, images, index, count, schedules.numbers)
         return traced.lower(lowering_platforms=platforms)
 
-    return Run(config, model, schedules, create, lower, placement, batch_shape)
+    return Run(config, model, schedules, state, create, lower, placement, batch_shape)
 
 
 def _train_step(
@@ -260,7 +262,7 @@ def describe(config: Config) -> dict[str, Any]:
 def sizes(run: Run, source: Source) -> dict[str, Any]:
     """Returns the length of a run, and the sizes of its networks, state and resident images."""
     masks = build.build_masks(run.config)
-    state, _ = jax.eval_shape(run.create)
+    state = run.state_shapes
     trainable, target = num_params(state.params), num_params(state.target_params)
     resident = source.records is None  # else the images are streamed
     return {

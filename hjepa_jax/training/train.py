@@ -44,7 +44,7 @@ from hjepa_jax.training.judged import Judged, load_judged
 from hjepa_jax.training.loop import Loop
 
 
-def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, Any]]:
+def train_and_evaluate(config: Config, workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Trains or resumes the run in `workdir`, and evaluates it at the end.
 
     Several processes (`cluster.member`) all call this. Only process 0 writes files, and runs the
@@ -62,6 +62,7 @@ def train_and_evaluate(config: Config, workdir: pathlib.Path) -> list[dict[str, 
       Interrupted: on SIGINT or SIGTERM, after saving.
       KeyboardInterrupt: on a second SIGINT, without waiting for the save.
     """
+    workdir = pathlib.Path(workdir)
     validate(config)
     config = expand_paths(config)
     backend = select_platform(config.platform, cpu_devices=config.parallel.cpu_devices)
