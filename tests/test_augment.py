@@ -72,6 +72,14 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
     np.testing.assert_allclose(pixels, expected_32, atol=0.04)
 
 
+def test_raw_pixels_show_the_part_that_the_encoder_sees():
+    image = np.zeros((1, 48, 100, 3), np.uint8)
+    image[:, :, 6:94] = 255  # a little more than what an encoder for 48x80 sees
+    pixels = embed_pixels(None, jnp.asarray(image), image_size=(48, 80))["pixels"]
+    assert pixels.min() > 0.99
+    assert pixels.shape[1] == 19 * 32 * 3
+
+
 @pytest.mark.parametrize("shape", [(32, 80), (50, 40), (24, 40), (12, 20)])
 def test_an_image_of_another_shape_is_cut_to_the_rectangle_and_never_squashed(shape):
     rng = np.random.default_rng(1)

@@ -123,3 +123,9 @@ def test_images_are_decoded_on_access(tmp_path):
     assert list(decoded.errors) == [1]
     with pytest.raises(InputError, match="broken"):
         Decoded(GivenImages(items, 8), stop_at_error=True)[0:3]
+
+
+def test_images_of_different_types_are_refused_together():
+    both = GivenImages([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint16)], 8)
+    with pytest.raises(InputError, match=r"^images='uint16 and uint8': must all have one type"):
+        _ = Decoded(both)[0:2]

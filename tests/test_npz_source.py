@@ -11,6 +11,7 @@ import pytest
 
 from hjepa_jax.data.npz import save_npz
 from hjepa_jax.data.sources import open_source
+from hjepa_jax.errors import InputError
 from tests.test_sources import assert_equal_splits, assert_refused, open_here, random_split
 
 RNG = np.random.default_rng(0)
@@ -252,4 +253,22 @@ def test_false_headers_are_refused_before_memory_is_allocated(tmp_path, headers,
 def test_grey_images_too_large_as_rgb_are_refused(tmp_path, monkeypatch):
     write_npz(tmp_path / "grey.npz", [("train_images", header("(4, 15, 15)")), CLASSES])
     monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 3 * 900 - 1)
-    assert_refused(f"npz:{tmp_path}/grey.npz", "must fit the device as uint8")
+    assert_refused(f"npz:{tmp_path}/grey.npz", "must fit the device")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("a.npz", None, "did you mean npz:"),
+        ("a.npy", b"", "cannot be read"),
+        ("a.npy", b"x", "can"),
+    ],
+)
+def test_a_file_that_is_no_npy_is_refused(tmp_path, name, content, rule):
+    path = tmp_path / name
+    if content is None:
+        np.savez(path, train_images=BYTES(2, 6, 5, 3))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^data.source='npy:.*{rule}"):
+        open_source(f"npy:{path}", data_dir=None, image_size=8)

@@ -7,6 +7,7 @@ import pytest
 
 import hjepa_jax
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.classifier_file import is_kept
 from hjepa_jax.evaluation.judge import judge_run
 from hjepa_jax.evaluation.protocol import Protocol
 from hjepa_jax.exchange.export import export
@@ -41,6 +42,15 @@ def test_predictions_reach_the_score_of_the_fine_tuning(fine_tuned):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
     one, _ = hjepa_jax.load(workdir).predict(test.images[0])
     assert one == names[:1]
+
+
+def test_a_classifier_belongs_to_one_fine_tuning(fine_tuned):
+    workdir, row, source, _ = fine_tuned
+    names = source.info.class_names
+    assert is_kept(workdir, names, row["made_from"])
+    assert not is_kept(workdir, names, "of other images")
+    assert not is_kept(workdir, names[::-1], row["made_from"])
+    assert not is_kept(workdir.parent, names, row["made_from"])
 
 
 def test_a_run_without_a_classifier_says_how_to_get_one(tiny_run):

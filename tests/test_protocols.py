@@ -280,6 +280,10 @@ def test_only_rows_that_depend_on_something_new_are_made_again(tmp_path):
     assert judged(other, dataclasses.replace(KNN, seed=1), step=8)[1] == everyone
     more = dataclasses.replace(KNN, protocols=("knn", "quality"))
     assert judged(other, more, step=8)[1] == everyone
+    several = lambda *shots: Protocol(("fewshot",), fewshot_shots=shots, batch_size=40)
+    first, _ = judged(other, several(1, 2))
+    judged(other, several(2, 3))  # takes the place of the rows with two examples
+    assert judged(other, several(1, 2))[0] == first
 
 
 def test_verdicts_compare_with_the_untrained_encoder():
