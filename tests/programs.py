@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from hjepa_jax.config import build
@@ -101,10 +101,16 @@ def sharing_state(create: Callable[[], Any]) -> Callable[[], Any]:
         if jax.device_count() > 1:
             return create()
         if not made:
-            made.append(jax.device_get(create()))
-        return jax.device_put(jax.tree.map(np.copy, made[0]))
+            made.append(create())
+        # By a program: memory of NumPy must not be donated to a step (jax 0.5.0 crashes).
+        return copy_of(made[0])
 
     return shared
+
+
+@jax.jit
+def copy_of(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def sharing_lowered(lower: Callable[..., Any]) -> Callable[..., Lowered]:
