@@ -4,6 +4,7 @@ An unreadable image is skipped and named on stderr. A class without any readable
 `folder_files` decides which files are used.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -25,11 +26,13 @@ from hjepa_jax.data.records import (
     report_skipped,
     stamps_of,
 )
-from hjepa_jax.data.rows import draw_rows
+from hjepa_jax.data.rows import draw_rows, spread_rows
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.data.test_split import draw_test, hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
+
+KIND_SAMPLE = 25  # files whose headers decide the type and the channels of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def open_folder(
         raise InputError("data.source", source, f"must name a folder that exists{hint}")
     is_labelled = source.startswith("folder:")
     listing = list_folder(source, root, labelled=is_labelled, follow_links=follow_links)
-    kind = _kind_of_first(listing.splits[0].files, num_channels)
+    kind = _kind_of_most(listing.splits[0].files, num_channels)
     num_channels = channels_of(source, kind.num_channels, num_channels)
     records_of = functools.partial(
         FolderRecords, image_size=image_size, kind=kind, num_channels=num_channels
@@ -109,12 +112,13 @@ def open_folder(
     return Source(source, info, load, records, labelled, usage)
 
 
-def _kind_of_first(files: list[str], num_channels: int | None) -> Kind:
-    """Returns the kind of the first file that can be opened: all files must have it."""
-    for path in files:
+def _kind_of_most(files: list[str], num_channels: int | None) -> Kind:
+    """Returns the most frequent kind of evenly spaced files: files of another kind are skipped."""
+    kinds = collections.Counter()
+    for row in spread_rows(np.arange(len(files)), KIND_SAMPLE):
         with contextlib.suppress(OSError, ValueError, SyntaxError):
-            return kind_of(path, num_channels)
-    return RGB
+            kinds[kind_of(files[row], num_channels)] += 1
+    return kinds.most_common(1)[0][0] if kinds else RGB
 
 
 def _usage(source: str, listing: FolderListing, splits: list[Listing], kind: Kind) -> str:

@@ -120,7 +120,7 @@ def pixels_of(image: Image.Image, kind: Kind) -> Num[np.ndarray, "H W C"]:
     found = Kind(pixels.shape[2], _DEEP.get(image.mode, "uint8"))
     if found != kind:
         words = [f"{each.num_channels} channels of {each.dtype}" for each in (found, kind)]
-        raise ValueError(f"it has {words[0]}, and the first image {words[1]}")
+        raise ValueError(f"it has {words[0]}, and most images {words[1]}")
     if kind.dtype == "uint16" and (pixels.min() < 0 or pixels.max() > 65535):
         raise ValueError("its pixels do not fit into 16 bits")
     if not np.isfinite(pixels).all():
