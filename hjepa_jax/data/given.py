@@ -65,7 +65,7 @@ class GivenImages:
         path = next(each for each in self.items if isinstance(each, str | os.PathLike))
         try:
             return kind_of(os.path.expanduser(path), self.num_channels)
-        except (OSError, ValueError, SyntaxError):
+        except Exception:  # reading it later tells what is wrong
             return RGB
 
 

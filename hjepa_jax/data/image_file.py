@@ -65,8 +65,10 @@ def kind_of(path: str, wanted: int | None) -> Kind:
     Raises:
       OSError: the file cannot be opened.
     """
-    with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as image:
-        warnings.simplefilter("ignore")
+    with (
+        warnings.catch_warnings(action="ignore"),  # of damaged metadata
+        Image.open(path, formats=IMAGE_FORMATS) as image,
+    ):
         dtype = _DEEP.get(image.mode, "uint8")
         bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
         if wanted in (1, 3):
