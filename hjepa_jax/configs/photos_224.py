@@ -2,7 +2,7 @@
 
   python -m hjepa_jax.main --config=configs/photos_224.py --config.data.source=folder:photos
 
-For a GPU: 196 patches, of which the encoder sees 49 of each view, in bfloat16. No run on photos has
+For a GPU: 196 patches; the encoder sees 49 of each view, in bfloat16. No run on photos has
 been made yet.
 """
 

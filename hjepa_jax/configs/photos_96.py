@@ -3,7 +3,7 @@
   python -m hjepa_jax.main --config=configs/photos_96.py --config.data.source=folder:photos
 
 For photos with one subject and few details. Most sizes follow `data.image_size`, which may also be
-(height, width): 144 patches, of which the encoder sees 36 of each view. The recipe was chosen on
+(height, width): 144 patches; the encoder sees 36 of each view. The recipe was chosen on
 CIFAR-10 (experiments/recipes). No run on photos has been made yet.
 """
 

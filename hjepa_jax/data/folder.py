@@ -32,7 +32,7 @@ from hjepa_jax.data.test_split import draw_test, hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
 
-KIND_SAMPLE = 25  # files whose headers decide the type and the channels of a folder
+KIND_SAMPLE = 25  # files; their headers decide the type and the channels of a folder
 
 
 @dataclasses.dataclass(frozen=True)

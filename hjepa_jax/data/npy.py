@@ -1,6 +1,6 @@
 """The `npy:<path>` source: arrays in .npy files, mapped into memory instead of read.
 
-The path is one file, whose images have no labels, or a folder with files that are named like the
+The path is one file of images without labels, or a folder with files that are named like the
 arrays of `hjepa_jax.data.npz`: `train_images.npy`, `train_labels.npy`, `test_images.npy` ...
 """
 
@@ -96,7 +96,7 @@ def open_npy(
 
 
 def _map(source: str, files: dict[str, Path], names: Pair) -> Split:
-    """Returns a split whose images stay in their file."""
+    """Returns a split; its images stay in their file."""
     images, labels = _mapped(str(files[names[0]])), None
     check_images(source, names[0], images.shape, images.dtype)
     if names[1]:

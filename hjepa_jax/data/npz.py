@@ -90,7 +90,7 @@ def check_alike(source: str, train: Split, test: Split) -> None:
 
 
 def info_of(train: Split, test: Split) -> SourceInfo:
-    """Returns the facts of two splits, whose classes have numbers as names."""
+    """Returns the facts of two splits; their classes are named by numbers."""
     labels = [split.labels for split in (train, test) if split.labels is not None]
     num_classes = 1 + max((int(each.max()) for each in labels), default=-1)
     class_names = tuple(map(str, range(num_classes)))

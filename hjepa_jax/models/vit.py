@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
       patch_size: pixels per side of a patch, P.
       width, depth, num_heads, mlp_ratio: size of the transformer.
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
-      num_registers: further such tokens, whose outputs are not used.
+      num_registers: further such tokens; their outputs are not used.
       positions: "learned", "sincos2d" or "rope2d".
       precision: of the matrix products; parameters are float32.
       drop_path: probability to leave out a branch of the last block, see `Block` and

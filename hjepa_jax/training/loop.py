@@ -172,7 +172,8 @@ class Loop:
         """Shows the step and the loss between two log lines, if nothing was shown for a while."""
         if self._progress.is_due() and not self._logs_at(step):
             # Waits for the steps under way. On the host: each process has a clock of its own.
-            loss = float(jax.device_get(window.averages.loss).compute())
+            with np.errstate(invalid="ignore"):  # NaN without a finite step
+                loss = float(jax.device_get(window.averages.loss).compute())
             self._show_progress(step, loss, self._timer.rates(self._config.train.batch_size))
 
     def _show_progress(self, step: int, loss: float, rates: dict[str, float]) -> None:
