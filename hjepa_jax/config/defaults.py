@@ -240,7 +240,7 @@ def _train(c: Config) -> None:
 def _eval(c: Config) -> None:
     """Adds the fields of evaluation."""
     c.eval = ConfigDict()
-    # labelled images for k-NN and probes, as in data.source; None = those of data.source
+    # labelled images for k-NN and probes, as in data.source; None = data.source
     c.eval.data = placeholder(str)
     c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out training images; 0 = never
     c.eval.knn_bank_size = 10_000  # training images that k-NN compares with

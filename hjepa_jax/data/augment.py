@@ -210,7 +210,7 @@ def _resize(
 ) -> Float[Array, "S T C"]:
     """Returns the central box of the image at another size; untouched if it has that size.
 
-    `bounded`: whether pixels lie in [0, 1], as those of integers do.
+    `bounded`: whether pixels lie in [0, 1], as integers do.
     """
     sides = image.shape[:2]
     if sides == pair(size):

@@ -128,7 +128,7 @@ def judge_run(
                     write_classifier(workdir, classifier, source.info.class_names, made_from)
             add([{**row, **common, "made_from": made_from}])
             rows += new[-1:]
-    # The newest rows are those of the images as they are now, even if nothing had to be made.
+    # Rows on the images as they are now must be the newest, even if nothing had to be made.
     if lost := [row for row in rows if row not in read_probe_json(path)]:
         write_probe_json(path, lost)
     if len(new) < len(rows):

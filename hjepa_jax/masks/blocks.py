@@ -1,7 +1,7 @@
 """Rectangular blocks of whole cells on the grid of patches: which there are, and where one lies.
 
 A grid has rows and columns of patches; a cell is a square of patches, cut at the edge of a grid
-that cells do not divide. An aspect ratio of 1 is that of the grid. A block is drawn from uniform
+that cells do not divide. An aspect ratio of 1 equals the grid. A block is drawn from uniform
 numbers, so that it can be sampled inside jit.
 """
 

@@ -140,7 +140,7 @@ class Loop:
                     window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
-                if step == count:  # the run's first call, not that of a resumed run
+                if step == count:  # the first call of a run that is not resumed
                     with writing(self._workdir):
                         self._introduce(state, window)
             if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
