@@ -163,8 +163,8 @@ class Decoded:
       errors: one for each unreadable row of the slices so far.
     """
 
-    def __init__(self, records: Images, *, stop_at_error: bool = False):
-        self._records, self._stop_at_error = records, stop_at_error
+    def __init__(self, images: Images, *, stop_at_error: bool = False):
+        self._records, self._stop_at_error = images, stop_at_error
         self._dtype = np.dtype(np.uint8)  # of the newest image
         self.errors: dict[int, InputError] = {}
 
