@@ -156,7 +156,7 @@ class Decoded:
     """Records that can be sliced like an array; a slice is decoded on access.
 
     Args:
-      records: the images.
+      images: the records.
       stop_at_error: whether an unreadable record is an error; if not, it is a black image.
 
     Attributes:
