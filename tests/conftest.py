@@ -31,6 +31,8 @@ FASTER = {
 FASTER += " --xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_FLAGS", FASTER)
 # Programs that several tests (and the commands they start) compile alike are compiled once.
+if importlib.metadata.version("jaxlib").startswith("0.5."):  # see `keep_compiled_programs`
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

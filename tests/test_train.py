@@ -321,7 +321,6 @@ def test_a_run_resumes_with_moved_data_but_not_with_other_images(
             train.train_and_evaluate(tiny_config, workdir)
 
 
-@pytest.mark.usefixtures("own_programs")  # with jax 0.5.0 a shared one spoilt a resumed state
 def test_a_run_may_become_longer_unless_past_updates_change(tiny_config, tiny_run, tmp_path):
     """It then equals a run of that length bit for bit; see tests/test_run_dir.py for the rules."""
     workdir, shorter = tmp_path / "run", tiny_config.copy_and_resolve_references()

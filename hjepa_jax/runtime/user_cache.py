@@ -32,8 +32,11 @@ def keep_compiled_programs() -> None:
     """Makes JAX cache compiled programs, unless the user has configured this cache.
 
     Each kind of processor has its own folder, because a program compiled for another kind may use
-    instructions that this one lacks.
+    instructions that this one lacks. JAX before 0.6 gets no cache: with 0.5.0, steps that came from
+    it spoilt the memory of resumed runs on CPU.
     """
+    if jax.__version_info__ < (0, 6):
+        return
     if not jax.config.values["jax_compilation_cache_dir"]:
         folder = cache_folder() / f"compiled-{_processor()}"
         jax.config.update("jax_compilation_cache_dir", str(folder))
