@@ -118,6 +118,24 @@ def test_few_calls_are_queued_at_a_time(tiny_config, tmp_path, monkeypatch):
     assert max(under_way) < MAX_CALLS_UNDER_WAY
 
 
+def assert_probed_at_the_end(rows, workdir):
+    """Both probes scored the trained encoder and its baselines; the log has the headlines."""
+    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    for row in rows:
+        assert 0 <= row["top1"] <= 1
+        assert (row["train_size"], row["test_size"]) == (240, 60)
+        assert row["step"] == (6 if row["encoder"] == "target" else 0)
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    by_level = {
+        row["level"]: row["top1"]
+        for row in rows
+        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
+    }
+    assert last["eval/linear_top1"] == by_level["all"]
+    assert last["eval/linear_top1_level_1"] == by_level[1]
+
+
 @pytest.mark.parametrize(
     "moment",
     [pytest.param("in the last step", marks=pytest.mark.slow), "while the last step is saved"],
@@ -142,20 +160,7 @@ def test_a_run_stopped_at_its_last_step_probes_only_after_resume(
 
     # Trained, random and pixel rows.
     assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
-    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
-    assert {row["protocol"] for row in rows} == {"linear", "knn"}
-    for row in rows:
-        assert 0 <= row["top1"] <= 1
-        assert (row["train_size"], row["test_size"]) == (240, 60)
-        assert row["step"] == (6 if row["encoder"] == "target" else 0)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    by_level = {
-        row["level"]: row["top1"]
-        for row in rows
-        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
-    }
-    assert last["eval/linear_top1"] == by_level["all"]
-    assert last["eval/linear_top1_level_1"] == by_level[1]
+    assert_probed_at_the_end(rows, tmp_path)
 
 
 def save_for_ever(config, workdir: pathlib.Path) -> None:
@@ -435,21 +440,7 @@ def test_the_final_probe_has_trained_random_and_pixel_rows(
     tiny_config.eval.probe_at_end = True
     rows = train.train_and_evaluate(tiny_config, tmp_path)
     assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
-    assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
-    assert {row["protocol"] for row in rows} == {"linear", "knn"}
-    for row in rows:
-        assert 0 <= row["top1"] <= 1
-        assert row["train_size"] == 240
-        assert row["test_size"] == 60
-        assert row["step"] == (6 if row["encoder"] == "target" else 0)
-    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    by_level = {
-        row["level"]: row["top1"]
-        for row in rows
-        if (row["encoder"], row["pool"], row["protocol"]) == ("target", "mean", "linear")
-    }
-    assert last["eval/linear_top1"] == by_level["all"]
-    assert last["eval/linear_top1_level_1"] == by_level[1]
+    assert_probed_at_the_end(rows, tmp_path)
 
     # A finished command makes nothing again.
     before = contents(tmp_path)

@@ -129,7 +129,8 @@ def judge_run(
             add([{**row, **common, "made_from": made_from}])
             rows += new[-1:]
     # Rows on the images as they are now must be the newest, even if nothing had to be made.
-    if lost := [row for row in rows if row not in read_probe_json(path)]:
+    newest = read_probe_json(path)
+    if lost := [row for row in rows if row not in newest]:
         write_probe_json(path, lost)
     if len(new) < len(rows):
         print(f"{len(rows) - len(new)} of {len(rows)} scores are unchanged in {path}")

@@ -63,7 +63,7 @@ class KnownRows:
     def find(self, row: Row) -> list[Row]:
         """Returns the known rows with the protocol, features and `made_from` of `row`.
 
-        None if some are missing: a row of other settings may have replaced one of several.
+        Nothing if some are missing: a row of other settings may have replaced one of several.
         """
         rows = self._rows.get(_key(row), [])
         return rows if rows and len(rows) == rows[0].get("num_rows") else []
