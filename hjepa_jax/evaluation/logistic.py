@@ -1,9 +1,9 @@
 """Logistic regression by L-BFGS, in coordinates that make the problem well conditioned.
 
 Boehning bounds the Hessian of the mean cross-entropy, for any weights and each class, by
-X^T X / (2 n). In the PCA basis of the features this bound is diagonal, so each weight is divided by
-the square root of its curvature. L-BFGS (SciPy) runs on the host; loss and gradient are two matrix
-products on the device.
+X^T X / (2 n). With the penalty, the bound has a Cholesky factor, A = L L^T. For U = L^T W the bound
+is the identity. L-BFGS (SciPy) runs on the host; loss and gradient are two matrix products on the
+device.
 
 References:
   Boehning 1992, "Multinomial logistic regression algorithm" (Ann. Inst. Statist. Math. 44): the
@@ -12,11 +12,13 @@ References:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int32, Integer
+from scipy.linalg import cholesky, solve_triangular
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
@@ -67,10 +69,9 @@ def predict(model: LinearModel, x: Float[np.ndarray, "n D"]) -> Int32[np.ndarray
 
 
 class Problem:
-    """The regression of classes on features, in the PCA basis, with its data on the device.
+    """The regression of classes on standardised features, with its data on the device.
 
-    The last feature is the constant 1 of the bias. The others are centred, hence orthogonal to it,
-    so the curvature bound stays diagonal.
+    The last feature is the constant 1 of the bias. The others are centred, hence orthogonal to it.
     """
 
     def __init__(
@@ -81,11 +82,16 @@ class Problem:
         num_iterations: int,
     ):
         n, d = x.shape
-        self._mean, self._basis, variance = _pca(x)
+        self._mean, self._std, correlation = _moments(x)
         features = np.ones((n, d + 1), np.float32)
         for rows in row_chunks(n):
-            np.matmul(x[rows] - self._mean, self._basis, out=features[rows, :d])
-        self._curvature = np.append(variance.astype(np.float64), 1.0) / 2
+            np.divide(x[rows] - self._mean, self._std, out=features[rows, :d])
+        self._bound = np.eye(d + 1)
+        self._bound[:d, :d] = correlation
+        self._bound /= 2
+        # Not below the rounding errors of the data in float32, lest directions without variance
+        # have no factor.
+        self._floor = 1e-6 * np.linalg.norm(self._bound)
         self._penalised = (np.arange(d + 1) < d).astype(np.float64)
         self._data = jax.device_put((features, y.astype(np.int32)))
         self._num_iterations = num_iterations
@@ -94,34 +100,38 @@ class Problem:
     def minimize(
         self, l2: float, start: Float64[np.ndarray, "D1 C"]
     ) -> tuple[Float64[np.ndarray, "D1 C"], bool]:
-        """Returns the weights for one penalty, in the PCA basis, and whether the fit converged."""
+        """Returns the weights for one penalty, and whether the fit converged."""
         penalty = l2 * self._penalised
-        scale = 1 / np.sqrt(self._curvature + penalty)[:, None]
+        factor = cholesky(self._bound + np.diag(penalty + self._floor), lower=True)
+        solve = functools.partial(solve_triangular, factor, lower=True, check_finite=False)
+
+        def weights_at(flat: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "D1 C"]:
+            return solve(flat.reshape(start.shape), trans="T")
 
         def objective(flat: Float64[np.ndarray, " P"]) -> tuple[float, np.ndarray]:
-            weights = flat.reshape(start.shape) * scale
+            weights = weights_at(flat)
             losses, gradient = jax.device_get(_losses(*self._data, weights.astype(np.float32)))
             # Sums over rows and the penalty in float64: L-BFGS compares values that differ little.
             value = losses.mean(dtype=np.float64) + np.sum(penalty[:, None] * weights**2) / 2
-            gradient = (gradient + penalty[:, None] * weights) * scale
-            return float(value), gradient.ravel()
+            gradient = gradient + penalty[:, None] * weights
+            return float(value), solve(gradient).ravel()
 
         limits = {"maxiter": self._num_iterations, "maxfun": 2 * self._num_iterations}
         # The vectors of L-BFGS are short. More BLAS threads would only take cores from the device.
         with threadpool_limits(1, user_api="blas"):
             found = minimize(
                 objective,
-                (start / scale).ravel(),
+                (factor.T @ start).ravel(),
                 jac=True,
                 method="L-BFGS-B",
                 options={"gtol": TOLERANCE, "ftol": 0.0, "maxcor": _MEMORY, **limits},
             )
-        return found.x.reshape(start.shape) * scale, bool(np.abs(found.jac).max() <= TOLERANCE)
+            return weights_at(found.x), bool(np.abs(found.jac).max() <= TOLERANCE)
 
     def model(self, weights: Float64[np.ndarray, "D1 C"], converged: bool = True) -> LinearModel:
-        """Returns the model with these weights, for features in their own basis."""
+        """Returns the model with these weights, for features that are not standardised."""
         weights = weights.astype(np.float32)
-        return LinearModel(self._mean, self._basis @ weights[:-1], weights[-1], converged)
+        return LinearModel(self._mean, weights[:-1] / self._std[:, None], weights[-1], converged)
 
 
 @jax.jit
@@ -138,14 +148,10 @@ def _losses(
     return -jnp.sum(jnp.where(truth, log_p, 0.0), axis=1), gradient
 
 
-def _pca(
+def _moments(
     x: Float[np.ndarray, "n D"],
-) -> tuple[Float32[np.ndarray, " D"], Float32[np.ndarray, "D D"], Float32[np.ndarray, " D"]]:
-    """Returns mean, basis, variance: `(x - mean) @ basis` is the PCA of standardised features.
-
-    Constant features stay 0. Variances are raised to float32 resolution, 1e-6 of the largest: the
-    curvature bound must not lie below the rounding errors of the data.
-    """
+) -> tuple[Float32[np.ndarray, " D"], Float32[np.ndarray, " D"], Float32[np.ndarray, "D D"]]:
+    """Returns mean, standard deviation and correlations. Constant features have deviation 1."""
     mean = x.mean(axis=0, dtype=np.float64).astype(np.float32)
     covariance = np.zeros((x.shape[1], x.shape[1]), np.float32)
     for rows in row_chunks(len(x)):
@@ -153,8 +159,7 @@ def _pca(
         covariance += centred.T @ centred
     covariance /= len(x)
     std = divisible_std(np.sqrt(np.diag(covariance)), mean)
-    variance, basis = np.linalg.eigh(covariance / std[:, None] / std)
-    return mean, basis / std[:, None], np.maximum(variance, 1e-6 * variance[-1])
+    return mean, std, covariance / std[:, None] / std
 
 
 def divisible_std(

@@ -164,9 +164,13 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
     if len(x) <= 30:  # too few for neighbourhoods
         return maps
     from sklearn.manifold import TSNE  # slow to import
+    from threadpoolctl import threadpool_limits
 
-    tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, n_jobs=1, random_state=0)
-    maps["t-SNE"] = tsne.fit_transform(x)
+    tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, random_state=0)
+    with threadpool_limits(
+        1
+    ):  # several threads need ten times the processor time for so few points
+        maps["t-SNE"] = tsne.fit_transform(x)
     with contextlib.suppress(ImportError):
         quiet_tensorflow()
         # It imports TensorFlow if it can.
