@@ -375,3 +375,14 @@ def build_create_state(
         return create_train_state(params, tx, train_rng, moment_width=moment_width)
 
     return create_state
+
+
+def initial_state(
+    config: Config, model: HJEPA, schedules: Schedules, numbers: tuple[Schedule, Schedule, Schedule]
+) -> TrainState:
+    """The state at step 0, to jit with `numbers` as arguments.
+
+    So runs with other rates or of another length have the same program.
+    """
+    tx = build_optimizer(config, schedules.with_numbers(numbers))
+    return build_create_state(config, model, tx)()

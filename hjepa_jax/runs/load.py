@@ -1,6 +1,7 @@
 """Loads encoders and states from the checkpoints of a work directory."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -45,8 +46,8 @@ def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, Train
       InputError: if the directory holds no run or no such checkpoint.
     """
     model, state = _load_fields(workdir, which, {"step", "params", "target_params"})
-    create = _create_state(load_config(workdir), model)
-    return model, state, initialise(lambda: _only(create(), {"step", "params", "target_params"}))
+    initial = initialise(*_create_state(load_config(workdir), model))  # the program of training
+    return model, state, _only(initial, {"step", "params", "target_params"})
 
 
 def _load_fields(workdir: pathlib.Path, which: str, wanted: set[str]) -> tuple[HJEPA, TrainState]:
@@ -56,16 +57,17 @@ def _load_fields(workdir: pathlib.Path, which: str, wanted: set[str]) -> tuple[H
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        _only(jax.eval_shape(_create_state(config, model)), wanted),
+        _only(jax.eval_shape(*_create_state(config, model)), wanted),
     )
     with Checkpoints(workdir, config=config) as checkpoints:
         return model, checkpoints.restore_state(template, checkpoints.find_step(which))
 
 
-def _create_state(config: Config, model: HJEPA) -> Callable[[], TrainState]:
+def _create_state(config: Config, model: HJEPA) -> tuple[Callable[..., TrainState], Any]:
+    """Returns a function that makes the state at step 0, and its argument."""
     # The shapes do not depend on the schedules, so any number of images will do.
-    tx = build.build_optimizer(config, build.build_schedules(config, config.train.batch_size))
-    return build.build_create_state(config, model, tx)
+    schedules = build.build_schedules(config, config.train.batch_size)
+    return functools.partial(build.initial_state, config, model, schedules), schedules.numbers
 
 
 def _only(state: TrainState, wanted: set[str]) -> TrainState:

@@ -85,17 +85,17 @@ def build_run(config: Config, source: Source) -> Run:
     placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
     model = build.build_model(config)
-    tx = build.build_optimizer(config, schedules)
     # jax.jit remembers its traces: the shapes below and the program share one trace. `inline` keeps
     # the program itself the same.
     train_step = jax.jit(functools.partial(_train_step, config, model, schedules), inline=True)
-    create_state = jax.jit(build.build_create_state(config, model, tx), inline=True)
+    create_state = functools.partial(build.initial_state, config, model, schedules)
+    create_state = jax.jit(create_state, inline=True)
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, *info.image_shape), info.dtype)
 
-    state = jax.eval_shape(create_state)
+    state = jax.eval_shape(create_state, schedules.numbers)
     layout = placement.state(state)
     _, outputs = jax.eval_shape(train_step, schedules.numbers, state, images_like(*batch_shape))
     averages, width = make_averages(sorted(outputs.scalars)), outputs.features.shape[-1]
@@ -105,7 +105,8 @@ def build_run(config: Config, source: Source) -> Run:
 
     def create() -> tuple[TrainState, LogWindow]:
         window = create_window()
-        return initialise(create_state, layout), placement.put(window, placement.whole)
+        state = initialise(create_state, schedules.numbers, shardings=layout)
+        return state, placement.put(window, placement.whole)
 
     def sharded_step(numbers: Any, state: TrainState, images: Any) -> Any:
         # Forward and backward pass need full parameters. In the update each device has its part.

@@ -102,17 +102,18 @@ def current_rules() -> Rules:
     return _RULES.get(jax.default_backend().lower(), Rules())
 
 
-def initialise(create: Callable[[], Any], shardings: Any = None) -> Any:
+def initialise(create: Callable[..., Any], *args: Any, shardings: Any = None) -> Any:
     """Returns the compiled result of `create`, made on a device that can make parameters.
 
     Args:
       create: returns a tree of arrays.
-      shardings: a tree of their shardings; None = the default device.
+      *args: its arguments, trees of arrays.
+      shardings: a tree of the shardings of the result; None = the default device.
     """
     if current_rules().initialises:
-        return jax.jit(create, out_shardings=shardings)()
+        return jax.jit(create, out_shardings=shardings)(*args)
     with jax.default_device(jax.devices("cpu")[0]):
-        made = jax.jit(create)()
+        made = jax.jit(create)(*args)
     return jax.device_put(made, jax.devices()[0])
 
 
