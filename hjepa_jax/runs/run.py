@@ -80,7 +80,8 @@ def build_run(config: Config, source: Source) -> Run:
     batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
     check_size(config.data.source, (info.num_train, info.image_bytes))
     if not streamed:
-        check_resident(config.data.source, info.num_train * info.image_bytes)
+        check_size(config.data.source, (info.num_train, source.train_bytes))
+        check_resident(config.data.source, info.num_train * source.train_bytes)
     _check_colours(config, info)
     placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
@@ -93,7 +94,7 @@ def build_run(config: Config, source: Source) -> Run:
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*shape, *info.image_shape), info.dtype)
+        return jax.ShapeDtypeStruct((*shape, *source.train_shape), info.dtype)
 
     state = jax.eval_shape(create_state)
     layout = placement.state(state)
@@ -231,6 +232,7 @@ def open_config_source(
         follow_links=config.data.follow_links,
         num_channels=next((len(v) for v in (config.data.mean, config.data.std) if v != AUTO), None),
         may_download=may_download,
+        stored_area=config.data.stored_area,
         quiet=quiet,
     )
 
@@ -275,7 +277,7 @@ def sizes(run: Run, source: Source) -> dict[str, Any]:
         "steps_per_epoch": run.schedules.steps_per_epoch,
         "images_per_update": run.config.train.batch_size,
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-        "images_bytes": resident * source.info.num_train * source.info.image_bytes,
+        "images_bytes": resident * source.info.num_train * source.train_bytes,
     }
 
 
@@ -285,7 +287,7 @@ def start_table(run: Run, source: Source, workdir: pathlib.Path) -> str:
     lines = {"workdir": str(workdir)}
     if c.log.tensorboard:
         lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
-    (height, width, _), num_classes = info.image_shape, len(info.class_names)
+    (height, width, _), num_classes = source.train_shape, len(info.class_names)
     lines["data"] = (
         f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
         + {0: "no labels", 1: "one class"}.get(num_classes, f"{num_classes} classes")
