@@ -181,7 +181,8 @@ A vision transformer, {origin}.
 def to_stablehlo(config: Config, model: HJEPA, params: Any, *, dtype: str) -> bytes:
     """Returns a serialized program from images [B, H, W, C] of type `dtype` to features.
 
-    B may be any number. The features are those of `hjepa_jax.load(workdir).embed`, and "tokens" [B, N, D].
+    B may be any number. The features are those of `hjepa_jax.load(workdir).embed`, and "tokens"
+    [B, N, D].
 
     Raises:
       ValueError: if there are too many parameters for one program.
