@@ -65,9 +65,11 @@ def open_tfds(
         raise InputError("data.train_split", train_name, rule)
     stored = shape[:2]
     if stored_area > 1 and None in builder.info.features[image_and_label(builder)[0]].shape:
-        stored = stored_sides(_sample_sides(builder, train_name), image_size, stored_area)
-    stored = (*stored, shape[2])
-    if is_streamed(streaming, splits[train_name].num_examples, stored, dtype):
+        stored = stored_sides(_sample_sides(source, builder, train_name), image_size, stored_area)
+    stored, num_train = (*stored, shape[2]), splits[train_name].num_examples
+    if formats_of(builder) != {"array_record"} and is_streamed(streaming, num_train, stored, dtype):
+        stored = shape  # such a set cannot be streamed, and may fit into memory like this
+    if is_streamed(streaming, num_train, stored, dtype):
         return tfds_records.open_streamed(source, builder, shape, streaming, dtype, stored)
     return _open_resident(source, builder, shape, dtype, stored)
 
@@ -113,15 +115,21 @@ def _image_kind(
     return (int(height), int(width), channels), dtype.name
 
 
-def _sample_sides(builder: Any, name: str) -> list[tuple[int, int]]:
+def _sample_sides(source: str, builder: Any, name: str) -> list[tuple[int, int]]:
     """Returns heights and widths of some images of a split; they are kept on disk."""
 
     def sample() -> dict[str, np.ndarray]:
-        if formats_of(builder) == {"array_record"}:
-            encoded = tfds_records.read_encoded(builder, name, SAMPLE)
-        else:
-            encoded = _read_encoded(builder, name, SAMPLE)
-        return {"sides": np.array([sides_of(io.BytesIO(each)) for each in encoded])}
+        is_record = formats_of(builder) == {"array_record"}
+        read, sides = tfds_records.read_encoded if is_record else _read_encoded, []
+        try:
+            encoded = read(builder, name, SAMPLE)
+        except Exception as error:  # see `_read_split`
+            rule = f"split {name} in {builder.data_path} cannot be read: {first_line(error)}"
+            raise InputError("data.source", source, rule) from error
+        for each in encoded:
+            with contextlib.suppress(Exception):  # corrupt images are reported when they are read
+                sides.append(sides_of(io.BytesIO(each)))
+        return {"sides": np.array(sides)}
 
     key = f"sides {builder.info.full_name} {name} {builder.data_path}"
     sides = kept_arrays(key, sample, made_from=made_from(builder))["sides"]

@@ -15,7 +15,7 @@ import numpy as np
 from hjepa_jax.config import Config, build
 from hjepa_jax.config.defaults import AUTO
 from hjepa_jax.config.validation import validate
-from hjepa_jax.data.base import Source, SourceInfo, Split, check_size
+from hjepa_jax.data.base import MAX_RESIDENT_BYTES, Source, SourceInfo, Split, check_size
 from hjepa_jax.data.pixels import pixel_statistics
 from hjepa_jax.data.records import Streaming, read_or_next
 from hjepa_jax.data.rows import spread_rows
@@ -80,7 +80,9 @@ def build_run(config: Config, source: Source) -> Run:
     batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
     check_size(config.data.source, (info.num_train, info.image_bytes))
     if not streamed:
-        check_size(config.data.source, (info.num_train, source.train_bytes))
+        if (num_bytes := info.num_train * source.train_bytes) > MAX_RESIDENT_BYTES:
+            rule = f"needs {num_bytes / 2**30:.1f} GiB of memory for crops, and 8 GiB fit; lower it"
+            raise InputError("data.stored_area", config.data.stored_area, f"{rule}, or stream")
         check_resident(config.data.source, info.num_train * source.train_bytes)
     _check_colours(config, info)
     placement = _make_placement(config)
@@ -220,9 +222,9 @@ def open_config_source(
     Raises:
       InputError: see `open_source`.
     """
-    streaming = build.build_streaming(config)
-    if source and source != config.data.source:  # it has other splits and classes
-        streaming = Streaming("auto", max_labelled=config.data.max_labelled)
+    streaming, stored_area = build.build_streaming(config), config.data.stored_area
+    if source and source != config.data.source:  # it has other splits and classes; no training
+        streaming, stored_area = Streaming("auto", max_labelled=config.data.max_labelled), 1.0
     return open_source(
         source or config.data.source,
         data_dir=data_dir or config.data.dir,
@@ -232,7 +234,7 @@ def open_config_source(
         follow_links=config.data.follow_links,
         num_channels=next((len(v) for v in (config.data.mean, config.data.std) if v != AUTO), None),
         may_download=may_download,
-        stored_area=config.data.stored_area,
+        stored_area=stored_area,
         quiet=quiet,
     )
 
