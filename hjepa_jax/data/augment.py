@@ -82,9 +82,9 @@ class Augment:
         x = image.astype(jnp.float32) / full_scale(image.dtype)
         whole = self.reduced_sides and image.shape[:2] != pair(self.reduced_sides)
         if self.crop_scale != (1.0, 1.0) and whole:
-            shape = pair(self.image_size)
-            ratio = tuple(each * shape[1] / shape[0] for each in self.crop_ratio)
-            box = sample_whole_crop(crop_rng, *image.shape[:2], self.crop_scale, ratio)
+            (rows, cols), (height, width, _) = pair(self.image_size), image.shape
+            ratio = tuple(each * cols / rows for each in self.crop_ratio)
+            box = sample_whole_crop(crop_rng, height, width, self.crop_scale, ratio)
             x = crop_and_resize(x, *box, size=self.image_size)
         elif self.crop_scale != (1.0, 1.0):
             height, width, top, left = centre_box(image.shape[:2], self.image_size)

@@ -144,13 +144,11 @@ def sample_whole_crop(
     aspect = jnp.exp(jax.random.uniform(ratio_rng, tries, minval=low, maxval=high))
     heights, widths = jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)
     fits = (heights <= height) & (widths <= width)
-    central = min(height, width / ratio[0]), min(width, height * ratio[1])
-    crop_height, crop_width = map(jnp.float32, central)
     at_top, at_left = jax.random.uniform(top_rng), jax.random.uniform(left_rng)
-    found = jnp.any(fits)
+    central = min(height, width / ratio[0]), min(width, height * ratio[1])
+    box = jnp.array([*central, 0.5, 0.5])
     for i in reversed(range(CROP_TRIES)):  # the first that fits
-        crop_height = jnp.where(fits[i], heights[i], crop_height)
-        crop_width = jnp.where(fits[i], widths[i], crop_width)
-    top = jnp.where(found, at_top, 0.5) * (height - crop_height)
-    left = jnp.where(found, at_left, 0.5) * (width - crop_width)
+        box = jnp.where(fits[i], jnp.stack([heights[i], widths[i], at_top, at_left]), box)
+    crop_height, crop_width, at_top, at_left = box
+    top, left = at_top * (height - crop_height), at_left * (width - crop_width)
     return top, left, crop_height, crop_width
