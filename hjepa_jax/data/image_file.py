@@ -1,8 +1,9 @@
 """One image file: whether it is one, and its pixels."""
 
+import io
 import os
 import warnings
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Num
@@ -80,7 +81,7 @@ def kind_of(path: str, wanted: int | None) -> Kind:
         return Kind(bands, dtype)
 
 
-def sides_of(file: str | BinaryIO) -> tuple[int, int]:
+def sides_of(file: str | io.BytesIO) -> tuple[int, int]:
     """Returns height and width of an image file, upright by its EXIF tag; decodes no pixel."""
     with (
         warnings.catch_warnings(action="ignore"),  # of damaged metadata

@@ -266,6 +266,7 @@ def _read_encoded(builder: Any, name: str, count: int) -> list[bytes]:
     _, tfds = _tensorflow()
     key = image_and_label(builder)[0]
     decoders = tfds.decode.PartialDecoding({key: True}, {key: tfds.decode.SkipDecoding()})
+    count = min(count, builder.info.splits[name].num_examples)
     rows = builder.as_dataset(split=f"{name}[:{count}]", decoders=decoders)
     return [row[key] for row in rows.as_numpy_iterator()]
 
