@@ -134,6 +134,7 @@ def _open(source: str, config: Config, value: str) -> Source:
             streaming=streaming,
             follow_links=config.data.follow_links,
             num_channels=len(config.data.mean),
+            stored_area=config.data.stored_area,
         )
     except InputError as error:
         where = "" if error.value == source else f"{error.value} "

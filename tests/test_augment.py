@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from scipy.ndimage import gaussian_filter
+from scipy.stats import ks_2samp
 
 from hjepa_jax.data.augment import (
     Augment,
-    crop_and_resize,
     luma,
     resize_and_normalize,
     shift_hue,
 )
 from hjepa_jax.data.base import fitted
+from hjepa_jax.data.crop import crop_and_resize, sample_whole_crop
 from hjepa_jax.evaluation.features import embed_pixels
 
 RNG = np.random.default_rng(0)
@@ -138,6 +139,68 @@ def test_a_crop_has_the_area_drawn_for_it_in_the_central_square(height, width, s
     assert max(across.max(), down.max()) < 1.04
     ratios = across / down
     assert (ratios.min(), ratios.max()) == pytest.approx((0.7, 1 / 0.7), rel=0.06)
+
+
+def drawn_as_torchvision(rng, height, width, scale, ratio):
+    """Height, width, top and left of a box by the rules of RandomResizedCrop, in one loop."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(*np.log(ratio)))
+        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if w <= width and h <= height:
+            return h, w, rng.uniform(0, height - h), rng.uniform(0, width - w)
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = width / ratio[0]
+    elif width / height > ratio[1]:
+        w = height * ratio[1]
+    return h, w, (height - h) / 2, (width - w) / 2
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [(375, 500, (0.3, 1.0)), (64, 64, (0.08, 1.0)), (300, 40, (0.05, 0.6)), (20, 90, (0.9, 1.0))],
+)
+def test_crops_of_originals_are_distributed_as_torchvision_draws_them(height, width, scale):
+    ratio, rng = (3 / 4, 4 / 3), np.random.default_rng(0)
+    draw = jax.vmap(lambda key: sample_whole_crop(key, height, width, scale, ratio))
+    top, left, h, w = map(np.asarray, jax.jit(draw)(jax.random.split(jax.random.PRNGKey(0), 8000)))
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + h <= height + 1e-3).all()
+    assert (left + w <= width + 1e-3).all()
+    theirs = [drawn_as_torchvision(rng, height, width, scale, ratio) for _ in range(8000)]
+    columns = np.array(theirs, np.float32).T
+    for ours, other in ((h * w, columns[0] * columns[1]), (w / h, columns[1] / columns[0]),
+                        (top, columns[2]), (left, columns[3])):  # fmt: skip
+        # Equal values with different rounding must not count as a difference.
+        distance = ks_2samp(np.round(ours, 3), np.round(other, 3)).statistic
+        assert distance < 0.03  # at most 0.031 with a probability of 0.999
+
+
+def test_crops_show_the_detail_of_originals_and_reach_their_sides():
+    """Stripes that the reduced square has lost; the ends of the image, which it has cut off."""
+    stripes = np.zeros((1, 96, 128, 3), np.uint8)
+    stripes[:, :, ::2] = 255
+    stripes[:, :, :10, 1] = 0
+    reduced = fitted(Image.fromarray(stripes[0]), 32)[None]
+    rngs = jax.random.split(jax.random.PRNGKey(0), 100)
+    options = {"crop_scale": (0.04, 0.05), "crop_ratio": (0.9, 1.1), "reduced_sides": 32}
+    sharp, dull = (
+        views_of(np.repeat(images, 100, axis=0), rngs, 32, **options)
+        for images in (stripes, reduced)
+    )
+    assert sharp[..., 0].std(axis=(1, 2)).min() > 0.25
+    assert dull[..., 0].std(axis=(1, 2)).max() < 0.1
+    ends = (sharp[..., 1].mean(axis=(1, 2)) < 0.4).sum()
+    assert 2 < ends < 30
+    assert dull[..., 1].mean(axis=(1, 2)).min() > 0.4
+
+
+def test_images_of_the_size_of_the_model_keep_their_crops():
+    options = {"crop_scale": (0.3, 1.0)}
+    before = views_of(IMAGES, **options)
+    np.testing.assert_array_equal(views_of(IMAGES, reduced_sides=16, **options), before)
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:

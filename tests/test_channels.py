@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export as jax_export
 from PIL import Image
 
 import hjepa_jax
@@ -16,12 +17,16 @@ from hjepa_jax.data.records import Streaming
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.errors import InputError
+from hjepa_jax.exchange.export import export
 from hjepa_jax.feature_file import write_features
 from hjepa_jax.reporting.image_figures import as_pictures
 from hjepa_jax.reporting.publish import write_report
 from hjepa_jax.runs.load import load_state
+from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.training import train
 from tests.conftest import make_tiny_config
+from tests.faults.test_kills import newest_checkpoint, state_and_lines
+from tests.faults.test_resume import train_until
 from tests.test_tfds_source import define_tiny_set
 
 RNG = np.random.default_rng(0)
@@ -233,6 +238,62 @@ def test_a_whole_run_on_other_images(tmp_path, channels, dtype):
     _, state, _ = load_state(tmp_path / "whole", "last")
     leaves = jax.tree.leaves(state.params["context_encoder"])
     assert 16 * channels in {leaf.shape[0] for leaf in leaves if leaf.ndim == 2}  # of patches
+
+
+def save_folder(root, channels):
+    """Files of 32x32: TIFF of 16 bits with a page for each channel, or grey PNG of 8 bits."""
+    for name, split in zip(("train", "test"), create_shapes(120, 30, seed=4), strict=True):
+        for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = root / name / f"{label:02}" / f"{i:03}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if channels == 1:
+                Image.fromarray(image[..., 1]).save(path.with_suffix(".png"))
+                continue
+            scales = np.linspace(20, 200, channels)
+            first, *rest = (
+                Image.fromarray((image[..., c % 3] * scale).astype(np.uint16))
+                for c, scale in enumerate(scales)
+            )
+            first.save(path, save_all=True, append_images=rest)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_probes")
+@pytest.mark.parametrize(("channels", "when"), [(13, "never"), (1, "always")])
+def test_files_of_other_kinds_from_training_to_features(tmp_path, channels, when):
+    """Crops from files twice as large; stopped and resumed; probes, report, features, program."""
+    save_folder(tmp_path / "files", channels)
+    config, (whole, parts) = config_for(tmp_path), (tmp_path / "whole", tmp_path / "parts")
+    config.data.source, config.data.streaming = f"folder:{tmp_path}/files", when
+    config.data.num_workers, config.train.steps_per_call = 0, 1
+    if channels == 1:
+        config.data.mean, config.data.std = (0.5,), (0.25,)
+    config.eval.probe_at_end = config.log.report = True
+    rows = train.train_and_evaluate(config, whole)
+    assert {row["protocol"] for row in rows} == {"linear", "knn"}
+    assert {"masks.png", "pca.png", "neighbours.png"} <= {
+        path.name for path in (whole / "figures").iterdir()
+    }
+    config.eval.probe_at_end = config.log.report = False
+    train_until(config, parts, 4)
+    assert newest_checkpoint(parts) < 6
+    train.train_and_evaluate(config, parts)
+    arrays, lines = state_and_lines(load_config(parts), parts)  # with numbers for auto
+    expected_arrays, expected_lines = state_and_lines(load_config(whole), whole)
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
+    trained = [{k: v for k, v in line.items() if "linear" not in k} for line in expected_lines]
+    assert lines == trained
+
+    write_features(str(whole), str(tmp_path / "files"), str(tmp_path / "features.npz"))
+    export(whole, tmp_path / "out", layout="stablehlo")
+    program = jax_export.deserialize(bytearray((tmp_path / "out/model.stablehlo").read_bytes()))
+    image = open_source(
+        f"folder:{tmp_path}/files", data_dir=None, image_size=16, num_channels=channels
+    ).load()[0].images[:5]  # fmt: skip
+    assert program.in_avals[0].dtype == image.dtype == ("uint16" if channels == 13 else "uint8")
+    with np.load(tmp_path / "features.npz") as features:
+        found = program.call(image)["level_0"]
+        np.testing.assert_allclose(found, features["train_level_0"][:5], atol=1e-4)
 
 
 def test_colours_need_rgb_and_all_fields_are_named_at_once(tmp_path):

@@ -287,6 +287,24 @@ def test_init_from_may_be_omitted_or_spelt_differently_on_resume(tmp_path, monke
         check_workdir(config, plain, data=RECORD)
 
 
+def test_a_run_from_before_a_field_was_added_goes_on_as_it_began(tmp_path):
+    config = with_changes({})
+    start(config, tmp_path)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    del old["data"]["stored_area"]
+    path.write_text(json.dumps(old))
+    of_old = dataclasses.replace(saved_by(config), config=old)
+    for saved in (None, of_old):
+        again = with_recorded_start(config, tmp_path, saved)
+        assert again.data.stored_area == 1.0
+        check_workdir(again, tmp_path, saved=saved, data=RECORD)
+    same = with_recorded_start(config, tmp_path, saved_by(config))
+    assert same.data.stored_area == 4.0
+    with pytest.raises(InputError, match=r"data.stored_area 4.0 -> 2.0"):
+        check_workdir(with_changes({"data.stored_area": 2.0}), tmp_path, saved=saved_by(config))
+
+
 def test_a_failed_start_removes_all_that_it_made(tmp_path):
     workdir = tmp_path / "runs" / "a"
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 from ml_collections import ConfigDict
+from PIL import Image
 
 from hjepa_jax.config import base_config
 from hjepa_jax.data import class_list, streaming
@@ -136,7 +137,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line():
 def streamed_config(tiny_config, shapes_folder):
     fields = {
         "data.source": f"folder:{shapes_folder}", "data.streaming": "always",
-        "data.image_size": 32, "data.num_workers": 1, "model.patch_size": 8,
+        "data.image_size": 16, "data.num_workers": 1, "model.patch_size": 4,  # stored: 32x32
         "train.num_steps": 22, "train.steps_per_call": 4,  # of 10 steps an epoch
         "train.checkpoint_every_steps": 4, "eval.every_epochs": 0.0, "log.every_steps": 1,
     }  # fmt: skip
@@ -175,6 +176,35 @@ def test_a_streamed_folder_equals_a_resident_one(shapes_folder, monkeypatch):
     assert opened("auto", max_labelled=100).records is None
     monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 160 * 16 * 16 * 3 - 1)
     assert len(opened("auto", max_labelled=100).records) == 160
+
+
+@pytest.mark.parametrize("split_names", [("train", "test"), ("a",)])
+def test_originals_are_the_same_resident_and_streamed(tmp_path, split_names):
+    """With a test split, or with test images that are held out."""
+    rng = np.random.default_rng(0)
+    for name in split_names:
+        for i in range(12):
+            path = tmp_path / name / "xy"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (20, 44 - i % 3, 3) if i % 2 else (30 + i % 3, 28, 3)
+            Image.fromarray(rng.integers(256, size=shape, dtype=np.uint8)).save(path)
+
+    def opened(when, **options):
+        options = {"image_size": 16, "streaming": Streaming(when), "stored_area": 2.0} | options
+        return open_source(f"folder:{tmp_path}", data_dir=None, **options)
+
+    resident, streamed = opened("never"), opened("always")
+    train_set, _ = resident.load()
+    originals = resident.originals(train_set)
+    assert resident.train_shape == streamed.train_shape == originals.shape[1:]
+    height, width, _ = originals.shape[1:]
+    assert height < width
+    assert 1.9 < height * width / 16**2 < 2.1
+    read = [streamed.records.read(row) for row in range(len(streamed.records))]
+    np.testing.assert_array_equal(np.stack(read), originals)
+    np.testing.assert_array_equal(streamed.load()[0].images, train_set.images)  # 16x16
+    assert opened("never", image_size=64).train_shape[:2] == (25, 35)  # never enlarged
+    assert opened("never", stored_area=1.0).originals is None
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,24 @@ def test_images_of_varying_size_are_cropped(tmp_path, channels):
     assert len(test.labels) == 3
 
 
+@pytest.mark.parametrize("when", ["never", "always"])
+def test_crops_are_cut_from_originals_of_varying_size(tmp_path, when):
+    """Their heights are 4, their widths 4 to 23: the geometric mean is 12."""
+    define_tiny_set(f"TinyOriginals{when.title()}", [("train", 20)], (None, None, 3))
+    options = {"data_dir": str(tmp_path), "streaming": Streaming(when), "stored_area": 4.0}
+    source = open_here(f"tfds:tiny_originals_{when}", **options)
+    train, _ = source.load()
+    assert train.images.shape == (18, 8, 8, 3)
+    assert source.train_shape == (4, 12, 3)
+    if source.originals is not None:
+        found = source.originals(train)
+    else:
+        found = np.stack([source.records.read(row) for row in range(18)])
+    assert found.shape == (18, 4, 12, 3)
+    np.testing.assert_array_equal(found[:, 0, 0, 0], train.images[:, 0, 0, 0])
+    assert (source.originals is None) == (when == "always")
+
+
 def test_without_a_test_split_a_tenth_is_held_out(tmp_path):
     define_tiny_set("TinyGrey", [("train", 20)], (4, 6, 1))
     source = open_here("tfds:tiny_grey", data_dir=str(tmp_path))

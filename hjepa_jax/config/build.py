@@ -189,6 +189,7 @@ def build_augment(config: Config) -> Augment:
         blur=c.blur,
         blur_sigma=tuple(c.blur_sigma),
         solarize=c.solarize,
+        reduced_sides=None if c.stored_area == 1 else c.image_size,
     )
 
 

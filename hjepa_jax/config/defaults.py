@@ -50,6 +50,9 @@ SCHEDULE_FIELDS = (
     "train.num_steps",
 )
 
+# Fields that older versions lacked, with the value that does what they did.
+ADDED_FIELDS = {"data.stored_area": 1.0}
+
 # Removed fields, with the value at which they did nothing: a config.json may hold this value.
 REMOVED_FIELDS = {
     "loss.cross_view": 0.0,
@@ -88,6 +91,9 @@ def _data(c: Config) -> None:
     c.data.class_list = placeholder(str)
     # side of the images that the model sees, or (height, width); pixels
     c.data.image_size = sides(32)
+    # largest area of a training image that crops are cut from; multiple of data.image_size's area
+    # 1 = crops are cut from images that are already reduced to data.image_size.
+    c.data.stored_area = 4.0
     # subtracted per channel; integer pixels as fractions of the largest value; auto = computed
     # Its length is the number of channels: 3 turns grey images into RGB.
     c.data.mean = (0.491, 0.482, 0.447)
@@ -242,7 +248,7 @@ def _eval(c: Config) -> None:
     c.eval = ConfigDict()
     # labelled images for k-NN and probes, as in data.source; None = data.source
     c.eval.data = placeholder(str)
-    c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out training images; 0 = never
+    c.eval.every_epochs = 1.0  # epochs between k-NN scores of held-out images; 0 = never
     c.eval.knn_bank_size = 10_000  # training images that k-NN compares with
     # training images held out for choosing hyper-parameters; at most a fifth
     c.eval.num_val = 5_000

@@ -117,6 +117,7 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_increasing(0, 100), "data.crop_ratio data.blur_sigma"),
     (_increasing(0, 100), "mask.aspect_ratio mask.context_aspect_ratio"),
     (_at_least(0, at_most=64), "data.local_views"),
+    (_at_least(1, at_most=64), "data.stored_area"),
     (_FRACTION, "data.horizontal_flip data.vertical_flip data.grayscale data.blur data.solarize"),
     (_FRACTION, "data.brightness data.contrast data.saturation data.jitter_probability"),
     (Rule(lambda v: 0 <= v <= 0.5, "must be in [0, 0.5]"), "data.hue"),

@@ -1,7 +1,6 @@
 """Augmentation on the device, inside jit: stored images in, normalised float32 images out.
 
 One key per image decides everything about its view, so the split of a batch does not matter.
-Cropping and resizing is separable linear interpolation, written as two matrix products.
 
 References:
   Chen et al. 2020, arXiv 2002.05709, appendix A (random resized crop, jitter, grayscale, blur).
@@ -9,12 +8,19 @@ References:
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
+from hjepa_jax.data.crop import (
+    along_both,
+    centre_box,
+    crop_and_resize,
+    resize,
+    sample_crop,
+    sample_whole_crop,
+)
 from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.data.sides import Sides, pair
 
@@ -30,7 +36,7 @@ class Augment:
       image_size: side of the result, pixels, or height and width.
       mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
       crop_scale: area of the crop, fraction of the largest central box of the image with the
-        shape of the result (uniform); (1, 1) keeps that box.
+        shape of the result (uniform); (1, 1) keeps that box. See `reduced_sides`.
       crop_ratio: width / height of the crop, relative to the result's (log-uniform among those
         with which it fits; the next that fits, where none of them does).
       horizontal_flip: probability of a left-right flip.
@@ -42,6 +48,8 @@ class Augment:
       blur: probability of a Gaussian blur.
       blur_sigma: its standard deviation in pixels (uniform).
       solarize: probability of inverting the pixels that are not below half brightness.
+      reduced_sides: crops of images with other sides than these are cut from the whole image, as
+        torchvision's RandomResizedCrop does; None = from the central box of any image.
     """
 
     image_size: Sides
@@ -60,6 +68,8 @@ class Augment:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
+    # Not in `repr`, which names stored results: within a run it does not vary.
+    reduced_sides: Sides | None = dataclasses.field(default=None, repr=False)
 
     def __call__(
         self, rngs: Shaped[Array, "B ..."], images: Num[Array, "B H W C"]
@@ -70,14 +80,20 @@ class Augment:
     def _augment_image(self, rng: Array, image: Num[Array, "H W C"]) -> Float[Array, "S T C"]:
         crop_rng, flip_rng, color_rng, gray_rng = jax.random.split(rng, 4)
         x = image.astype(jnp.float32) / full_scale(image.dtype)
-        if self.crop_scale != (1.0, 1.0):
+        whole = self.reduced_sides and image.shape[:2] != pair(self.reduced_sides)
+        if self.crop_scale != (1.0, 1.0) and whole:
+            (rows, cols), (height, width, _) = pair(self.image_size), image.shape
+            ratio = tuple(each * cols / rows for each in self.crop_ratio)
+            box = sample_whole_crop(crop_rng, height, width, self.crop_scale, ratio)
+            x = crop_and_resize(x, *box, size=self.image_size)
+        elif self.crop_scale != (1.0, 1.0):
             height, width, top, left = centre_box(image.shape[:2], self.image_size)
-            box = _sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
+            box = sample_crop(crop_rng, height, width, self.crop_scale, self.crop_ratio)
             if top or left:
                 box = (box[0] + top, box[1] + left, *box[2:])
             x = crop_and_resize(x, *box, size=self.image_size)
         else:
-            x = _resize(x, self.image_size, bounded=image.dtype != jnp.float32)
+            x = resize(x, self.image_size, bounded=image.dtype != jnp.float32)
         if self.horizontal_flip:
             flip = _happens(flip_rng, self.horizontal_flip)
             x = jnp.where(flip, jnp.flip(x, axis=1), x)
@@ -119,8 +135,8 @@ def resize_and_normalize(
     same features, to the rounding of its pixels, as a file and as a row of an array.
     """
     scale, bounded = full_scale(images.dtype), images.dtype != jnp.float32
-    resize = jax.vmap(lambda image: _resize(image / scale, image_size, bounded=bounded))
-    return normalize(resize(images.astype(jnp.float32)), mean, std)
+    resize_all = jax.vmap(lambda image: resize(image / scale, image_size, bounded=bounded))
+    return normalize(resize_all(images.astype(jnp.float32)), mean, std)
 
 
 def normalize(
@@ -158,26 +174,6 @@ def shift_hue(image: Float[Array, "H W C"], shift: Array | float) -> Float[Array
     return value[..., None] - chroma[..., None] * part
 
 
-def crop_and_resize(
-    image: Float[Array, "H W C"],
-    top: Array | float,
-    left: Array | float,
-    height: Array | float,
-    width: Array | float,
-    *,
-    size: Sides,
-) -> Float[Array, "S T C"]:
-    """Cuts a box (pixels, fractions allowed) out of the image and resizes it to `size`.
-
-    Linear interpolation, antialiased where the box shrinks: of a whole image the same as
-    `jax.image.resize(..., "linear")`. At the border of the box the pixels beyond it take part.
-    """
-    num_rows, num_cols = pair(size)
-    rows = _resize_matrix(top, height, image.shape[0], num_rows)
-    cols = _resize_matrix(left, width, image.shape[1], num_cols)
-    return _along_both(rows, cols, image)
-
-
 def gaussian_blur(image: Float[Array, "S T C"], sigma: Array | float) -> Float[Array, "S T C"]:
     """Convolves with a Gaussian of standard deviation `sigma`, in pixels.
 
@@ -189,100 +185,11 @@ def gaussian_blur(image: Float[Array, "S T C"], sigma: Array | float) -> Float[A
         weight = jnp.exp(-0.5 * (distance / sigma) ** 2)
         return weight / jnp.sum(weight, axis=1, keepdims=True)
 
-    return _along_both(weights(image.shape[0]), weights(image.shape[1]), image)
-
-
-def _along_both(
-    rows: Float[Array, "S H"], cols: Float[Array, "T W"], image: Float[Array, "H W C"]
-) -> Float[Array, "S T C"]:
-    """Weighted sums of rows, then of columns, in float32 whatever the backend's default is."""
-    h, w, c = image.shape
-    x = jnp.matmul(rows, image.reshape(h, w * c), precision="highest").reshape(len(rows), w, c)
-    return jnp.matmul(cols[None], x, precision="highest")
+    return along_both(weights(image.shape[0]), weights(image.shape[1]), image)
 
 
 def _happens(rng: Array, probability: float) -> Array:
     return jax.random.uniform(rng) < probability
-
-
-def _resize(
-    image: Float[Array, "H W C"], size: Sides, *, bounded: bool = True
-) -> Float[Array, "S T C"]:
-    """Returns the central box of the image at another size; untouched if it has that size.
-
-    `bounded`: whether pixels lie in [0, 1], as integers do.
-    """
-    sides = image.shape[:2]
-    if sides == pair(size):
-        return image
-    *box, top, left = centre_box(sides, size)
-    rows, cols = (
-        _resize_matrix(start, length, num_pixels, num_results, cubic=True)
-        for start, length, num_pixels, num_results in zip(
-            (top, left), box, sides, pair(size), strict=True
-        )
-    )
-    # The cubic filter overshoots. Pillow clips after each of its two passes, the first along rows.
-    clip = functools.partial(jnp.clip, min=0.0, max=1.0) if bounded else lambda x: x
-    wide = clip(jnp.matmul(cols[None], image, precision="highest"))
-    high = clip(jnp.matmul(rows, wide.reshape(sides[0], -1), precision="highest"))
-    return high.reshape(*pair(size), wide.shape[2])
-
-
-def centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:
-    """Returns height, width, top and left of the largest central box of the shape of `size`.
-
-    The same as `hjepa_jax.data.base.fitted` cuts out of an image file: the model never sees an
-    image that is squashed.
-    """
-    (height, width), (rows, cols) = sides, pair(size)
-    if height * cols > width * rows:
-        box = width * rows / cols, float(width)
-    else:
-        box = float(height), height * cols / rows
-    return *box, (height - box[0]) / 2, (width - box[1]) / 2
-
-
-def _resize_matrix(
-    start: Array | float, length: Array | float, num_pixels: int, size: int, *, cubic: bool = False
-) -> Float[Array, "S H"]:
-    """Row i holds the weights with which the pixels make up pixel i of the result.
-
-    The filter is linear, or cubic as Pillow's (Keys 1981, "Cubic convolution interpolation for
-    digital image processing", equation 15: a = -1/2). Both are widened where the image shrinks.
-    """
-    stride = length / size
-    center = (jnp.arange(size) + 0.5) * stride + start - 0.5
-    reach = jnp.maximum(stride, 1.0)
-    distance = jnp.abs(center[:, None] - jnp.arange(num_pixels)[None])
-    d = distance / reach
-    if cubic:
-        near, far = (1.5 * d - 2.5) * d * d + 1.0, ((-0.5 * d + 2.5) * d - 4.0) * d + 2.0
-        weight = jnp.where(d < 1.0, near, jnp.where(d < 2.0, far, 0.0))
-    else:
-        weight = jnp.maximum(1.0 - d, 0.0)
-    return weight / jnp.sum(weight, axis=1, keepdims=True)
-
-
-def _sample_crop(
-    rng: Array,
-    height: float,
-    width: float,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[Array, Array, Array, Array]:
-    """Top, left, height and width of a random box inside a larger one, in pixels."""
-    area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
-    area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1]) * height * width
-    # Boxes of this area fit from the one as high as the larger box to the one as wide.
-    low, high = jnp.clip(jnp.array(ratio) * (width / height), area / height**2, width**2 / area)
-    u = jax.random.uniform(ratio_rng)
-    aspect = jnp.exp(jnp.log(low) + u * (jnp.log(high) - jnp.log(low)))
-    crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)
-    crop_height = jnp.minimum(jnp.sqrt(area / aspect), height)
-    top = jax.random.uniform(top_rng) * (height - crop_height)
-    left = jax.random.uniform(left_rng) * (width - crop_width)
-    return top, left, crop_height, crop_width
 
 
 def _jitter(

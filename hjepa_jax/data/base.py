@@ -66,10 +66,14 @@ class Source:
       name: value of `data.source`.
       info: see `SourceInfo`.
       load: decodes and returns (train, test). A streamed source returns only the images for probes.
-      records: training images of a streamed source; None if the run trains on `load()[0]`.
+      records: training images of a streamed source, larger than those of `load` if crops are cut
+        from originals; None if all images are in memory.
       parts: files of a folder before decoding: training and test images. A folder without a test
         split, if not streamed, has one part, which `load` splits with `hold_out_test`.
       usage: one line for the user: which images are used, which are not, and why.
+      stored: (H, W) of the images of `originals`; None = as those of `load`.
+      originals: decodes the images of `load()[0]` again, to cut crops from them; None if the run
+        trains on `load()[0]` or on `records`.
     """
 
     name: str
@@ -78,11 +82,25 @@ class Source:
     records: Records | None = None
     parts: tuple[Labelled, ...] = ()
     usage: str = ""
+    stored: tuple[int, int] | None = None
+    originals: Callable[[Split], Num[np.ndarray, "n H W C"]] | None = None
 
     @property
     def num_images(self) -> int:
         """Number of images to train on."""
         return self.info.num_train if self.records is None else len(self.records)
+
+    @property
+    def train_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images to train on."""
+        if self.records is not None:
+            return self.records.image_shape
+        return (*(self.stored or self.info.image_shape[:2]), self.info.image_shape[2])
+
+    @property
+    def train_bytes(self) -> int:
+        """Bytes of an image to train on."""
+        return math.prod(self.train_shape) * np.dtype(self.info.dtype).itemsize
 
 
 def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:

@@ -16,7 +16,14 @@ from jaxtyping import Num
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, is_streamed
 from hjepa_jax.data.folder_files import FolderListing, Listing, list_folder
-from hjepa_jax.data.image_file import MULTI_IMAGE_SUFFIXES, RGB, Kind, decode_image, kind_of
+from hjepa_jax.data.image_file import (
+    MULTI_IMAGE_SUFFIXES,
+    RGB,
+    Kind,
+    decode_image,
+    kind_of,
+    sides_of,
+)
 from hjepa_jax.data.pixels import channels_of, with_channels
 from hjepa_jax.data.records import (
     NOT_STREAMED,
@@ -27,12 +34,10 @@ from hjepa_jax.data.records import (
     stamps_of,
 )
 from hjepa_jax.data.rows import draw_rows, spread_rows
-from hjepa_jax.data.sides import Sides, pair
+from hjepa_jax.data.sides import SAMPLE, Sides, pair, stored_sides
 from hjepa_jax.data.test_split import draw_test, hold_out_test
 from hjepa_jax.data.usage import usage_line
 from hjepa_jax.errors import InputError
-
-KIND_SAMPLE = 25  # files; their headers decide the type and the channels of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ def open_folder(
     *,
     follow_links: bool = False,
     num_channels: int | None = 3,
+    stored_area: float = 1.0,
 ) -> Source:
     """Opens `folder:<path>` or `images:<path>`; see `hjepa_jax.data.sources.open_source`."""
     if not root.is_dir():
@@ -76,21 +82,23 @@ def open_folder(
         raise InputError("data.source", source, f"must name a folder that exists{hint}")
     is_labelled = source.startswith("folder:")
     listing = list_folder(source, root, labelled=is_labelled, follow_links=follow_links)
-    kind = _kind_of_most(listing.splits[0].files, num_channels)
+    kind, sizes = _sample(listing.splits[0].files, num_channels)
     num_channels = channels_of(source, kind.num_channels, num_channels)
     records_of = functools.partial(
         FolderRecords, image_size=image_size, kind=kind, num_channels=num_channels
     )
+    stored = stored_sides(sizes, image_size, stored_area)
+    originals_of = functools.partial(records_of, image_size=stored)
     whole, shape = listing.splits[0], (*pair(image_size), num_channels)
     splits = listing.splits
     if len(splits) == 1:
         rows = draw_test(source, len(whole.files), whole.labels, whole.names(listing.top))
         splits = [whole.part(part) for part in rows]
     usage = _usage(source, listing, splits, kind)
-    if is_streamed(streaming, len(whole.files), shape, kind.dtype):
+    if is_streamed(streaming, len(whole.files), (*stored, num_channels), kind.dtype):
         read = [each.part(draw_rows(len(each.files), streaming.max_labelled).held)
                 for each in splits]  # fmt: skip
-        records, parts = records_of(splits[0].files), splits
+        records, parts = originals_of(splits[0].files), splits
     else:
         # The test images are drawn among readable images: bad files must not empty the test set.
         read, records, parts = listing.splits, None, listing.splits
@@ -104,21 +112,33 @@ def open_folder(
         report_skipped(source, skipped, f"{sum(len(each.files) for each in read)} files")
         return train, test
 
+    def originals(train: Split) -> Num[np.ndarray, "n H W C"]:
+        files = dict(zip(whole.names(listing.top), whole.files, strict=True))
+        images, _, errors = read_all(originals_of([files[name] for name in train.names]))
+        if errors:  # it could be read before
+            raise errors[0]
+        return images
+
     num_train, num_test = (len(each.files) for each in (splits if records is None else read))
     info = SourceInfo(num_train, num_test, shape, whole.class_names, kind.dtype)
     labelled = tuple(
         Labelled(records_of(each.files), each.labels, each.names(listing.top)) for each in parts
     )
-    return Source(source, info, load, records, labelled, usage)
+    again = None if records is not None or stored == pair(image_size) else originals
+    return Source(source, info, load, records, labelled, usage, stored, again)
 
 
-def _kind_of_most(files: list[str], num_channels: int | None) -> Kind:
-    """Returns the most frequent kind of evenly spaced files: files of another kind are skipped."""
-    kinds = collections.Counter()
-    for row in spread_rows(np.arange(len(files)), KIND_SAMPLE):
+def _sample(files: list[str], num_channels: int | None) -> tuple[Kind, list[tuple[int, int]]]:
+    """Returns the most frequent kind of evenly spaced files, and their sides.
+
+    Files of another kind are skipped later.
+    """
+    kinds, sizes = collections.Counter(), []
+    for row in spread_rows(np.arange(len(files)), SAMPLE):
         with contextlib.suppress(Exception):  # decoders raise almost anything on corrupt data
             kinds[kind_of(files[row], num_channels)] += 1
-    return kinds.most_common(1)[0][0] if kinds else RGB
+            sizes.append(sides_of(files[row]))
+    return kinds.most_common(1)[0][0] if kinds else RGB, sizes
 
 
 def _usage(source: str, listing: FolderListing, splits: list[Listing], kind: Kind) -> str:

@@ -1,12 +1,13 @@
 """One image file: whether it is one, and its pixels."""
 
+import io
 import os
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Num
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from hjepa_jax.data.base import fitted
 from hjepa_jax.data.pixels import fitted_pixels
@@ -78,6 +79,16 @@ def kind_of(path: str, wanted: int | None) -> Kind:
         if dtype == "uint8":
             bands = 3 if wanted is None else bands
         return Kind(bands, dtype)
+
+
+def sides_of(file: str | io.BytesIO) -> tuple[int, int]:
+    """Returns height and width of an image file, upright by its EXIF tag; decodes no pixel."""
+    with (
+        warnings.catch_warnings(action="ignore"),  # of damaged metadata
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def decode_image(

@@ -41,6 +41,7 @@ def open_source(
     follow_links: bool = False,
     num_channels: int | None = 3,
     may_download: bool = True,
+    stored_area: float = 1.0,
     quiet: bool = False,
 ) -> Source:
     """Opens a source and reads its description; downloads a TFDS set that is not prepared.
@@ -57,6 +58,8 @@ def open_source(
       follow_links: whether links out of a folder are followed; other sources ignore it.
       num_channels: channels of the images (grey values are repeated for three); None = as stored.
       may_download: if False, a TFDS set that is not prepared is refused.
+      stored_area: if above 1, files of varying size give larger images to train on, which crops
+        are cut from: see `hjepa_jax.data.sides.stored_sides`.
       quiet: do not print the line about used and unused images.
 
     Raises:
@@ -64,8 +67,9 @@ def open_source(
     """
     try:
         opener = _Opener(
-            source, data_dir, image_size, seed, streaming, follow_links, num_channels, may_download
-        )
+            source, data_dir, image_size, seed, streaming, follow_links, num_channels, may_download,
+            stored_area,
+        )  # fmt: skip
         found = opener.open()
     except (OSError, RuntimeError, ValueError) as error:  # missing rights, impossible characters
         raise InputError("data.source", source, first_line(error)) from error
@@ -96,6 +100,7 @@ class _Opener:
     follow_links: bool
     num_channels: int | None
     may_download: bool
+    stored_area: float
 
     def open(self) -> Source:
         # The readers are imported on use: they load Pillow or TFDS.
@@ -115,8 +120,9 @@ class _Opener:
             return _open_shapes(self.seed)
         if kind == "tfds" and rest:
             return tfds.open_tfds(
-                source, rest, self.data_dir, self.image_size, streaming, self.may_download, channels
-            )
+                source, rest, self.data_dir, self.image_size, streaming, self.may_download,
+                channels, self.stored_area,
+            )  # fmt: skip
         if kind == "npz" and rest:
             return npz.open_npz(source, Path(rest), channels)
         if kind == "npy" and rest:
@@ -124,7 +130,7 @@ class _Opener:
         if kind in ("folder", "images") and rest:
             return folder.open_folder(
                 source, Path(rest), self.image_size, streaming,
-                follow_links=self.follow_links, num_channels=channels,
+                follow_links=self.follow_links, num_channels=channels, stored_area=self.stored_area,
             )  # fmt: skip
         raise InputError("data.source", source, KINDS + _hint(source))
 

@@ -5,6 +5,7 @@ without a message, so the host of the download must answer first.
 """
 
 import contextlib
+import io
 import os
 import ssl
 import sys
@@ -14,14 +15,16 @@ import urllib.request
 from typing import Any
 
 import numpy as np
+from jaxtyping import Num
 
 from hjepa_jax.data import tfds_records
 from hjepa_jax.data.base import Source, SourceInfo, Split, fit_pixels, is_streamed
+from hjepa_jax.data.image_file import sides_of
 from hjepa_jax.data.pixels import channels_of, check_pixels
 from hjepa_jax.data.records import NOT_STREAMED, Streaming
 from hjepa_jax.data.rows import num_held_out
-from hjepa_jax.data.sides import Sides, pair
-from hjepa_jax.data.test_split import hold_out_test
+from hjepa_jax.data.sides import SAMPLE, Sides, pair, stored_sides
+from hjepa_jax.data.test_split import draw_test, hold_out_test, keep_rows
 from hjepa_jax.data.tfds_info import (
     class_names,
     formats_of,
@@ -51,6 +54,7 @@ def open_tfds(
     streaming: Streaming = NOT_STREAMED,
     may_download: bool = True,
     num_channels: int | None = 3,
+    stored_area: float = 1.0,
 ) -> Source:
     """Opens `tfds:<name>`; see `hjepa_jax.data.sources.open_source`."""
     builder = _prepared_builder(source, name, data_dir, streaming, may_download)
@@ -59,9 +63,15 @@ def open_tfds(
     if train_name not in splits:
         rule = f"must be a split of {source}: {', '.join(splits)}"
         raise InputError("data.train_split", train_name, rule)
-    if is_streamed(streaming, splits[train_name].num_examples, shape, dtype):
-        return tfds_records.open_streamed(source, builder, shape, streaming, dtype)
-    return _open_resident(source, builder, shape, dtype)
+    stored = shape[:2]
+    if stored_area > 1 and None in builder.info.features[image_and_label(builder)[0]].shape:
+        stored = stored_sides(_sample_sides(source, builder, train_name), image_size, stored_area)
+    stored, num_train = (*stored, shape[2]), splits[train_name].num_examples
+    if formats_of(builder) != {"array_record"} and is_streamed(streaming, num_train, stored, dtype):
+        stored = shape  # such a set cannot be streamed, and may fit into memory like this
+    if is_streamed(streaming, num_train, stored, dtype):
+        return tfds_records.open_streamed(source, builder, shape, streaming, dtype, stored)
+    return _open_resident(source, builder, shape, dtype, stored)
 
 
 def _prepared_builder(
@@ -105,7 +115,34 @@ def _image_kind(
     return (int(height), int(width), channels), dtype.name
 
 
-def _open_resident(source: str, builder: Any, shape: tuple[int, int, int], dtype: str) -> Source:
+def _sample_sides(source: str, builder: Any, name: str) -> list[tuple[int, int]]:
+    """Returns heights and widths of some images of a split; they are kept on disk."""
+
+    def sample() -> dict[str, np.ndarray]:
+        is_record = formats_of(builder) == {"array_record"}
+        read, sides = tfds_records.read_encoded if is_record else _read_encoded, []
+        try:
+            encoded = read(builder, name, SAMPLE)
+        except Exception as error:  # see `_read_split`
+            rule = f"split {name} in {builder.data_path} cannot be read: {first_line(error)}"
+            raise InputError("data.source", source, rule) from error
+        for each in encoded:
+            with contextlib.suppress(Exception):  # corrupt images are reported when they are read
+                sides.append(sides_of(io.BytesIO(each)))
+        return {"sides": np.array(sides)}
+
+    key = f"sides {builder.info.full_name} {name} {builder.data_path}"
+    sides = kept_arrays(key, sample, made_from=made_from(builder))["sides"]
+    return [(int(height), int(width)) for height, width in sides]
+
+
+def _open_resident(
+    source: str,
+    builder: Any,
+    shape: tuple[int, int, int],
+    dtype: str,
+    stored: tuple[int, int, int],
+) -> Source:
     """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
     splits, candidates = builder.info.splits, test_splits(builder)
     test_name = candidates[0] if candidates else None
@@ -144,12 +181,21 @@ def _open_resident(source: str, builder: Any, shape: tuple[int, int, int], dtype
         labels = None if train.labels is None else arrays[f"{found}_labels"]
         return train, Split(arrays[f"{found}_images"], labels)
 
+    def originals(train: Split) -> Num[np.ndarray, "n H W C"]:
+        images, labels = _read_split(source, builder, "train", stored, dtype)
+        if len(images) > len(train.images):  # test images are held out
+            found = labels if tfds_records.has_labels(labels) else None
+            images = keep_rows(images, draw_test(source, len(images), found, ()).kept)
+        return images
+
     num_train = splits["train"].num_examples
     num_test = splits[test_name].num_examples if test_name else num_held_out(source, num_train)
     num_train -= 0 if test_name else num_test
     used = ("train", test_name)
     usage = splits_line(source, builder, used, num_train, num_test, class_names=names)
-    return Source(source, SourceInfo(num_train, num_test, shape, names, dtype), load, usage=usage)
+    info = SourceInfo(num_train, num_test, shape, names, dtype)
+    again = None if stored == shape else originals
+    return Source(source, info, load, stored=stored[:2], originals=again, usage=usage)
 
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
@@ -182,13 +228,7 @@ def _read_split(
 def _decode_split(
     builder: Any, name: str, shape: tuple[int, int, int], dtype: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    with contextlib.suppress(RuntimeError):  # TensorFlow is already set up by the caller
-        tf.config.set_visible_devices([], "GPU")
+    tf, tfds = _tensorflow()
     options = tf.data.Options()
     options.autotune.enabled = False  # tuning takes longer than reading
     read_config = tfds.ReadConfig(
@@ -219,6 +259,28 @@ def _decode_split(
         labels[start:stop] = label
         start = stop
     return images, labels
+
+
+def _read_encoded(builder: Any, name: str, count: int) -> list[bytes]:
+    """Returns the first files of a split, not decoded."""
+    _, tfds = _tensorflow()
+    key = image_and_label(builder)[0]
+    decoders = tfds.decode.PartialDecoding({key: True}, {key: tfds.decode.SkipDecoding()})
+    count = min(count, builder.info.splits[name].num_examples)
+    rows = builder.as_dataset(split=f"{name}[:{count}]", decoders=decoders)
+    return [row[key] for row in rows.as_numpy_iterator()]
+
+
+def _tensorflow() -> tuple[Any, Any]:
+    """Returns TensorFlow and TFDS, imported on use and kept off the GPU."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    with contextlib.suppress(RuntimeError):  # TensorFlow is already set up by the caller
+        tf.config.set_visible_devices([], "GPU")
+    return tf, tfds
 
 
 def _download(source: str, builder: Any) -> None:

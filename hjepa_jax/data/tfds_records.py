@@ -23,7 +23,7 @@ from hjepa_jax.data.records import (
     report_skipped,
     unreadable_errors,
 )
-from hjepa_jax.data.rows import draw_rows
+from hjepa_jax.data.rows import draw_rows, spread_rows
 from hjepa_jax.data.test_split import draw_test, keep_rows
 from hjepa_jax.data.tfds_info import (
     class_names,
@@ -76,7 +76,7 @@ class TfdsRecords:
 
     def read(self, row: int) -> Num[np.ndarray, "H W C"]:
         try:
-            encoded = self._source()[int(self.rows[row])][self.keys[0]]
+            encoded = self.encoded(row)
             if self.dtype != "uint8" or self.image_shape[2] != 3:
                 with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
                     pixels = pixels_of(image, Kind(self.num_stored, self.dtype))
@@ -95,6 +95,10 @@ class TfdsRecords:
             record = f"{self.split}[{self.rows[row]}]"
             rule = f"cannot be read as an image: {first_line(error)}"
             raise InputError("data.source", record, rule) from error
+
+    def encoded(self, row: int) -> bytes:
+        """Returns an image as it is stored, in the format of its file."""
+        return self._source()[int(self.rows[row])][self.keys[0]]
 
     def stamps(self) -> list[tuple[str, int, int]]:
         which = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
@@ -140,8 +144,9 @@ def open_streamed(
     image_shape: tuple[int, int, int],
     streaming: Streaming,
     dtype: str = "uint8",
+    stored: tuple[int, int, int] | None = None,
 ) -> Source:
-    """Returns a source that reads its training images during training."""
+    """Returns a source that reads its training images during training, in the shape `stored`."""
     if "array_record" not in (formats := formats_of(builder)):
         rule = (
             f"is prepared as {', '.join(sorted(formats))} in {builder.data_path}, which cannot be "
@@ -178,6 +183,7 @@ def open_streamed(
         split.part(draw_rows(len(split), streaming.max_labelled).held) for split in (labelled, test)
     ]
     chosen = tuple(names[label] for label in classes) if has_classes else ()
+    records = dataclasses.replace(records, image_shape=stored or image_shape)
     used = (records.split, test_name, labelled.split)
     usage = splits_line(source, builder, used, len(records), len(test), class_names=chosen)
     info = SourceInfo(len(drawn[0]), len(drawn[1]), image_shape, chosen, dtype)
@@ -216,6 +222,12 @@ def read_split(
     if errors:
         raise errors[0]
     return images, labels
+
+
+def read_encoded(builder: Any, name: str, count: int) -> list[bytes]:
+    """Returns evenly spaced images of a split, not decoded."""
+    records = _all_records(builder, name, (0, 0, 3))
+    return [records.encoded(int(row)) for row in spread_rows(records.rows, count)]
 
 
 def _all_records(builder: Any, name: str, image_shape: tuple[int, int, int]) -> TfdsRecords:

@@ -21,6 +21,7 @@ from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.record import read_record
 from hjepa_jax.runs.scores import read_probe_json, rows_on
 from hjepa_jax.runs.workdir import checkpoint_sizes, load_config, writing
 from hjepa_jax.runtime.files import new_folder
@@ -48,7 +49,7 @@ tokens = model(images).last_hidden_state""",
     "stablehlo": """from jax import export
 
 program = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
-features = program.call(images)  # uint8 [B, {size}]; level_0 ..., summary, tokens""",
+features = program.call(images)  # {dtype} [B, {size}]; level_0 ..., summary, tokens""",
 }
 
 
@@ -93,7 +94,8 @@ def export(
                     write_encoder(file, config, params, info, dtype=dtype)
                 files = {"config.json": {"hjepa_jax": info, "config": config.to_dict()}}
             elif layout == "stablehlo":
-                (folder / "model.stablehlo").write_bytes(to_stablehlo(config, model, params))
+                program = to_stablehlo(config, model, params, dtype=info["dtype"])
+                (folder / "model.stablehlo").write_bytes(program)
                 files = {"config.json": {"hjepa_jax": info}}
             else:
                 tensors, files = (_timm if layout == "timm" else _transformers)(config, params)
@@ -112,7 +114,7 @@ def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str
     """Returns facts of an encoder that go with it: sizes, origin and scores."""
     width, depth, num_heads = encoder_size(config)
     meta = read_newest_meta(workdir)
-    converted = workdir / "converted.json"
+    converted, record = workdir / "converted.json", read_record(workdir)
     rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
     best = {protocol: format_best(rows, protocol) for protocol in ("linear", "knn")}
     return {
@@ -123,6 +125,8 @@ def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str
         "num_heads": num_heads,
         "patch_size": config.model.patch_size,
         "image_size": config.data.image_size,
+        # Runs of older versions do not name the type.
+        "dtype": record.data.get("dtype", "uint8") if record else "uint8",
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "num_levels": config.model.num_levels,
@@ -143,6 +147,7 @@ def model_card(info: dict[str, Any], layout: str) -> str:
     scores = [f"* {protocol}: {told}" for protocol, told in info["scores"].items()]
     (height, width), patch = pair(info["image_size"]), info["patch_size"]
     loading = LOADING[layout].replace("{size}", f"{height}, {width}, {len(info['mean'])}")
+    loading = loading.replace("{dtype}", info["dtype"])
     return f"""---
 library_name: {"jax" if layout == "stablehlo" else layout}
 tags: [self-supervised-learning, vision-transformer, jepa]
@@ -173,10 +178,11 @@ A vision transformer, {origin}.
 """
 
 
-def to_stablehlo(config: Config, model: HJEPA, params: Any) -> bytes:
-    """Returns a serialized program from uint8 images [B, H, W, 3], for any B, to features.
+def to_stablehlo(config: Config, model: HJEPA, params: Any, *, dtype: str) -> bytes:
+    """Returns a serialized program from images [B, H, W, C] of type `dtype` to features.
 
-    The features are those of `hjepa_jax.load(workdir).embed`, and "tokens" [B, N, D].
+    B may be any number. The features are those of `hjepa_jax.load(workdir).embed`, and "tokens"
+    [B, N, D].
 
     Raises:
       ValueError: if there are too many parameters for one program.
@@ -191,7 +197,7 @@ def to_stablehlo(config: Config, model: HJEPA, params: Any) -> bytes:
 
     height, width = pair(config.data.image_size)
     shape = jax_export.symbolic_shape(f"b, {height}, {width}, {len(config.data.mean)}")
-    images = jax.ShapeDtypeStruct(shape, np.uint8)
+    images = jax.ShapeDtypeStruct(shape, dtype)
     exported = jax_export.export(jax.jit(program), platforms=STABLEHLO_PLATFORMS)(images)
     return bytes(exported.serialize())
 

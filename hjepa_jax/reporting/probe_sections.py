@@ -48,7 +48,7 @@ def probes_section(facts: Facts) -> Section | None:
         if len(steps):
             lines[name] = (steps, 100 * knn)
     if lines:
-        title = "k-NN on held-out training images"
+        title = f"k-NN on held-out {facts.config.eval.data or 'training'} images"
         panel = Panel(title, "top-1, percent", lines, from_zero=True)
         figures["knn"] = (curves([panel]), "k-NN accuracy over training")
     if scored:

@@ -98,7 +98,7 @@ def comparison(runs: list[Facts]) -> list[Section]:
     for metric, title, unit in (
         ("train/loss", "Total loss", "loss"),
         ("train/effective_rank", "Effective rank", "directions"),
-        ("eval/knn_top1", "k-NN on held-out training images", "top-1, fraction"),
+        ("eval/knn_top1", "k-NN on held-out images", "top-1, fraction"),
         ("perf/images_per_sec", "Speed", "images per second"),
     ):
         series = {n: run.history.series(metric) for n, run in zip(names, runs, strict=True)}

@@ -78,7 +78,7 @@ def _headline(facts: Facts) -> list[str]:
             rows.append([name, *("-" if row is None else format_score(row) for row in best)])
     if not rows:
         return []
-    text = "Best features of each encoder, chosen on held-out training images; top-1 in percent"
+    text = "Best features of each encoder, chosen on held-out images; top-1 in percent"
     scored = [row for row in facts.own_probes if "top1" in row]
     chance = {row["chance"] for row in scored if "chance" in row}
     text += f" on {tested_on(scored)}, with the 95 % interval"

@@ -24,9 +24,9 @@ FIRST_COST_SEC = 10.0  # expected for the first pictures, mostly to compile
 
 # Meaning of the curves, by the name before a level or the name of a loss term.
 CURVES = {
-    "eval/knn_top1, knn_top1_<features>": "k-NN of held-out training images, by the labels",
+    "eval/knn_top1, knn_top1_<features>": "k-NN of held-out images, by the labels",
     "eval/linear_top1, linear_top1_<level>": "linear probe on the test images after the last step",
-    "probe/": "best score of each encoder on the test images, chosen on held-out training images",
+    "probe/": "best score of each encoder on the test images, chosen on held-out images",
     "train/loss": "weighted sum of all terms; falls also when all features become alike",
     "train/loss_<term>": "a term before its weight",
     "train/effective_rank": "directions that the target features use; low is a collapse",

@@ -14,7 +14,7 @@ class Score:
     """The k-NN score of a checkpoint.
 
     Attributes:
-      value: top-1 accuracy on held-out training images; the highest over the kinds of features.
+      value: top-1 accuracy on held-out images; the highest over the kinds of features.
       metric: name of that accuracy in the log.
       protocol: number of held-out images, number of images they were compared with, and
         `eval.data`. Scores of different protocols are not comparable.

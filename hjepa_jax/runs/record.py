@@ -29,7 +29,7 @@ class RunRecord:
       steps_per_epoch: optimizer updates per epoch.
       class_names: indexed by label.
       data: "source" as the config spells it, "fingerprint" of the training images, "num_train" and
-        "num_test" (labelled images), "image_shape".
+        "num_test" (labelled images), "image_shape", and "dtype" of the pixels.
       preprocessing: "image_size" in pixels (or [height, width]); "mean" and "std" per channel of
         pixels in [0, 1].
     """
@@ -64,6 +64,7 @@ def make_record(
             "num_train": info.num_train,
             "num_test": info.num_test,
             "image_shape": list(info.image_shape),
+            "dtype": info.dtype,
         },
         preprocessing={"image_size": image_size, "mean": list(c.mean), "std": list(c.std)},
     )

@@ -15,7 +15,7 @@ import numpy as np
 from hjepa_jax.config import Config, build
 from hjepa_jax.config.defaults import AUTO
 from hjepa_jax.config.validation import validate
-from hjepa_jax.data.base import Source, SourceInfo, Split, check_size
+from hjepa_jax.data.base import MAX_RESIDENT_BYTES, Source, SourceInfo, Split, check_size
 from hjepa_jax.data.pixels import pixel_statistics
 from hjepa_jax.data.records import Streaming, read_or_next
 from hjepa_jax.data.rows import spread_rows
@@ -80,7 +80,10 @@ def build_run(config: Config, source: Source) -> Run:
     batch_size, num_parts = config.train.batch_size, config.optim.accumulation_steps
     check_size(config.data.source, (info.num_train, info.image_bytes))
     if not streamed:
-        check_resident(config.data.source, info.num_train * info.image_bytes)
+        if (num_bytes := info.num_train * source.train_bytes) > MAX_RESIDENT_BYTES:
+            rule = f"needs {num_bytes / 2**30:.1f} GiB of memory for crops, and 8 GiB fit; lower it"
+            raise InputError("data.stored_area", config.data.stored_area, f"{rule}, or stream")
+        check_resident(config.data.source, info.num_train * source.train_bytes)
     _check_colours(config, info)
     placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
@@ -93,7 +96,7 @@ def build_run(config: Config, source: Source) -> Run:
     batch_shape = (batch_size,) if num_parts == 1 else (num_parts, batch_size // num_parts)
 
     def images_like(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*shape, *info.image_shape), info.dtype)
+        return jax.ShapeDtypeStruct((*shape, *source.train_shape), info.dtype)
 
     state = jax.eval_shape(create_state, schedules.numbers)
     layout = placement.state(state)
@@ -220,9 +223,9 @@ def open_config_source(
     Raises:
       InputError: see `open_source`.
     """
-    streaming = build.build_streaming(config)
-    if source and source != config.data.source:  # it has other splits and classes
-        streaming = Streaming("auto", max_labelled=config.data.max_labelled)
+    streaming, stored_area = build.build_streaming(config), config.data.stored_area
+    if source and source != config.data.source:  # it has other splits and classes; no training
+        streaming, stored_area = Streaming("auto", max_labelled=config.data.max_labelled), 1.0
     return open_source(
         source or config.data.source,
         data_dir=data_dir or config.data.dir,
@@ -232,6 +235,7 @@ def open_config_source(
         follow_links=config.data.follow_links,
         num_channels=next((len(v) for v in (config.data.mean, config.data.std) if v != AUTO), None),
         may_download=may_download,
+        stored_area=stored_area,
         quiet=quiet,
     )
 
@@ -276,7 +280,7 @@ def sizes(run: Run, source: Source) -> dict[str, Any]:
         "steps_per_epoch": run.schedules.steps_per_epoch,
         "images_per_update": run.config.train.batch_size,
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-        "images_bytes": resident * source.info.num_train * source.info.image_bytes,
+        "images_bytes": resident * source.info.num_train * source.train_bytes,
     }
 
 
@@ -286,7 +290,7 @@ def start_table(run: Run, source: Source, workdir: pathlib.Path) -> str:
     lines = {"workdir": str(workdir)}
     if c.log.tensorboard:
         lines["curves"] = f"tensorboard --logdir {shlex.quote(str(workdir))}"
-    (height, width, _), num_classes = info.image_shape, len(info.class_names)
+    (height, width, _), num_classes = source.train_shape, len(info.class_names)
     lines["data"] = (
         f"{c.data.source}: {source.num_images:,} training images of {height}x{width}, "
         + {0: "no labels", 1: "one class"}.get(num_classes, f"{num_classes} classes")

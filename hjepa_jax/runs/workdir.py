@@ -7,7 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from hjepa_jax.config.defaults import AUTO, REMOVED_FIELDS, Config, base_config
+from hjepa_jax.config.defaults import (
+    ADDED_FIELDS,
+    AUTO,
+    REMOVED_FIELDS,
+    Config,
+    base_config,
+)
 from hjepa_jax.config.fields import flatten
 from hjepa_jax.config.validation import validate
 from hjepa_jax.data.fingerprint import other_content
@@ -59,8 +65,8 @@ def check_workdir(
 def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | None) -> Config:
     """Returns the config with values of the run in `workdir` that its command may leave out.
 
-    These are `train.init_from`, which a resumed run does not read, and statistics that were
-    computed from its images (`AUTO`).
+    These are `train.init_from`, which a resumed run does not read, statistics that were computed
+    from its images (`AUTO`), and fields that an older version lacked.
 
     Raises:
       InputError: if the config of that run cannot be read.
@@ -69,7 +75,10 @@ def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | No
     if past is None:
         return config
     config = config.copy_and_resolve_references()
+    recorded = saved.config if saved else json.loads((workdir / "config.json").read_text("utf-8"))
     with config.unlocked():
+        missing = ADDED_FIELDS.keys() - flatten(recorded).keys()
+        config.update_from_flattened_dict({field: ADDED_FIELDS[field] for field in missing})
         config.train.init_from = config.train.init_from or past.config.train.init_from
         for name in ("mean", "std"):
             if config.data[name] == AUTO and past.num_updates:
@@ -216,7 +225,8 @@ def load_config(workdir: str | pathlib.Path) -> Config:
 def parse_config(saved: Any) -> Config:
     """Returns the locked and checked config that plain JSON describes.
 
-    A field that `saved` lacks takes its default. A removed field is ignored if it had no effect.
+    A field that `saved` lacks takes its value in `ADDED_FIELDS`, or else its default. A removed
+    field is ignored if it had no effect.
 
     Raises:
       ValueError: naming unknown fields, or the first value that is not allowed.
@@ -224,7 +234,7 @@ def parse_config(saved: Any) -> Config:
     if not isinstance(saved, dict):
         raise ValueError("not an object")
     config = base_config().lock()
-    fields = {
+    fields = ADDED_FIELDS | {
         field: tuple(value) if isinstance(value, list) else value
         for field, value in flatten(saved).items()
         if field not in REMOVED_FIELDS or value != REMOVED_FIELDS[field]

@@ -58,6 +58,7 @@ class Loop:
         run: Run,
         workdir: pathlib.Path,
         train: Split,
+        images: Callable[[], Any],
         records: Records | None,
         checkpoints: Checkpoints,
         logger: RunLogger,
@@ -67,7 +68,8 @@ class Loop:
     ):
         c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
         self._run, self._config, self._schedules = run, c, run.schedules
-        self._train, self._checkpoints, self._logger = train, checkpoints, logger
+        self._images = images  # returns those to train on; `train` is for pictures
+        self._checkpoints, self._logger = checkpoints, logger
         self._judged = judged  # labelled images for k-NN; None = no k-NN
         self._workdir, self._records = workdir, records
         self._unreadable: set[int] = set()  # unreadable rows that this process has met
@@ -224,11 +226,12 @@ class Loop:
         place, records, c = self._run.placement, self._records, self._config
         shape = self._run.batch_shape
         if records is None:
-            num_bytes = self._train.images.nbytes
+            found = self._images()
+            num_bytes = found.nbytes
             if jax.device_count() > 1 and num_bytes >= 2**30:
                 each = f"{num_bytes / 2**30:.1f} GiB on each of {jax.device_count()} devices"
                 print(f"training images: {each}", flush=True)
-            images = place.put(self._train.images, place.whole)
+            images = place.put(found, place.whole)
             put = functools.partial(place.put, shardings=place.batches_of(shape))
             yield ResidentBatches(images, self._order, size=size, batch_shape=shape, put=put)
             return
@@ -348,7 +351,7 @@ class Loop:
         return place.put(reset_averages(window), place.whole)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        """Returns the k-NN accuracy of the target encoder on held-out training images.
+        """Returns the k-NN accuracy of the target encoder on held-out images of `eval.data`.
 
         Features: level 0 (mean over patches) and the summary tokens.
         """
@@ -388,5 +391,6 @@ class Loop:
             f"{100 * scores[metric]:.1f} % ({name.replace('_', ' ')})"
             for name, metric in metric_of.items()
         )
-        self._progress.note(f"k-NN on held-out training images at step {step}: {told}")
+        whose = c.data or "training"
+        self._progress.note(f"k-NN on held-out {whose} images at step {step}: {told}")
         return scores

@@ -10,9 +10,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+from jaxtyping import Num
+
 from hjepa_jax.config import Config
 from hjepa_jax.config.validation import validate
-from hjepa_jax.data.base import Source, Split
+from hjepa_jax.data.base import Source, Split, check_memory
 from hjepa_jax.data.fingerprint import content, fingerprint
 from hjepa_jax.errors import InputError, Interrupted, first_line
 from hjepa_jax.evaluation.judge import judge_run
@@ -229,8 +232,8 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
         with closing:
             judged = parts.judged.train if parts.judged.has_classes else None
             loop = Loop(
-                run, workdir, train, parts.source.records, checkpoints, logger, parts.backend,
-                judged=judged,
+                run, workdir, train, lambda: _training_images(parts), parts.source.records,
+                checkpoints, logger, parts.backend, judged=judged,
             )  # fmt: skip
             state = loop.run(state, window, begin)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
@@ -240,6 +243,15 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
             if not config.eval.probe_at_end or not cluster.is_first():
                 return []
             return _judge(parts, encoders, int(state.step), logger)
+
+
+def _training_images(parts: _Parts) -> Num[np.ndarray, "n H W C"]:
+    """Returns the images to train on, larger than those for probes if crops are cut from them."""
+    source, images = parts.source, parts.train.images
+    if source.originals is None:
+        return images
+    check_memory(source.name, len(images) * source.train_bytes)
+    return source.originals(parts.train)
 
 
 def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow]:

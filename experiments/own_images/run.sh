@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Both measurements; the older commit is taken from git.
+set -euo pipefail
+before=$(mktemp -d)
+git archive 0a85fdd | tar -x -C "$before"
+export PYTHONPATH=. JAX_PLATFORMS=cpu
+python experiments/own_images/run.py steps --before="$before"
+python experiments/own_images/run.py feed --batch_size=2 --num_turns=3
