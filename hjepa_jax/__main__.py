@@ -16,6 +16,7 @@ from hjepa_jax import cli
 COMMANDS = {
     "train": ("main", "train the run that a config describes, or resume it"),
     "config": ("show_config", "print every field of a config with its meaning"),
+    "sweep": ("sweep", "train runs that differ in a few fields, and compare them"),
     "probe": ("probe", "judge the encoder of a run"),
     "report": ("report", "write report.md and report.html of a run"),
     "embed": ("embed", "write the features of images into a file"),

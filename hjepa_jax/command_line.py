@@ -109,8 +109,9 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
         shown["config"] = values["config"]
     for _, flag in sorted(shown.items()):
         name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
-        default = "" if flag.default in (None, False) else f" Default: {_plain(flag.default)}."
-        texts = {name: f"{flag.help}{default}"}
+        default = "" if flag.default in (None, False, []) else f" Default: {_plain(flag.default)}."
+        text = (flag.help or "").partition(";\n")[0]  # absl adds "repeat this option ..."
+        texts = {name: f"{text}{default}"}
         if isinstance(flag.parser, ConfigFileFlagParser):
             texts[f"--{flag.name}.FIELD=VALUE"] = "Sets a field; `hjepa config NAME` lists them."
         for name, text in texts.items():
