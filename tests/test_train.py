@@ -428,7 +428,7 @@ def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monk
     with pytest.raises(InputError, match=r"on_collapse='stop': .*partial collapse"):
         train.train_and_evaluate(tiny_config, tmp_path / "stops")
     report = (tmp_path / "stops" / "report.md").read_text()
-    assert "**Status: stopped**, step 3 of 6." in report
+    assert "| status | stopped, step 3 of 6 |" in report
     assert "the run ended: train.on_collapse=stop: effective rank" in report
     assert "Run the same command again" not in report
 
@@ -468,9 +468,10 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     events.Reload()
     tags = set(events.Tags()["tensors"])
     assert tags >= {*METRICS.split(), "config", "parameters", "environment", "curves"}
-    for name in ("masks", "pca", "cosine", "similarity", "attention", "spectrum"):
-        assert [e.step for e in events.Tensors(f"figures/{name}")] == [1, 3, 6]
-    assert [e.step for e in events.Tensors("features/target")] == [1, 3, 6]
+    for name in ("masks", "views", "pca", "cosine", "similarity", "attention"):
+        assert [e.step for e in events.Tensors(f"figures/{name}")] == [0, 3, 6]
+    for name in ("figures/spectrum", "features/target"):  # of the steps since the last log line
+        assert [e.step for e in events.Tensors(name)] == [3, 6]
     (text,) = events.Tensors("parameters")
     assert b"patch_embedding" in text.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.summary_metadata

@@ -121,6 +121,9 @@ class Loop:
         place = self._run.placement
         numbers = place.put(self._schedules.numbers, place.whole)
         with self._batches(step, size) as batches, StopSignals() as stop:
+            if step == 0:
+                with writing(self._workdir):
+                    self._introduce(state, window)
             self._timer.restart()
             under_way: collections.deque[Any] = collections.deque()
             while step < num_steps:
@@ -140,9 +143,6 @@ class Loop:
                     window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
-                if step == count:  # the first call of a run that is not resumed
-                    with writing(self._workdir):
-                        self._introduce(state, window)
             if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
                 raise Interrupted(signum, step)
         self._progress.end()
@@ -194,16 +194,16 @@ class Loop:
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState, window: LogWindow) -> None:
-        """Sends texts and the first pictures, after the first call: TensorBoard loads slowly."""
-        jax.block_until_ready(state)
-        paused = time.perf_counter()
+        """Sends texts and the pictures of step 0; TensorBoard's packages load slowly."""
+        if self._config.log.tensorboard and cluster.is_first():
+            what = " and drawing the first pictures" if self._show_every else ""
+            print(f"opening TensorBoard's files{what} ...", flush=True)
         self._showcase.introduce(state)
         if self._show_every:
             local = self._run.placement.local(dataclasses.replace(state, opt_state=None))
             if cluster.is_first():
                 self._showcase.show(local, window)
         cluster.meet()  # the others wait here for process 0, not inside a step
-        self._timer.add_pause(time.perf_counter() - paused)
 
     def _agreed(self, signum: int | None, step: int) -> int | None:
         """Returns the signal that stops the run at this step, or None.
