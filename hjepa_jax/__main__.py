@@ -2,8 +2,8 @@
 
   hjepa COMMAND [flags]    hjepa COMMAND --help    hjepa --version
 
-Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`, `hjepa train` is
-`python -m hjepa_jax.main`.
+Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`,
+`hjepa train` is `python -m hjepa_jax.main`.
 """
 
 import importlib

@@ -1,7 +1,8 @@
 """Writes the encoder of a run for use elsewhere, with a config and a model card.
 
   python -m hjepa_jax.export --workdir=DIR --output=FOLDER
-    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N] [--dtype=float32|float16]
+    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N]
+    [--dtype=float32|float16]
 
 * hjepa_jax: one safetensors file, for `hjepa_jax.load(FILE)`;
 * timm, transformers: a folder that these libraries load with their own functions. The first

@@ -1,7 +1,8 @@
 """Trains runs that differ in a few fields, and compares them in a table.
 
-  hjepa sweep shapes_tiny --vary=optim.learning_rate=1e-3,4e-3 [--vary=FIELD=V1,V2 ...]
-    [--seeds=0,1,2] [--workdir=DIR] [--num_fit=N] [--dry_run] [--config.FIELD=VALUE ...]
+  hjepa sweep shapes_tiny --vary=optim.learning_rate=1e-3,4e-3
+    [--vary=FIELD=V1,V2 ...] [--seeds=0,1,2] [--workdir=DIR] [--num_fit=N]
+    [--dry_run] [--config.FIELD=VALUE ...]
 
 All combinations of the varied values are trained, one run after the other, each with each seed. The
 same command resumes and leaves out what is done. Each run has a work directory in DIR. Scores are

@@ -114,9 +114,9 @@ def test_the_checklist_states_loss_probes_and_last_step(finished):
         f"figures/{name}.png" for name in ("scores", "examples", "hidden")
     ]
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    said = dict(origin)
+    assert f"\nCommand: `{command}`\n" in reached
+    said = dict(zip(*origin, strict=True))
     assert said["status"] == "finished, step 6 of 6"
-    assert said["command"] == f"`{command}`"
     assert "cores" in said["hardware"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", said["date"])
     said = {what: (mark, evidence) for mark, what, evidence in checks[1:]}
@@ -269,7 +269,7 @@ def test_a_log_with_at_most_one_line_has_a_report(finished, tmp_path, num_lines,
     workdir = copy_of(finished, tmp_path, without=["probe.json"])
     write_metrics(workdir, read_metrics(workdir)[:num_lines])
     found = parts_of(workdir)
-    assert f"| status | {status}, step " in found["What was reached"]
+    assert f"\n| {status}, step " in found["What was reached"]
     assert "nan" not in "".join(found.values()).lower().replace("nanmin", "")
 
 

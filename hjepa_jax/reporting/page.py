@@ -20,7 +20,7 @@ _STYLE = """
   :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --soft: #161b22; --link: #58a6ff; } }
 body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
   max-width: 64rem; margin: 0 auto; padding: 1.5rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; padding-bottom: .2rem;
+h1 { line-height: 1.2; margin: 0 0 .6rem; } h2 { margin-top: 1.6rem; padding-bottom: .2rem;
   border-bottom: 1px solid var(--line); }
 a { color: var(--link); }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem;
@@ -37,7 +37,8 @@ code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; overfl
   body { padding: 1rem; } .row { grid-template-columns: 1fr; }
   table { font-size: .78rem; } th, td { padding: .2rem .35rem; overflow-wrap: anywhere; }
   [style*=right] { overflow-wrap: normal; }
-  th:first-child, td:first-child { position: sticky; left: 0; background: var(--soft); } }
+  th:first-child, td:first-child { overflow-wrap: break-word; position: sticky; left: 0;
+    background: var(--soft); } }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; }
 pre code { padding: 0; }
 """

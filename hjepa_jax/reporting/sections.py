@@ -20,7 +20,6 @@ from hjepa_jax.reporting.probe_sections import (
 )
 from hjepa_jax.reporting.verdicts import checklist, next_steps, pct, verdict
 from hjepa_jax.runs.progress import format_duration
-from hjepa_jax.runtime.names import printable
 
 
 def sections(facts: Facts) -> list[Section]:
@@ -38,17 +37,18 @@ def _summary(facts: Facts) -> Section:
     step, total = facts.history.last_step(), facts.num_steps
     of = f" of {total}" if total else " (number of steps not known)"
     seconds = facts.history.training_seconds()
-    rows = [
-        ("status", f"{facts.status}, step {step}{of}"),
-        ("date", facts.ended),
-        ("duration", f"{format_duration(seconds)} in training steps" if seconds else ""),
-        ("hardware", printable(facts.meta.get("versions", {}).get("device", ""))),
-        ("command", code(facts.command) if facts.command else ""),
-    ]
+    origin = {
+        "status": f"{facts.status}, step {step}{of}",
+        "date": facts.ended,
+        "training steps took": format_duration(seconds) if seconds else "",
+        "hardware": facts.meta.get("versions", {}).get("device", ""),
+    }
+    origin = {head: value for head, value in origin.items() if value}
     lines = [
         *_headline(facts),
         f"**Verdict: {verdict(facts)}**",
-        table(["", "this run"], [row for row in rows if row[1]]),
+        table([*origin], [[*origin.values()]]),
+        *([f"Command: {code(facts.command)}"] if facts.command else []),
     ]
     if not facts.has_classes:
         lines.append(
