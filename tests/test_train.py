@@ -480,7 +480,7 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     shown = {name: value for name, value in started.hparams.items()}
-    assert shown["run"].string_value == tmp_path.name
+    assert started.group_name == "/".join(tmp_path.parts[-2:]), "the trial is named by its run"
     assert shown["train.num_steps"].number_value == 6
     assert "optim.kind" not in shown, "as in the defaults"
     assert len(tags) < 60

@@ -103,10 +103,11 @@ def views(
         Row("masked view", _darkened(view, visible)),
         Row("EMA sees", view),
     ]
-    for v in range(0 if local is None else min(local.shape[1], MAX_LOCAL)):
-        crop = local[:, v]
-        seen = crop if local_seen is None else _darkened(crop, local_seen[:, v])
-        rows.append(Row(f"local view {v + 1}", seen))
+    if local is not None:
+        for v in range(min(local.shape[1], MAX_LOCAL)):
+            crop = local[:, v]
+            seen = crop if local_seen is None else _darkened(crop, local_seen[:, v])
+            rows.append(Row(f"local view {v + 1}", seen))
     return picture_table(rows)
 
 

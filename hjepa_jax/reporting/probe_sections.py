@@ -119,8 +119,8 @@ def first_figures(facts: Facts) -> dict[str, tuple[Figure, str]]:
     figures, few = {}, slice(NUM_FIRST)
     if any(any(rows) for rows in best.values()):
         scores = {
-            encoder_name(name): [np.nan if r[i] is None else 100 * r[i]["top1"] for r in
-                                 best.values()]
+            encoder_name(name): [np.nan if (row := rows[i]) is None else 100 * row["top1"]
+                                 for rows in best.values()]
             for i, name in enumerate(names)
         }  # fmt: skip
         drawn = bars(list(best), scores, title="Best features", ylabel="top-1, percent")

@@ -93,7 +93,9 @@ class Loop:
             self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
         shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
         self._show_every = math.ceil(shows_every * steps_per_epoch)
-        self._showcase = Showcase(run, train.images, logger, name=workdir.resolve().name)
+        self._showcase = Showcase(
+            run, train.images, logger, name="/".join(workdir.resolve().parts[-2:])
+        )
 
     def run(self, state: TrainState, window: LogWindow, begin: Callable[[], None]) -> TrainState:
         """Runs from the state's step to the last one.
