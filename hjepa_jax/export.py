@@ -5,8 +5,9 @@
     [--dtype=float32|float16]
 
 * hjepa_jax: one safetensors file, for `hjepa_jax.load(FILE)`;
-* timm, transformers: a folder that these libraries load with their own functions. The first
-  summary token is the class token there, the others are registers;
+* timm, transformers: a folder that these libraries load with their own
+  functions. The first summary token is the class token there, the others are
+  registers;
 * stablehlo: a program from images to features that needs nothing but jax.
 
 The file README.md in the folder shows how to load it.

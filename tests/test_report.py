@@ -193,9 +193,8 @@ def test_every_probe_stands_in_the_table_with_its_interval(finished):
             (line,) = (line for line in scores if line[0] == features_of(row))
             low, high = wilson(row["top1"], row["test_size"])
             expected = f"{percent(row['top1'])} ({100 * low:.1f}-{100 * high:.1f})"
-            assert (
-                line[heads.index({"knn": "k-NN"}.get(row["protocol"], row["protocol"]))] == expected
-            )
+            name = "k-NN" if row["protocol"] == "knn" else row["protocol"]
+            assert line[heads.index(name)] == expected
     assert scores[1][0].startswith("trained, "), "the trained encoder first"
 
 

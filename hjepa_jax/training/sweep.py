@@ -247,8 +247,8 @@ def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
     """Returns whether two means differ by more than chance; False for a single seed."""
     if min(len(values), len(others)) < 2 or values == others:
         return False
-    _, chance = ttest_ind(values, others, equal_var=False)
-    return bool(chance < 0.05)
+    test: Any = ttest_ind(values, others, equal_var=False)
+    return bool(test.pvalue < 0.05)
 
 
 def write_csv(runs: Sequence[Member], path: pathlib.Path) -> None:
