@@ -37,7 +37,7 @@ def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
     done = command(RATES, seeds)
     assert done.returncode == 0, done.stderr
     names = [f"learning_rate={rate},seed={seed}" for seed in (0, 1) for rate in (0.001, 0.01)]
-    assert {path.name for path in folder.iterdir()} == {*names, "sweep.csv"}
+    assert {path.name for path in folder.iterdir()} == {*names, "sweep.csv", "baselines.json"}
     rows = {name: read_probe_json(folder / name / "held_out.json") for name in names}
     for found in rows.values():
         assert {row["encoder"] for row in found} == {"target", "random_init", "pixels"}
@@ -67,6 +67,17 @@ def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
     assert (
         again.stdout[again.stdout.index("linear,") :] == done.stdout[done.stdout.index("linear,") :]
     )
+    # The probes of raw pixels, which take longest, are made once: the file is believed.
+    kept = read_probe_json(folder / "baselines.json")
+    marked = [row | {"top1": 0.125} if row["encoder"] == "pixels" else row for row in kept]
+    write_probe_json(folder / "baselines.json", marked)
+    (folder / names[-1] / "held_out.json").unlink()
+    assert command(RATES, seeds).stdout.count("done already") == 3
+    again = read_probe_json(folder / names[-1] / "held_out.json")
+    assert {row["top1"] for row in again if row["encoder"] == "pixels"} == {0.125}
+    assert [row for row in again if row["encoder"] != "pixels"] == [
+        row for row in rows[names[-1]] if row["encoder"] != "pixels"
+    ]
     listed = command(RATES, seeds, "--dry_run", "--config.loss.kind=mse").stdout.splitlines()
     assert [line.rpartition("  ")[2].strip() for line in listed] == ["holds another config"] * 4
 

@@ -11,7 +11,9 @@ from jaxtyping import Int
 
 from hjepa_jax.config import build
 from hjepa_jax.data.base import Split
+from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation.features import POOLS
+from hjepa_jax.evaluation.known_rows import KnownRows, settings_of
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.protocols import Protocol, check_classes, evaluate_encoders
 from hjepa_jax.runs.load import load_state
@@ -37,7 +39,11 @@ def fitted_and_scored(
 
 
 def held_out_rows(
-    workdir: pathlib.Path, num_fit: int | None, *, pools: tuple[str, ...] = POOLS
+    workdir: pathlib.Path,
+    num_fit: int | None,
+    *,
+    pools: tuple[str, ...] = POOLS,
+    baselines: pathlib.Path | None = None,
 ) -> list[Row]:
     """Scores the newest checkpoint, the untrained network and raw pixels; writes held_out.json.
 
@@ -45,6 +51,8 @@ def held_out_rows(
       workdir: directory of the run.
       num_fit: maximum number of images that the probes fit; None = all that are not scored.
       pools: features to judge.
+      baselines: a file that keeps rows of the untrained network and of raw pixels, for other runs
+        with the same networks and images; None = none.
 
     Returns:
       Rows of the protocols linear and k-NN; each has the field `num_fit`.
@@ -58,17 +66,22 @@ def held_out_rows(
     train, _ = source.load()
     check_classes(source.name, train.labels, len(source.info.class_names))
     parts = fitted_and_scored(len(train.images), config.eval.num_val, num_fit)
+    fit, scored = (Split(train.images[rows], train.classes[rows]) for rows in parts)
+    protocol = Protocol(pools=pools, num_val=config.eval.num_val, batch_size=config.eval.batch_size)
+    encoders = {"target": state.target_params, "random_init": initial.target_params}
+    data, known = f"{source.name}, training images", None
+    if baselines is not None:
+        images = fingerprint(fit, test=scored)
+        known = KnownRows(
+            baselines, config, settings_of(protocol, data=data, images=images), encoders
+        )
     rows = evaluate_encoders(
-        build.build_embed_fn(config, model),
-        {"target": state.target_params, "random_init": initial.target_params},
-        *(Split(train.images[rows], train.classes[rows]) for rows in parts),
-        num_classes=len(source.info.class_names),
-        step=int(state.step),
-        protocol=Protocol(
-            pools=pools, num_val=config.eval.num_val, batch_size=config.eval.batch_size
-        ),
-        data=f"{source.name}, training images",
-    )
+        build.build_embed_fn(config, model), encoders, fit, scored,
+        num_classes=len(source.info.class_names), step=int(state.step), protocol=protocol,
+        data=data, known=known,
+    )  # fmt: skip
     rows = [row | {"num_fit": num_fit} for row in rows]
     write_probe_json(workdir / FILE, rows)
+    if baselines is not None:
+        write_probe_json(baselines, (row for row in rows if row["encoder"] != "target"))
     return rows

@@ -169,7 +169,8 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
         say(f"\n{head}")
         try:
             train_and_evaluate(member.config, member.workdir)
-            held_out_rows(member.workdir, num_fit, pools=("concat",))
+            baselines = member.workdir.parent / "baselines.json"
+            held_out_rows(member.workdir, num_fit, pools=("concat",), baselines=baselines)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed.append(name)
