@@ -39,6 +39,7 @@ from hjepa_jax.runs.workdir import (
     writing,
 )
 from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.training.train import train_and_evaluate
 
 Changes = Mapping[str, Any]  # values by dotted field
@@ -108,7 +109,7 @@ def members(
                 rule = f"would hold two runs: {found[workdir].row}, and {row} with seed {seed}"
                 raise InputError("--workdir", str(workdir), rule)
             before[row] = str(workdir)
-            found[workdir] = Member(row, seed, changes, own.lock(), workdir)
+            found[workdir] = Member(row, seed, changes, expand_paths(own.lock()), workdir)
     return list(found.values())
 
 
