@@ -2,8 +2,8 @@
 
   hjepa COMMAND [flags]    hjepa COMMAND --help    hjepa --version
 
-Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`, `hjepa train` is
-`python -m hjepa_jax.main`.
+Each command is also a module: `hjepa probe` is `python -m hjepa_jax.probe`,
+`hjepa train` is `python -m hjepa_jax.main`.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from hjepa_jax import cli
 COMMANDS = {
     "train": ("main", "train the run that a config describes, or resume it"),
     "config": ("show_config", "print every field of a config with its meaning"),
+    "sweep": ("sweep", "train runs that differ in a few fields, and compare them"),
     "probe": ("probe", "judge the encoder of a run"),
     "report": ("report", "write report.md and report.html of a run"),
     "embed": ("embed", "write the features of images into a file"),

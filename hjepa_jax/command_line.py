@@ -103,14 +103,15 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
     """
     module = sys.modules[main.__module__]
     owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    lines = [_fitted((module.__doc__ or "").strip()), "", "Flags:"]
     shown = {flag.name: flag for flag in values.get_key_flags_for_module(owner)}
     if "config" in values:  # config_flags makes it a flag of `cli`
         shown["config"] = values["config"]
     for _, flag in sorted(shown.items()):
         name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
-        default = "" if flag.default in (None, False) else f" Default: {_plain(flag.default)}."
-        texts = {name: f"{flag.help}{default}"}
+        default = "" if flag.default in (None, False, []) else f" Default: {_plain(flag.default)}."
+        text = (flag.help or "").partition(";\n")[0]  # absl adds "repeat this option ..."
+        texts = {name: f"{text}{default}"}
         if isinstance(flag.parser, ConfigFileFlagParser):
             texts[f"--{flag.name}.FIELD=VALUE"] = "Sets a field; `hjepa config NAME` lists them."
         for name, text in texts.items():
@@ -120,6 +121,12 @@ def help_page(main: Callable[[], None], values: flags.FlagValues = flags.FLAGS) 
             lines += [start + wrapped[0]] if len(name) <= NAME else [start, indent + wrapped[0]]
             lines += [indent + more for more in wrapped[1:]]
     return "\n".join(lines)
+
+
+def _fitted(text: str) -> str:
+    """Returns a docstring with lines of at most `WIDTH`; indented lines stay as they are."""
+    blocks = text.split("\n\n")
+    return "\n\n".join(b if "\n  " in f"\n{b}" else textwrap.fill(b, WIDTH) for b in blocks)
 
 
 def _plain(default: Any) -> str:

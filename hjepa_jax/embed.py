@@ -1,6 +1,7 @@
 """Writes the features of images to a file, with the target encoder of a run.
 
-  python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz --output=FILE.npz|.npy|.parquet
+  python -m hjepa_jax.embed --workdir=DIR --input=FOLDER|FILE.npz
+    --output=FILE.npz|.npy|.parquet
     [--features=level_0,summary] [--tokens] [--step=last|best|N]
 
 The work directory may also be a file from `export`. The input is read like `data.source`

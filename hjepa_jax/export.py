@@ -1,11 +1,13 @@
 """Writes the encoder of a run for use elsewhere, with a config and a model card.
 
   python -m hjepa_jax.export --workdir=DIR --output=FOLDER
-    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N] [--dtype=float32|float16]
+    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N]
+    [--dtype=float32|float16]
 
 * hjepa_jax: one safetensors file, for `hjepa_jax.load(FILE)`;
-* timm, transformers: a folder that these libraries load with their own functions. The first
-  summary token is the class token there, the others are registers;
+* timm, transformers: a folder that these libraries load with their own
+  functions. The first summary token is the class token there, the others are
+  registers;
 * stablehlo: a program from images to features that needs nothing but jax.
 
 The file README.md in the folder shows how to load it.

@@ -28,7 +28,7 @@ def did_you_mean(prefix: str, near: Sequence[str]) -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def _field_like(name: str) -> list[str]:
+def field_like(name: str) -> list[str]:
     """Returns the field of a config that a user means by `name`, if there is one."""
     known, last = config_types(), name.rpartition(".")[2].lower().replace("-", "_")
     if last in SYNONYMS:
@@ -49,7 +49,7 @@ def flag_message(message: str, values: flags.FlagValues) -> str:
         name = unknown[1]
         hint = did_you_mean("--", difflib.get_close_matches(name, list(values), n=1))
         if "config" in values and not hint:
-            hint = did_you_mean("--config.", _field_like(name))
+            hint = did_you_mean("--config.", field_like(name))
         return f"--{name}: is not a flag of this command{hint}"
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", message):
         return f"--{missing[1]}: must be given"
@@ -71,7 +71,7 @@ def override_message(argv: list[str], error: BaseException) -> str:
     overrides = [match[1] for match in matches if match]
     for field in overrides:
         if (name := field.partition("[")[0]) not in known:
-            hint = did_you_mean("--config.", _field_like(name))
+            hint = did_you_mean("--config.", field_like(name))
             return f"--config.{field}: is not a field of a config{hint}"
     return next((f"--config.{field}: {error}" for field in overrides if "[" in field), "")
 

@@ -2,7 +2,8 @@
 
 python -m hjepa_jax.main --config=configs/shapes_tiny.py [--workdir=DIR]
   [--dry_run [--json]] [--config.optim.learning_rate=1e-3 ...]
-  [--coordinator=auto | --coordinator=HOST:PORT --num_processes=2 --process_id=0]
+  [--coordinator=auto |
+   --coordinator=HOST:PORT --num_processes=2 --process_id=0]
 """
 
 import json
@@ -88,10 +89,10 @@ def summary(workdir: pathlib.Path) -> str:
     config, lines = load_config(workdir), {}
     rows = rows_on(config.eval.data or config.data.source, read_probe_json(workdir / "probe.json"))
     last_step = max(checkpoint_sizes(workdir), default=0)
-    for protocol in ("linear", "knn"):
+    for protocol, name in (("linear", "linear"), ("knn", "k-NN")):
         if best := format_best(rows, protocol):
             outdated = steps_if_outdated(rows, protocol, last_step)
-            lines[f"best {protocol}"] = best + (f" (at {outdated})" if outdated else "")
+            lines[f"best {name}"] = best + (f" (at {outdated})" if outdated else "")
     if (workdir / "report.html").exists():
         lines["report"] = str(workdir / "report.html")
     where = shlex.quote(str(workdir))

@@ -2,7 +2,8 @@
 
   python -m hjepa_jax.probe DIR [DIR2 ...]
     [--protocols=linear,knn,lowshot,fewshot,quality,attentive,finetune]
-    [--encoders=target,online,random_init] [--levels=all|0,1] [--pools=mean,summary,concat]
+    [--encoders=target,online,random_init] [--levels=all|0,1]
+    [--pools=mean,summary,concat]
     [--step=last|best|N] [--num_layers=1] [--data=SOURCE] [--seed=0]
 
 Prints tables, adds rows to DIR/probe.json and scalars to TensorBoard. There are always rows for raw

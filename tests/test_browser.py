@@ -101,6 +101,15 @@ def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, wor
     wide = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
     assert not browser.execute_script(wide), "nothing sticks out of the page"
 
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    cut = """return [...document.querySelectorAll('tr')].filter(row =>
+      [...row.children].slice(0, 3).some(c => c.getBoundingClientRect().right > 390)).length"""
+    assert browser.execute_script("return innerWidth") == 390
+    assert browser.execute_script(cut) == 0, "the first three columns of every table are visible"
+    assert not browser.execute_script(wide)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
     background = "return getComputedStyle(document.body).backgroundColor"
     picture = browser.find_elements("css selector", "picture img")[0]
     light = picture.get_property("currentSrc")

@@ -30,7 +30,7 @@ def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch)
     ]
     write_probe_json(workdir / "probe.json", rows)
     box = main.summary(workdir.relative_to(tmp_path))
-    assert "best knn     trained 100.0 %, random-init 100.0 %, raw pixels 100.0 %" in box
+    assert "best k-NN    trained 100.0 %, random-init 100.0 %, raw pixels 100.0 %" in box
     assert max(map(len, box.splitlines())) <= 80
 
 

@@ -138,6 +138,29 @@ def test_maps_show_every_image_under_its_class():
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["cat", "dog"]
 
 
+def test_ten_classes_have_ten_colours():
+    figure = figures.scatter_maps(
+        {"PCA": np.zeros((10, 2))}, np.arange(10), [f"class {i}" for i in range(10)]
+    )
+    colours = {tuple(drawn.get_facecolor()[0]) for drawn in figure.axes[0].collections}
+    assert len(colours) == 10
+
+
+@pytest.mark.parametrize(("y", "drawn"), [([0.5, 0.5], 0), ([0.5], 0), ([0.5, 0.6], 1)])
+def test_a_constant_and_a_single_point_get_no_picture(y, drawn):
+    panel = Panel("t", "u", {"a": (range(len(y)), np.array(y))})
+    assert len(figures.changing_curves([panel], "name", "caption")) == drawn
+
+
+def test_patches_of_a_view_that_are_not_seen_are_dark():
+    images, seen = np.full((1, 4, 4, 3), 0.8, np.float32), np.array([[[True, False]] * 2])
+    figure = image_figures.views(images, images, seen, images[:, None], ~seen[:, None])
+    whole, masked, ema, local = (shown(figure, row) for row in range(4))
+    assert whole.min() > 0.7 < ema.min()
+    assert masked[:, :2].min() > 0.7 > 0.15 > masked[:, 2:].max()
+    assert local[:, 2:].min() > 0.7 > 0.15 > local[:, :2].max()
+
+
 def test_masks_tint_targets_and_darken_dropped_patches():
     images = np.full((1, 4, 4, 3), 0.8, np.float32)
     state = np.array([[[CONTEXT, TARGET], [DROPPED, DROPPED]]])

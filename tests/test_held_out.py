@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 
-from experiments import sweep
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
+from hjepa_jax.evaluation.held_out import fitted_and_scored
 from hjepa_jax.runs.scores import read_probe_json
 from tests.test_embed import make_run
 
@@ -28,7 +28,7 @@ def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run
     rows = read_probe_json(tmp_path / "run" / "held_out.json")
     assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
     assert {row["protocol"] for row in rows} == {"linear", "knn"}
-    fit, scored = sweep.fitted_and_scored(240, 40, NUM_FIT)
+    fit, scored = fitted_and_scored(240, 40, NUM_FIT)
     assert (len(fit), len(scored), set(fit) & set(scored)) == (NUM_FIT, 40, set())
     assert {(row["train_size"], row["test_size"]) for row in rows} == {(NUM_FIT, 40)}
     (pixels,) = (r["top1"] for r in rows if (r["encoder"], r["protocol"]) == ("pixels", "linear"))

@@ -381,6 +381,11 @@ def test_tables_show_every_score_in_its_place():
     assert "verdict" in table
 
 
+@pytest.mark.parametrize("encoder", ["random_init", "pixels"])
+def test_no_baseline_is_called_healthy(encoder):
+    assert results.verdict_of({"encoder": encoder, "verdict": "healthy"}) == "baseline"
+
+
 def test_tensorboard_gets_few_scores():
     rows = evaluate(Protocol(protocols=("knn",), batch_size=40))
     found = results.scalars(rows, group="probe_x")

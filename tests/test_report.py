@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from tests.conftest import draw_small, make_tiny_config
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
-    "What was reached", "Next steps", "Probes", "What it sees", "Features", "Loss",
+    "What was reached", "Checks", "Next steps", "Probes", "What it sees", "Features", "Loss",
     "Collapse indicators", "Warnings", "Schedules", "Speed and memory", "Checkpoints",
     "Parameters", "Configuration",
 ]  # fmt: skip
@@ -101,16 +102,23 @@ def test_the_end_of_a_run_writes_all_sections_and_figures(finished):
 
 
 def test_the_checklist_states_loss_probes_and_last_step(finished):
-    reached = report_sections(finished)["What was reached"]
-    headline, checks = tables(reached)
+    found = report_sections(finished)
+    reached, (checks,) = found["What was reached"], tables(found["Checks"])
+    headline, origin = tables(reached)
     rows = read_rows(finished)
     trained = percent(best(rows, "linear", "target")["top1"])
     assert headline[0] == ["", "trained", "random-init", "raw pixels"]
     assert headline[1][1].startswith(f"{trained} (")
     assert "; chance is 10.00:" in reached
     assert re.findall(r"\((figures/.+)\)", reached) == [
-        f"figures/{name}.png" for name in ("probe_linear", "neighbours", "masks")
+        f"figures/{name}.png" for name in ("scores", "examples", "hidden")
     ]
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    assert f"\nCommand: `{command}`\n" in reached
+    said = dict(zip(*origin, strict=True))
+    assert said["status"] == "finished, step 6 of 6"
+    assert "cores" in said["hardware"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", said["date"])
     said = {what: (mark, evidence) for mark, what, evidence in checks[1:]}
     assert said["Training reached its last step"] == ("✓", "step 6 of 6")
     assert said["The last step has a checkpoint"] == ("✓", "newest is step 6")
@@ -129,7 +137,8 @@ def test_the_checklist_states_loss_probes_and_last_step(finished):
             f"{100 * (ours - theirs):+.2f} points, "
             f"95 % interval {100 * low:+.2f} to {100 * high:+.2f}"
         )
-        what = f"Trained features beat {name} by more than 1.00 points ({protocol})"
+        probe = "the linear probe" if protocol == "linear" else "k-NN"
+        what = f"Trained features beat {name} by more than 1.00 points in {probe}"
         assert said[what] == (mark, evidence)
 
 
@@ -137,12 +146,14 @@ def test_loss_and_speed_are_the_numbers_of_the_log(finished):
     found, lines = report_sections(finished), read_metrics(finished)
     lines = [line for line in lines if "train/loss" in line]
     (loss,) = tables(found["Loss"])
-    names = [f"train/{name}" for name in loss[0][1:-1]]
-    assert names[0] == "train/loss"
+    names = ["train/loss", *(f"train/loss_{name}" for name in loss[0][3:])]
     for cells, line in ((loss[1], lines[0]), (loss[-2], lines[-1])):
-        assert cells[:-1] == [str(line["step"]), *(four(line[name]) for name in names)]
+        assert [*cells[:2], *cells[3:]] == [
+            str(line["step"]),
+            *(four(line[name]) for name in names),
+        ]
     change = 100 * (lines[-1]["train/loss"] / lines[0]["train/loss"] - 1)
-    assert loss[-2][-1] == loss[-1][1] == f"{change:+.1f}"
+    assert loss[-2][2] == loss[-1][1] == f"{change:+.1f}"
     seconds = sum(2 / line["perf/steps_per_sec"] for line in lines)
     speed = dict(tables(found["Speed and memory"])[0])
     assert speed["steps per second, whole run"] == four(6 / seconds)
@@ -164,16 +175,27 @@ def test_parameters_and_collapse_indicators_are_counted(finished):
     assert indicators["effective_rank"] == [four(ranks[0]), four(ranks[-1])]
 
 
+def features_of(row):
+    """The first cell of a row of scores."""
+    if row["encoder"] == "pixels":
+        return f"raw pixels, as they are ({row['dim']})"
+    level = "all levels" if row["level"] == "all" else f"level {row['level']}"
+    pool = f"mean, {level}" if row["pool"] == "mean" else row["pool"]
+    name = {"target": "trained", "random_init": "random-init"}[row["encoder"]]
+    return f"{name}, {pool} ({row['dim']})" + (f", step {row['step']}" if row["step"] else "")
+
+
 def test_every_probe_stands_in_the_table_with_its_interval(finished):
     (scores, *_) = tables(report_sections(finished)["Probes"])
     heads, rows = scores[0], read_rows(finished)
     for row in rows:
         if "top1" in row:
-            where = [str(row[name]) for name in ("encoder", "step", "pool", "level", "dim")]
-            (line,) = (line for line in scores if line[:5] == where)
+            (line,) = (line for line in scores if line[0] == features_of(row))
             low, high = wilson(row["top1"], row["test_size"])
             expected = f"{percent(row['top1'])} ({100 * low:.1f}-{100 * high:.1f})"
-            assert line[heads.index(row["protocol"])] == expected
+            name = "k-NN" if row["protocol"] == "knn" else row["protocol"]
+            assert line[heads.index(name)] == expected
+    assert scores[1][0].startswith("trained, "), "the trained encoder first"
 
 
 def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
@@ -183,6 +205,8 @@ def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
     assert page.count("data:image/png;base64,") == 2 * num_pictures
     assert re.findall("<figcaption>(.+)</figcaption>", page) == re.findall(r"!\[(.+)\]", text)
     assert page.count("prefers-color-scheme: dark") == 1 + num_pictures
+    (first,) = re.findall('<div class="row">(.*?)</div>', page, flags=re.S)
+    assert first.count("<figure>") == 3, "side by side on the first screen"
 
 
 def copy_of(workdir, tmp_path, *, without=(), **values):
@@ -205,7 +229,8 @@ def test_a_run_without_checkpoint_has_a_report(finished, tmp_path):
     found = report_sections(workdir)
     assert "there is no checkpoint yet" in found["What it sees"]
     assert "Loss" in found
-    assert "not probed" in found["What was reached"]
+    assert "not probed" in found["Checks"]
+    assert "has not been probed" in found["What was reached"]
     assert not (workdir / "checkpoints").exists(), "reading leaves no trace"
 
 
@@ -223,7 +248,7 @@ def test_interrupted_and_running_are_told_apart(finished, tmp_path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()[:2]
     (workdir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "tra')
     found = parts_of(workdir)
-    assert "**Status: interrupted**, step 4 of 6." in found["What was reached"]
+    assert "interrupted, step 4 of 6" in found["What was reached"]
     assert "Run the same command again" in found["Next steps"]
     assert "still to come" in found["Speed and memory"]
     code = "import pathlib, sys, time; from hjepa_jax.runs.lock import locked\n"
@@ -243,7 +268,7 @@ def test_a_log_with_at_most_one_line_has_a_report(finished, tmp_path, num_lines,
     workdir = copy_of(finished, tmp_path, without=["probe.json"])
     write_metrics(workdir, read_metrics(workdir)[:num_lines])
     found = parts_of(workdir)
-    assert f"**Status: {status}**" in found["What was reached"]
+    assert f"\n| {status}, step " in found["What was reached"]
     assert "nan" not in "".join(found.values()).lower().replace("nanmin", "")
 
 
@@ -299,7 +324,8 @@ def test_constant_features_are_collapsed_whatever_their_rank(finished, tmp_path)
     write_metrics(workdir, [first, *(line | values for line in others)])
     found = parts_of(workdir)
     sign = f"relative std {verdict.relative_std:.2g} is below 0.01"
-    assert f"| ✗ | Features have not collapsed | {sign}" in found["What was reached"]
+    assert f"| ✗ | Features have not collapsed | {sign}" in found["Checks"]
+    assert f"**Verdict: collapsed: {sign}" in found["What was reached"]
     assert f"**collapsed** ({sign}" in found["Collapse indicators"]
     assert f"step 6: {sign}" in found["Warnings"]
     assert sign in found["Next steps"]
@@ -365,6 +391,27 @@ def test_a_run_that_ended_below_its_best_names_that_step(finished, tmp_path, las
     assert (sentence in [rule for _, rule in next_steps(facts_of(workdir))]) == is_named
 
 
+@pytest.mark.parametrize(
+    ("scores", "verdict", "advice"),
+    [  # trained, random-init and raw pixels
+        ((0.9, 0.3, 0.3), "better than random-init in the linear probe and raw pixels in the", ""),
+        ((0.3, 0.9, 0.1), "not better than random-init in the linear probe", "agreement_weight=2"),
+        ((0.3, 0.3, 0.9), "not better than random-init", "=optim.learning_rate=0.00033,0.001,"),
+        ((0.5, 0.4, 0.1), "perhaps better than random-init", "hjepa sweep --seeds=0,1,2"),
+    ],
+)
+def test_the_next_steps_follow_from_the_verdict(finished, tmp_path, scores, verdict, advice):
+    workdir = copy_of(finished, tmp_path)
+    by_encoder = dict(zip(("target", "random_init", "pixels"), scores, strict=True))
+    rows = [row | {"top1": by_encoder[row["encoder"]]} for row in read_rows(workdir)]
+    (workdir / "probe.json").write_text(json.dumps({"results": rows}))
+    found = parts_of(workdir)
+    assert verdict in found["What was reached"]
+    assert advice in found["Next steps"]
+    trained_longer = "`train.num_epochs` (now 0.4)" in found["Next steps"]
+    assert trained_longer == verdict.startswith("not better")
+
+
 def test_a_directory_without_a_run_is_refused_in_one_line(run_module, tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"tower": 3}}')
     result = run_module("hjepa_jax.report", f"--workdir={tmp_path}")
@@ -395,9 +442,9 @@ def test_rows_on_other_data_and_of_other_seeds_are_told_apart(finished, tmp_path
     assert "100.00" not in found["What was reached"]
     assert (facts.num_steps, facts.status) == (before.num_steps, before.status)
     table = tables(found["Probes"])[0]
-    assert table[0][5:7] == ["data", "seed"]
     places = {(r["encoder"], r["pool"], r["level"]) for r in own}
-    assert len({tuple(line[:7]) for line in table[1:]}) == len(table) - 1 == 3 * len(places)
+    assert len({line[0] for line in table[1:]}) == len(table) - 1 == 3 * len(places)
+    assert sum(", data tfds:other, seed 0" in line[0] for line in table[1:]) == len(places)
 
 
 def test_rows_of_pixels_alone_have_a_table_and_no_bars(finished, tmp_path):

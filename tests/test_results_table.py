@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from experiments import fitted_curve, results_table, sweep_table
+from experiments import fitted_curve, results_table
 from tests.conftest import REPOSITORY
 
 
@@ -58,7 +58,7 @@ def test_a_run_without_a_commit_is_refused(tmp_path, monkeypatch):
         results_table.commit_of(tmp_path / "x" / "probe.json")
 
 
-SCRIPTS = r"python (experiments/(?:fitted_curve|sweep_table|results_table)\.py[^`\n]*)"
+SCRIPTS = r"python (experiments/(?:fitted_curve|results_table)\.py[^`\n]*)"
 DOCUMENTED = [
     (page.relative_to(REPOSITORY), shlex.split(command.split("#")[0]))
     for page in sorted(REPOSITORY.glob("experiments/**/*.md"))
@@ -83,31 +83,3 @@ def test_commands_of_the_pages_run_on_what_is_kept(page, command, monkeypatch, c
         assert "predicted at epoch" in capsys.readouterr().out
         return
     assert all(pathlib.Path(argument).exists() for argument in arguments), page
-
-
-@pytest.mark.parametrize(
-    "results", sorted(results_table.EXPERIMENTS.glob("ablations/*.csv")), ids=lambda path: path.stem
-)
-def test_the_tables_of_the_ablations_are_made_of_their_rows(results):
-    readme = (results.parent / "README.md").read_text()
-    assert sweep_table.with_table(readme, results) == readme, "run experiments/sweep_table.py"
-
-
-def test_only_differences_that_chance_makes_less_than_once_in_twenty_are_marked(tmp_path):
-    header = "row,seed,linear,knn,linear_level_0,knn_level_0,effective_rank,images_per_sec"
-    runs = []
-    for n in range(3):
-        runs.append(f"base,{n},{50 + n},{30 + n},{20 + n},{20 + n},8,100")
-        runs.append(f"better,{n},{53 + n},{32 + n},{17 + 2 * n},{14 + 2 * n},9,100")
-    runs += ["once,0,90,90,90,90,9,100", "once,0,91,90,90,90,9,100"]
-    path = tmp_path / "runs.csv"
-    path.write_text("\n".join([header, *runs]) + "\n")
-    base, better, once = sweep_table.sweep_table(path).splitlines()[2:]
-    scores = "51.0 +- 1.0 | 31.0 +- 1.0 | 21.0 +- 1.0 | 21.0 +- 1.0"
-    assert base == f"| `base` | 3 | {scores} | 8 | 100 |"
-    # By Student's t with 4 degrees of freedom 2.78 sqrt(2 / 3) = 2.27 is the border: 3 is beyond
-    # it, 2 within, though above two standard errors (1.63). Where spreads are 1 and 2, 2.94 degrees
-    # of freedom are left, and the border is 3.22 sqrt(5 / 3) = 4.15.
-    scores = "**54.0 +- 1.0** | 33.0 +- 1.0 | 19.0 +- 2.0 | *16.0 +- 2.0*"
-    assert better == f"| `better` | 3 | {scores} | 9 | 100 |"
-    assert once == "| `once` | 1 | 91.0 | 90.0 | 90.0 | 90.0 | 9 | 100 |"

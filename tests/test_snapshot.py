@@ -17,6 +17,7 @@ from hjepa_jax.reporting.snapshot import (
     MASK_SEED,
     NUM_IMAGES,
     TARGET,
+    VIEW_SEED,
     build_snapshot_fn,
     fixed_images,
 )
@@ -29,6 +30,9 @@ def seen(shapes_npz):
     """Returns a snapshot of an untrained model with two blocks, and its inputs."""
     tiny_config = make_tiny_config(shapes_npz)
     tiny_config.model.depth = 2
+    tiny_config.data.local_views, tiny_config.data.local_size = 2, 8
+    tiny_config.data.local_patches = 3
+    tiny_config.data.mean, tiny_config.data.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     model = build.build_model(tiny_config)
     tx = build.build_optimizer(tiny_config, build.build_schedules(tiny_config, 16))
     state = initialise(build.build_create_state(tiny_config, model, tx))
@@ -52,6 +56,19 @@ def test_states_match_the_masks(seen):
     assert set(np.unique(np.concatenate([s.ravel() for s in found.states]))) <= {
         CONTEXT, TARGET, DROPPED,
     }  # fmt: skip
+
+
+def test_views_are_those_of_training_in_pixels(seen):
+    config, _, _, images, _, found = seen
+    rngs = jax.random.split(jax.random.PRNGKey(VIEW_SEED), 3)
+    view = build.build_augment(config)(rngs, jnp.asarray(images))
+    pixels = np.clip(np.asarray(view) * config.data.std + np.asarray(config.data.mean), 0, 1)
+    np.testing.assert_allclose(found.view, pixels, atol=1e-6)
+    assert found.local_views.shape == (3, 2, 8, 8, 3)
+    assert 0 <= found.local_views.min() < found.local_views.max() <= 1
+    assert found.local_seen.sum(axis=(2, 3)).tolist() == [[3, 3]] * 3, "of 4 patches"
+    rows = [axes.get_ylabel() for axes in image_figures.snapshot_figures(found)["views"].axes]
+    assert rows[::3] == ["image", "masked view", "EMA sees", "local view 1", "local view 2"]
 
 
 def test_cosine_compares_predictions_and_targets(seen):
@@ -101,7 +118,7 @@ def test_attention_and_rollout_start_at_summary_tokens(seen):
 
 def test_all_figures_of_a_snapshot_are_drawn(seen):
     figures = image_figures.snapshot_figures(seen[-1])
-    assert set(figures) == {"masks", "pca", "cosine", "similarity", "attention"}
+    assert set(figures) == {"masks", "views", "pca", "cosine", "similarity", "attention"}
     rows = [axes.get_ylabel() for axes in figures["attention"].axes]
     assert {"head 0", "head 1", "rollout", "percent"} <= set(rows)
 

@@ -1,108 +1,177 @@
-"""The sweep runner: rows that say what they are, once each, and never a test image."""
+"""`hjepa sweep`: runs by name, trained once, compared on held-out training images."""
 
 import csv
+import json
 import pathlib
-import sys
+import runpy
+import statistics
 
-import numpy as np
 import pytest
 
-from experiments import sweep
-from tests.test_cli import tiny_overrides
+from hjepa_jax.config import base_config
+from hjepa_jax.errors import InputError
+from hjepa_jax.runs.scores import read_probe_json, write_probe_json
+from hjepa_jax.training import sweep
+from tests.conftest import REPOSITORY, make_tiny_config
+from tests.test_cli import assert_refused, tiny_overrides
+
+SWEPT = [
+    *REPOSITORY.glob("experiments/ablations/*.py"),
+    *REPOSITORY.glob("experiments/recipes/*.py"),
+]
+RATES = "--vary=optim.learning_rate=1e-3,0.01"
 
 
 @pytest.fixture
-def tiny_sweep(shapes_npz, tmp_path, monkeypatch):
-    shared = tiny_overrides(shapes_npz) | {"mask.scale": (0.25, 0.25), "eval.every_epochs": 0.0}
-    path = tmp_path / "tiny.py"
-    path.write_text(
-        f"CONFIG, SHARED, SEEDS, NUM_FIT = 'shapes_tiny', {shared}, (0,), 60\n"
-        "ROWS = {'broken': {'loss.kind': 'hope'}, 'mse': {'loss.kind': 'mse'}}\n"
+def command(run_module, shapes_npz, tmp_path):
+    """`command(*flags)` runs a sweep of a tiny config in tmp_path/sweep, in a process."""
+    overrides = tiny_overrides(shapes_npz) | {"train.num_steps": 2, "eval.batch_size": 60}
+    flags = [f"--config.{field}={value}" for field, value in overrides.items()]
+    start = ["shapes_tiny", *flags, f"--workdir={tmp_path / 'sweep'}"]
+    return lambda *more: run_module("hjepa_jax.sweep", *start, *more)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
+    folder, seeds = tmp_path / "sweep", "--seeds=0,1"
+    done = command(RATES, seeds)
+    assert done.returncode == 0, done.stderr
+    names = [f"learning_rate={rate},seed={seed}" for seed in (0, 1) for rate in (0.001, 0.01)]
+    assert {path.name for path in folder.iterdir()} == {*names, "sweep.csv", "baselines.json"}
+    rows = {name: read_probe_json(folder / name / "held_out.json") for name in names}
+    for found in rows.values():
+        assert {row["encoder"] for row in found} == {"target", "random_init", "pixels"}
+        assert {(row["train_size"], row["test_size"]) for row in found} == {(192, 48)}, (
+            "240 to train"
+        )
+        assert {row["pool"] for row in found} == {"concat"}
+    scores = [
+        100 * next(r["top1"] for r in rows[f"learning_rate=0.01,seed={seed}"]
+                   if (r["protocol"], r["encoder"]) == ("knn", "target"))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    mean = f"{statistics.mean(scores):.1f} +- {statistics.stdev(scores):.1f}"
+    table = done.stdout[
+        done.stdout.index("k-NN, top-1 in percent on 48 held-out training images") :
+    ]
+    (line,) = (line for line in table.splitlines() if line.startswith("  learning_rate=0.01"))
+    assert line.split("  ")[-3].strip().lstrip("*") == mean, "the trained encoder first"
+    with (folder / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [pathlib.Path(line["workdir"]).name for line in lines] == names
+    assert float(lines[1]["knn_target"]) == pytest.approx(scores[0], abs=0.01)
+
+    again = command(RATES, seeds)
+    assert again.stdout.count("done already") == 4
+    assert "compiling" not in again.stdout
+    assert (
+        again.stdout[again.stdout.index("linear,") :] == done.stdout[done.stdout.index("linear,") :]
     )
-    monkeypatch.chdir(tmp_path)
-    return path
-
-
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.mark.slow
-def test_a_row_is_made_once_and_says_what_was_changed(tiny_sweep, monkeypatch):
-    fitted, scored, probe = [], [], sweep.linear_probe
-
-    def spied(x, y, test_x, test_y, **kwargs):
-        fitted.append(y)
-        scored.append(test_y.tolist())
-        return probe(x, y, test_x, test_y, **kwargs)
-
-    monkeypatch.setattr(sweep, "linear_probe", spied)
-    results = tiny_sweep.with_suffix(".csv")
-    found = sweep.read_sweep(tiny_sweep)
-    sweep.make_row(found, "mse", 0, {}, results)
-    (row,) = read(results)
-    assert list(row) == list(sweep.COLUMNS)
-    expected = {"row": "mse", "seed": "0", "config": "shapes_tiny", "num_fit": "60"}
-    assert row | expected == row
-    assert "loss.kind=mse" in row["overrides"]
-    assert "model.width=16" in row["overrides"], "what all rows share is part of each"
-    assert 0 <= float(row["linear_level_0"]) <= 100
-    assert [len(y) for y in fitted] == [60, 60]
-    every = np.asarray(np.load(found["SHARED"]["data.source"].removeprefix("npz:"))["train_labels"])
-    config = sweep.row_config(found, found["SHARED"], 0)
-    held_out = every[sweep.hold_out(len(every), num_val=config.eval.num_val)[1]]
-    assert scored == [held_out.tolist()] * 2, "no test image"
-    assert not np.array_equal(np.sort(fitted[0]), np.sort(every[:60])), "drawn from all images"
-
-    sweep.make_row(found, "mse", 0, {}, results)
-    assert len(read(results)) == 1
-    sweep.make_row(found, "mse", 0, {"optim.learning_rate": 0.5}, results)
-    found["SHARED"]["optim.learning_rate"] = 0.25
-    sweep.make_row(found, "mse", 0, {}, results)
-    assert [row["overrides"].split("=")[-1] for row in read(results)] == ["mse", "0.5", "mse"]
+    # The probes of raw pixels, which take longest, are made once: the file is believed.
+    kept = read_probe_json(folder / "baselines.json")
+    marked = [row | {"top1": 0.125} if row["encoder"] == "pixels" else row for row in kept]
+    write_probe_json(folder / "baselines.json", marked)
+    (folder / names[-1] / "held_out.json").unlink()
+    assert command(RATES, seeds).stdout.count("done already") == 3
+    again = read_probe_json(folder / names[-1] / "held_out.json")
+    assert {row["top1"] for row in again if row["encoder"] == "pixels"} == {0.125}
+    assert [row for row in again if row["encoder"] != "pixels"] == [
+        row for row in rows[names[-1]] if row["encoder"] != "pixels"
+    ]
+    listed = command(RATES, seeds, "--dry_run", "--config.loss.kind=mse").stdout.splitlines()
+    assert [line.rpartition("  ")[2].strip() for line in listed] == ["holds another config"] * 4
 
 
 @pytest.mark.slow
-def test_a_row_may_start_from_another(tiny_sweep):
-    """One that then learns nothing scores what the other scores."""
-    found, results = sweep.read_sweep(tiny_sweep), tiny_sweep.with_suffix(".csv")
-    still = {
-        "optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1,
-        "optim.ema_momentum": (1.0, 1.0, "constant"),
-    }  # fmt: skip
-    found["ROWS"] = {
-        "first": {"optim.learning_rate": 0.3},
-        "scratch": still,
-        "second": {**still, "train.init_from": "first"},
-        "third": {**still, "train.init_from": "second"},
+def test_a_run_that_fails_is_named_and_the_others_are_made(command, tmp_path):
+    done = command("--vary=train.init_from=nowhere,None")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert lines[-1] == "error: 1 of 2 runs failed, see above: init_from=nowhere seed 0"
+    assert "init_from=None" in (tmp_path / "sweep/sweep.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vary=optim.lr=1,2"], "did you mean optim.learning_rate?"),
+        (["--vary=model.depth=two"], "model.depth='two': must be a whole number"),
+        (["--vary=model.depth=2,2"], "with different values"),
+        (["--vary=seed=1,2"], "seeds are given by --seeds"),
+        (["--seeds=0,0"], "must be different whole numbers"),
+        (["--rows=no"], "--rows='no': must be some of"),
+        (["--vary=mask.scale=(0.5,0.1),(0.1,0.2)"], "mask.scale=(0.5, 0.1)"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_a_bad_sweep_is_refused_before_the_first_run(command, tmp_path, flags, words):
+    assert_refused(command(*flags), words)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_rows_are_all_combinations_and_have_short_names():
+    found = sweep.grid([("optim.kind", ["muon"]), ("loss.kind", ["mse", "cosine"]), ("seed", [1])])
+    assert list(found) == [
+        "optim.kind=muon,loss.kind=mse,seed=1",
+        "optim.kind=muon,loss.kind=cosine,seed=1",
+    ]
+    assert found["optim.kind=muon,loss.kind=mse,seed=1"] == {
+        "optim.kind": "muon",
+        "loss.kind": "mse",
+        "seed": 1,
     }
-    for name in ("third", "second", "first", "scratch"):
-        sweep.make_row(found, name, 0, {}, results)
-    third, second, first, scratch = read(results)
-    assert second["overrides"].endswith("train.init_from=first (optim.learning_rate=0.3)")
-    assert second["effective_rank"] == first["effective_rank"] != scratch["effective_rank"]
-    assert third["linear"] == second["linear"] == first["linear"]
+    assert sweep.grid([]) == {"": {}}
 
 
-def test_results_of_other_columns_are_refused(tiny_sweep):
-    results = tiny_sweep.with_suffix(".csv")
-    results.write_text("row,seed\nmse,0\n")
-    with pytest.raises(ValueError, match=r"tiny\.csv: has the columns \['row', 'seed'\]"):
-        sweep.make_row(sweep.read_sweep(tiny_sweep), "mse", 0, {}, results)
+def test_a_row_may_start_from_an_earlier_one_of_its_seed(tmp_path):
+    rows = {"first": {}, "second": {"train.init_from": "first", "mask.scale": (0.1, 0.2)}}
+    runs = sweep.members(base_config(), rows, (3, 4), tmp_path)
+    assert [run.workdir.name for run in runs] == [
+        "first,seed=3", "second,seed=3", "first,seed=4", "second,seed=4",
+    ]  # fmt: skip
+    assert runs[3].config.train.init_from == str(runs[2].workdir)
+    assert not runs[0].config.eval.probe_at_end, "no test image"
+    with pytest.raises(InputError, match="would hold two runs: a/b, and a_b with seed 0"):
+        sweep.members(base_config(), {"a/b": {}, "a_b": {}}, (0,), tmp_path)
 
 
-@pytest.mark.slow
-def test_a_row_that_fails_is_named_and_the_others_are_made(tiny_sweep, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", [sweep.__file__, str(tiny_sweep)])
-    assert sweep.main() == 1
-    assert capfd.readouterr().err.splitlines()[-1] == "failed: broken 0"
-    assert [row["row"] for row in read(tiny_sweep.with_suffix(".csv"))] == ["mse"]
+@pytest.mark.parametrize("steps", [(6, 6), (6, 8)])
+def test_runs_of_different_lengths_are_not_averaged(tmp_path, steps):
+    """As seeds of one row; each has a line of its own, and a note says why."""
+    runs = sweep.members(make_tiny_config("shapes"), {"base": {}}, (0, 1), tmp_path)
+    for run, step in zip(runs, steps, strict=True):
+        score = 0.5 + 0.1 * run.seed
+        row = {
+            "pool": "concat", "level": "all", "dim": 8, "data": "shapes", "step": step,
+            "test_size": 48, "top1": score, "chosen": {"val_top1": score},
+        }  # fmt: skip
+        run.workdir.mkdir()
+        (run.workdir / "config.json").write_text(json.dumps(run.config.to_dict()))
+        rows = [
+            row | {"encoder": encoder, "protocol": protocol}
+            for encoder in sweep.ENCODERS
+            for protocol in sweep.PROTOCOLS
+        ]
+        write_probe_json(run.workdir / "held_out.json", rows)
+    table = sweep.format_sweep(runs)
+    if steps == (6, 6):
+        assert "  base                             2  55.0 +- 7.1" in table
+        assert "no mean" not in table
+    else:
+        assert "+- 7.1" not in table
+        assert "base seed 1                      1         60.0" in table
+        assert "no mean for base: the runs differ in step (6, 8)" in table
+    assert max(map(len, table.splitlines())) <= 80
 
 
-def test_an_unknown_row_is_refused(tiny_sweep, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [sweep.__file__, str(tiny_sweep), "--row=no"])
-    with pytest.raises(SystemExit) as stop:
-        sweep.main()
-    assert stop.value.code == 2
-    assert "must be one of broken, mse" in capsys.readouterr().err
+def test_only_differences_beyond_chance_are_marked():
+    """At equal spreads and 4 degrees of freedom the border is 2.78 sqrt(2 / 3) = 2.27 points."""
+    assert sweep._differs([53.0, 54.0, 55.0], [50.0, 51.0, 52.0])
+    assert not sweep._differs([52.0, 53.0, 54.0], [50.0, 51.0, 52.0])
+    assert not sweep._differs([90.0], [50.0, 51.0, 52.0]), "a single seed"
+
+
+@pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)
+def test_every_row_of_the_experiments_is_a_config_that_works(path, tmp_path):
+    module = runpy.run_path(str(path))
+    assert sweep.members(module["get_config"](), module["ROWS"], (0,), tmp_path)

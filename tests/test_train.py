@@ -223,6 +223,8 @@ def test_the_first_step_is_shown_at_once(tiny_config, tmp_path, capsys):
     assert lines[first - 2] == "compiling the training step ..."
     (last,) = (line for line in lines if "  step 6/6  loss " in line)
     assert "  rank " in last
+    named = [line.replace(tiny_config.data.source, "shapes") for line in lines]
+    assert max(len(line.replace(str(tmp_path), "runs/tiny")) for line in named) <= 80
 
 
 @pytest.mark.usefixtures("own_programs")
@@ -428,7 +430,7 @@ def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monk
     with pytest.raises(InputError, match=r"on_collapse='stop': .*partial collapse"):
         train.train_and_evaluate(tiny_config, tmp_path / "stops")
     report = (tmp_path / "stops" / "report.md").read_text()
-    assert "**Status: stopped**, step 3 of 6." in report
+    assert "| stopped, step 3 of 6 |" in report
     assert "the run ended: train.on_collapse=stop: effective rank" in report
     assert "Run the same command again" not in report
 
@@ -458,6 +460,7 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     tiny_config, tiny_run, tmp_path, monkeypatch
 ):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
     monkeypatch.setattr(showcase, "MAX_SHARE", math.inf)  # of the seconds that this run takes
     tiny_config.log.tensorboard = True
@@ -468,12 +471,19 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     events.Reload()
     tags = set(events.Tags()["tensors"])
     assert tags >= {*METRICS.split(), "config", "parameters", "environment", "curves"}
-    for name in ("masks", "pca", "cosine", "similarity", "attention", "spectrum"):
-        assert [e.step for e in events.Tensors(f"figures/{name}")] == [1, 3, 6]
-    assert [e.step for e in events.Tensors("features/target")] == [1, 3, 6]
+    for name in ("masks", "views", "pca", "cosine", "similarity", "attention"):
+        assert [e.step for e in events.Tensors(f"figures/{name}")] == [0, 3, 6]
+    for name in ("figures/spectrum", "features/target"):  # of the steps since the last log line
+        assert [e.step for e in events.Tensors(name)] == [3, 6]
     (text,) = events.Tensors("parameters")
     assert b"patch_embedding" in text.tensor_proto.string_val[0]
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    started = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
+    shown = {name: value for name, value in started.hparams.items()}
+    assert started.group_name == "/".join(tmp_path.parts[-2:]), "the trial is named by its run"
+    assert shown["train.num_steps"].number_value == 6
+    assert "optim.kind" not in shown, "as in the defaults"
+    assert len(tags) < 60
 
 
 @pytest.mark.slow
@@ -514,12 +524,13 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     tiny_config.log.report = True
     (tmp_path / "figures").write_text("in the way")
     train.train_and_evaluate(tiny_config, tmp_path)
-    errors = capsys.readouterr().err
+    said, errors = capsys.readouterr()
+    assert "writing the report ..." in said.splitlines(), "a word before it is silent"
     assert "no report could be written" in errors
     assert f"python -m hjepa_jax.report --workdir={tmp_path}" in errors
     (tmp_path / "figures").unlink()
     write_report([tmp_path], tmp_path)
-    assert "**Status: finished**, step 6 of 6." in (tmp_path / "report.md").read_text()
+    assert "| finished, step 6 of 6 |" in (tmp_path / "report.md").read_text()
 
 
 def test_what_cannot_be_probed_is_refused_before_training(tiny_config, tmp_path):

@@ -1,15 +1,18 @@
 """The options that matter most, on CIFAR-10: masks, levels, summary pass, regularizer.
 
 The encoder is smaller than in the config, for one epoch: rows compare with each other only.
+
+  hjepa sweep experiments/ablations/cifar10.py --seeds=0,1,2 --num_fit=12000
 """
 
-CONFIG = "cifar10_patches"
+from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_patches
+
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 1.0,
     "optim.warmup_epochs": 0.1, "optim.learning_rate": 1e-3,
 }  # fmt: skip
-NUM_FIT = 12_000
 STRONGER = {
     "data.brightness": 0.4, "data.contrast": 0.4, "data.saturation": 0.4, "data.grayscale": 0.2,
     "data.crop_scale": (0.4, 1.0),
@@ -44,3 +47,10 @@ ROWS = {
     "positions_sincos2d": {"model.positions": "sincos2d"},
     "stronger_augmentation": STRONGER,
 }  # fmt: skip
+
+
+def get_config() -> Config:
+    """The config that all rows change."""
+    c = cifar10_patches.get_config()
+    c.update_from_flattened_dict(SHARED)
+    return c

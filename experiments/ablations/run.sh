@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Every row of both sweeps with three seeds; those that the csv files have are left out.
+# Every row of both sweeps with three seeds; runs that are done are left out.
 set -euo pipefail
 for sweep in shapes cifar10; do
-  PYTHONPATH=. python experiments/sweep.py "experiments/ablations/$sweep.py" "$@"
+  hjepa sweep "experiments/ablations/$sweep.py" --num_fit=12000 "${@:---seeds=0,1,2}"
 done
-PYTHONPATH=. python experiments/sweep_table.py experiments/ablations/*.csv

@@ -2,15 +2,20 @@
 
 One epoch (312 steps of 64) in bfloat16 on one core: two and a half minutes a row. shapes.csv also
 has rows of options that are gone; their commits made them.
+
+  hjepa sweep experiments/ablations/shapes.py --seeds=0,1,2 --num_fit=12000
 """
 
-CONFIG = "shapes_tiny"
+from hjepa_jax.config import Config
+from hjepa_jax.configs import shapes_tiny
+
 SHARED = {"model.dtype": "bfloat16", "train.num_epochs": 1.0, "parallel.cpu_devices": 1}
-NUM_FIT = 12_000
-I_JEPA = {"model.num_levels": 1, "loss.summary_weight": 0.0, "loss.regularizer": "none"}
+LEVELS_1 = {"model.num_levels": 1, "loss.level_weights": (0.5,)}
+LEVELS_3 = {"model.num_levels": 3, "loss.level_weights": (0.5, 0.5, 0.5)}
+I_JEPA = {**LEVELS_1, "loss.summary_weight": 0.0, "loss.regularizer": "none"}
 HALF = {"train.num_epochs": 0.5, "model.positions": "rope2d"}
 FINE = {
-    "model.patch_size": 2, "model.num_levels": 3, "mask.num_context": 64, "mask.min_coverage": 0.5,
+    **LEVELS_3, "model.patch_size": 2, "mask.num_context": 64, "mask.min_coverage": 0.5,
     "mask.kind": "hierarchical", "mask.scale": (0.05, 0.1), "mask.num_blocks": 3,
 }  # fmt: skip
 ROWS = {
@@ -23,12 +28,12 @@ ROWS = {
     "mask_random_cells": {
         "mask.kind": "random", "mask.scale": (0.5, 0.6), "mask.align_level": 1,
     },
-    "levels_1": {"model.num_levels": 1},
-    "levels_3_whole_cells": {"model.num_levels": 3},
+    "levels_1": LEVELS_1,
+    "levels_3_whole_cells": LEVELS_3,
     # Hardly one of the four cells of level 2 is hidden as a whole. If half of it is enough, there
     # are targets. Three levels compare with `half_covered`.
     "half_covered": {"mask.min_coverage": 0.5},
-    "levels_3": {"model.num_levels": 3, "mask.min_coverage": 0.5},
+    "levels_3": {**LEVELS_3, "mask.min_coverage": 0.5},
     # The level weights have the same sum as in the baseline, beside the same regularizer.
     "levels_1_same_sum": {"model.num_levels": 1, "loss.level_weights": (2.0,)},
     "levels_3_same_sum": {
@@ -85,3 +90,10 @@ ROWS = {
     "half_32_from_32": {**HALF, "train.init_from": "half_32"},
     "half_32_from_24": {**HALF, "train.init_from": "half_24"},
 }  # fmt: skip
+
+
+def get_config() -> Config:
+    """The config that all rows change."""
+    c = shapes_tiny.get_config()
+    c.update_from_flattened_dict(SHARED)
+    return c

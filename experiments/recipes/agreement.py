@@ -3,9 +3,13 @@
 ViT 128 x 4 on CIFAR-10, products in bfloat16; 15 minutes a row on one core. Each image has the
 masked view, from which patches are predicted, and further crops. The encoder sees 16 of 64 patches
 of each crop. The projected summary tokens of all views agree.
+
+  hjepa sweep experiments/recipes/agreement.py --num_fit=12000
 """
 
-CONFIG = "cifar10_patches"
+from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_patches
+
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
@@ -15,8 +19,6 @@ SHARED = {
     "data.saturation": 0.4, "data.grayscale": 0.2, "loss.agreement_weight": 2.0,
     "loss.spread_weight": 0.5, "loss.regularizer": "none", "loss.regularizer_weight": 0.0,
 }  # fmt: skip
-SEEDS = (0,)
-NUM_FIT = 12_000
 ROWS = {
     "base": {},
     "agreement_alone": {"loss.level_weights": (0.0, 0.0)},
@@ -31,3 +33,10 @@ ROWS = {
     "crops_0.15": {"data.local_crop_scale": (0.15, 1.0)},
     "vicreg": {"loss.regularizer": "vicreg", "loss.regularizer_weight": 0.01},
 }  # fmt: skip
+
+
+def get_config() -> Config:
+    """The config that all rows change."""
+    c = cifar10_patches.get_config()
+    c.update_from_flattened_dict(SHARED)
+    return c

@@ -2,16 +2,18 @@
 
 ViT 192 x 6 on CIFAR-10, products in bfloat16, three further views instead of seven; 35 minutes a
 row on one core.
+
+  hjepa sweep experiments/recipes/optimizers.py --num_fit=12000
 """
 
-CONFIG = "cifar10_tiny"
+from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_tiny
+
 SHARED = {
     "model.depth": 6, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
     "optim.warmup_epochs": 0.2, "data.local_views": 3, "loss.regularizer": "none",
     "loss.regularizer_weight": 0.0,
 }  # fmt: skip
-SEEDS = (0,)
-NUM_FIT = 12_000
 
 
 def _row(kind, rate, vicreg=None):
@@ -30,3 +32,10 @@ ROWS = {
     "muon_vicreg_0.02": _row("muon", 3e-3, vicreg=0.02),
     "muon_vicreg_0.1": _row("muon", 3e-3, vicreg=0.1),
 }
+
+
+def get_config() -> Config:
+    """The config that all rows change."""
+    c = cifar10_tiny.get_config()
+    c.update_from_flattened_dict(SHARED)
+    return c

@@ -1,9 +1,13 @@
 """Recipes on CIFAR-10 with a small encoder, two epochs: optimization and masks.
 
 ViT 128 x 4, products in bfloat16; ten minutes a row on one core of a Xeon with AMX.
+
+  hjepa sweep experiments/recipes/small_vit.py --num_fit=12000
 """
 
-CONFIG = "cifar10_patches"
+from hjepa_jax.config import Config
+from hjepa_jax.configs import cifar10_patches
+
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
     "model.predictor_num_heads": 2, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
@@ -11,8 +15,6 @@ SHARED = {
     # The values of the config at that time.
     "model.positions": "sincos2d", "optim.learning_rate": 1e-3,
 }  # fmt: skip
-SEEDS = (0,)
-NUM_FIT = 12_000
 ROWS = {
     "random_init": {"optim.learning_rate": 0.0, "optim.weight_decay": 0.0, "train.num_steps": 1},
     "base": {},
@@ -37,3 +39,10 @@ ROWS = {
     "context_8": {"mask.num_context": 8},
     "no_summary_pass": {"loss.summary_weight": 0.0},
 }  # fmt: skip
+
+
+def get_config() -> Config:
+    """The config that all rows change."""
+    c = cifar10_patches.get_config()
+    c.update_from_flattened_dict(SHARED)
+    return c

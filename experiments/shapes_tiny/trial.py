@@ -16,16 +16,16 @@ import time
 import jax
 import numpy as np
 
-from experiments.sweep import fitted_and_scored, hardware
 from hjepa_jax.config import build
 from hjepa_jax.configs import shapes_tiny
 from hjepa_jax.data import shapes
 from hjepa_jax.evaluation.features import extract_features
+from hjepa_jax.evaluation.held_out import fitted_and_scored
 from hjepa_jax.evaluation.knn import knn_probe
 from hjepa_jax.evaluation.linear import linear_probe
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.run import open_config_source
-from hjepa_jax.runtime.provenance import source_commit
+from hjepa_jax.runtime.provenance import source_commit, versions
 from hjepa_jax.training.train import train_and_evaluate
 
 RESULTS = pathlib.Path(__file__).with_name("trials.csv")
@@ -78,7 +78,7 @@ def main() -> None:
     pixels = [train.images[p].reshape(len(p), -1).astype(np.float32) / 255 for p in parts]
     found = knn_probe(pixels[0], y, pixels[1], scored_y, num_classes=10)
     row |= {"pixels_knn": f"{100 * found.top1:.1f}"}
-    row |= {"commit": (source_commit() or "")[:7], "hardware": hardware()}
+    row |= {"commit": (source_commit() or "")[:7], "hardware": versions()["device"]}
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -292,17 +292,27 @@ def build_train_step(
     config: Config, model: HJEPA, tx: optax.GradientTransformation, schedules: Schedules
 ) -> TrainStep:
     """The training step of this config."""
-    method = Method(
+    momentum_fn = None if config.model.target == "online" else schedules.ema_momentum_fn
+    return make_train_step(build_method(config, model, tx, momentum_fn))
+
+
+def build_method(
+    config: Config,
+    model: HJEPA,
+    tx: optax.GradientTransformation,
+    ema_momentum_fn: optax.Schedule | None,
+) -> Method:
+    """The parts of the training step of this config."""
+    return Method(
         model=model,
         tx=tx,
         sample_masks=build_masks(config),
         augment=build_augment(config),
         objective=build_objective(config),
-        ema_momentum_fn=None if config.model.target == "online" else schedules.ema_momentum_fn,
+        ema_momentum_fn=ema_momentum_fn,
         local_views=build_local_views(config),
         num_parts=config.optim.accumulation_steps,
     )
-    return make_train_step(method)
 
 
 def build_preprocess(config: Config) -> Any:

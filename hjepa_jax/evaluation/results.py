@@ -82,7 +82,7 @@ def scores_by(rows: Sequence[Row], where: Sequence[str]) -> dict[tuple[Any, ...]
 
 def _format_scores(rows: list[Row]) -> str:
     columns = list(dict.fromkeys(column(row) for row in rows))
-    cells = scores_by(_trained_first(rows), ("encoder", "pool", "level", "dim"))
+    cells = scores_by(trained_first(rows), ("encoder", "pool", "level", "dim"))
     chances = {row["chance"] for row in rows if "chance" in row}
     lines = [f"top-1 in percent on {tested_on(rows)} (with its 95 % interval)"]
     if len(chances) == 1:
@@ -101,7 +101,8 @@ def _format_scores(rows: list[Row]) -> str:
     return "\n".join([*lines, *notes])
 
 
-def _trained_first(rows: Iterable[Row]) -> list[Row]:
+def trained_first(rows: Iterable[Row]) -> list[Row]:
+    """Returns rows in the order of `ENCODERS`."""
     order = [*ENCODERS]
     return sorted(rows, key=lambda row: order.index(row["encoder"]))
 
@@ -125,7 +126,7 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 def _format_quality(rows: list[Row]) -> str:
     heads = "".join(f" {n:>6}" for n in ("std", "rank", "RankMe", "alpha", "unif", "LiDAR"))
     lines = [f"  {'encoder':<11} {'pool':<8} {'level':>5}{heads}  verdict"]
-    for row in _trained_first(rows):
+    for row in trained_first(rows):
         values = "".join(
             f" {'-' if (value := row.get(name)) is None else _six(value):>6}"
             for name in QUALITY_COLUMNS

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hjepa_jax.reporting.facts import Facts
-from hjepa_jax.reporting.figures import Panel, curves
+from hjepa_jax.reporting.figures import Panel, changing_curves
 from hjepa_jax.reporting.page import Section, table
 from hjepa_jax.reporting.verdicts import collapse_check, gib, num, pct
 from hjepa_jax.runs.history import History
@@ -46,7 +46,7 @@ def speed_section(facts: Facts) -> Section | None:
     text += "\n\nEvaluation, saving and compiling are not counted."
     speed = {"": thin(history.series("perf/images_per_sec"))}
     panel = Panel("Speed", "images per second", speed, from_zero=True)
-    return "Speed and memory", text, {"speed": (curves([panel]), "Speed over training")}
+    return "Speed and memory", text, changing_curves([panel], "speed", "Speed over training")
 
 
 def loss_section(facts: Facts) -> Section | None:
@@ -55,28 +55,28 @@ def loss_section(facts: Facts) -> Section | None:
     steps, loss = history.series("train/loss")
     if not len(steps):
         return None
-    columns = ["train/loss", *names]
     chosen = [int(np.argmin(np.abs(steps - f * steps[-1]))) for f in FRACTIONS]
     by_step = {line["step"]: line for line in history.lines}
     rows = [
         [
             steps[i],
-            *(num(by_step[int(steps[i])].get(name)) for name in columns),
+            num(loss[i]),
             _change(loss[0], loss[i]),
+            *(num(by_step[int(steps[i])].get(name)) for name in names),
         ]
         for i in sorted(set(chosen))
     ]
-    changes = [_change(history.first(name), history.last(name)) for name in columns]
-    rows.append(["change, %", *changes, ""])
-    heads = ["step", *(name.removeprefix("train/") for name in columns), "loss, % from first"]
+    changes = [_change(history.first(name), history.last(name)) for name in names]
+    rows.append(["change, %", _change(loss[0], loss[-1]), "", *changes])
+    heads = ["step", "loss", "% from first", *(n.removeprefix("train/loss_") for n in names)]
     text = table(heads, rows) + (
         "\n\nMeans over the steps since the previous line. Terms are shown without their weight in "
         "the loss; the terms of the summary pass and of local views are weighted sums of parts."
     )
-    terms = {name.removeprefix("train/"): thin(history.series(name)) for name in names}
+    terms = {name.removeprefix("train/loss_"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]
     panels += [Panel("Terms of the loss", "before weighting", terms, log=True)] if terms else []
-    return "Loss", text, {"loss": (curves(panels), "Loss over training")}
+    return "Loss", text, changing_curves(panels, "loss", "Loss over training")
 
 
 def _change(first: float | None, last: float | None) -> str:
@@ -90,14 +90,12 @@ def schedules_section(facts: Facts) -> Section | None:
         if len(steps):
             label = name.replace("_", " ").replace("ema", "EMA")
             rows.append((label, num(values[0]), num(values.max()), num(values[-1])))
-            if values.min() < values.max():  # a constant needs no picture
-                title = label[0].upper() + label[1:]
-                panels.append(Panel(title, label, {label: thin((steps, values))}))
+            title = label[0].upper() + label[1:]
+            panels.append(Panel(title, label, {label: thin((steps, values))}))
     if not rows:
         return None
     text = table(["schedule", "first line", "highest", "newest line"], rows)
-    figures = {"schedules": (curves(panels), "Schedules over training")} if panels else {}
-    return "Schedules", text, figures
+    return "Schedules", text, changing_curves(panels, "schedules", "Schedules over training")
 
 
 def collapse_section(facts: Facts) -> Section | None:
@@ -142,8 +140,8 @@ def collapse_section(facts: Facts) -> Section | None:
     ]
     panels += [Panel("Spread of the features", "standard deviation", spread)] if spread else []
     panels += [Panel("Parts of the targets' variance", "share", parts)] if parts else []
-    figure = curves(panels)
-    return "Collapse indicators", text, {"collapse": (figure, "Collapse indicators over training")}
+    caption = "Collapse indicators over training"
+    return "Collapse indicators", text, changing_curves(panels, "collapse", caption)
 
 
 def _present(history: History, **labels: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -51,6 +51,7 @@ class Facts:
       look: None if the checkpoint or the images are missing; `no_look` says why.
       width: width of the encoder.
       has_classes: whether labels of several classes judge the run; True if unknown.
+      command: command line of its newest start; "" if unknown.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Facts:
     no_look: str
     width: int
     has_classes: bool
+    command: str
 
     @property
     def own_probes(self) -> list[Row]:
@@ -77,12 +79,12 @@ class Facts:
 
     @property
     def ended(self) -> str:
-        """Returns the date of the newest log line as the beginning of a sentence; "" if unknown."""
+        """Returns the date of the newest log line; "" if unknown."""
         path = self.workdir / "metrics.jsonl"
         if not path.exists():
             return ""
         when = datetime.datetime.fromtimestamp(path.stat().st_mtime)
-        return f"Newest line of the log: {when:%Y-%m-%d %H:%M}. "
+        return f"{when:%Y-%m-%d %H:%M}"
 
     @property
     def device_memory(self) -> int | None:
@@ -185,6 +187,7 @@ def read_facts(
         no_look=reason,
         width=model.context_encoder.width,
         has_classes=not record or len(record.class_names) > 1 or config.eval.data is not None,
+        command=record.command if record else "",
     )
     rule = _stopped_by(facts) if facts.status == "interrupted" else ""
     return dataclasses.replace(facts, status="stopped", stopped_by=rule) if rule else facts

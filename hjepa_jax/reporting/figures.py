@@ -26,6 +26,11 @@ from PIL import Image
 from hjepa_jax.runtime.names import printable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Ten colours for classes, by Petroff (2021, arXiv:2107.02270, table 1).
+CLASS_COLOURS = (
+    "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70",
+    "#717581", "#92dadd",
+)  # fmt: skip
 DASHES = ("-", "--", "-.", ":")
 INK, PAPER = "#1f2328", "#ffffff"
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
@@ -55,6 +60,19 @@ class Panel:
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     log: bool = False
     from_zero: bool = False
+
+    @property
+    def shows_change(self) -> bool:
+        """Returns whether a line rises or falls; a constant or a single point needs no picture."""
+        return any(np.nanmin(y) < np.nanmax(y) for _, y in self.lines.values() if len(y) > 1)
+
+
+def changing_curves(
+    panels: Sequence[Panel], name: str, caption: str
+) -> dict[str, tuple[Figure, str]]:
+    """Returns a figure of the panels that show a change, by its name; nothing without any."""
+    shown = [panel for panel in panels if panel.shows_change]
+    return {name: (curves(shown), caption)} if shown else {}
 
 
 def curves(panels: Sequence[Panel], *, xlabel: str = "step") -> Figure:
@@ -189,8 +207,9 @@ def scatter_maps(
         for j, label in enumerate(np.unique(0 if labels is None else labels)):
             rows = np.ones(len(points), bool) if labels is None else labels == label
             axes.scatter(
-                *points[rows].T, s=12, alpha=0.75, linewidths=0, color=COLOURS[j % len(COLOURS)],
-                marker=markers[j // len(COLOURS) % len(markers)],
+                *points[rows].T, s=12, alpha=0.75, linewidths=0,
+                color=CLASS_COLOURS[j % len(CLASS_COLOURS)],
+                marker=markers[j // len(CLASS_COLOURS) % len(markers)],
                 label=None if labels is None else plain(class_names[int(label)]),
             )  # fmt: skip
         axes.set_xticks([])

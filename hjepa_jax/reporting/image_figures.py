@@ -8,15 +8,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.reporting.figures import COLOURS, GREY, new_figure, plain
-from hjepa_jax.reporting.snapshot import DROPPED, TARGET, Snapshot
+from hjepa_jax.reporting.snapshot import CONTEXT, DROPPED, TARGET, Snapshot
 
 Pictures = Float[np.ndarray, "B H W 3"]
+MAX_LOCAL = 4  # local views of an image in a figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,40 @@ def masks(images: Pictures, states: Sequence[Int[np.ndarray, "B _ _"]]) -> Figur
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     return figure
+
+
+def views(
+    whole: Pictures,
+    view: Pictures,
+    visible: Bool[np.ndarray, "B gh gw"],
+    local: Float[np.ndarray, "B V h w 3"] | None = None,
+    local_seen: Bool[np.ndarray, "B V rows cols"] | None = None,
+) -> Figure:
+    """Returns the views of each image that the networks see; patches that they do not are dark.
+
+    Args:
+      whole: the images as they are stored, in [0, 1].
+      view: the augmented images.
+      visible: patches of `view` that the context encoder sees; the target encoder sees all.
+      local: further crops; at most `MAX_LOCAL` of them are shown.
+      local_seen: patches of them that the encoder sees; None = all.
+    """
+    rows = [
+        Row("image", whole),
+        Row("masked view", _darkened(view, visible)),
+        Row("EMA sees", view),
+    ]
+    if local is not None:
+        for v in range(min(local.shape[1], MAX_LOCAL)):
+            crop = local[:, v]
+            seen = crop if local_seen is None else _darkened(crop, local_seen[:, v])
+            rows.append(Row(f"local view {v + 1}", seen))
+    return picture_table(rows)
+
+
+def _darkened(images: Pictures, seen: Bool[np.ndarray, "B _ _"]) -> Pictures:
+    """Returns images in which patches that are not seen are dark."""
+    return np.where(enlarge(seen, images.shape[1:3])[..., None], images, 0.12 * images)
 
 
 def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ _ D"]]) -> Figure:
@@ -175,6 +210,13 @@ def snapshot_figures(snapshot: Snapshot) -> dict[str, Figure]:
     shown = dict(list(heads.items())[:6])
     return {
         "masks": masks(pixels, snapshot.states),
+        "views": views(
+            pixels,
+            as_rgb(snapshot.view),
+            snapshot.states[0] == CONTEXT,
+            None if snapshot.local_views is None else as_rgb(snapshot.local_views),
+            snapshot.local_seen,
+        ),
         "pca": pca_maps(pixels, snapshot.tokens),
         "cosine": cosine_maps(pixels, snapshot.cosine),
         "similarity": similarity_maps(pixels, snapshot.tokens[0], quarter),

@@ -20,7 +20,7 @@ _STYLE = """
   :root { --ink: #e6edf3; --paper: #0d1117; --line: #30363d; --soft: #161b22; --link: #58a6ff; } }
 body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif;
   max-width: 64rem; margin: 0 auto; padding: 1.5rem; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; padding-bottom: .2rem;
+h1 { line-height: 1.2; margin: 0 0 .6rem; } h2 { margin-top: 1.6rem; padding-bottom: .2rem;
   border-bottom: 1px solid var(--line); }
 a { color: var(--link); }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem;
@@ -30,6 +30,15 @@ th { background: var(--soft); }
 img { max-width: 100%; height: auto; }
 figure { margin: 1.2rem 0; } figcaption { font-size: .9rem; opacity: .8; }
 code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; overflow-wrap: anywhere; }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; align-items: start;
+  margin: 1.2rem 0; }
+.row figure { margin: 0; }
+@media (max-width: 40rem) {
+  body { padding: 1rem; } .row { grid-template-columns: 1fr; }
+  table { font-size: .78rem; } th, td { padding: .2rem .35rem; overflow-wrap: anywhere; }
+  [style*=right] { overflow-wrap: normal; }
+  th:first-child, td:first-child { overflow-wrap: break-word; position: sticky; left: 0;
+    background: var(--soft); } }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; }
 pre code { padding: 0; }
 """
@@ -88,6 +97,11 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
             ),
             body,
         )
+    start, *rest = re.split("(?=<h2 )", body)
+    if rest and "<figure>" in rest[0]:  # the pictures of the first screen, side by side
+        rest[0] = rest[0].replace("<figure>", '<div class="row"><figure>', 1)
+        rest[0] = "</figure></div>".join(rest[0].rsplit("</figure>", 1))
+    body = "".join([start, *rest])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -7,10 +7,13 @@ from matplotlib.figure import Figure
 
 from hjepa_jax.evaluation.results import (
     QUALITY_COLUMNS,
+    best_row,
     column,
     differing,
+    encoder_name,
     scores_by,
     tested_on,
+    trained_first,
     verdict_of,
     warnings,
 )
@@ -18,14 +21,16 @@ from hjepa_jax.reporting.facts import Facts
 from hjepa_jax.reporting.figures import (
     Panel,
     bars,
+    changing_curves,
     confusion_matrix,
-    curves,
     histograms,
     scatter_maps,
     spectrum,
 )  # fmt: skip
 from hjepa_jax.reporting.image_figures import (
     as_pictures,
+    as_rgb,
+    masks,
     neighbours,
     principal_components,
     snapshot_figures,
@@ -36,6 +41,7 @@ from hjepa_jax.reporting.verdicts import num, pct
 from hjepa_jax.runs.logger import quiet_tensorflow
 from hjepa_jax.runs.scores import Row
 
+NUM_FIRST, NUM_NEAREST = 3, 2  # images on the first screen, and neighbours of each
 _TITLES = {"knn": "k-NN"}  # titles of protocols that differ from their names
 
 
@@ -47,19 +53,23 @@ def probes_section(facts: Facts) -> Section | None:
         steps, knn = facts.history.series(f"eval/knn_top1{suffix}")
         if len(steps):
             lines[name] = (steps, 100 * knn)
-    if lines:
-        title = f"k-NN on held-out {facts.config.eval.data or 'training'} images"
-        panel = Panel(title, "top-1, percent", lines, from_zero=True)
-        figures["knn"] = (curves([panel]), "k-NN accuracy over training")
+    title = f"k-NN on held-out {facts.config.eval.data or 'training'} images"
+    panel = Panel(title, "top-1, percent", lines, from_zero=True)
+    figures |= changing_curves([panel], "knn", "k-NN accuracy over training")
     if scored:
         names = list(dict.fromkeys(column(row) for row in scored))
-        where = ["encoder", "step", "pool", "level", "dim", *differing(scored)]
-        cells = scores_by(scored, where)
-        rows = [[*key, *(scores.get(n, "-") for n in names)] for key, scores in cells.items()]
+        where = ["encoder", "pool", "level", "dim", "step", *differing(scored)]
+        cells = scores_by(trained_first(scored), where)
+        rows = [
+            [_features_of(dict(zip(where, key, strict=True))), *(s.get(n, "-") for n in names)]
+            for key, s in cells.items()
+        ]
         parts += [
             f"Top-1 in percent on {tested_on(scored)}, with its 95 % interval; each protocol on "
             "every representation:",
-            table([*where, *names], rows),
+            table(["features", *(_TITLES.get(name, name) for name in names)], rows),
+            "mean: average over the patches; concat: levels and summary tokens side by side; in "
+            "brackets: the number of dimensions.",
         ]
         if edges := warnings(scored):
             parts.append("\n".join(f"- {text}" for text in edges))
@@ -71,19 +81,65 @@ def probes_section(facts: Facts) -> Section | None:
         )
     quality = [row for row in facts.probes if row["protocol"] == "quality"]
     if quality:
-        where = ["encoder", "step", "pool", "level", *differing(quality)]
+        more = differing(quality)
         rows = [
-            [*map(r.get, where), *(num(r.get(n)) for n in QUALITY_COLUMNS), verdict_of(r)]
-            for r in quality
-        ]
-        parts.append(table([*where, *QUALITY_COLUMNS, "verdict"], rows))
+            [_features_of({n: r.get(n) for n in ("encoder", "pool", "level", "step", *more)}),
+             verdict_of(r), *(num(r.get(n)) for n in QUALITY_COLUMNS)]
+            for r in trained_first(quality)
+        ]  # fmt: skip
+        parts.append(table(["features", "verdict", *QUALITY_COLUMNS], rows))
     if not parts and not figures:
         return None
     return "Probes", "\n\n".join(parts) or "probe.json has no rows yet.", figures
 
 
+def _features_of(row: Row) -> str:
+    """Returns encoder, pooling, level and size in words: "trained, mean, level 0 (64)"."""
+    name = f"{encoder_name(row['encoder'])}, {_pool(row)}"
+    name += f" ({row['dim']})" if "dim" in row else ""
+    name += f", step {row['step']}" if row["step"] else ""
+    rare = (n for n in row if n not in ("encoder", "pool", "level", "dim", "step"))
+    return name + "".join(f", {n} {row[n]}" for n in rare)
+
+
+def _pool(row: Row) -> str:
+    if row["encoder"] == "pixels":
+        return "as they are"
+    level = "all levels" if row["level"] == "all" else f"level {row['level']}"
+    return f"mean, {level}" if row["pool"] == "mean" else str(row["pool"])
+
+
+def first_figures(facts: Facts) -> dict[str, tuple[Figure, str]]:
+    """Returns three small figures: best scores, nearest neighbours and masks."""
+    names = ("target", "random_init", "pixels")
+    best = {
+        title: [best_row(facts.own_probes, protocol, name) for name in names]
+        for protocol, title in (("linear", "linear probe"), ("knn", "k-NN"))
+    }
+    figures, few = {}, slice(NUM_FIRST)
+    if any(any(rows) for rows in best.values()):
+        scores = {
+            encoder_name(name): [np.nan if (row := rows[i]) is None else 100 * row["top1"]
+                                 for rows in best.values()]
+            for i, name in enumerate(names)
+        }  # fmt: skip
+        drawn = bars(list(best), scores, title="Best features", ylabel="top-1, percent")
+        figures["scores"] = (drawn, "Best features of each encoder")
+    if (look := facts.look) is not None:
+        shown = as_pictures(np.concatenate([look.images[few, None], look.neighbours[few]], axis=1))
+        same = [] if look.same_class is None else look.same_class[few, :NUM_NEAREST].tolist()
+        pictures = shown[:, 0], shown[:, 1 : 1 + NUM_NEAREST]
+        drawn = neighbours(*pictures, look.names[few], same)
+        figures["examples"] = (drawn, "Images and their nearest neighbours")
+        seen = look.snapshot
+        drawn = masks(as_rgb(seen.pixels[few]), [state[few] for state in seen.states])
+        figures["hidden"] = (drawn, "What the network sees, and what it predicts")
+    return figures
+
+
 def _bars(rows: list[Row], protocol: str) -> Figure:
     """Returns bars of the newest step of each encoder; the first row per representation counts."""
+    rows = trained_first(rows)
     encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
     newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
     scores = {}
@@ -93,8 +149,8 @@ def _bars(rows: list[Row], protocol: str) -> Figure:
     groups = list(dict.fromkeys(key[1:] for key in scores if key[0] != "pixels"))
     pixels = [value for key, value in scores.items() if key[0] == "pixels"]
     return bars(
-        [f"{pool}, level {level}" if pool == "mean" else pool for pool, level in groups],
-        {e.replace("_", "-"): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
+        [_pool({"encoder": "", "pool": pool, "level": level}) for pool, level in groups],
+        {encoder_name(e): [scores.get((e, *g), np.nan) for g in groups] for e in encoders},
         title=f"{_TITLES.get(protocol, protocol.capitalize())} probe",
         ylabel="top-1, percent",
         limits={"raw pixels": pixels[0]} if pixels else {},
@@ -106,6 +162,7 @@ def look_section(facts: Facts) -> Section:
         return "What it sees", f"No pictures: {escape(facts.no_look)}.", {}
     captions = {
         "masks": "Masks of training, at every level",
+        "views": "Views of training, augmented; the encoder does not see the dark patches",
         "pca": "First three principal components of the features",
         "cosine": "Cosine of prediction and target, where something was predicted",
         "similarity": "Similarity of the framed patch to all others",

@@ -10,7 +10,7 @@ from hjepa_jax.data.base import Split
 from hjepa_jax.evaluation.results import best_row, column, differing, format_score
 from hjepa_jax.reporting.curve_sections import thin
 from hjepa_jax.reporting.facts import Facts, read_facts
-from hjepa_jax.reporting.figures import Panel, curves, png
+from hjepa_jax.reporting.figures import Panel, changing_curves, png
 from hjepa_jax.reporting.page import Section, code, escape, slug, table, to_html
 from hjepa_jax.reporting.projector import write_projector
 from hjepa_jax.reporting.sections import sections
@@ -105,7 +105,7 @@ def comparison(runs: list[Facts]) -> list[Section]:
         lines = {name: thin(line) for name, line in series.items() if len(line[0])}
         if lines:
             panels.append(Panel(title, unit, lines))
-    figures = {"comparison": (curves(panels), "Runs over training")} if panels else {}
+    figures = changing_curves(panels, "comparison", "Runs over training")
     parts: list[Section] = [("Side by side", table(heads, rows), figures)]
     parts.append(("Configurations", _differences([run.config for run in runs], heads), {}))
     if any(run.probes for run in runs):

@@ -12,47 +12,44 @@ from hjepa_jax.reporting.curve_sections import (
 )
 from hjepa_jax.reporting.facts import Facts
 from hjepa_jax.reporting.page import Section, code, table
-from hjepa_jax.reporting.probe_sections import features_section, look_section, probes_section
-from hjepa_jax.reporting.verdicts import checklist, next_steps, pct
+from hjepa_jax.reporting.probe_sections import (
+    features_section,
+    first_figures,
+    look_section,
+    probes_section,
+)
+from hjepa_jax.reporting.verdicts import checklist, next_steps, pct, verdict
 from hjepa_jax.runs.progress import format_duration
-
-# Figures that stand on the first screen, in the section of the results.
-FIRST = ("probe_linear", "neighbours", "masks")
 
 
 def sections(facts: Facts) -> list[Section]:
     """Returns all sections of the report that are not empty: results, evidence, origin."""
     made = [
-        _summary, _next, probes_section, look_section, features_section, loss_section,
+        _summary, _checks, _next, probes_section, look_section, features_section, loss_section,
         collapse_section, _warnings, schedules_section, speed_section, _checkpoints, _parameters,
         _setting,
     ]  # fmt: skip
-    (heading, text, first), *rest = (part for make in made if (part := make(facts)) is not None)
-    for name in FIRST:
-        for _, _, figures in rest:
-            if name in figures:
-                first[name] = figures.pop(name)
-    return [(heading, text, first), *rest]
+    return [part for make in made if (part := make(facts)) is not None]
 
 
 def _summary(facts: Facts) -> Section:
+    """Returns the first screen: scores, verdict, origin and three pictures."""
     step, total = facts.history.last_step(), facts.num_steps
     of = f" of {total}" if total else " (number of steps not known)"
-    device = facts.meta.get("versions", {}).get("device", "an unknown device")
-    duration = format_duration(facts.history.training_seconds())
+    seconds = facts.history.training_seconds()
+    origin = {
+        "status": f"{facts.status}, step {step}{of}",
+        "date": facts.ended,
+        "training steps took": format_duration(seconds) if seconds else "",
+        "hardware": facts.meta.get("versions", {}).get("device", ""),
+    }
+    origin = {head: value for head, value in origin.items() if value}
     lines = [
-        f"**Status: {facts.status}**, step {step}{of}. {facts.ended}{duration} in steps, on "
-        f"{device}.",
         *_headline(facts),
-        "A good representation beats the same network untrained and raw pixels, and has not "
-        "collapsed. Whether this one does, by its own numbers:",
-        table(
-            ["", "check", "evidence"],
-            [({True: "✓", False: "✗", None: "?"}[ok], what, why) for ok, what, why in
-             checklist(facts)],
-        ),
-        "✓ holds, ✗ does not, ? not known.",
-    ]  # fmt: skip
+        f"**Verdict: {verdict(facts)}**",
+        table([*origin], [[*origin.values()]]),
+        *([f"Command: {code(facts.command)}"] if facts.command else []),
+    ]
     if not facts.has_classes:
         lines.append(
             "The images have no labels, or one class: there is no k-NN score and no probe of "
@@ -66,7 +63,21 @@ def _summary(facts: Facts) -> Section:
         )
     if facts.history.num_damaged:
         lines.append(f"{facts.history.num_damaged} lines of metrics.jsonl are damaged.")
-    return "What was reached", "\n\n".join(lines), {}
+    return "What was reached", "\n\n".join(lines), first_figures(facts)
+
+
+def _checks(facts: Facts) -> Section:
+    lines = [
+        "A good representation beats the same network untrained and raw pixels, and has not "
+        "collapsed. Whether this one does, by its own numbers:",
+        table(
+            ["", "check", "evidence"],
+            [({True: "✓", False: "✗", None: "?"}[ok], what, why) for ok, what, why in
+             checklist(facts)],
+        ),
+        "✓ holds, ✗ does not, ? not known.",
+    ]  # fmt: skip
+    return "Checks", "\n\n".join(lines), {}
 
 
 def _headline(facts: Facts) -> list[str]:

@@ -78,7 +78,7 @@ class Showcase:
       run: the run.
       images: its training images.
       logger: receives the pictures.
-      name: name of the run among others.
+      name: name of the trial in the HPARAMS tab; trials with one name are averaged.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Showcase:
         fields, defaults = (flatten(c.to_dict()) for c in (self._run.config, base_config()))
         changed = {k: v for k, v in fields.items() if v != defaults[k]}
         self._logger.hparams(
-            {"run": self._name}
-            | {k: v if isinstance(v, int | float | str) else str(v) for k, v in changed.items()}
+            self._name,
+            {k: v if isinstance(v, int | float | str) else str(v) for k, v in changed.items()},
         )
         parts = {**state.params, "target encoder": state.target_params}
         leaves = [

@@ -4,6 +4,7 @@
 Neither is part of the training step.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,23 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, Num, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from hjepa_jax.config import Config
-from hjepa_jax.config.build import build_masks, build_preprocess
+from hjepa_jax.config.build import build_method, build_preprocess
 from hjepa_jax.data.augment import resize_and_normalize
 from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.masks.masks import Masks, gather_tokens, target_union
-from hjepa_jax.masks.samplers import MaskSampler
 from hjepa_jax.method import losses
+from hjepa_jax.method.step import Inputs, sample_inputs
 from hjepa_jax.models import hierarchy
 from hjepa_jax.models.hjepa import HJEPA
 
-# Number of images, and seed of their masks: constant, so that snapshots can be compared.
+# Number of images, and seeds of their masks and views: constant, so that snapshots can be compared.
 NUM_IMAGES = 6
-MASK_SEED = 0
+MASK_SEED, VIEW_SEED = 0, 1
 
 # Role of a patch or cell in training.
 CONTEXT, TARGET, DROPPED = 0, 1, 2
@@ -46,6 +48,10 @@ class Snapshot:
       attention: float32 [B, h, rows, columns], of the target encoder's last block, per head, from
         the summary tokens (or, without any, from all patches) to the patches.
       rollout: float32 [B, rows, columns], the same through all blocks.
+      view: float32 [B, H, W, C] in [0, 1], augmented as in training. The encoder sees the `CONTEXT`
+        patches of it, and the target encoder the whole.
+      local_views: float32 [B, V, h, w, C] in [0, 1], the further crops; None without any.
+      local_seen: bool [B, V, rows, columns], the patches of them that the encoder sees; None = all.
     """
 
     pixels: Any
@@ -54,6 +60,9 @@ class Snapshot:
     cosine: tuple[Any, ...]
     attention: Any
     rollout: Any
+    view: Any
+    local_views: Any = None
+    local_seen: Any = None
 
 
 def fixed_images(images: Num[np.ndarray, "n H W C"]) -> Num[np.ndarray, "B H W C"]:
@@ -63,7 +72,7 @@ def fixed_images(images: Num[np.ndarray, "n H W C"]) -> Num[np.ndarray, "B H W C
 
 def make_snapshot_fn(
     model: HJEPA,
-    sample_masks: MaskSampler,
+    sample: Callable[..., Inputs],
     *,
     preprocess: Callable[..., Float[Array, "B S S C"]],
     as_pixels: Callable[..., Float[Array, "B S S C"]],
@@ -72,7 +81,7 @@ def make_snapshot_fn(
 
     Args:
       model: the networks.
-      sample_masks: the masks of training.
+      sample: `sample(images)`, the masks and views of training, with pixels in [0, 1].
       preprocess: stored images to normalised pixels, nothing random.
       as_pixels: the same, to [0, 1].
     """
@@ -84,8 +93,8 @@ def make_snapshot_fn(
     all_levels: Any = model.clone(levels=None).apply  # also levels that are not predicted
 
     def snapshot(params: Any, target_params: Any, images: Num[Array, "B H W C"]) -> Snapshot:
-        masks = sample_masks(jax.random.split(jax.random.PRNGKey(MASK_SEED), len(images)))
-        views = preprocess(images)
+        inputs, views = sample(images), preprocess(images)
+        masks = inputs.masks
         _, intermediates = apply(
             {"params": {"context_encoder": target_params}},
             views,
@@ -109,16 +118,35 @@ def make_snapshot_fn(
             cosine=tuple(map(_as_grid, cosine, grids)),
             attention=_as_grid(shown[0], grids[0]),
             rollout=_as_grid(shown[1], grids[0])[:, 0],
+            view=inputs.view,
+            local_views=inputs.local_views,
+            local_seen=_seen_patches(inputs, encoder.patch_size),
         )
 
     return snapshot
 
 
-def _stretched(pixels: Float[Array, "B H W C"], stored: Any) -> Float[Array, "B H W C"]:
+def _seen_patches(inputs: Inputs, patch_size: int) -> Bool[Array, "B V gh gw"] | None:
+    """Returns which patches of the local views the encoder sees; None = all."""
+    if inputs.local_index is None:
+        return None
+    grid = tuple(side // patch_size for side in inputs.local_views.shape[2:4])
+    patches = jnp.arange(math.prod(grid))
+    seen = jnp.any(inputs.local_index[..., None] == patches[None, None, None], axis=2)
+    return seen.reshape(*seen.shape[:2], *grid)
+
+
+def _like(channels: Any, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    """Returns one value per channel, for products with `x`."""
+    return jnp.broadcast_to(jnp.asarray(channels, x.dtype), x.shape)
+
+
+def _stretched(pixels: Float[Array, "*B C"], stored: Any) -> Float[Array, "*B C"]:
     """Returns pixels with every channel stretched to [0, 1], unless the images have 8 bits."""
     if stored == jnp.uint8:
         return pixels
-    low, high = (f(pixels, axis=(0, 1, 2), keepdims=True) for f in (jnp.min, jnp.max))
+    axes = tuple(range(pixels.ndim - 1))
+    low, high = (f(pixels, axis=axes, keepdims=True) for f in (jnp.min, jnp.max))
     return (pixels - low) / jnp.maximum(high - low, 1e-12)
 
 
@@ -191,9 +219,19 @@ def build_snapshot_fn(config: Config, model: HJEPA) -> Any:
     as_pixels = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=(0.0,) * n, std=(1.0,) * n
     )
-    return make_snapshot_fn(
-        model,
-        build_masks(config),
-        preprocess=build_preprocess(config),
-        as_pixels=as_pixels,
-    )
+    method = build_method(config, model, optax.identity(), None)
+
+    def sample(images: Num[Array, "B H W C"]) -> Inputs:
+        augment_rngs, mask_rngs = (
+            jax.random.split(jax.random.PRNGKey(seed), len(images))
+            for seed in (VIEW_SEED, MASK_SEED)
+        )
+        inputs = sample_inputs(method, images, augment_rngs, mask_rngs)
+        shown = {
+            name: _stretched(jnp.clip(x * _like(c.std, x) + _like(c.mean, x), 0, 1), images.dtype)
+            for name in ("view", "local_views")
+            if (x := getattr(inputs, name)) is not None
+        }
+        return dataclasses.replace(inputs, **shown)
+
+    return make_snapshot_fn(model, sample, preprocess=build_preprocess(config), as_pixels=as_pixels)

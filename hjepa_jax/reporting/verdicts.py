@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from hjepa_jax.evaluation.intervals import difference
 from hjepa_jax.evaluation.labelled import MIN_ROWS
-from hjepa_jax.evaluation.results import beats, best_row
+from hjepa_jax.evaluation.results import beats, best_row, encoder_name
 from hjepa_jax.reporting.facts import Facts
 from hjepa_jax.reporting.page import code
 from hjepa_jax.runtime.names import encodable
@@ -13,11 +13,14 @@ from hjepa_jax.runtime.names import encodable
 # Whether a check holds (None = unknown), its name, and its numbers.
 Check = tuple[bool | None, str, str]
 
+TITLES = {"linear": "the linear probe", "knn": "k-NN"}
+BASELINES = [(protocol, encoder) for protocol in TITLES for encoder in ("random_init", "pixels")]
 MARGIN = 0.01  # top-1; a smaller difference counts as noise for any number of images
 EASY_COSINE = 0.95
 MOSTLY_PLACES = 0.5  # share of the targets' variance; with rotary positions it is near 0.01
 BEYOND_PLACES = 0.1  # share of the targets' variance that is explained beyond the place
 SLOW_DATA = 0.1
+FEW_EPOCHS = 10  # fewer are worth a longer run
 HEADROOM = 0.5  # share of the device's memory; below it, a batch of twice the size fits
 
 
@@ -38,12 +41,11 @@ def checklist(facts: Facts) -> list[Check]:
     else:
         checks.append((None, fell, "fewer than two values"))
     checks += [collapse_check(facts)] + [_knn_check(facts)] * facts.has_classes
-    for protocol in ("linear", "knn") if facts.has_classes else ():
-        for encoder, name in (("random_init", "random-init"), ("pixels", "raw pixels")):
-            what = f"Trained features beat {name} by more than {pct(MARGIN)} points ({protocol})"
-            holds, evidence = trained_beats(facts, protocol, encoder)
-            judged = "" if holds is None else facts.judged(protocol)
-            checks.append((holds, what, evidence + judged))
+    for protocol, encoder in BASELINES if facts.has_classes else ():
+        what = f"Trained features beat {encoder_name(encoder)} by more than {pct(MARGIN)} points"
+        holds, evidence = trained_beats(facts, protocol, encoder)
+        judged = "" if holds is None else facts.judged(protocol)
+        checks.append((holds, f"{what} in {TITLES[protocol]}", evidence + judged))
     newest = max(facts.checkpoints, default=None)
     holds = None if newest is None else newest >= step
     evidence = "no checkpoint" if newest is None else f"newest is step {newest}"
@@ -64,6 +66,33 @@ def collapse_check(facts: Facts) -> Check:
     if std is not None:
         evidence += f"; relative std {std:.2g}, threshold {limits.relative_std:.2g}"
     return True, what, evidence
+
+
+def verdict(facts: Facts) -> str:
+    """Returns the verdict on the run in one sentence."""
+    holds, _, evidence = collapse_check(facts)
+    if holds is False:
+        return f"collapsed: {evidence}."
+    if not facts.has_classes:
+        start = "unknown" if holds is None else "not collapsed"
+        return f"{start}. There are no classes to say more."
+    found = {pair: trained_beats(facts, *pair) for pair in BASELINES}
+    if all(evidence == "not probed" for _, evidence in found.values()):
+        return "unknown. The run has not been probed."
+    said = {True: [], False: [], None: []}
+    for (protocol, encoder), (holds, evidence) in found.items():
+        if evidence != "not probed":
+            said[holds].append(f"{encoder_name(encoder)} in {TITLES[protocol]}")
+    parts = [
+        f"{start} {' and '.join(names)}"
+        for start, names in (
+            ("better than", said[True]),
+            ("not better than", said[False]),
+            ("perhaps better than", said[None]),
+        )
+        if names
+    ]
+    return "; ".join(parts) + "."
 
 
 def trained_beats(facts: Facts, protocol: str, encoder: str) -> tuple[bool | None, str]:
@@ -128,7 +157,13 @@ def _unstable(facts: Facts) -> Suggestions:
 
 def _collapsed_or_easy(facts: Facts) -> Suggestions:
     if signs := facts.signs_of_collapse():
-        what = "Raise `loss.regularizer_weight`, or set `loss.regularizer`."
+        c = facts.config.loss
+        what = f"Raise `loss.regularizer_weight` (now {c.regularizer_weight:g})."
+        if c.regularizer == "none":
+            what = "Set `loss.regularizer=vicreg` and `loss.regularizer_weight=0.01`."
+        if c.agreement_weight and c.regularizer == "none":
+            what = f"Raise `loss.spread_weight` (now {c.spread_weight:g}), or set "
+            what += "`loss.regularizer=vicreg` and `loss.regularizer_weight=0.01`."
         yield what, "; ".join(signs)
         return
     cosine = facts.history.last("train/pred_target_cosine")
@@ -184,14 +219,54 @@ def _knn_curve(facts: Facts) -> Suggestions:
 
 
 def _no_better(facts: Facts) -> Suggestions:
-    better, evidence = trained_beats(facts, "linear", "random_init")
-    if not better and evidence != "not probed":
-        rule = f"linear, trained against random-init: {evidence}"
-        yield "Do not trust this representation yet: see the checklist.", rule
+    """Yields what helped other runs (see docs/results.md), for the first baseline that wins."""
+    found = {pair: trained_beats(facts, *pair) for pair in BASELINES}
+    lost = [pair for pair, (holds, _) in found.items() if holds is False]
+    open_ = [pair for pair, (holds, why) in found.items() if holds is None and why != "not probed"]
+    if not lost and open_:
+        protocol, encoder = open_[0]
+        what = (
+            "Repeat with other seeds (`hjepa sweep --seeds=0,1,2`), or judge on more test images."
+        )
+        rule = f"{TITLES[protocol]}, trained against {encoder_name(encoder)}: {found[open_[0]][1]}"
+        yield what, rule
+    if not lost or facts.signs_of_collapse():
+        return
+    protocol, encoder = lost[0]
+    rule = f"{TITLES[protocol]}, trained against {encoder_name(encoder)}: {found[lost[0]][1]}"
+    c = facts.config
+    if not c.loss.agreement_weight:
+        yield (
+            "Let the views of an image agree: `loss.agreement_weight=2`, `loss.spread_weight=0.5`, "
+            "`data.local_views=3`.",
+            rule,
+        )
+    epochs = (facts.num_steps or 0) / (facts.steps_per_epoch or 1)
+    if 0 < epochs < FEW_EPOCHS:
+        yield f"Train longer: `train.num_epochs` (now {epochs:.3g}).", rule
+    rate = c.optim.learning_rate
+    yield (
+        f"Compare rates: `hjepa sweep` with `--vary=optim.learning_rate={rate / 3:.2g},{rate:g},"
+        f"{3 * rate:.2g}`.",
+        rule,
+    )
+
+
+def _unreached(facts: Facts) -> Suggestions:
+    (_, loss), step = facts.history.series("train/loss"), facts.history.last_step()
+    if len(loss) > 1 and loss[-1] >= loss[0]:
+        rate = facts.config.optim.learning_rate
+        rule = f"train/loss: {num(loss[0])} to {num(loss[-1])}"
+        yield f"Lower `optim.learning_rate` (now {rate:g}), or raise `optim.warmup_epochs`.", rule
+    newest = max(facts.checkpoints, default=None)
+    if newest is not None and newest < step and facts.status not in ("running", "interrupted"):
+        rule = f"the newest checkpoint is of step {newest}, and the log ends at step {step}"
+        yield "Run the same command again: it trains the steps without a checkpoint.", rule
 
 
 _RULES = (
     _unfinished, _unstable, _collapsed_or_easy, _predicts_places, _slow, _knn_curve, _no_better,
+    _unreached,
 )  # fmt: skip
 
 

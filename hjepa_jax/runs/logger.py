@@ -87,12 +87,19 @@ class RunLogger:
         if self._writer:
             self._writer.write_texts(step, {key: encodable(text) for key, text in texts.items()})
 
-    def hparams(self, values: dict[str, Any]) -> None:
-        """Sends the configuration to TensorBoard's HPARAMS tab."""
-        if self._writer:
-            self._writer.write_hparams(
-                {k: encodable(v) if isinstance(v, str) else v for k, v in values.items()}
-            )
+    def hparams(self, name: str, values: dict[str, Any]) -> None:
+        """Sends the configuration to TensorBoard's HPARAMS tab, as the trial `name`."""
+        if not self._writer:
+            return
+        import tensorflow as tf
+        from tensorboard.plugins.hparams import api
+
+        plain = {k: encodable(v) if isinstance(v, str) else v for k, v in values.items()}
+        # CLU's writer would name the trial by a digest.
+        writer = tf.summary.create_file_writer(str(self._workdir), filename_suffix=".hparams")
+        with writer.as_default():
+            api.hparams(plain, trial_id=encodable(name))
+        writer.close()
 
     def close(self) -> None:
         """Writes the pending line and closes all files."""

@@ -14,6 +14,7 @@ from hjepa_jax.config.build import Schedules
 from hjepa_jax.config.fields import is_a
 from hjepa_jax.data.base import Source
 from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.provenance import command
 
 NAME = "run.json"
 FORMAT_VERSION = 1
@@ -32,6 +33,7 @@ class RunRecord:
         "num_test" (labelled images), "image_shape", and "dtype" of the pixels.
       preprocessing: "image_size" in pixels (or [height, width]); "mean" and "std" per channel of
         pixels in [0, 1].
+      command: command line of the newest start; "" if unknown.
     """
 
     num_images: int
@@ -40,6 +42,7 @@ class RunRecord:
     class_names: tuple[str, ...]
     data: dict[str, Any]
     preprocessing: dict[str, Any]
+    command: str = ""
 
     @property
     def fingerprint(self) -> str | None:
@@ -67,6 +70,7 @@ def make_record(
             "dtype": info.dtype,
         },
         preprocessing={"image_size": image_size, "mean": list(c.mean), "std": list(c.std)},
+        command=command(),
     )
 
 

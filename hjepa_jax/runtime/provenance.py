@@ -1,10 +1,14 @@
 """Where a result comes from: package versions, commit of the source, device."""
 
+import contextlib
 import functools
 import hashlib
+import os
 import pathlib
 import platform as python_platform
+import shlex
 import subprocess
+import sys
 
 import jax
 
@@ -21,9 +25,33 @@ def versions() -> dict[str, str]:
     packages = ("hjepa-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: version(name) or "not installed" for name in packages}  # run from a checkout
     device = jax.local_devices()[0]
-    found = {"python": python_platform.python_version(), **found, "device": device.device_kind}
+    kind = device.device_kind if device.platform != "cpu" else _processor()
+    found = {"python": python_platform.python_version(), **found, "device": kind}
     memory = (device.memory_stats() or {}).get("bytes_limit")
     return {**found, "device memory": str(memory)} if memory else found
+
+
+@functools.cache
+def _processor() -> str:
+    """Returns the name of the processor, and its number of cores."""
+    name, info = python_platform.processor() or python_platform.machine(), "/proc/cpuinfo"
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path(info).read_text(errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = next(iter(names), name)
+    return f"CPU: {name}, {os.cpu_count()} cores"
+
+
+def command() -> str:
+    """Returns the command line of this process, as a user would type it."""
+    words = sys.orig_argv[1:]
+    if words and pathlib.Path(words[0]).name == "hjepa":
+        words = ["hjepa", *words[1:]]
+    elif words[:2] == ["-m", "hjepa_jax"]:
+        words = ["hjepa", *words[2:]]
+    else:
+        words = ["python", *words]
+    return shlex.join(words)
 
 
 @functools.cache

@@ -95,7 +95,9 @@ class Loop:
             self._eval_every = math.ceil(c.eval.every_epochs * steps_per_epoch)
         shows_every = c.log.figures_every_epochs if c.log.tensorboard else 0
         self._show_every = math.ceil(shows_every * steps_per_epoch)
-        self._showcase = Showcase(run, train.images, logger, name=workdir.resolve().name)
+        self._showcase = Showcase(
+            run, train.images, logger, name="/".join(workdir.resolve().parts[-2:])
+        )
 
     def run(self, state: TrainState, window: LogWindow, begin: Callable[[], None]) -> TrainState:
         """Runs from the state's step to the last one.
@@ -123,6 +125,9 @@ class Loop:
         place = self._run.placement
         numbers = place.put(self._schedules.numbers, place.whole)
         with self._batches(step, size) as batches, StopSignals() as stop:
+            if step == 0:
+                with writing(self._workdir):
+                    self._introduce(state, window)
             self._timer.restart()
             under_way: collections.deque[Any] = collections.deque()
             while step < num_steps:
@@ -142,9 +147,6 @@ class Loop:
                     window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
-                if step == count:  # the first call of a run that is not resumed
-                    with writing(self._workdir):
-                        self._introduce(state, window)
             if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
                 raise Interrupted(signum, step)
         self._progress.end()
@@ -196,16 +198,16 @@ class Loop:
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState, window: LogWindow) -> None:
-        """Sends texts and the first pictures, after the first call: TensorBoard loads slowly."""
-        jax.block_until_ready(state)
-        paused = time.perf_counter()
+        """Sends texts and the pictures of step 0; TensorBoard's packages load slowly."""
+        if self._config.log.tensorboard and cluster.is_first():
+            what = " and drawing the first pictures" if self._show_every else ""
+            print(f"opening TensorBoard's files{what} ...", flush=True)
         self._showcase.introduce(state)
         if self._show_every:
             local = self._run.placement.local(dataclasses.replace(state, opt_state=None))
             if cluster.is_first():
                 self._showcase.show(local, window)
         cluster.meet()  # the others wait here for process 0, not inside a step
-        self._timer.add_pause(time.perf_counter() - paused)
 
     def _agreed(self, signum: int | None, step: int) -> int | None:
         """Returns the signal that stops the run at this step, or None.

@@ -40,7 +40,7 @@ def small_disk(tmp_path: pathlib.Path):
 
 
 def fill(place: pathlib.Path) -> None:
-    with (place / "ballast").open("wb", buffering=0) as file:
+    with (place / "ballast").open("ab", buffering=0) as file:
         for size in (65536, 512, 1):
             try:
                 while True:
@@ -70,6 +70,9 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
         at_step(patch, 7, lambda: fill(small_disk))
         with pytest.raises(InputError, match=r"--workdir=.*(No space left|RESOURCE_EXHAUSTED)"):
             train.train_and_evaluate(tiny_config, workdir)
+    fill(small_disk)  # the last file was not written whole
+    with pytest.raises(InputError, match=r"--workdir=.*No space left"):  # a second start
+        train.train_and_evaluate(tiny_config, workdir)
     (small_disk / "ballast").unlink()
     assert newest_step(tiny_config, workdir) >= 3  # the save of step 6 may be incomplete
     train.train_and_evaluate(tiny_config, workdir)

@@ -1,0 +1,282 @@
+"""Trains runs that differ in a few fields, one after the other, and compares them.
+
+Runs are compared on held-out training images (`evaluation.held_out`): the test images stay for the
+one run that is chosen in the end.
+"""
+
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+import pathlib
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from scipy.stats import ttest_ind
+
+from hjepa_jax.config import Config
+from hjepa_jax.config.defaults import differing_fields
+from hjepa_jax.config.fields import RULES, field_types
+from hjepa_jax.config.validation import validate
+from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.held_out import FILE, held_out_rows
+from hjepa_jax.evaluation.results import encoder_name
+from hjepa_jax.runs.checkpoint_meta import read_newest_meta, read_saved
+from hjepa_jax.runs.history import read_history
+from hjepa_jax.runs.record import read_record
+from hjepa_jax.runs.run import open_config_source
+from hjepa_jax.runs.scores import Row, read_probe_json
+from hjepa_jax.runs.seeds import differences
+from hjepa_jax.runs.workdir import (
+    checkpoint_sizes,
+    load_config,
+    with_recorded_start,
+    writing,
+)
+from hjepa_jax.runtime.files import replacing
+from hjepa_jax.runtime.paths import expand_paths
+from hjepa_jax.training.train import train_and_evaluate
+
+Changes = Mapping[str, Any]  # values by dotted field
+START = "train.init_from"  # in a sweep also the name of an earlier row
+ENCODERS, PROTOCOLS = ("target", "random_init", "pixels"), {"linear": "linear", "knn": "k-NN"}
+NAME, SCORE = 28, 13  # characters of two kinds of columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+      row: name of its settings.
+      seed: its seed.
+      changes: its settings, as fields and values.
+      config: its config.
+      workdir: its directory.
+    """
+
+    row: str
+    seed: int
+    changes: Changes
+    config: Config
+    workdir: pathlib.Path
+
+
+def grid(varied: Sequence[tuple[str, Sequence[Any]]]) -> dict[str, Changes]:
+    """Returns all combinations of the values of some fields, by a name such as "depth=3"."""
+    short = [field.rpartition(".")[2] for field, _ in varied]
+    names = [s if short.count(s) == 1 else f for s, (f, _) in zip(short, varied, strict=True)]
+    found = {}
+    for values in itertools.product(*(values for _, values in varied)):
+        name = ",".join(f"{n}={v}" for n, v in zip(names, values, strict=True)).replace(" ", "")
+        found[name] = dict(zip((field for field, _ in varied), values, strict=True))
+    return found
+
+
+def members(
+    config: Config, rows: Mapping[str, Changes], seeds: Sequence[int], folder: pathlib.Path
+) -> list[Member]:
+    """Returns the runs of a sweep, seed after seed.
+
+    Args:
+      config: the config that all rows change.
+      rows: changes by the name of a row. `train.init_from` may name an earlier row: the run starts
+        from the parameters of its run with the same seed.
+      seeds: values of `seed`.
+      folder: receives a work directory for each run.
+
+    Raises:
+      InputError: for a config that cannot work, and for two runs in one directory ("--workdir").
+    """
+    found: dict[pathlib.Path, Member] = {}
+    for seed in seeds:
+        before: dict[str, str] = {}
+        for row, changes in rows.items():
+            own = copy.deepcopy(config)  # keeps the types of fields
+            own.eval.probe_at_end = own.log.report = False
+            start = {START: before[changes[START]]} if changes.get(START) in before else {}
+            for field, value in {**changes, **start, "seed": seed}.items():
+                _set(own, field, value)
+            validate(own)
+            name = re.sub(r"[()' ]", "", f"{row or 'run'},seed={seed}")
+            workdir = folder / re.sub(r"[^\w.,=+-]+", "_", name)
+            if workdir in found:
+                rule = f"would hold two runs: {found[workdir].row}, and {row} with seed {seed}"
+                raise InputError("--workdir", str(workdir), rule)
+            before[row] = str(workdir)
+            found[workdir] = Member(row, seed, changes, expand_paths(own.lock()), workdir)
+    return list(found.values())
+
+
+def _set(config: Config, field: str, value: Any) -> None:
+    """Sets a field; raises InputError for a value of another type."""
+    try:
+        config.update_from_flattened_dict({field: value})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise InputError(field, value, RULES[field_types(config)[field]]) from error
+
+
+def state_of(member: Member, num_fit: int | None) -> str:
+    """Returns "done", "to do", "step N of M", "to score" or "holds another config"."""
+    workdir, record = member.workdir, read_record(member.workdir)
+    steps = max(checkpoint_sizes(workdir), default=0)
+    if not steps or record is None:
+        return "to do"
+    config = with_recorded_start(member.config, workdir, read_saved(workdir))
+    if differing_fields(load_config(workdir), config):
+        return "holds another config"
+    if steps < record.num_steps:
+        return f"step {steps} of {record.num_steps}"
+    rows = rows_of(member)
+    scored = {row["step"] for row in rows if row["encoder"] == "target"} == {steps}
+    return "done" if scored and {row["num_fit"] for row in rows} == {num_fit} else "to score"
+
+
+def rows_of(member: Member) -> list[Row]:
+    """Returns the scores of a run; none if it has not been scored."""
+    return read_probe_json(member.workdir / FILE)
+
+
+def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], None]) -> list[str]:
+    """Trains and scores the runs that are not done.
+
+    A run that cannot work or that fails is reported, and the next one begins.
+
+    Args:
+      runs: the runs.
+      num_fit: maximum number of images that probes fit; None = all that are not scored.
+      say: prints a line.
+
+    Returns:
+      The names of the runs that failed.
+
+    Raises:
+      InputError: if the images have no labels ("data.source").
+      Interrupted: on a signal, after saving.
+    """
+    _check_labels(runs[0].config)
+    failed = []
+    for number, member in enumerate(runs, start=1):
+        name = f"{member.row} seed {member.seed}".strip()
+        head = f"run {number} of {len(runs)}: {name}"
+        if state_of(member, num_fit) == "done":
+            say(f"{head}: done already")
+            continue
+        say(f"\n{head}")
+        try:
+            train_and_evaluate(member.config, member.workdir)
+            baselines = member.workdir.parent / "baselines.json"
+            held_out_rows(member.workdir, num_fit, pools=("concat",), baselines=baselines)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+        jax.clear_caches()  # the next run has other programs
+    return failed
+
+
+def _check_labels(config: Config) -> None:
+    """Refuses images without classes before hours of training."""
+    source = open_config_source(config, source=config.eval.data, quiet=True)
+    if len(source.info.class_names) < 2:
+        rule = "has no classes, and runs are compared by probes; eval.data names labelled images"
+        raise InputError("data.source", source.name, rule)
+
+
+def format_sweep(runs: Sequence[Member]) -> str:
+    """Returns a table for each protocol: a row for each setting, with mean and deviation.
+
+    Runs of one row that differ in more than the seed get a line each, and no mean. All runs must be
+    done.
+    """
+    sizes = sorted({r["test_size"] for m in runs for r in rows_of(m)})
+    images = " or ".join(f"{size:,}" for size in sizes)
+    lines, notes, marked = [], list[str](), False
+    for protocol, title in PROTOCOLS.items():
+        heads = "".join(f"{encoder_name(encoder):>{SCORE}}" for encoder in ENCODERS)
+        lines += [f"{title}, top-1 in percent on {images} held-out training images"]
+        lines += [f"  {'row':<{NAME}}{'seeds':>6}{heads}"]
+        first = [_score(m, protocol, "target") for m in runs if m.row == runs[0].row]
+        for name, group in _grouped(runs, notes):
+            values = {e: [_score(member, protocol, e) for member in group] for e in ENCODERS}
+            marks = _differs(values["target"], first)
+            marked |= marks
+            cells = [_mean(v) for v in values.values()]
+            cells[0] = f"*{cells[0]}" if marks else cells[0]
+            shown = [] if len(name) < NAME else [f"  {name}"]
+            start = name if len(name) < NAME else ""
+            row = "".join(f"{cell:>{SCORE}}" for cell in cells)
+            lines += [*shown, f"  {start:<{NAME}}{len(group):>6}{row}"]
+        lines.append("")
+    lines.append("Features: all levels and summary tokens. +-: standard deviation over the seeds.")
+    if marked:
+        lines.append("*: differs from the first row (Welch's t-test, p < 0.05).")
+    return "\n".join([*lines, *dict.fromkeys(notes)])
+
+
+def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Sequence[Member]]]:
+    """Yields the runs of each row, or each run alone if they differ in more than the seed."""
+    for name in dict.fromkeys(member.row for member in runs):
+        group = [member for member in runs if member.row == name]
+        steps = [rows_of(member)[0]["step"] for member in group]
+        records = [read_record(member.workdir) for member in group]
+        images = [record.fingerprint if record else None for record in records]
+        configs = [load_config(member.workdir) for member in group]
+        if len(group) > 1 and (why := differences(configs, steps, images)):
+            notes.append(f"no mean for {name}: {why}")
+            for member in group:
+                yield f"{name} seed {member.seed}".strip(), [member]
+        else:
+            yield name or "as configured", group
+
+
+def _score(member: Member, protocol: str, encoder: str) -> float:
+    """Returns top-1 in percent."""
+    found = {(row["protocol"], row["encoder"]): row["top1"] for row in rows_of(member)}
+    return 100 * found[protocol, encoder]
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
+    """Returns whether two means differ by more than chance; False for a single seed."""
+    if min(len(values), len(others)) < 2 or values == others:
+        return False
+    test: Any = ttest_ind(values, others, equal_var=False)
+    return bool(test.pvalue < 0.05)
+
+
+def write_csv(runs: Sequence[Member], path: pathlib.Path) -> None:
+    """Writes a line for each run: settings, scores, rank, speed, origin. All must be done."""
+    names = {
+        f"{protocol}_{encoder}": (protocol, encoder)
+        for protocol in PROTOCOLS
+        for encoder in ENCODERS
+    }
+    heads = ["row", "seed", "settings", "num_fit", "step", *names, "effective_rank",
+             "images_per_sec", "commit", "device", "workdir"]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    for member in runs:
+        rows = rows_of(member)
+        meta = read_newest_meta(member.workdir)
+        history = read_history(member.workdir / "metrics.jsonl")
+        speeds = history.series("perf/images_per_sec")[1]
+        settings = " ".join(f"{field}={value}" for field, value in member.changes.items())
+        writer.writerow([
+            member.row, member.seed, settings, rows[0]["num_fit"] or "all", rows[0]["step"],
+            *(f"{_score(member, *key):.2f}" for key in names.values()),
+            f"{history.last('train/effective_rank') or float('nan'):.1f}",
+            f"{statistics.median(speeds) if len(speeds) else float('nan'):.0f}",
+            meta["commit"] or "", meta["versions"]["device"], member.workdir,
+        ])  # fmt: skip
+    with writing(path.parent), replacing(path) as file:
+        file.write(text.getvalue().encode())
