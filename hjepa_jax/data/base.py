@@ -67,8 +67,9 @@ class Source:
       info: see `SourceInfo`.
       load: decodes and returns (train, test). A streamed source returns only the images for probes.
       records: training images of a streamed source; None if the run trains on `load()[0]`.
-      parts: files of a folder before decoding: training and test images. A folder without a test
-        split, if not streamed, has one part, which `load` splits with `hold_out_test`.
+      parts: the same images one by one, in the order of the source: training and test images. If
+        `load` draws the test images, there is one part (two of a streamed folder). If there are
+        none, use `load`.
       usage: one line for the user: which images are used, which are not, and why.
     """
 
