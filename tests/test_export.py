@@ -12,6 +12,7 @@ import hjepa_jax
 from hjepa_jax.errors import InputError
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import DTYPES, export
+from hjepa_jax.exchange.hub import check_push
 from tests.test_embed import make_run
 
 RNG = np.random.default_rng(0)
@@ -101,6 +102,16 @@ def test_an_unknown_layout_is_refused(workdir, tmp_path):
     with pytest.raises(InputError, match=rule):
         export(workdir, tmp_path / "out", layout="onnx")
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("net", "must be USER/NAME"), ("ada/net", "needs the package huggingface_hub")],
+)
+def test_an_upload_that_cannot_be_is_refused_before_any_work(name, rule, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it was not installed
+    with pytest.raises(InputError, match=rf"^--push='{name}': {rule}"):
+        check_push(name)
 
 
 def test_a_program_needs_jax_alone_and_takes_any_batch(workdir, tmp_path):
