@@ -101,10 +101,12 @@ def info_of(source: str, *wholes: Split) -> SourceInfo:
     labels = [split.labels for split in wholes if split.labels is not None]
     num_classes = 1 + max((int(each.max()) for each in labels), default=-1)
     class_names = tuple(map(str, range(num_classes)))
-    images, sizes = wholes[0].images, [len(split.images) for split in wholes]
+    images = wholes[0].images
+    num_train, num_test = len(images), len(wholes[-1].images)
     if len(wholes) == 1:
-        sizes = [len(rows) for rows in draw_test(source, sizes[0], wholes[0].labels, ())]
-    return SourceInfo(*sizes, images.shape[1:], class_names, images.dtype.name)
+        num_test = len(draw_test(source, num_train, wholes[0].labels, ()).held)
+        num_train -= num_test
+    return SourceInfo(num_train, num_test, images.shape[1:], class_names, images.dtype.name)
 
 
 def usage_of(

@@ -18,7 +18,7 @@ def check_push(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(FLAG, name, "must be USER/NAME, a repository on the hub")
     try:
-        import huggingface_hub
+        import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         rule = "needs the package huggingface_hub: pip install 'hjepa-jax[hub]'"
         raise InputError(FLAG, name, rule) from error
@@ -41,7 +41,7 @@ def push(folder: pathlib.Path, name: str) -> str:
       InputError: see `check_push`, or if the hub refuses ("--push").
     """
     check_push(name)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi  # pyright: ignore[reportMissingImports]
 
     try:
         api = HfApi()
