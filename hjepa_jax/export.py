@@ -1,13 +1,14 @@
 """Writes the encoder of a run for use elsewhere, with a config and a model card.
 
   python -m hjepa_jax.export --workdir=DIR --output=FOLDER
-    [--format=hjepa_jax|timm|transformers|stablehlo] [--step=last|best|N] [--dtype=float32|float16]
-    [--push=USER/NAME]
+    [--format=hjepa_jax|timm|transformers|stablehlo|onnx] [--step=last|best|N]
+    [--dtype=float32|float16] [--push=USER/NAME]
 
 * hjepa_jax: one safetensors file, for `hjepa_jax.load(FILE)`;
 * timm, transformers: a folder that these libraries load with their own functions. The first
   summary token is the class token there, the others are registers;
-* stablehlo: a program from images to features that needs nothing but jax.
+* stablehlo: a program from images to features that needs nothing but jax;
+* onnx: the same program as an ONNX model (extra `onnx`).
 
 The file README.md in the folder shows how to load it. --push also uploads the folder to a
 repository on the Hugging Face hub; a new repository is private (extra `hub`).

@@ -97,10 +97,15 @@ def test_what_a_layout_cannot_hold_is_refused(layout, fields, rule, shapes_npz, 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_unknown_layout_is_refused(workdir, tmp_path):
-    rule = "^--format='onnx': must be one of hjepa_jax, timm, transformers, stablehlo"
-    with pytest.raises(InputError, match=rule):
-        export(workdir, tmp_path / "out", layout="onnx")
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [("tflite", "must be one of hjepa_jax, timm, transformers, stablehlo, onnx"),
+     ("onnx", r"needs the package jax2onnx: pip install 'hjepa-jax\[onnx\]'")],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_made_is_refused(layout, rule, workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it was not installed
+    with pytest.raises(InputError, match=f"^--format='{layout}': {rule}"):
+        export(workdir, tmp_path / "out", layout=layout)
     assert not [*tmp_path.iterdir()]
 
 

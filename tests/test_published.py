@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import hjepa_jax
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import export
 from hjepa_jax.runs.load import load_encoder
@@ -231,6 +232,26 @@ def test_an_exported_encoder_gives_the_same_tokens_in_their_library(
     assert num_before == num_summaries + fields["model.num_registers"]
     np.testing.assert_allclose(found[:, num_before:], tokens, atol=1e-4)
     np.testing.assert_allclose(found[:, :num_summaries], summary, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope2d"])
+def test_an_onnx_model_gives_the_features_for_any_batch(positions, shapes_npz, tmp_path):
+    pytest.importorskip("jax2onnx", reason="needs the extra `onnx`")
+    import onnxruntime
+
+    make_run(tmp_path / "run", shapes_npz, **{"model.positions": positions})
+    export(tmp_path / "run", tmp_path / "out", layout="onnx")
+    program = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    names = [output.name for output in program.get_outputs()]
+    images = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
+    encoder = hjepa_jax.load(tmp_path / "run")
+    expected = encoder.embed(images)
+    expected["tokens"] = encoder.tokens(images).reshape(5, 16, 16)
+    assert {*names} == {*expected}
+    for size in (1, 2, 5):
+        found = program.run(names, {"images": images[:size]})
+        for name, value in zip(names, found, strict=True):
+            np.testing.assert_allclose(value, expected[name][:size], atol=1e-4)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
