@@ -20,7 +20,7 @@ def check_push(name: str) -> None:
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        rule = "needs the package huggingface_hub: pip install 'hjepa-jax[hub]'"
+        rule = "needs the package huggingface_hub (extra hub): pip install huggingface_hub"
         raise InputError(FLAG, name, rule) from error
     if not huggingface_hub.get_token():
         rule = "needs a token of the hub: run `hf auth login`, or set HF_TOKEN"

@@ -39,7 +39,7 @@ def to_onnx(config: Config, model: HJEPA, params: Any) -> bytes:
     try:
         import jax2onnx  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError("needs the package jax2onnx: pip install 'hjepa-jax[onnx]'") from error
+        raise ValueError("needs the package jax2onnx (extra onnx): pip install jax2onnx") from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of types that it infers later
     program = _program(config, model, params)
     images = jax.ShapeDtypeStruct((1, *_image_shape(config)), np.uint8)
