@@ -2,8 +2,12 @@
 
 import base64
 import collections
+import functools
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -14,6 +18,7 @@ import hjepa_jax
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import export
 from hjepa_jax.runs.load import load_encoder
+from tests.conftest import REPOSITORY
 from tests.test_embed import make_run
 
 torch = pytest.importorskip("torch", reason="needs the extra `exchange` (torch)")
@@ -294,24 +299,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_an_exported_folder_is_uploaded_as_it_is(shapes_npz, run_module, tmp_path, monkeypatch):
+def test_an_exported_folder_is_uploaded_as_it_is(shapes_npz, tmp_path):
     """To a server on this machine: the commit has each file. Without a token nothing is done."""
     make_run(tmp_path / "run", shapes_npz)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     out = tmp_path / "out"
-    command = ("hjepa_jax.export", f"--workdir={tmp_path}/run", f"--output={out}", "--push=ada/net")
-    refused = run_module(*command)
-    assert refused.returncode == 2
-    assert "--push='ada/net': needs a token of the hub" in refused.stderr
-    assert not out.exists()
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    done = run_module(*command)
-    server.shutdown()
+    command = [sys.executable, "-m", "hjepa_jax.export", f"--workdir={tmp_path}/run",
+               f"--output={out}", "--push=ada/net"]  # fmt: skip
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        plain = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        plain |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        run = functools.partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True)
+        refused = run(command, check=False, env=plain)
+        assert refused.returncode == 2
+        assert "--push='ada/net': needs a token of the hub" in refused.stderr
+        assert not out.exists()
+        done = run(command, check=False, env={**plain, "HF_TOKEN": "secret"})
+        server.shutdown()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("/ada/net")
+    assert done.stdout.splitlines()[-1] == f"{address}/ada/net"
     assert Hub.created[0]["private"]
     assert Hub.files == {path.name: path.read_bytes() for path in out.iterdir()}

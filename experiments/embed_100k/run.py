@@ -2,9 +2,9 @@
 
   PYTHONPATH=. python experiments/embed_100k/run.py runs/shapes_tiny --num_images=100000
 
-The images are drawn by `data.shapes` and written as PNG files into a temporary folder. The command
-`hjepa embed` is killed with SIGKILL at three moments, and started again each time. memory.csv gets
-its memory every two seconds.
+Images are drawn by `data.shapes` and written as PNG files into a temporary folder; with
+--num_drawn, the others are links to them. `hjepa embed` is killed with SIGKILL when these fractions
+of the shards exist, and started again each time. The csv file gets its memory every two seconds.
 """
 
 import argparse
@@ -22,25 +22,26 @@ from PIL import Image
 import hjepa_jax
 from hjepa_jax.data.shapes import create_shapes
 
-KILLED_AT = (0.2, 0.5, 0.8, None)  # fraction of the shards that exist then; the last run ends
-CSV = pathlib.Path(__file__).with_name("memory.csv")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", help="a finished run of shapes_tiny")
     parser.add_argument("--num_images", type=int, default=100_000)
+    parser.add_argument("--num_drawn", type=int, default=100_000)
+    parser.add_argument("--kill_at", type=float, nargs="*", default=[0.2, 0.5, 0.8])
+    parser.add_argument("--csv", default="memory.csv", help="file name, in the folder of this one")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, CSV.open("w", newline="") as file:
+    path = pathlib.Path(__file__).with_name(args.csv)
+    with tempfile.TemporaryDirectory() as name, path.open("w", newline="") as file:
         root, output = pathlib.Path(name), pathlib.Path(name) / "features.parquet"
-        write_images(root / "images", args.num_images)
+        write_images(root / "images", args.num_images, args.num_drawn)
         command = [sys.executable, "-m", "hjepa_jax.embed", f"--workdir={args.workdir}",
                    f"--input={root / 'images'}", f"--output={output}",
                    "--neighbours=5"]  # fmt: skip
         partial = output.with_name(f".{output.name}.partial")  # where `exchange.table` keeps them
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["command", "seconds", "shards", "resident_mib"])
-        for number, fraction in enumerate(KILLED_AT, 1):
+        for number, fraction in enumerate([*args.kill_at, None], 1):
             last = None if fraction is None else fraction * args.num_images / 1024
             rows = watch(command, partial, last)
             table.writerows([number, *row] for row in rows)
@@ -52,13 +53,17 @@ def main() -> None:
         check(output, root / "images", args.workdir, args.num_images)
 
 
-def write_images(folder: pathlib.Path, num: int) -> None:
+def write_images(folder: pathlib.Path, num: int, num_drawn: int) -> None:
     """Writes `num` images as PNG files in folders of 1,000."""
     for start in range(0, num, 1000):
-        images = create_shapes(min(1000, num - start), 1, seed=start)[0].images
         part = folder / f"{start // 1000:03}"
         part.mkdir(parents=True)
-        for i, image in enumerate(images):
+        count = min(1000, num - start)
+        if start >= num_drawn:
+            for i in range(count):
+                (part / f"{i:03}.png").hardlink_to(folder / "000" / f"{i:03}.png")
+            continue
+        for i, image in enumerate(create_shapes(count, 1, seed=start)[0].images):
             Image.fromarray(image).save(part / f"{i:03}.png", compress_level=1)
 
 
