@@ -63,13 +63,18 @@ class Encoder:
     num_channels: int = 3
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of its input images."""
+        return (*pair(self.image_size), self.num_channels)
+
+    @property
     def info(self) -> dict[str, Any]:
         """Sizes of the encoder, where it is from, and its scores."""
         return self.describe()
 
     def feature_names(self) -> list[str]:
         """Names of the features that `embed` returns."""
-        images = jax.ShapeDtypeStruct((1, *pair(self.image_size), self.num_channels), np.uint8)
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
         return [*jax.eval_shape(self.embed_fn, self.params, images)]
 
     def embed(self, images: Any) -> Features:
@@ -174,6 +179,12 @@ class Encoder:
         return features, rows, [decoded.errors[row] for row in sorted(decoded.errors)]
 
 
+def exported_file(path: pathlib.Path) -> pathlib.Path | None:
+    """Returns the file of an encoder that `export` has made, given as file or folder, or None."""
+    inside = path / "model.safetensors"
+    return inside if inside.is_file() else path if path.is_file() else None
+
+
 def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     """Returns the target encoder of a run; see `Encoder.embed`.
 
@@ -186,11 +197,9 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
       InputError: if the directory holds no run or no such checkpoint, or the file no encoder.
     """
     path = local_path("workdir", str(workdir))
-    if (path / "model.safetensors").is_file():  # the folder that `export` has made
-        path /= "model.safetensors"
-    if path.is_file():
+    if exported := exported_file(path):
         try:
-            found = read_encoder(path)
+            found = read_encoder(exported)
         except (ValueError, OSError) as error:
             raise InputError("workdir", str(workdir), str(error)) from error
         return _encoder(found.config, found.model, found.params, lambda: found.info)

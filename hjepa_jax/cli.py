@@ -86,22 +86,29 @@ def define_workdirs() -> flags.FlagHolder[list[str]]:
 
 
 def workdirs(values: list[str]) -> list[pathlib.Path]:
-    """Returns the directories that `--workdir` names.
-
-    A value with commas is a list, unless a directory has that name.
+    """Returns the directories that `--workdir` names; see `separated`.
 
     Raises:
       InputError: if a value is not a path, or a directory is given twice.
     """
     found: dict[pathlib.Path, str] = {}
-    for value in values:
-        whole = "," not in value or local_path("--workdir", value).exists()
-        for one in [value] if whole else value.split(","):
-            path = local_path("--workdir", one)
-            if path.resolve() in {other.resolve() for other in found}:
-                raise InputError("--workdir", one, "is given twice; give each run once")
-            found[path] = one
+    for one in separated("--workdir", values):
+        path = local_path("--workdir", one)
+        if path.resolve() in {other.resolve() for other in found}:
+            raise InputError("--workdir", one, "is given twice; give each run once")
+        found[path] = one
     return list(found)
+
+
+def separated(flag: str, values: list[str]) -> list[str]:
+    """Returns single paths: a value with commas is a list, unless a file or folder has that name.
+
+    Raises:
+      InputError: if a value is not a path.
+    """
+    wholes = ["," not in value or local_path(flag, value).exists() for value in values]
+    parts = [[v] if whole else v.split(",") for v, whole in zip(values, wholes, strict=True)]
+    return [one for part in parts for one in part]
 
 
 def config_name(path: str) -> str:

@@ -44,7 +44,7 @@ def fail(message: str) -> NoReturn:
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Sets the flags in `values` from a command line; a bad flag ends the program.
 
-    Arguments without a flag are values of `--config`, or else of `--workdir`.
+    Arguments without a flag are values of `--config`, or else of `--input`, or of `--workdir`.
 
     Args:
       argv: the command line, starting with the program's name.
@@ -135,7 +135,7 @@ def _plain(default: Any) -> str:
 
 def _named(given: list[str], values: flags.FlagValues) -> list[str]:
     """Returns the arguments, with the flag before each of those that have none."""
-    owner = next((name for name in ("config", "workdir") if name in values), None)
+    owner = next((name for name in ("config", "input", "workdir") if name in values), None)
     named, is_value = [], False
     for argument in given:
         if argument.startswith("-") or is_value or owner is None:

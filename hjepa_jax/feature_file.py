@@ -1,4 +1,4 @@
-"""Writes the features of an image folder or a .npz file to a file; see `hjepa_jax.embed`."""
+"""Writes the features of images that a user names to a file; see `hjepa_jax.embed`."""
 
 import dataclasses
 import hashlib
@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Int, Num
 
 from hjepa_jax import api
 from hjepa_jax.api import Encoder
 from hjepa_jax.config import Config, build
-from hjepa_jax.data.base import Source
+from hjepa_jax.data.base import Source, fit_pixels
 from hjepa_jax.data.fingerprint import digest_arrays
-from hjepa_jax.data.given import GivenImages
+from hjepa_jax.data.inputs import FLAG, Given, Inputs, check_input, open_inputs
 from hjepa_jax.data.records import Images, Labelled, report_skipped
 from hjepa_jax.data.sources import open_source
 from hjepa_jax.data.test_split import draw_test
 from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.feature_cache import params_digest
 from hjepa_jax.evaluation.features import progress
+from hjepa_jax.evaluation.knn import largest_columns
+from hjepa_jax.evaluation.quality import unit_rows
 from hjepa_jax.exchange.table import SUFFIXES, Shapes, Shards, write_table
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.runtime.backend import select_platform
@@ -30,29 +32,34 @@ from hjepa_jax.runtime.files import replacing
 from hjepa_jax.runtime.paths import local_path
 
 SHARD_ROWS = 1024  # at least, of a file that an interrupted command need not make again
+NUM_QUERIES = 24  # images in the sheet of neighbours
+
+Piece = tuple[Labelled, range]  # some rows of a part, which become one shard
 
 
 def write_features(
     workdir: str,
-    source: str,
+    inputs: str | Sequence[str],
     output: str,
     *,
     step: str = "last",
     tokens: bool = False,
     features: Sequence[str] = (),
+    neighbours: int | None = None,
     platform: str | None = None,
 ) -> Shapes:
-    """Embeds all images of `source` and writes the features to `output`.
+    """Embeds all images of `inputs` and writes the features to `output`.
 
     A second call continues after an interruption.
 
     Args:
-      workdir: the run's directory, or a file from `hjepa_jax.export`.
-      source: a folder of images or a .npz file.
+      workdir: the run's directory, or a file or folder from `hjepa_jax.export`.
+      inputs: see `hjepa_jax.data.inputs`.
       output: the file to write, in the format of its suffix; checked before any work.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
       tokens: whether to write the tokens of all patches, too.
       features: names of the features to write, such as "level_0"; empty = all.
+      neighbours: K, if a sheet of some images and their K nearest is to be written beside `output`.
       platform: backend to use; None = the run's.
 
     Returns:
@@ -62,37 +69,30 @@ def write_features(
       InputError: if a path cannot be read or written ("--input", "--output"), or the folder holds
         no run or no such checkpoint or feature.
     """
-    path, kind = _input_path(source)
-    target = _output_path(output, path)
+    given = [check_input(value) for value in ([inputs] if isinstance(inputs, str) else inputs)]
+    target = _output_path(output, given)
     folder = local_path("--workdir", workdir)
-    config = None if folder.is_file() else load_config(folder)
+    config = None if api.exported_file(folder) else load_config(folder)
     select_platform(platform or (config.platform if config else "auto"))
     encoder = api.load(folder, step)
-    images = _open(f"{kind}:{path}", config or encoder.config, source)
+    config = config or encoder.config
+    opened = open_inputs(
+        given, lambda source: _open(source, config), image_size=encoder.image_size,
+        num_channels=encoder.num_channels, follow_links=config.data.follow_links,
+    )  # fmt: skip
     if names := [name for name in features if name not in encoder.feature_names()]:
         known = ", ".join(encoder.feature_names())
         raise InputError("--features", names[0], f"must be some of {known}")
+    others = sum(len(part.images) for part in opened.parts) - 1
+    if neighbours and neighbours > others:
+        raise InputError("--neighbours", neighbours, f"must be at most {others}, the other images")
     try:
-        return _write(target, encoder, images, tuple(features), tokens=tokens)
+        return _write(target, encoder, opened, tuple(features), neighbours, tokens=tokens)
     except OSError as error:
         raise _not_writable(output, error) from error
 
 
-def _input_path(value: str) -> tuple[pathlib.Path, str]:
-    """Returns the input and its kind: "folder", "images" or "npz"."""
-    kind, _, rest = value.partition(":")
-    if kind in ("folder", "images") and rest and local_path("--input", rest).is_dir():
-        return local_path("--input", rest), kind
-    path = local_path("--input", value)
-    if path.is_dir():
-        return path, "folder"
-    if path.is_file() and path.suffix.lower() == ".npz":
-        return path, "npz"
-    found = "this is another file" if path.exists() else "there is no such file"
-    raise InputError("--input", value, f"must be a folder of images or a .npz file; {found}")
-
-
-def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
+def _output_path(value: str, given: Sequence[Given]) -> pathlib.Path:
     """Returns the path of the output, after a check that it can be written."""
     path = local_path("--output", value)
     if path.suffix.lower() not in SUFFIXES:
@@ -100,7 +100,7 @@ def _output_path(value: str, source: pathlib.Path) -> pathlib.Path:
         raise InputError("--output", value, rule)
     if path.is_dir():
         raise InputError("--output", value, "must be a file, this is a folder")
-    if path.exists() and path.samefile(source):
+    if path.exists() and any(each.path.exists() and path.samefile(each.path) for each in given):
         raise InputError("--output", value, "must be another file than --input")
     try:
         with tempfile.TemporaryFile(dir=path.parent):  # access rights alone are not enough
@@ -115,67 +115,51 @@ def _not_writable(value: str, error: OSError) -> InputError:
     return InputError("--output", value, rule)
 
 
-def _open(source: str, config: Config, value: str) -> Source:
-    """Opens the input like a run of this config, so that the test images are the same."""
-    when = (
-        "always"
-        if config.data.streaming == "always" and source.startswith(("folder:", "images:"))
-        else "auto"
-    )
+def _open(source: str, config: Config) -> Source:
+    """Opens a source like a run of this config, so that the test images are the same."""
+    is_folder = source.startswith(("folder:", "images:"))
+    when = "always" if config.data.streaming == "always" and is_folder else "auto"
     streaming = dataclasses.replace(
         build.build_streaming(config), when=when, train_split=None, class_list=None
     )
-    try:
-        return open_source(
-            source,
-            data_dir=None,
-            image_size=config.data.image_size,
-            seed=config.seed,
-            streaming=streaming,
-            follow_links=config.data.follow_links,
-            num_channels=len(config.data.mean),
-            stored_area=config.data.stored_area,
-        )
-    except InputError as error:
-        where = "" if error.value == source else f"{error.value} "
-        raise InputError("--input", value, where + error.rule) from error
+    return open_source(
+        source,
+        data_dir=config.data.dir,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        streaming=streaming,
+        follow_links=config.data.follow_links,
+        num_channels=len(config.data.mean),
+        stored_area=config.data.stored_area,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some of the rows of images."""
+    """Some of the rows of images, in the shape that the encoder takes."""
 
     images: Images
     rows: range
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.images.image_shape
+    image_shape: tuple[int, int, int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, row: int) -> Num[np.ndarray, "H W C"]:
-        return self.images.read(self.rows[row])
+        return fit_pixels(self.images.read(self.rows[row]), self.image_shape)
 
 
 def _write(
     output: pathlib.Path,
     encoder: Encoder,
-    source: Source,
+    inputs: Inputs,
     features: tuple[str, ...],
+    neighbours: int | None,
     *,
     tokens: bool,
 ) -> Shapes:
-    """Makes the shards that are not there, then the file."""
-    parts = source.parts or tuple(
-        Labelled(
-            GivenImages(split.images, encoder.image_size, encoder.num_channels, source.info.dtype),
-            split.labels,
-            split.names,
-        )
-        for split in source.load()
-    )
+    """Makes the shards that are not there, then the file and the sheet."""
+    parts = inputs.parts
     shards = Shards(output, _made_from(encoder, parts, features, tokens))
     size = -(-SHARD_ROWS // encoder.batch_size) * encoder.batch_size
     pieces = [
@@ -192,20 +176,57 @@ def _write(
                 with replacing(path) as file:
                     np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
             bar.update(len(rows))
-    skipped = [InputError("--input", *told) for told in shards.whole("errors")]
-    report_skipped(source.name, skipped, f"{total} files")
-    counts = [len(rows) for rows in shards.column("rows")]
-    is_test = np.repeat([part is not parts[0] for part, _ in pieces], counts)
-    if len({*is_test}) < len(parts):
-        raise InputError("--input", source.name, f"no image can be read: {skipped[0]}")
-    if len(parts) == 1:
+    skipped = [InputError(FLAG, *told) for told in shards.whole("errors")]
+    report_skipped(inputs.name, skipped, f"{total} files")
+    piece_of = np.repeat(np.arange(len(pieces)), [len(rows) for rows in shards.column("rows")])
+    is_test = np.array([pieces[i][0] is not parts[0] for i in piece_of], bool)
+    if len({*is_test}) < (len(parts) if inputs.has_split else 1):
+        raise InputError(FLAG, inputs.name, f"no image can be read: {skipped[0]}")
+    if inputs.has_split and len(parts) == 1:
         columns = shards.columns()
         labels = shards.whole("labels") if "labels" in columns else None
         names = shards.whole("files").tolist() if "files" in columns else ()
-        is_test[draw_test(source.name, len(is_test), labels, names).held] = True
-    shapes = write_table(output, shards, is_test)
+        is_test[draw_test(inputs.name, len(is_test), labels, names).held] = True
+    shapes = write_table(output, shards, is_test if inputs.has_split else None)
+    if neighbours:
+        _write_sheet(output.with_suffix(".html"), encoder, shards, pieces, piece_of, neighbours)
     shards.remove()
     return shapes
+
+
+def _write_sheet(
+    path: pathlib.Path,
+    encoder: Encoder,
+    shards: Shards,
+    pieces: list[Piece],
+    piece_of: Int[np.ndarray, " n"],
+    k: int,
+) -> None:
+    """Writes a page with some images and their k nearest by the cosine of the first feature."""
+    from hjepa_jax.reporting.neighbour_sheet import Shown, neighbour_sheet  # it takes matplotlib
+
+    n, names = len(piece_of), shards.columns()
+    column = "summary" if "summary" in names and len(names) > 2 else names[0]
+    queries = np.unique(np.linspace(0, n - 1, NUM_QUERIES).astype(int))
+    wanted = np.isin(np.arange(n), queries)
+    of_queries = unit_rows(np.concatenate([*shards.column(column, wanted)]))
+    blocks = [of_queries @ unit_rows(part).T for part in shards.column(column)]
+    similarity = np.concatenate(blocks, axis=1)
+    similarity[np.arange(len(queries)), queries] = -2.0  # an image is no neighbour of itself
+    nearest = largest_columns(similarity, min(k, n - 1))
+    rows, files = shards.whole("rows"), shards.whole("files") if "files" in names else None
+
+    def shown(row: int, cosine: float | None = None) -> Shown:
+        images = pieces[piece_of[row]][0].images
+        image = fit_pixels(images.read(int(rows[row])), encoder.image_shape)
+        return Shown(f"image {row}" if files is None else str(files[row]), image, cosine)
+
+    groups = [
+        [shown(query), *(shown(row, float(similarity[i, row])) for row in nearest[i].tolist())]
+        for i, query in enumerate(queries.tolist())
+    ]
+    with replacing(path) as file:
+        file.write(neighbour_sheet(groups, column=column, count=n).encode())
 
 
 def _made_from(
@@ -227,7 +248,7 @@ def _embed(
     encoder: Encoder, part: Labelled, rows: range, features: tuple[str, ...], tokens: bool
 ) -> dict[str, np.ndarray]:
     """The columns of a shard."""
-    images = _Rows(part.images, rows)
+    images = _Rows(part.images, rows, encoder.image_shape)
     found, kept, errors = encoder.embed_records(images)
     arrays: dict[str, Any] = {name: found[name] for name in features or found}
     if tokens:

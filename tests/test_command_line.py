@@ -193,6 +193,12 @@ def test_runs_and_configs_need_no_flag_before_them():
     assert parse("shapes_tiny", "--config.seed", "3").config.seed == 3
     with pytest.raises(InputError, match="--config='b': is given twice"):
         parse("shapes_tiny", "b")
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("input", None, "", values)
+    define_some(values)  # of `embed`: arguments are its inputs
+    cli.parse_flags(["embed", "a.jpg", "--workdir=r", "b.jpg,c.jpg"], values)
+    assert (values.workdir, values.input) == (["r"], ["a.jpg", "b.jpg,c.jpg"])
+    assert cli.separated("--input", values.input) == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 def test_workdirs_may_be_repeated_or_listed_and_contain_commas(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -111,6 +112,25 @@ def test_a_converted_encoder_is_a_work_directory(tmp_path):
         convert(source, tmp_path / "run", num_heads=2)
 
 
+def hjepa_tensors():
+    """The networks of a checkpoint of the PyTorch H-JEPA; its target encoder is `vit_tensors`."""
+    target = vit_tensors()
+    others = {f"context_encoder.vit.{n}": t + 1 for n, t in target.items()}
+    heads = ("predictor.blocks.0.norm1.weight", "hierarchy_projections.0.0.weight",
+             "fpn_lateral_convs.0.1.bias", "predictor.mask_token")  # fmt: skip
+    others |= {name: np.ones(WIDTH, np.float32) for name in heads}
+    return others | {f"target_encoder.vit.{n}": t for n, t in target.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_the_target_encoder_of_a_pytorch_hjepa_is_taken(prefix):
+    found = {prefix + name: tensor for name, tensor in hjepa_tensors().items()}
+    params, sizes = layouts.to_here(found, layouts.choose_layout({*found}))
+    expected, expected_sizes = layouts.to_here(vit_tensors(), layouts.TIMM)
+    assert sizes == expected_sizes
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 class Bomb:
     """Unpickling it makes the file whose name it carries."""
 
@@ -177,6 +197,16 @@ UNUSABLE = {
         r"is \(16, 1, 2, 2\), not \[width, 3, P, P\]",
     ),
     "grid": (lambda p: save(p, vit_tensors(pos_embed=(1, 19, WIDTH))), "no square grid"),
+    "two encoders": (
+        lambda p: save(p, {f"{k}.{n}": t for n, t in vit_tensors().items() for k in "ab"}),
+        r"it holds several encoders: a\., b\.",
+    ),
+    "rotary": (
+        lambda p: save(p, hjepa_tensors() | {
+            "target_encoder.vit.blocks.0.attn.attn.proj.bias": np.ones(WIDTH, np.float32)
+        }),
+        "it has rotary positions beside its learned ones",
+    ),
     "nan": (
         lambda p: save(p, vit_tensors() | {"norm.bias": np.full(WIDTH, np.nan, np.float32)}),
         "norm/bias has numbers that are not finite",
@@ -184,6 +214,14 @@ UNUSABLE = {
 }  # fmt: skip
 UNUSABLE_TORCH = {
     "bomb": (pickle_bomb, r"names \w+.open, and only tensors are read"),
+    "bomb beside numbers": (
+        lambda p: archive(p, pickle.dumps({"best": np.float64(1), "x": Bomb(p)}, protocol=2)),
+        r"names \w+.open, and only tensors are read",
+    ),
+    "numbers alone": (
+        lambda p: archive(p, pickle.dumps({"best": np.float64(1)}, protocol=2)),
+        "it is no vision transformer",
+    ),
     "system": (
         lambda p: torch_file(p, vit_tensors(), reduce=b"cos\nsystem\n"), "it names os.system"
     ),

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from hjepa_jax.config import Config, build
 from hjepa_jax.data.given import GivenImages
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
+from hjepa_jax.exchange.export import export
 from hjepa_jax.method.window import empty_window, make_averages
 from hjepa_jax.runs import checkpoint, run
 from hjepa_jax.runs.load import load_encoder
@@ -235,6 +237,100 @@ def test_a_folder_with_its_own_split_keeps_it(shapes_folder, workdir, tmp_path):
     assert all(name.startswith("test/") for name in found["test_files"])
 
 
+def save_arrays(photos: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
+    """Writes x.npz and x.npy with 6 images each, of another size than the encoder's."""
+    images = RNG.integers(256, size=(6, 20, 24, 3), dtype=np.uint8)
+    np.savez(folder / "x.npz", images=images, labels=np.arange(6) % 2)
+    np.save(folder / "x.npy", images[::-1])
+    return images
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet", "npy"])
+def test_a_mix_of_inputs_is_one_list_in_the_order_given(
+    suffix, workdir, photos, tmp_path, monkeypatch
+):
+    """Images, a tree with a broken file, and arrays; interrupted and continued."""
+    monkeypatch.setattr(feature_file, "SHARD_ROWS", 8)
+    arrays = save_arrays(photos, tmp_path)
+    inputs = [f"{tmp_path}/x.npz", f"{photos}/b/01.png", f"{photos}/b/03.png", str(photos),
+              f"npy:{tmp_path}/x.npy", f"{photos}/a/00.png"]  # fmt: skip
+    files = [photos / "ab"[i % 2] / f"{i:02}.png" for i in range(40)]
+    tree = [path for which in "ab" for path in files if path.parent.name == which]
+    expected = [*arrays, files[1], files[3], *tree, *arrays[::-1], files[0]]
+    output = tmp_path / f"out.{suffix}"
+    embed, calls = feature_file._embed, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(*arguments)
+
+    monkeypatch.setattr(feature_file, "_embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        feature_file.write_features(str(workdir), inputs, str(output))
+    shapes = feature_file.write_features(str(workdir), inputs, str(output))
+    found = (
+        dict(np.load(output)) if suffix == "npz"
+        else parquet.read_table(output).to_pydict() if suffix == "parquet"
+        else {"level_0": np.load(output)[:, :16]}
+    )  # fmt: skip
+    assert len(calls) == 1 + 4  # two arrays, 43 files and one: none of the first two again
+    reference = hjepa_jax.load(workdir).embed(expected)["level_0"]
+    np.testing.assert_allclose(found["level_0"], reference, atol=1e-5)
+    if suffix != "npy":
+        names = [f"{tmp_path}/x.npz[{i}]" for i in range(6)] + inputs[1:3] + [*map(str, tree)]
+        names += [f"npy:{tmp_path}/x.npy[{i}]" for i in range(6)] + inputs[-1:]
+        assert [*found["files"]] == names
+        assert {*found} == {*NAMES, "files"}
+        assert {shape[0] for shape in shapes.values()} == {len(expected)}
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.npy"])
+def test_the_rows_of_an_array_without_a_split_keep_its_order(workdir, photos, name, tmp_path):
+    arrays = save_arrays(photos, tmp_path)
+    given = arrays if name == "x.npz" else arrays[::-1]
+    feature_file.write_features(str(workdir), f"{tmp_path}/{name}", f"{tmp_path}/out.npy")
+    expected = hjepa_jax.load(workdir).embed(given)["level_0"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy")[:, :16], expected, atol=1e-5)
+
+
+def test_an_exported_folder_gives_the_features_of_the_run(workdir, photos, written, tmp_path):
+    export(workdir, tmp_path / "exported")
+    found = write(tmp_path / "exported", photos, tmp_path / "x.npz")
+    assert found.keys() == written.keys()
+    for name, value in written.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_the_sheet_shows_each_image_with_its_nearest(workdir, photos, tmp_path):
+    """Self-contained; the order and the cosines of a search in full precision."""
+    inputs = [str(photos / "a"), str(photos / "b")]
+    options = {"neighbours": 3, "features": ("level_1", "level_0")}
+    feature_file.write_features(str(workdir), inputs, f"{tmp_path}/x.npz", **options)
+    page = (tmp_path / "x.html").read_text()
+    groups = [
+        re.findall(r"<figcaption>(?:(-?[\d.]+) )?(.*?)</figcaption>", section)
+        for section in page.split("<section>")[1:]
+    ]
+    with np.load(tmp_path / "x.npz") as file:
+        x, names = file["level_1"].astype(np.float64), file["files"].tolist()
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    cosine = x @ x.T - 9 * np.eye(len(x))
+    assert len(groups) == feature_file.NUM_QUERIES
+    assert len({group[0][1] for group in groups}) == len(groups)
+    for (_, query), *found in groups:
+        row = cosine[names.index(query)]
+        nearest = np.argsort(-row)[:3]
+        assert [name for _, name in found] == [names[i] for i in nearest]
+        np.testing.assert_allclose([float(c) for c, _ in found], row[nearest], atol=6e-4)
+    assert page.count("data:image/jpeg") == 4 * len(groups)
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    with pytest.raises(InputError, match=r"^--neighbours=41: must be at most 40, the other images"):
+        feature_file.write_features(str(workdir), inputs, f"{tmp_path}/y.npz", neighbours=41)
+    assert not (tmp_path / "y.npz").exists()
+
+
 class Counted:
     """Images that count how many were decoded."""
 
@@ -296,12 +392,14 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path, output, r
 
 @pytest.mark.parametrize(
     ("source", "rule"),
-    [("nowhere", "there is no such file"), ("x.csv", "this is another file"),
+    [("nowhere", "there is no such file"), ("x.csv", "this is no BMP, .* image"),
      ("nowhere.npz", "there is no such file")],
 )  # fmt: skip
 def test_an_invalid_input_is_refused_at_once(tmp_path, source, rule):
     (tmp_path / "x.csv").write_text("")
-    with pytest.raises(InputError, match=rf"^--input=.*must be a folder of images or .*{rule}"):
+    with pytest.raises(
+        InputError, match=rf"^--input=.*must be an image, a folder of images.*{rule}"
+    ):
         feature_file.write_features("nowhere", f"{tmp_path}/{source}", f"{tmp_path}/out.npz")
 
 

@@ -12,6 +12,7 @@ import hjepa_jax
 from hjepa_jax.errors import InputError
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import DTYPES, export
+from hjepa_jax.exchange.hub import check_push
 from tests.test_embed import make_run
 
 RNG = np.random.default_rng(0)
@@ -96,11 +97,26 @@ def test_what_a_layout_cannot_hold_is_refused(layout, fields, rule, shapes_npz, 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_unknown_layout_is_refused(workdir, tmp_path):
-    rule = "^--format='onnx': must be one of hjepa_jax, timm, transformers, stablehlo"
-    with pytest.raises(InputError, match=rule):
-        export(workdir, tmp_path / "out", layout="onnx")
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [("tflite", "must be one of hjepa_jax, timm, transformers, stablehlo, onnx"),
+     ("onnx", "needs the package jax2onnx")],
+)  # fmt: skip
+def test_a_layout_that_cannot_be_made_is_refused(layout, rule, workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)  # as if it was not installed
+    with pytest.raises(InputError, match=f"^--format='{layout}': {rule}"):
+        export(workdir, tmp_path / "out", layout=layout)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("net", "must be USER/NAME"), ("ada/net", "needs the package huggingface_hub")],
+)
+def test_an_upload_that_cannot_be_is_refused_before_any_work(name, rule, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it was not installed
+    with pytest.raises(InputError, match=rf"^--push='{name}': {rule}"):
+        check_push(name)
 
 
 def test_a_program_needs_jax_alone_and_takes_any_batch(workdir, tmp_path):

@@ -1,15 +1,24 @@
 """Published encoders give here what they give in their own library, with random weights."""
 
+import base64
 import collections
+import functools
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 
+import hjepa_jax
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import export
 from hjepa_jax.runs.load import load_encoder
+from tests.conftest import REPOSITORY
 from tests.test_embed import make_run
 
 torch = pytest.importorskip("torch", reason="needs the extra `exchange` (torch)")
@@ -165,6 +174,39 @@ def test_a_checkpoint_of_i_jepa_gives_its_target_encoder(half, tmp_path):
     check(tmp_path / "ours", images, expected, 0)
 
 
+class Hierarchical(torch.nn.Module):
+    """The networks of the PyTorch H-JEPA, by their names there."""
+
+    def __init__(self, context, target):
+        super().__init__()
+        for name, model in (("context_encoder", context), ("target_encoder", target)):
+            model.head = torch.nn.Identity()
+            setattr(self, name, torch.nn.Module())
+            getattr(self, name).vit = model
+        layers = [torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.LayerNorm(48))]
+        self.hierarchy_projections = torch.nn.ModuleList(layers)
+        self.predictor = timm.models.vision_transformer.Block(48, 4)
+
+
+def test_a_checkpoint_of_the_pytorch_hjepa_gives_its_target_encoder(tmp_path):
+    target = timm_model(14)
+    model = Hierarchical(timm_model(14), target)
+    with torch.no_grad():
+        model.context_encoder.vit.pos_embed.add_(1)
+    checkpoint = {
+        "epoch": 3, "model_state_dict": model.state_dict(), "scheduler_state_dict": None,
+        "optimizer_state_dict": torch.optim.AdamW(model.parameters()).state_dict(),
+        "metrics": {"val_loss": np.mean([0.5, 0.25])}, "best_metric": np.mean([0.25]),
+        "global_step": 8,
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "checkpoint_best.pth")
+    convert(tmp_path / "checkpoint_best.pth", tmp_path / "ours", num_heads=4)
+    images = pixels(28)
+    with torch.no_grad():
+        expected = target.eval().forward_features(torch.from_numpy(images))
+    check(tmp_path / "ours", images, expected, 1)
+
+
 EXPORTED = [
     ("timm", {}, 2),
     ("timm", {"model.layer_scale": 0.1, "model.gelu": "erf", "model.num_registers": 0}, 1),
@@ -195,3 +237,90 @@ def test_an_exported_encoder_gives_the_same_tokens_in_their_library(
     assert num_before == num_summaries + fields["model.num_registers"]
     np.testing.assert_allclose(found[:, num_before:], tokens, atol=1e-4)
     np.testing.assert_allclose(found[:, :num_summaries], summary, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope2d"])
+def test_an_onnx_model_gives_the_features_for_any_batch(positions, shapes_npz, tmp_path):
+    pytest.importorskip("jax2onnx", reason="needs the extra `onnx`")
+    import onnxruntime
+
+    make_run(tmp_path / "run", shapes_npz, **{"model.positions": positions})
+    export(tmp_path / "run", tmp_path / "out", layout="onnx")
+    program = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    names = [output.name for output in program.get_outputs()]
+    images = np.random.default_rng(0).integers(256, size=(5, 16, 16, 3), dtype=np.uint8)
+    encoder = hjepa_jax.load(tmp_path / "run")
+    expected = encoder.embed(images)
+    expected["tokens"] = encoder.tokens(images).reshape(5, 16, 16)
+    assert {*names} == {*expected}
+    for size in (1, 2, 5):
+        found = program.run(names, {"images": images[:size]})
+        for name, value in zip(names, found, strict=True):
+            np.testing.assert_allclose(value, expected[name][:size], atol=1e-4)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Takes uploads like the hub, and keeps the files of the last commit."""
+
+    created, files = [], {}
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        assert self.headers["Authorization"] == "Bearer secret"
+        path, address = self.path, f"http://127.0.0.1:{self.server.server_port}"
+        if path.endswith("/create"):
+            self.created.append(json.loads(body))
+            answer = {"url": f"{address}/ada/net"}
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
+            ]}  # fmt: skip
+        elif path.endswith("/validate-yaml"):  # of the model card
+            answer = {"errors": [], "warnings": []}
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.files[line["value"]["path"]] = content
+            answer = {"commitUrl": f"{address}/ada/net/commit/{'0' * 40}", "commitOid": "0" * 40}
+        self.answer(answer)
+
+    def do_GET(self):
+        self.answer({"id": "ada/net", "sha": "0" * 40, "siblings": []})
+
+    def answer(self, content):
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_exported_folder_is_uploaded_as_it_is(shapes_npz, tmp_path):
+    """To a server on this machine: the commit has each file. Without a token nothing is done."""
+    make_run(tmp_path / "run", shapes_npz)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "hjepa_jax.export", f"--workdir={tmp_path}/run",
+               f"--output={out}", "--push=ada/net"]  # fmt: skip
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        plain = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        plain |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        run = functools.partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True)
+        refused = run(command, check=False, env=plain)
+        assert refused.returncode == 2
+        assert "--push='ada/net': needs a token of the hub" in refused.stderr
+        assert not out.exists()
+        done = run(command, check=False, env={**plain, "HF_TOKEN": "secret"})
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{address}/ada/net"
+    created = Hub.created[0]  # versions of the package say it in one of two ways
+    assert created.get("visibility") == "private" or created.get("private")
+    assert Hub.files == {path.name: path.read_bytes() for path in out.iterdir()}

@@ -68,8 +68,9 @@ class Source:
       load: decodes and returns (train, test). A streamed source returns only the images for probes.
       records: training images of a streamed source, larger than those of `load` if crops are cut
         from originals; None if all images are in memory.
-      parts: files of a folder before decoding: training and test images. A folder without a test
-        split, if not streamed, has one part, which `load` splits with `hold_out_test`.
+      parts: the images of `load` one by one, in the order of the source: training and test images.
+        If `load` draws the test images, there is one part (two of a streamed folder). If there are
+        none, use `load`.
       usage: one line for the user: which images are used, which are not, and why.
       stored: (H, W) of the images of `originals`; None = as those of `load`.
       originals: decodes the images of `load()[0]` again, to cut crops from them; None if the run

@@ -82,11 +82,9 @@ def open_folder(
         raise InputError("data.source", source, f"must name a folder that exists{hint}")
     is_labelled = source.startswith("folder:")
     listing = list_folder(source, root, labelled=is_labelled, follow_links=follow_links)
-    kind, sizes = _sample(listing.splits[0].files, num_channels)
-    num_channels = channels_of(source, kind.num_channels, num_channels)
-    records_of = functools.partial(
-        FolderRecords, image_size=image_size, kind=kind, num_channels=num_channels
-    )
+    sample, sizes = records_of_files(source, listing.splits[0].files, image_size, num_channels)
+    kind, num_channels = sample.kind, sample.num_channels
+    records_of = functools.partial(dataclasses.replace, sample)
     stored = stored_sides(sizes, image_size, stored_area)
     originals_of = functools.partial(records_of, image_size=stored)
     whole, shape = listing.splits[0], (*pair(image_size), num_channels)
@@ -98,14 +96,16 @@ def open_folder(
     if is_streamed(streaming, len(whole.files), (*stored, num_channels), kind.dtype):
         read = [each.part(draw_rows(len(each.files), streaming.max_labelled).held)
                 for each in splits]  # fmt: skip
-        records, parts = originals_of(splits[0].files), splits
+        records, parts = originals_of(files=splits[0].files), splits
     else:
         # The test images are drawn among readable images: bad files must not empty the test set.
         read, records, parts = listing.splits, None, listing.splits
 
     def load() -> tuple[Split, Split]:
         skipped: list[InputError] = []
-        loaded = [_read_split(listing.top, each, records_of(each.files), skipped) for each in read]
+        loaded = [
+            _read_split(listing.top, each, records_of(files=each.files), skipped) for each in read
+        ]
         if records is None:
             _check_classes(source, loaded, read, skipped)
         train, test = loaded if len(loaded) == 2 else hold_out_test(source, loaded[0])
@@ -122,10 +122,24 @@ def open_folder(
     num_train, num_test = (len(each.files) for each in (splits if records is None else read))
     info = SourceInfo(num_train, num_test, shape, whole.class_names, kind.dtype)
     labelled = tuple(
-        Labelled(records_of(each.files), each.labels, each.names(listing.top)) for each in parts
+        Labelled(records_of(files=each.files), each.labels, each.names(listing.top))
+        for each in parts
     )
     again = None if records is not None or stored == pair(image_size) else originals
     return Source(source, info, load, records, labelled, usage, stored, again)
+
+
+def records_of_files(
+    source: str, files: list[str], image_size: Sides, num_channels: int | None
+) -> tuple[FolderRecords, list[tuple[int, int]]]:
+    """Returns the records of image files, and the (H, W) of some. The most frequent kind decides.
+
+    Raises:
+      InputError: they have another number of channels than `num_channels`; see `channels_of`.
+    """
+    kind, sizes = _sample(files, num_channels)
+    channels = channels_of(source, kind.num_channels, num_channels)
+    return FolderRecords(files, image_size, kind, channels), sizes
 
 
 def _sample(files: list[str], num_channels: int | None) -> tuple[Kind, list[tuple[int, int]]]:

@@ -100,6 +100,14 @@ def list_folder(
     return FolderListing(lister.top, splits, names, lister.unused)
 
 
+def list_images(
+    source: str, root: str | os.PathLike[str], *, follow_links: bool = False
+) -> FolderListing:
+    """Lists all images below a folder in the order of their paths, without splits and classes."""
+    lister = _Lister(source, os.path.realpath(root), labelled=False, follow_links=follow_links)
+    return FolderListing(lister.top, [lister.list_all()], [], lister.unused)
+
+
 class _Lister:
     """Lists one folder, and collects everything that is not used in `unused`."""
 
@@ -137,6 +145,11 @@ class _Lister:
             rule = f"{names[0]} and {names[-1]} must have the same classes; one lacks"
             self._refuse(f"{rule} {', '.join(sorted(differing))}")
         return splits, names
+
+    def list_all(self) -> Listing:
+        """Returns all images, as one split."""
+        top = Folder(self.top, (self.top,))
+        return self._list_split(top, *self._scan(top))
 
     def _choose_test(self, tests: list[Folder]) -> list[Folder]:
         """Returns the first folder with class folders; empty if all folders are empty."""

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Num, Shaped
 from PIL import Image
 
-from hjepa_jax.data.base import fit_pixels
+from hjepa_jax.data.base import Split, fit_pixels
 from hjepa_jax.data.image_file import RGB, Kind, decode_image, kind_of
+from hjepa_jax.data.records import Labelled
 from hjepa_jax.data.sides import Sides, pair
 from hjepa_jax.errors import InputError
 
@@ -67,6 +68,18 @@ class GivenImages:
             return kind_of(os.path.expanduser(path), self.num_channels)
         except Exception:  # reading it later tells what is wrong
             return RGB
+
+
+def parts_of(*splits: Split) -> tuple[Labelled, ...]:
+    """Returns the images of splits one by one, as they are stored."""
+    return tuple(
+        Labelled(
+            GivenImages(x.images, x.images.shape[1:3], x.images.shape[3], x.images.dtype.name),
+            x.labels,
+            x.names,
+        )
+        for x in splits
+    )
 
 
 def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:

@@ -23,7 +23,7 @@ from hjepa_jax.data.npz import (
     usage_of,
 )
 from hjepa_jax.data.pixels import channels_of, check_finite, with_channels
-from hjepa_jax.data.records import NOT_STREAMED, Streaming, stamps_of
+from hjepa_jax.data.records import NOT_STREAMED, Labelled, Streaming, stamps_of
 from hjepa_jax.data.rows import draw_rows
 from hjepa_jax.data.test_split import draw_test
 from hjepa_jax.errors import InputError, first_line
@@ -71,12 +71,15 @@ def open_npy(
     wholes = [_map(source, files, names) for names in (train_names, test_names) if names]
     check_alike(source, wholes[0], wholes[-1])
     channels = channels_of(source, wholes[0].images.shape[3], num_channels)
+    shape = (*wholes[0].images.shape[1:3], channels)
+    info = dataclasses.replace(info_of(source, *wholes), image_shape=shape)
     rows = [np.arange(len(whole.images)) for whole in wholes]
+    parts = tuple(
+        Labelled(NpyRecords(str(path), shape, every), whole.labels, ())
+        for path, whole, every in zip(images, wholes, rows, strict=True)
+    )
     if len(wholes) == 1:
         rows, wholes = [*draw_test(source, len(rows[0]), wholes[0].labels, ())], wholes * 2
-    shape = (*wholes[0].images.shape[1:3], channels)
-    info = dataclasses.replace(info_of(*wholes), image_shape=shape)
-    info = dataclasses.replace(info, num_train=len(rows[0]), num_test=len(rows[1]))
     usage = usage_of(source, info, [*files], train_names, test_names)
     records = None
     if is_streamed(streaming, info.num_train, shape, info.dtype):
@@ -92,7 +95,7 @@ def open_npy(
             loaded.append(Split(found, None if whole.labels is None else whole.labels[part]))
         return loaded[0], loaded[1]
 
-    return Source(source, info, load, records, usage=usage)
+    return Source(source, info, load, records, parts, usage)
 
 
 def _map(source: str, files: dict[str, Path], names: Pair) -> Split:

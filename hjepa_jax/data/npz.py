@@ -11,6 +11,7 @@ or `[n, 1]`, or one-hot `[n, classes]`. If the training images have no labels, l
 are not used. Other arrays are named on stderr and ignored.
 """
 
+import functools
 import math
 import os
 import re
@@ -22,8 +23,9 @@ import numpy as np
 from jaxtyping import Num
 
 from hjepa_jax.data.base import Source, SourceInfo, Split, check_memory, check_size
+from hjepa_jax.data.given import parts_of
 from hjepa_jax.data.pixels import channels_of, check_finite, check_pixels, with_channels
-from hjepa_jax.data.test_split import Role, hold_out_test, split_role
+from hjepa_jax.data.test_split import Role, draw_test, hold_out_test, split_role
 from hjepa_jax.data.usage import Unused, usage_line
 from hjepa_jax.errors import InputError, first_line
 
@@ -68,15 +70,20 @@ def _open_archive(source: str, archive: zipfile.ZipFile, num_channels: int | Non
     names = [member.filename.removesuffix(".npy") for member in members]
     train_names, test_names = choose_arrays(source, names)
     by_name = dict(zip(names, members, strict=True))
-    train = _read_split(source, archive, by_name, train_names, num_channels)
-    if test_names:
-        test = _read_split(source, archive, by_name, test_names, num_channels)
-        check_alike(source, train, test)
-    else:
-        train, test = hold_out_test(source, train)
-    info = info_of(train, test)
+    wholes = [
+        _read_split(source, archive, by_name, pair, num_channels)
+        for pair in (train_names, test_names)
+        if pair
+    ]
+    check_alike(source, wholes[0], wholes[-1])
+    info = info_of(source, *wholes)
     usage = usage_of(source, info, names, train_names, test_names)
-    return Source(source, info, lambda: (train, test), usage=usage)
+
+    @functools.cache  # because it overwrites the images
+    def load() -> tuple[Split, Split]:
+        return (wholes[0], wholes[1]) if test_names else hold_out_test(source, wholes[0])
+
+    return Source(source, info, load, parts=parts_of(*wholes), usage=usage)
 
 
 def check_alike(source: str, train: Split, test: Split) -> None:
@@ -89,13 +96,17 @@ def check_alike(source: str, train: Split, test: Split) -> None:
         raise InputError("data.source", source, f"train and test images differ in {both}")
 
 
-def info_of(train: Split, test: Split) -> SourceInfo:
-    """Returns the facts of two splits; their classes are named by numbers."""
-    labels = [split.labels for split in (train, test) if split.labels is not None]
+def info_of(source: str, *wholes: Split) -> SourceInfo:
+    """Returns the facts of one or two splits; their classes are named by numbers."""
+    labels = [split.labels for split in wholes if split.labels is not None]
     num_classes = 1 + max((int(each.max()) for each in labels), default=-1)
     class_names = tuple(map(str, range(num_classes)))
-    shape, dtype = train.images.shape[1:], train.images.dtype.name
-    return SourceInfo(len(train.images), len(test.images), shape, class_names, dtype)
+    images = wholes[0].images
+    num_train, num_test = len(images), len(wholes[-1].images)
+    if len(wholes) == 1:
+        num_test = len(draw_test(source, num_train, wholes[0].labels, ()).held)
+        num_train -= num_test
+    return SourceInfo(num_train, num_test, images.shape[1:], class_names, images.dtype.name)
 
 
 def usage_of(

@@ -36,13 +36,16 @@ def usage_line(
         plural = "es" if len(class_names) > 1 else ""
         classes = f"{len(class_names)} class{plural} ({_first_names(class_names)})"
     line = f"{source}: train {train}; test {test}; {classes}"
-    if unused:
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in unused:
-            by_reason.setdefault(reason, []).append(name)
-        groups = [f"{len(x)} {reason} ({_first_names(x)})" for reason, x in by_reason.items()]
-        line += f"; not used: {', '.join(groups)}"
-    return escaped(line + (f"; {note}" if note else ""))
+    return escaped(line + not_used(unused) + (f"; {note}" if note else ""))
+
+
+def not_used(unused: Sequence[Unused]) -> str:
+    """Returns the end of a line that names unused parts; "" if all is used."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in unused:
+        by_reason.setdefault(reason, []).append(name)
+    groups = [f"{len(x)} {reason} ({_first_names(x)})" for reason, x in by_reason.items()]
+    return f"; not used: {', '.join(groups)}" if groups else ""
 
 
 def _first_names(names: Sequence[str]) -> str:

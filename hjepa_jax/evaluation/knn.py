@@ -128,7 +128,7 @@ def knn_predict(
     for start in progress(what, len(starts), unit=" blocks", iterable=starts):
         block = slice(start, start + block_size)
         similarity = unit_rows(query_x[block].astype(np.float32)) @ bank.T
-        neighbours = _nearest(similarity, max(ks))
+        neighbours = largest_columns(similarity, max(ks))
         similarity = np.take_along_axis(similarity, neighbours, axis=1).astype(np.float64)
         # Relative to the nearest neighbour: the same vote, without overflow.
         weights = np.exp((similarity - similarity[:, :1]) / temperature)
@@ -150,11 +150,11 @@ def nearest_rows(
 ) -> Integer[np.ndarray, "q k"]:
     """Returns the k bank rows with the largest cosine similarity to each query, largest first."""
     bank, queries = (unit_rows(x.astype(np.float32)) for x in (bank_x, query_x))
-    return _nearest(queries @ bank.T, k)
+    return largest_columns(queries @ bank.T, k)
 
 
-def _nearest(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:
-    """Returns the columns of the k largest similarities, in order; ties go to lower columns."""
+def largest_columns(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[np.ndarray, "q k"]:
+    """Returns the columns of the k largest values, in order; ties go to lower columns."""
     top = np.argpartition(similarity, -k, axis=1)[:, -k:]
     smallest = np.take_along_axis(similarity, top, axis=1).min(axis=1, keepdims=True)
     # If more than k columns reach the k-th value, argpartition takes arbitrary ones of them.

@@ -37,7 +37,7 @@ NUM_HEADS = {
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 GELU_NAMES = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_tanh": "tanh"}
 # Dictionaries of a PyTorch checkpoint that hold the encoder, the one to prefer first.
-CHECKPOINT_KEYS = ("target_encoder", "teacher", "model", "state_dict")
+CHECKPOINT_KEYS = ("target_encoder", "teacher", "model", "state_dict", "model_state_dict")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import export as jax_export
 
-from hjepa_jax.config import Config, build
+from hjepa_jax.config import Config
 from hjepa_jax.config.defaults import encoder_size
 from hjepa_jax.config.sizes import grid_of
 from hjepa_jax.data.sides import pair
@@ -16,8 +15,8 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.evaluation.results import format_best
 from hjepa_jax.exchange.encoder_file import flat, write_encoder
 from hjepa_jax.exchange.layouts import DINOV2, DINOV2_REGISTERS, TIMM, VIT, to_there
+from hjepa_jax.exchange.programs import PROGRAMS
 from hjepa_jax.exchange.tensors import Tensors, write_safetensors
-from hjepa_jax.models.hjepa import HJEPA
 from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta
 from hjepa_jax.runs.load import load_encoder
@@ -27,10 +26,8 @@ from hjepa_jax.runs.workdir import checkpoint_sizes, load_config, writing
 from hjepa_jax.runtime.files import new_folder
 from hjepa_jax.runtime.paths import local_path
 
-FORMATS = ("hjepa_jax", "timm", "transformers", "stablehlo")
+FORMATS = ("hjepa_jax", "timm", "transformers", "stablehlo", "onnx")
 DTYPES = ("float32", "float16")
-STABLEHLO_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-MAX_STABLEHLO_BYTES = 2**30  # of parameters, which are constants of the program
 
 LOADING = {
     "hjepa_jax": """import hjepa_jax
@@ -50,6 +47,11 @@ tokens = model(images).last_hidden_state""",
 
 program = export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
 features = program.call(images)  # {dtype} [B, {size}]; level_0 ..., summary, tokens""",
+    "onnx": """import onnxruntime
+
+program = onnxruntime.InferenceSession("model.onnx")
+names = [output.name for output in program.get_outputs()]  # level_0 ..., summary, tokens
+features = program.run(names, {"images": images})  # {dtype} [B, {size}]""",
 }
 
 
@@ -93,9 +95,9 @@ def export(
                 with (folder / "model.safetensors").open("wb") as file:
                     write_encoder(file, config, params, info, dtype=dtype)
                 files = {"config.json": {"hjepa_jax": info, "config": config.to_dict()}}
-            elif layout == "stablehlo":
-                program = to_stablehlo(config, model, params, dtype=info["dtype"])
-                (folder / "model.stablehlo").write_bytes(program)
+            elif layout in PROGRAMS:
+                program = PROGRAMS[layout](config, model, params, info["dtype"])
+                (folder / f"model.{layout}").write_bytes(program)
                 files = {"config.json": {"hjepa_jax": info}}
             else:
                 tensors, files = (_timm if layout == "timm" else _transformers)(config, params)
@@ -176,30 +178,6 @@ A vision transformer, {origin}.
 
 {chr(10).join(scores) or "None recorded."}
 """
-
-
-def to_stablehlo(config: Config, model: HJEPA, params: Any, *, dtype: str) -> bytes:
-    """Returns a serialized program from images [B, H, W, C] of type `dtype` to features.
-
-    B may be any number. The features are those of `hjepa_jax.load(workdir).embed`, and "tokens"
-    [B, N, D].
-
-    Raises:
-      ValueError: if there are too many parameters for one program.
-    """
-    if sum(leaf.nbytes for leaf in jax.tree.leaves(params)) > MAX_STABLEHLO_BYTES:
-        raise ValueError("takes at most 1 GiB of parameters; the other formats take more")
-    embed = build.build_embed_fn(config, model)
-    tokens = build.build_tokens_fn(config, model, dtype="float32")
-
-    def program(images: Any) -> dict[str, Any]:
-        return {**embed(params, images), **tokens(params, images)}
-
-    height, width = pair(config.data.image_size)
-    shape = jax_export.symbolic_shape(f"b, {height}, {width}, {len(config.data.mean)}")
-    images = jax.ShapeDtypeStruct(shape, dtype)
-    exported = jax_export.export(jax.jit(program), platforms=STABLEHLO_PLATFORMS)(images)
-    return bytes(exported.serialize())
 
 
 def _tensors_of(config: Config, params: Any) -> Tensors:

@@ -64,7 +64,8 @@ _HF_DINO = {
     "scale_attention": ("layer_scale1.lambda1",), "scale_mlp": ("layer_scale2.lambda1",),
 }  # fmt: skip
 
-# I-JEPA, DINO, DINOv2 and MAE of Meta name their tensors as timm does.
+# I-JEPA, DINO, DINOv2 and MAE of Meta name their tensors as timm does. The PyTorch H-JEPA has an
+# encoder of timm at `target_encoder.vit.`, beside other networks.
 TIMM = Layout(
     "timm", "patch_embed.proj", "pos_embed", "cls_token", ("reg_token", "register_tokens"), "norm",
     "blocks.{}.",
@@ -85,6 +86,9 @@ VIT = Layout(
 )  # fmt: skip
 DINOV2 = Layout("dinov2", **_HF, parts=_HF_DINO, antialias=False)
 DINOV2_REGISTERS = Layout("dinov2_with_registers", **_HF, parts=_HF_DINO, antialias=True)
+
+
+_TARGETS = frozenset(("target_encoder", "teacher"))  # names of EMA encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,17 +253,21 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
 
 
 def _without_prefix(tensors: Tensors, layout: Layout) -> Tensors:
-    """The tensors of the encoder, without what their names begin with ("module.", "vit.")."""
+    """The tensors of the encoder, without the beginning of their names ("module.", "vit.").
+
+    If one prefix names the target encoder, everything else is another network.
+    """
     patch = f"{layout.patch}.weight"
     prefixes = {name.removesuffix(patch) for name in tensors if name.endswith(patch)}
-    if len(prefixes) != 1:
+    targets = {prefix for prefix in prefixes if not _TARGETS.isdisjoint(prefix.split("."))}
+    if len(targets or prefixes) != 1:
         raise ValueError(f"it holds several encoders: {', '.join(sorted(prefixes))}")
-    (prefix,) = prefixes
+    (prefix,) = targets or prefixes
     heads = re.compile(layout.ignored)
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
-        if not heads.match(name.removeprefix(prefix))
+        if not heads.match(name.removeprefix(prefix)) and (name.startswith(prefix) or not targets)
     }
 
 
@@ -281,6 +289,8 @@ def _check_names(tensors: Tensors, layout: Layout, depth: int) -> None:
         needed |= {f"{block}{name}.bias" for name in norms}
         optional |= {f"{block}{name}.bias" for name in dense} | {block + name for name in scales}
     missing, other = needed - tensors.keys(), tensors.keys() - needed - optional
+    if any(re.match(r"blocks\.\d+\.attn\.attn\.", name) for name in other):
+        raise ValueError("it has rotary positions beside its learned ones (blocks.*.attn.attn)")
     if depth == 0:
         missing.add(layout.block.format(0))
     told = [

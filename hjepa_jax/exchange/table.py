@@ -21,6 +21,7 @@ NOT_FEATURES = ("labels", "files")  # columns
 INTERNAL = ("rows", "errors")  # arrays of a shard that are no columns
 
 Shapes = dict[str, tuple[int, ...]]
+IsTest = Bool[np.ndarray, " n"] | None
 
 
 class Shards:
@@ -54,9 +55,7 @@ class Shards:
                 path.unlink()
             self.folder.rmdir()
 
-    def column(
-        self, name: str, rows: Bool[np.ndarray, " n"] | None = None
-    ) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
+    def column(self, name: str, rows: IsTest = None) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
         """Reads a column shard by shard; `rows` chooses among the rows of the table."""
         start = 0
         for path in self.paths:
@@ -76,13 +75,13 @@ class Shards:
             return [name for name in shard.files if name not in INTERNAL]
 
 
-def write_table(output: pathlib.Path, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
+def write_table(output: pathlib.Path, shards: Shards, is_test: IsTest) -> Shapes:
     """Writes the shards as one file, in the format of its suffix.
 
     Args:
       output: the file; its suffix is one of `SUFFIXES`.
       shards: the rows, at least one.
-      is_test: which rows are test images.
+      is_test: which rows are test images; None: the rows have no split.
 
     Returns:
       Shapes of the arrays in the file, by name.
@@ -92,18 +91,19 @@ def write_table(output: pathlib.Path, shards: Shards, is_test: Bool[np.ndarray, 
         return write[output.suffix.lower()](file, shards, is_test)
 
 
-def _write_npz(file: Any, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
-    """Each column as two arrays, `train_<name>` and `test_<name>`."""
+def _write_npz(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
+    """Each column as two arrays, `train_<name>` and `test_<name>`, or as one without a split."""
     shapes: Shapes = {}
+    splits = {"": None} if is_test is None else {"train_": ~is_test, "test_": is_test}
     with zipfile.ZipFile(file, "w") as archive:
-        for split, rows in (("train", ~is_test), ("test", is_test)):
+        for split, rows in splits.items():
             for name in shards.columns():
-                with archive.open(f"{split}_{name}.npy", "w", force_zip64=True) as member:
-                    shapes[f"{split}_{name}"] = _write_array(member, shards, name, rows)
+                with archive.open(f"{split}{name}.npy", "w", force_zip64=True) as member:
+                    shapes[f"{split}{name}"] = _write_array(member, shards, name, rows)
     return shapes
 
 
-def _write_npy(file: Any, shards: Shards, _: Bool[np.ndarray, " n"]) -> Shapes:
+def _write_npy(file: Any, shards: Shards, _: IsTest) -> Shapes:
     """One array: the features side by side, or the tokens if there are any."""
     names = [name for name in shards.columns() if name not in NOT_FEATURES]
     if "tokens" in names:
@@ -117,9 +117,7 @@ def _write_npy(file: Any, shards: Shards, _: Bool[np.ndarray, " n"]) -> Shapes:
     return {"+".join(names): shape}
 
 
-def _write_array(
-    file: Any, shards: Shards, name: str, rows: Bool[np.ndarray, " n"] | None
-) -> tuple[int, ...]:
+def _write_array(file: Any, shards: Shards, name: str, rows: IsTest) -> tuple[int, ...]:
     # Names of files may be longer in one shard than in another.
     dtypes = {part.dtype for part in shards.column(name)} if name in NOT_FEATURES else None
     first = next(shards.column(name))
@@ -137,24 +135,25 @@ def _write_header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {**described, "shape": shape})
 
 
-def _write_parquet(file: Any, shards: Shards, is_test: Bool[np.ndarray, " n"]) -> Shapes:
-    """A row for each image, in file order: split, labels, files, and a list for each feature."""
+def _write_parquet(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
+    """A row for each image, in order: split, labels, files, and a list for each feature."""
     import pyarrow
     from pyarrow import parquet
 
     shapes: Shapes = {}
-    writer, start = None, 0
+    writer, start, count = None, 0, len(shards.whole("rows"))
     for parts in zip(*(shards.column(name) for name in shards.columns()), strict=True):
         columns: dict[str, Any] = {}
         for name, values in zip(shards.columns(), parts, strict=True):
-            shapes[name] = (len(is_test), *values.shape[1:])
+            shapes[name] = (count, *values.shape[1:])
             columns[name] = pyarrow.array(values if values.ndim == 1 else values.ravel())
             if values.ndim > 1:  # of tokens the grid is in the metadata
                 size = math.prod(values.shape[1:])
                 columns[name] = pyarrow.FixedSizeListArray.from_arrays(columns[name], size)
-        test = is_test[start : start + len(parts[0])]
-        columns["split"] = pyarrow.array(np.where(test, "test", "train"))
-        start += len(test)
+        if is_test is not None:
+            test = is_test[start : start + len(parts[0])]
+            columns["split"] = pyarrow.array(np.where(test, "test", "train"))
+        start += len(parts[0])
         table = pyarrow.table(columns)
         if writer is None:
             told = {"shapes": json.dumps({name: shape[1:] for name, shape in shapes.items()})}

@@ -27,6 +27,11 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
+# What a pickled number of NumPy consists of.
+_NUMBERS = (
+    ("numpy._core.multiarray", "scalar"), ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"),
+    ("_codecs", "encode"),
+)  # fmt: skip
 
 Tensors = dict[str, np.ndarray]
 
@@ -158,6 +163,16 @@ class TorchFile:
         return np.lib.stride_tricks.as_strided(first, tensor.shape, strides).copy()
 
 
+class _Ignored:
+    """Stands for a value that is not needed, such as a score that NumPy has computed."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Reader(pickle.Unpickler):
     """Reads the pickle in a file of `torch.save`, which can name only what `find_class` lists."""
 
@@ -171,6 +186,7 @@ class _Reader(pickle.Unpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
+            **dict.fromkeys(_NUMBERS, _Ignored),
         }
         if module_name == "torch" and global_name in _STORAGES:
             return _STORAGES[global_name]

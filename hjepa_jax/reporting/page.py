@@ -88,11 +88,11 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = re.sub(r"<h2>(.*?)</h2>", lambda h: f'<h2 id="{slug(h[1])}">{h[1]}</h2>', body)
     for address, (light, dark) in pictures.items():
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{data_address(dark)}">'
         body = re.sub(
             f'<p><img src="{re.escape(address)}"( alt="([^"]*)"[^>]*)></p>',
             lambda found, source=source, light=light: (
-                f'<figure><picture>{source}<img src="{_data(light)}"{found[1]}></picture>'
+                f'<figure><picture>{source}<img src="{data_address(light)}"{found[1]}></picture>'
                 f"<figcaption>{found[2]}</figcaption></figure>"
             ),
             body,
@@ -101,14 +101,19 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
     if rest and "<figure>" in rest[0]:  # the pictures of the first screen, side by side
         rest[0] = rest[0].replace("<figure>", '<div class="row"><figure>', 1)
         rest[0] = "</figure></div>".join(rest[0].rsplit("</figure>", 1))
-    body = "".join([start, *rest])
+    return html_page("".join([start, *rest]), title)
+
+
+def html_page(body: str, title: str, style: str = "") -> str:
+    """Returns a page for phones and screens, light and dark, around the HTML of its content."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>{html.escape(printable(title))}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+        f"<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
 
 
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def data_address(picture: bytes, kind: str = "png") -> str:
+    """Returns the content of a picture as an address, for a page that loads no other file."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
