@@ -78,20 +78,13 @@ def test_a_dark_png_leaves_the_light_one_unchanged():
     assert pixels.shape == (1, int(height), int(width), 3)
 
 
-def test_png_colours_are_close_to_the_drawing():
+def test_a_png_has_the_colours_of_the_drawing():
     noise = np.random.default_rng(0).random((6, 32, 32, 3)).astype(np.float32)
     figure = image_figures.neighbours(noise, noise[:, None], ["cat"] * 6, [[True]] * 6)
     figures.pixels(figure)
     figure.set_layout_engine("none")  # it may shift by a pixel between drawings
-    saved = read(figures.png(figure)).astype(int)
-    exact = (figures.pixels(figure)[0] * 255).round().astype(int)
-    assert len(np.unique(exact.reshape(-1, 3), axis=0)) > 5_000
-    assert len(np.unique(saved.reshape(-1, 3), axis=0)) <= 256
-    assert np.abs(saved - exact).max() <= 48
-    for colour in (figures.COLOURS[0], figures.INK, figures.PAPER):
-        same = (exact == list(bytes.fromhex(colour[1:]))).all(axis=-1)
-        assert same.sum() > 10
-        np.testing.assert_array_equal(saved[same], exact[same])
+    saved = read(figures.png(figure))
+    np.testing.assert_array_equal(saved, (figures.pixels(figure)[0] * 255).round())
 
 
 def test_bars_have_the_height_of_scores_and_gaps():

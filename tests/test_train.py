@@ -36,7 +36,7 @@ from hjepa_jax.runs.load import load_encoder
 from hjepa_jax.runs.lock import locked
 from hjepa_jax.runs.record import read_record
 from hjepa_jax.runs.workdir import load_config
-from hjepa_jax.training import loop, train
+from hjepa_jax.training import loop, program, train
 from hjepa_jax.training.alarms import Alarms
 from hjepa_jax.training.loop import MAX_CALLS_UNDER_WAY, Loop
 from tests import processes
@@ -290,7 +290,7 @@ def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "return_unused_memory", fail)  # the loop's last call before the start
+    monkeypatch.setattr(program, "return_unused_memory", fail)  # the last call of `compile_step`
     for target in (tmp_path / "new" / "run", workdir):
         with pytest.raises((RuntimeError, InputError)):
             train.train_and_evaluate(tiny_config, target)

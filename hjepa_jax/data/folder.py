@@ -114,7 +114,7 @@ def open_folder(
 
     def originals(train: Split) -> Num[np.ndarray, "n H W C"]:
         files = dict(zip(whole.names(listing.top), whole.files, strict=True))
-        images, _, errors = read_all(originals_of([files[name] for name in train.names]))
+        images, _, errors = read_all(originals_of(files=[files[name] for name in train.names]))
         if errors:  # it could be read before
             raise errors[0]
         return images

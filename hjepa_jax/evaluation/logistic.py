@@ -106,7 +106,7 @@ class Problem:
         solve = functools.partial(solve_triangular, factor, lower=True, check_finite=False)
 
         def weights_at(flat: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "D1 C"]:
-            return solve(flat.reshape(start.shape), trans="T")
+            return solve(flat.reshape(start.shape), trans=1)
 
         def objective(flat: Float64[np.ndarray, " P"]) -> tuple[float, np.ndarray]:
             weights = weights_at(flat)

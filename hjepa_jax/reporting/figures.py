@@ -253,7 +253,7 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = Tru
 
 
 def png(figure: Figure, *, dark: bool = False) -> bytes:
-    """Returns the figure as a PNG file of at most 256 colours, for a light or a dark page."""
+    """Returns the figure as a PNG file, for a light or a dark page."""
     ink, paper = (DARK_INK, DARK_PAPER) if dark else (INK, PAPER)
     figure.set_facecolor(paper)
     for axes in figure.axes:
@@ -266,19 +266,7 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     _draw(canvas)
     figure.set_layout_engine("none")  # half of the time of a drawing; colours do not change it
-    shown = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # 256 colours: a third of the size. Colours of text, paper and lines stay exact. k-means keeps
-    # the others close.
-    exact = [bytes.fromhex(c[1:]) for c in (INK, PAPER, DARK_INK, DARK_PAPER, GREY, *COLOURS)]
-    num_others = 256 - len(exact)
-    small = Image.fromarray(shown).quantize(num_others, Image.Quantize.MAXCOVERAGE, kmeans=3)
-    others = bytes(small.getpalette() or [])[: 3 * num_others].ljust(3 * num_others, b"\0")
-    index = np.array(small)
-    for slot, colour in enumerate(exact, start=num_others):
-        index[(shown == list(colour)).all(axis=-1)] = slot
-    image = Image.frombytes("P", small.size, index.tobytes())
-    image.putpalette(others + b"".join(exact))
-    image.save(file, "PNG", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3]).save(file, "PNG")
     return file.getvalue()
 
 

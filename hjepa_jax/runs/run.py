@@ -6,7 +6,7 @@ import math
 import pathlib
 import shlex
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,13 @@ from hjepa_jax.runtime.placement import Placement, check_resident, make_placemen
 # Fields that change colours, which are defined for RGB in [0, 1].
 COLOURS = ("brightness", "contrast", "saturation", "hue", "grayscale", "solarize")
 NUM_MEASURED = 1024  # streamed images from which AUTO is computed
+
+
+class Program(NamedTuple):
+    """The compiled `run_steps` (see `Run.lower`), and how many steps a call makes at most."""
+
+    run_steps: Any
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +69,12 @@ class Run:
     placement: Placement
     batch_shape: tuple[int, ...]
 
-    def compile(self) -> tuple[Any, int]:
-        """Returns the compiled program, and how many steps it makes at most in one call."""
+    def compile(self) -> Program:
+        """Returns the compiled program."""
         rules = current_rules()
         size = self.config.train.steps_per_call if rules.loops else 1
         size = min(size, self.schedules.num_steps)
-        return self.lower(steps_per_call=size, donate=rules.donates).compile(), size
+        return Program(self.lower(steps_per_call=size, donate=rules.donates).compile(), size)
 
 
 def build_run(config: Config, source: Source) -> Run:
@@ -248,7 +255,7 @@ def describe(config: Config) -> dict[str, Any]:
     source = open_config_source(config, may_download=False)
     config = with_statistics(config, source, None)
     run = build_run(config, source)
-    num_bytes = step_bytes(run.compile()[0])
+    num_bytes = step_bytes(run.compile().run_steps)
     warn_of_sizes(config, num_bytes)
     if config.optim.accumulation_steps > 1:  # XLA's cost analysis counts a loop body once
         whole = config.copy_and_resolve_references()

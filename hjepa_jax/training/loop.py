@@ -29,14 +29,12 @@ from hjepa_jax.reporting.showcase import Showcase
 from hjepa_jax.runs.best import BEST_METRIC
 from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.history import read_lines
-from hjepa_jax.runs.limits import step_bytes, warn_of_sizes
 from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.progress import Progress, StepTimer, peak_memory_bytes
-from hjepa_jax.runs.run import Run
+from hjepa_jax.runs.run import Program, Run
 from hjepa_jax.runs.workdir import writing
 from hjepa_jax.runtime import cluster
-from hjepa_jax.runtime.backend import current_rules
-from hjepa_jax.runtime.host_memory import return_unused_memory, stop_keeping_memory
+from hjepa_jax.runtime.host_memory import return_unused_memory
 from hjepa_jax.training.alarms import Alarms, spread, summarize
 from hjepa_jax.training.stop_signals import StopSignals
 
@@ -62,7 +60,7 @@ class Loop:
         records: Records | None,
         checkpoints: Checkpoints,
         logger: RunLogger,
-        backend: str,
+        program: Program | None,
         *,
         judged: Split | None,
     ):
@@ -73,7 +71,7 @@ class Loop:
         self._judged = judged  # labelled images for k-NN; None = no k-NN
         self._workdir, self._records = workdir, records
         self._unreadable: set[int] = set()  # unreadable rows that this process has met
-        self._backend = backend
+        self._program = program
         num_images = len(train.images) if records is None else len(records)
         self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
         self._progress = Progress(run.schedules.num_steps, steps_per_epoch)
@@ -105,7 +103,7 @@ class Loop:
         Args:
           state: the state to start from.
           window: metrics since the last log line.
-          begin: called in all processes after compilation, before the first step.
+          begin: called in all processes before the first step.
 
         Raises:
           Interrupted: if a signal stops the run.
@@ -113,13 +111,13 @@ class Loop:
             read or the work directory cannot be written.
         """
         num_steps, step = self._schedules.num_steps, int(state.step)
-        if step >= num_steps:
+        if self._program is None:
             begin()
             print(f"already trained: step {step} of {num_steps}")
             return state
         with writing(self._workdir):
             self._remember(step)
-        run_steps, size = self._compile(state, step)
+        run_steps, size = self._program
         begin()
         cluster.meet()  # compiling takes each process its own time
         place = self._run.placement
@@ -151,26 +149,6 @@ class Loop:
                 raise Interrupted(signum, step)
         self._progress.end()
         return state
-
-    def _compile(self, state: TrainState, step: int) -> tuple[Any, int]:
-        """The compiled program, and how many steps it makes at most in one call."""
-        rules = current_rules()
-        if cluster.is_first():
-            print("compiling the training step ...", flush=True)
-        started = time.perf_counter()
-        run_steps, size = self._run.compile()
-        if cluster.is_first():
-            warn_of_sizes(self._config, step_bytes(run_steps))
-        if self._backend != "cpu":
-            stop_keeping_memory()
-        return_unused_memory()
-        print(
-            f"compiled in {time.perf_counter() - started:.1f} s on {self._backend}"
-            + (f" ({rules})" if str(rules) else "")
-            + (f", going on at step {step}" if step else ", starting"),
-            flush=True,
-        )
-        return run_steps, size
 
     def _tick(self, window: LogWindow, step: int) -> None:
         """Shows the step and the loss between two log lines, if nothing was shown for a while."""

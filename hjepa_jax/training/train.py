@@ -1,5 +1,6 @@
 """Trains a run from start to report: build, restore, loop, probe, report."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -29,7 +30,14 @@ from hjepa_jax.runs.history import read_history
 from hjepa_jax.runs.lock import claimed, is_claimed
 from hjepa_jax.runs.logger import RunLogger, SilentLogger
 from hjepa_jax.runs.record import RunRecord, make_record
-from hjepa_jax.runs.run import Run, build_run, open_config_source, start_table, with_statistics
+from hjepa_jax.runs.run import (
+    Program,
+    Run,
+    build_run,
+    open_config_source,
+    start_table,
+    with_statistics,
+)
 from hjepa_jax.runs.scores import rows_to_add_to
 from hjepa_jax.runs.workdir import (
     check_workdir,
@@ -45,6 +53,7 @@ from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.training import warm_start
 from hjepa_jax.training.judged import Judged, load_judged
 from hjepa_jax.training.loop import Loop
+from hjepa_jax.training.program import compile_step
 
 
 def train_and_evaluate(config: Config, workdir: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -221,7 +230,7 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
             checkpoints = opened.enter_context(
                 Checkpoints(workdir, config=config, data=parts.record.fingerprint, owner=True)
             )
-            state, window = _start(parts, checkpoints)
+            state, window, program = _start(parts, checkpoints)
             logger = SilentLogger()
             if cluster.is_first():
                 tensorboard, step = config.log.tensorboard, int(state.step)
@@ -233,7 +242,7 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
             judged = parts.judged.train if parts.judged.has_classes else None
             loop = Loop(
                 run, workdir, train, lambda: _training_images(parts), parts.source.records,
-                checkpoints, logger, parts.backend, judged=judged,
+                checkpoints, logger, program, judged=judged,
             )  # fmt: skip
             state = loop.run(state, window, begin)
             encoders = {"target": state.target_params, "random_init": run.create()[0].target_params}
@@ -254,17 +263,28 @@ def _training_images(parts: _Parts) -> Num[np.ndarray, "n H W C"]:
     return source.originals(parts.train)
 
 
-def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow]:
-    """Returns the state and the metrics window from which the run starts or resumes."""
-    run, workdir = parts.run, parts.workdir
+def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow, Program | None]:
+    """Returns the state and the metrics window from which the run starts or resumes.
+
+    And the compiled step: None if no step is left.
+    """
+    run, workdir, program = parts.run, parts.workdir, None
     latest = checkpoints.latest_step()
     cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
+    if latest is None and not run.config.train.init_from:
+        # XLA compiles beside the Python thread that makes the state.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(compile_step, run, parts.backend, step=0)
+            state, window = run.create()
+        return state, window, compiling.result()
     state, window = run.create()
     if latest is not None:
-        return checkpoints.restore(state, window)
-    if run.config.train.init_from:
+        state, window = checkpoints.restore(state, window)
+    else:
         state = warm_start.start_from(run.config.train.init_from, run, state)
-    return state, window
+    if (step := int(state.step)) < run.schedules.num_steps:
+        program = compile_step(run, parts.backend, step=step)
+    return state, window, program
 
 
 def _judge(
