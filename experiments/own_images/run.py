@@ -2,6 +2,7 @@
 
   python experiments/own_images/run.py steps --before=DIR   # DIR: a checkout of the older commit
   python experiments/own_images/run.py feed
+  python experiments/own_images/run.py programs    # digests, to compare two checkouts
 
 `steps` runs the step of cifar10_tiny on noise (32x32, uint8) in two processes that take turns.
 `feed` lets two workers decode photos of 500x375, and a step of photos_224 train on them, in turns.
@@ -10,6 +11,7 @@ Rows are appended to results.csv beside this file.
 
 import argparse
 import csv
+import hashlib
 import importlib
 import itertools
 import os
@@ -59,6 +61,16 @@ class Step:
 
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def print_programs() -> None:
+    """Prints a digest of the lowered steps; equal digests are equal programs."""
+    for name in ("cifar10_tiny", "shapes_tiny"):
+        config = importlib.import_module(f"hjepa_jax.configs.{name}").get_config()
+        info = SourceInfo(512, 512, (32, 32, 3), ("one",))
+        run = build_run(config, Source("noise", info, load=tuple))
+        text = run.lower(steps_per_call=1, donate=False).as_text()
+        print(name, hashlib.sha256(text.encode()).hexdigest(), flush=True)
 
 
 def take_turns(batch_size: int) -> None:
@@ -151,13 +163,13 @@ def feed(batch_size: int, num_turns: int) -> list[tuple[str, str, float]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["steps", "feed", "turns"])
+    parser.add_argument("what", choices=["steps", "feed", "turns", "programs"])
     parser.add_argument("--before")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_turns", type=int, default=9)
     args = parser.parse_args()
-    if args.what == "turns":
-        take_turns(args.batch_size)
+    if args.what in ("turns", "programs"):
+        take_turns(args.batch_size) if args.what == "turns" else print_programs()
         sys.exit()
     if args.what == "steps":
         rows = steps(args.before, args.batch_size, args.num_turns)
