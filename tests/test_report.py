@@ -394,7 +394,7 @@ def test_a_run_that_ended_below_its_best_names_that_step(finished, tmp_path, las
 @pytest.mark.parametrize(
     ("scores", "verdict", "advice"),
     [  # trained, random-init and raw pixels
-        ((0.9, 0.3, 0.3), "better than random-init in the linear probe and raw pixels in the", ""),
+        ((0.9, 0.3, 0.3), "Verdict: better than random-init and raw pixels, in the linear", ""),
         ((0.3, 0.9, 0.1), "not better than random-init in the linear probe", "agreement_weight=2"),
         ((0.3, 0.3, 0.9), "not better than random-init", "=optim.learning_rate=0.00033,0.001,"),
         ((0.5, 0.4, 0.1), "perhaps better than random-init", "hjepa sweep --seeds=0,1,2"),

@@ -36,7 +36,7 @@ code { background: var(--soft); padding: .1rem .3rem; border-radius: 4px; overfl
 @media (max-width: 40rem) {
   body { padding: 1rem; } .row { grid-template-columns: 1fr; }
   table { font-size: .78rem; } th, td { padding: .2rem .35rem; overflow-wrap: anywhere; }
-  [style*=right] { overflow-wrap: normal; }
+  th, [style*=right] { overflow-wrap: normal; }
   th:first-child, td:first-child { overflow-wrap: break-word; position: sticky; left: 0;
     background: var(--soft); } }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; }

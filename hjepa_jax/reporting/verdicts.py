@@ -79,12 +79,14 @@ def verdict(facts: Facts) -> str:
     found = {pair: trained_beats(facts, *pair) for pair in BASELINES}
     if all(evidence == "not probed" for _, evidence in found.values()):
         return "unknown. The run has not been probed."
+    if all(holds for holds, _ in found.values()):
+        return "better than random-init and raw pixels, in the linear probe and in k-NN."
     said = {True: [], False: [], None: []}
     for (protocol, encoder), (holds, evidence) in found.items():
         if evidence != "not probed":
             said[holds].append(f"{encoder_name(encoder)} in {TITLES[protocol]}")
     parts = [
-        f"{start} {' and '.join(names)}"
+        f"{start} {', '.join(names)}"
         for start, names in (
             ("better than", said[True]),
             ("not better than", said[False]),
