@@ -46,8 +46,8 @@ def get_config() -> Config:
     c.optim.learning_rate = 8e-3
     c.optim.warmup_epochs = 0.5
     c.train.batch_size = 64
-    c.train.num_epochs = 8.0
-    c.eval.every_epochs = 4.0
+    c.train.num_epochs = 7.0
+    c.eval.every_epochs = 3.5
     c.eval.knn_bank_size = 2_000
     c.log.figures_every_epochs = 0.0  # the report at the end has the same pictures
     return c.lock()

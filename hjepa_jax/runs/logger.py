@@ -129,6 +129,14 @@ def quiet_tensorflow() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a note on oneDNN at any level
 
 
+def load_writers() -> Any:
+    """Returns CLU's writers. The first call takes seconds, because it imports TensorFlow."""
+    quiet_tensorflow()
+    from clu import metric_writers
+
+    return metric_writers
+
+
 def _tensorboard_writer(workdir: pathlib.Path, *, resume_step: int | None = None) -> Any:
     """Returns CLU's writer of TensorBoard events.
 
@@ -136,9 +144,7 @@ def _tensorboard_writer(workdir: pathlib.Path, *, resume_step: int | None = None
       workdir: the folder of the event file.
       resume_step: events of later steps are dropped from the existing files; None keeps all.
     """
-    quiet_tensorflow()
-    from clu import metric_writers  # imports TensorFlow
-
+    metric_writers = load_writers()
     if resume_step is not None:
         _purge_events_after(workdir, resume_step)
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))

@@ -28,7 +28,7 @@ from hjepa_jax.runs.checkpoint import Checkpoints
 from hjepa_jax.runs.checkpoint_meta import read_saved
 from hjepa_jax.runs.history import read_history
 from hjepa_jax.runs.lock import claimed, is_claimed
-from hjepa_jax.runs.logger import RunLogger, SilentLogger
+from hjepa_jax.runs.logger import RunLogger, SilentLogger, load_writers
 from hjepa_jax.runs.record import RunRecord, make_record
 from hjepa_jax.runs.run import (
     Program,
@@ -272,10 +272,13 @@ def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWind
     latest = checkpoints.latest_step()
     cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
     if latest is None and not run.config.train.init_from:
-        # XLA compiles beside the Python thread that makes the state.
+        # XLA compiles outside Python's lock: beside it the state is made, and TensorFlow loaded.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step, run, parts.backend, step=0)
             state, window = run.create()
+            if run.config.log.tensorboard and cluster.is_first():
+                with contextlib.suppress(ImportError):  # `RunLogger` names what is missing
+                    load_writers()
         return state, window, compiling.result()
     state, window = run.create()
     if latest is not None:
