@@ -156,7 +156,7 @@ class Encoder:
         """Returns the features of records, decoded in batches so that memory stays constant.
 
         Args:
-          records: uint8 images of the encoder's size.
+          records: images of the encoder's size, with the pixels of the run.
           what: title of a progress bar; "" for none.
           stop_at_error: whether an unreadable record is an error. If not, it is skipped.
 

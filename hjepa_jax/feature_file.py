@@ -130,7 +130,7 @@ def _open(source: str, config: Config) -> Source:
         streaming=streaming,
         follow_links=config.data.follow_links,
         num_channels=len(config.data.mean),
-        stored_area=config.data.stored_area,
+        stored_area=config.data.stored_area if is_folder else 1.0,
     )
 
 
@@ -189,7 +189,8 @@ def _write(
         is_test[draw_test(inputs.name, len(is_test), labels, names).held] = True
     shapes = write_table(output, shards, is_test if inputs.has_split else None)
     if neighbours:
-        _write_sheet(output.with_suffix(".html"), encoder, shards, pieces, piece_of, neighbours)
+        sheet = output.with_suffix(".html")
+        _write_sheet(sheet, encoder, shards, pieces, piece_of, features, neighbours)
     shards.remove()
     return shapes
 
@@ -200,13 +201,14 @@ def _write_sheet(
     shards: Shards,
     pieces: list[Piece],
     piece_of: Int[np.ndarray, " n"],
+    features: Sequence[str] | None,
     k: int,
 ) -> None:
     """Writes a page with some images and their k nearest by the cosine of the first feature."""
     from hjepa_jax.reporting.neighbour_sheet import Shown, neighbour_sheet  # it takes matplotlib
 
     n, names = len(piece_of), shards.columns()
-    column = "summary" if "summary" in names and len(names) > 2 else names[0]
+    column = features[0] if features else "summary" if "summary" in names else "level_0"
     queries = np.unique(np.linspace(0, n - 1, NUM_QUERIES).astype(int))
     wanted = np.isin(np.arange(n), queries)
     of_queries = unit_rows(np.concatenate([*shards.column(column, wanted)]))

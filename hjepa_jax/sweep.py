@@ -49,12 +49,7 @@ def main() -> None:
     from hjepa_jax.training import sweep
 
     resolve_class_list(_CONFIG.value, path)
-    varied = sweep.grid([_values(text) for text in _VARY.value])
-    rows = {
-        ",".join(filter(None, (name, suffix))): {**changes, **values}
-        for name, changes in _named_rows(path).items()
-        for suffix, values in varied.items()
-    }
+    rows = _rows(_named_rows(path), [_values(text) for text in _VARY.value])
     runs = sweep.members(_CONFIG.value, rows, seeds, folder)
     if _DRY_RUN.value:
         lines = [(str(run.workdir), sweep.state_of(run, _NUM_FIT.value)) for run in runs]
@@ -68,8 +63,8 @@ def main() -> None:
         print(f"{stop}: saved in {where}; run the same command to go on", file=sys.stderr)
         sys.exit(stop.status)
     if done := [run for run in runs if sweep.state_of(run, _NUM_FIT.value) == "done"]:
-        table, results = sweep.format_sweep(done), folder / "sweep.csv"
-        sweep.write_csv(done, results)
+        table, results = sweep.format_sweep(done, _NUM_FIT.value), folder / "sweep.csv"
+        sweep.write_csv(done, _NUM_FIT.value, results)
         print(f"\n{table}\n\neach run: {results}\ncurves:   tensorboard --logdir {folder}")
     if failed:
         cli.fail(f"{len(failed)} of {len(runs)} runs failed, see above: {'; '.join(failed)}")
@@ -78,10 +73,38 @@ def main() -> None:
 def _named_rows(path: str) -> dict[str, Any]:
     """Returns the rows of the config file that `--rows` selects; one without a name if none."""
     rows = runpy.run_path(path.partition(":")[0]).get("ROWS", {"": {}})
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        raise InputError("--config", path, "must have ROWS of the form {NAME: {FIELD: VALUE}}")
     for name in _ROWS.value or ():
         if name not in rows:
             raise InputError("--rows", name, f"must be some of {', '.join(rows)}")
-    return rows if _ROWS.value is None else {name: rows[name] for name in _ROWS.value}
+    chosen = rows if _ROWS.value is None else {name: rows[name] for name in _ROWS.value}
+    for name, changes in chosen.items():
+        if (start := changes.get("train.init_from")) in rows.keys() - chosen.keys():
+            raise InputError(
+                "--rows", name, f"starts from the row {start}, which must be named too"
+            )
+    return chosen
+
+
+def _rows(
+    named: dict[str, dict[str, Any]], varied: list[tuple[str, list[Any]]]
+) -> dict[str, dict[str, Any]]:
+    """Returns each named row with each combination of the varied values."""
+    from hjepa_jax.training import sweep
+
+    fields = [field for field, _ in varied]
+    for field in fields:
+        if fields.count(field) > 1 or any(field in changes for changes in named.values()):
+            raise InputError("--vary", field, "is given twice, or is a field of the config's ROWS")
+    rows, start = {}, "train.init_from"
+    for name, changes in named.items():
+        for suffix, values in sweep.grid(varied).items():
+            own = {**changes, **values}
+            if changes.get(start) in named:
+                own[start] = ",".join(filter(None, (changes[start], suffix)))
+            rows[",".join(filter(None, (name, suffix)))] = own
+    return rows
 
 
 def _numbers(texts: list[str]) -> list[int]:
@@ -99,7 +122,7 @@ def _values(text: str) -> tuple[str, list[Any]]:
         hint = did_you_mean("", field_like(field))
         raise InputError("--vary", text, f"{field} is not a field of a config{hint}")
     found = [_value(known[field], part) for part in re.split(r",(?![^()]*\))", values)]
-    if field == "seed" or not values or len({*found}) < len(found):
+    if field == "seed" or not values or len({*map(repr, found)}) < len(found):
         rule = "must be FIELD=V1,V2 with different values; seeds are given by --seeds"
         raise InputError("--vary", text, rule)
     return field, found

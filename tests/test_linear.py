@@ -129,6 +129,15 @@ def test_constant_features_predict_the_most_frequent_class():
     assert np.all(logistic.predict(model, x[:4]) == 2)
 
 
+def test_rounding_errors_do_not_leave_a_problem_without_a_factor():
+    """The floor grows until the matrix, whose smallest eigenvalue is negative, has one."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    values = np.array([5.0, 1, 1, 1, 0, -2e-5])
+    bound, penalty = basis * values @ basis.T, np.full(6, 1e-6)
+    found = logistic._cholesky(bound, penalty)
+    np.testing.assert_allclose(found @ found.T, bound, atol=1e-3)
+
+
 def test_the_size_of_chunks_changes_nothing(monkeypatch):
     x, y = correlated(100)
     whole = logistic.fit(x, y, num_classes=NUM_CLASSES, l2=1e-2)

@@ -86,13 +86,19 @@ def test_labels_of_the_projector_have_one_line_each(tmp_path):
     assert labels == [*NAMES.values(), ""]
 
 
-def test_texts_for_tensorboard_can_be_encoded(tmp_path):
+def test_texts_for_tensorboard_can_be_encoded(tmp_path, monkeypatch):
     written, logger = [], RunLogger(tmp_path, tensorboard=False)
     keep = lambda *args: written.extend(args[-1:])
     logger._writer = types.SimpleNamespace(write_texts=keep, close=keep)
     logger.texts(0, {"config": "caf\udce9\nline"})
     logger.close()
     assert written == [{"config": "caf\ufffd\nline"}]
+    api = pytest.importorskip("tensorboard.plugins.hparams.api")
+    monkeypatch.setattr(api, "hparams", lambda values, trial_id: written.append((values, trial_id)))
+    logger = RunLogger(tmp_path, tensorboard=True)
+    logger.hparams("caf\udce9", {"data.source": "folder:caf\udce9", "seed": 0})
+    logger.close()
+    assert written[1:] == [({"data.source": "folder:caf\ufffd", "seed": 0}, "caf\ufffd")]
 
 
 def test_every_character_is_printable_and_on_one_line():

@@ -299,6 +299,9 @@ def test_a_run_from_before_a_field_was_added_goes_on_as_it_began(tmp_path):
         again = with_recorded_start(config, tmp_path, saved)
         assert again.data.stored_area == 1.0
         check_workdir(again, tmp_path, saved=saved, data=RECORD)
+    larger = with_recorded_start(with_changes({"data.stored_area": 2.0}), tmp_path, of_old)
+    with pytest.raises(InputError, match=r"data.stored_area 1.0 -> 2.0"):
+        check_workdir(larger, tmp_path, saved=of_old, data=RECORD)
     same = with_recorded_start(config, tmp_path, saved_by(config))
     assert same.data.stored_area == 4.0
     with pytest.raises(InputError, match=r"data.stored_area 4.0 -> 2.0"):

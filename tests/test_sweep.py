@@ -1,10 +1,13 @@
 """`hjepa sweep`: runs by name, trained once, compared on held-out training images."""
 
+import copy
 import csv
+import dataclasses
 import json
 import pathlib
 import runpy
 import statistics
+from typing import Any
 
 import pytest
 
@@ -98,6 +101,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(command, tmp_path):
         (["--vary=model.depth=two"], "model.depth='two': must be a whole number"),
         (["--vary=model.depth=2,2"], "with different values"),
         (["--vary=seed=1,2"], "seeds are given by --seeds"),
+        (["--vary=model.depth=1", "--vary=model.depth=2"], "--vary='model.depth': is given twice"),
         (["--seeds=0,0"], "must be different whole numbers"),
         (["--rows=no"], "--rows='no': must be some of"),
         (["--vary=mask.scale=(0.5,0.1),(0.1,0.2)"], "mask.scale=(0.5, 0.1)"),
@@ -135,25 +139,44 @@ def test_a_row_may_start_from_an_earlier_one_of_its_seed(tmp_path):
         sweep.members(base_config(), {"a/b": {}, "a_b": {}}, (0,), tmp_path)
 
 
+def pretend(run: sweep.Member, step: int, score: float, **fields: Any) -> None:
+    """Makes the directory of a finished run, and scores it as with --num_fit=9."""
+    (run.workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+    (run.workdir / "config.json").write_text(json.dumps(run.config.to_dict()))
+    row = {
+        "pool": "concat", "level": "all", "dim": 8, "data": "shapes, training images",
+        "num_fit": 9, "num_val": run.config.eval.num_val, "test_size": 48, "top1": score,
+        "chosen": {"val_top1": score}, **fields,
+    }  # fmt: skip
+    rows = [
+        row | {"encoder": encoder, "protocol": protocol, "step": step * (encoder == "target")}
+        for encoder in sweep.ENCODERS
+        for protocol in sweep.PROTOCOLS
+    ]
+    write_probe_json(run.workdir / "held_out.json", rows)
+
+
+def test_only_scores_of_the_newest_checkpoint_and_these_settings_count(tmp_path, monkeypatch):
+    (run,) = sweep.members(make_tiny_config("shapes"), {"base": {}}, (0,), tmp_path)
+    pretend(run, 6, 0.5)
+    pretend(run, 6, 0.9, pool="summary")
+    assert {row["top1"] for row in sweep.rows_of(run, 9).values()} == {0.5}
+    assert not sweep.rows_of(run, None), "--num_fit"
+    for field, value in (("num_val", 7), ("data", "npz:other")):
+        other = copy.deepcopy(run.config).unlock()
+        other.eval[field] = value
+        assert not sweep.rows_of(dataclasses.replace(run, config=other), 9), field
+    pretend(run, 8, 0.7)
+    assert {row["top1"] for row in sweep.rows_of(run, 9).values()} == {0.7}, "a longer run"
+
+
 @pytest.mark.parametrize("steps", [(6, 6), (6, 8)])
 def test_runs_of_different_lengths_are_not_averaged(tmp_path, steps):
     """As seeds of one row; each has a line of its own, and a note says why."""
     runs = sweep.members(make_tiny_config("shapes"), {"base": {}}, (0, 1), tmp_path)
     for run, step in zip(runs, steps, strict=True):
-        score = 0.5 + 0.1 * run.seed
-        row = {
-            "pool": "concat", "level": "all", "dim": 8, "data": "shapes", "step": step,
-            "test_size": 48, "top1": score, "chosen": {"val_top1": score},
-        }  # fmt: skip
-        run.workdir.mkdir()
-        (run.workdir / "config.json").write_text(json.dumps(run.config.to_dict()))
-        rows = [
-            row | {"encoder": encoder, "protocol": protocol}
-            for encoder in sweep.ENCODERS
-            for protocol in sweep.PROTOCOLS
-        ]
-        write_probe_json(run.workdir / "held_out.json", rows)
-    table = sweep.format_sweep(runs)
+        pretend(run, step, 0.5 + 0.1 * run.seed)
+    table = sweep.format_sweep(runs, 9)
     if steps == (6, 6):
         assert "  base                             2  55.0 +- 7.1" in table
         assert "no mean" not in table

@@ -70,7 +70,7 @@ class Source:
         from originals; None if all images are in memory.
       parts: the images of `load` one by one, in the order of the source: training and test images.
         If `load` draws the test images, there is one part (two of a streamed folder). If there are
-        none, use `load`.
+        none, use `load`. Not to be used after `load`, which may put arrays in another order.
       usage: one line for the user: which images are used, which are not, and why.
       stored: (H, W) of the images of `originals`; None = as those of `load`.
       originals: decodes the images of `load()[0]` again, to cut crops from them; None if the run

@@ -81,13 +81,13 @@ def kind_of(path: str, wanted: int | None) -> Kind:
         return Kind(bands, dtype)
 
 
-def sides_of(file: str | io.BytesIO) -> tuple[int, int]:
-    """Returns height and width of an image file, upright by its EXIF tag; decodes no pixel."""
+def sides_of(file: str | io.BytesIO, *, upright: bool = True) -> tuple[int, int]:
+    """Returns height and width of an image file, `upright` by its EXIF tag; decodes no pixel."""
     with (
         warnings.catch_warnings(action="ignore"),  # of damaged metadata
         Image.open(file, formats=IMAGE_FORMATS) as image,
     ):
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -63,7 +63,7 @@ def check_input(value: str) -> Given:
       InputError: if there is no such file, or it is of another kind ("--input").
     """
     kind, _, rest = value.partition(":")
-    if value == "shapes" or (kind == "tfds" and rest):
+    if (kind == "tfds" and rest) or (value == "shapes" and not local_path(FLAG, value).exists()):
         return Given(value, kind, Path(value))
     if kind in ("folder", "images", "npz", "npy") and rest and local_path(FLAG, rest).exists():
         return Given(value, kind, local_path(FLAG, rest))
@@ -135,6 +135,8 @@ def open_inputs(
 
 def _open(given: Given, open_one: Callable[[str], Source]) -> tuple[Labelled, ...]:
     source = _named(given.value, open_one, given.source)
+    if source.records is not None and not source.parts:
+        raise InputError(FLAG, given.value, "is too large for memory; write it as image files")
     return source.parts or parts_of(*_named(given.value, source.load))
 
 

@@ -68,7 +68,10 @@ def open_tfds(
         stored = stored_sides(_sample_sides(source, builder, train_name), image_size, stored_area)
     stored, num_train = (*stored, shape[2]), splits[train_name].num_examples
     if formats_of(builder) != {"array_record"} and is_streamed(streaming, num_train, stored, dtype):
-        stored = shape  # such a set cannot be streamed, and may fit into memory like this
+        if stored != shape:
+            text = f"crops are cut from images reduced to {shape[0]}x{shape[1]}: larger ones do not"
+            print(f"{source}: {text} fit into memory", file=sys.stderr)
+        stored = shape
     if is_streamed(streaming, num_train, stored, dtype):
         return tfds_records.open_streamed(source, builder, shape, streaming, dtype, stored)
     return _open_resident(source, builder, shape, dtype, stored)
@@ -128,7 +131,7 @@ def _sample_sides(source: str, builder: Any, name: str) -> list[tuple[int, int]]
             raise InputError("data.source", source, rule) from error
         for each in encoded:
             with contextlib.suppress(Exception):  # corrupt images are reported when they are read
-                sides.append(sides_of(io.BytesIO(each)))
+                sides.append(sides_of(io.BytesIO(each), upright=False))
         return {"sides": np.array(sides)}
 
     key = f"sides {builder.info.full_name} {name} {builder.data_path}"

@@ -55,7 +55,7 @@ def held_out_rows(
         with the same networks and images; None = none.
 
     Returns:
-      Rows of the protocols linear and k-NN; each has the field `num_fit`.
+      Rows of the protocols linear and k-NN; each has the fields `num_fit` and `num_val`.
 
     Raises:
       InputError: without a run, or without labels ("data.source").
@@ -80,7 +80,7 @@ def held_out_rows(
         num_classes=len(source.info.class_names), step=int(state.step), protocol=protocol,
         data=data, known=known,
     )  # fmt: skip
-    rows = [row | {"num_fit": num_fit} for row in rows]
+    rows = [row | {"num_fit": num_fit, "num_val": config.eval.num_val} for row in rows]
     write_probe_json(workdir / FILE, rows)
     if baselines is not None:
         write_probe_json(baselines, (row for row in rows if row["encoder"] != "target"))

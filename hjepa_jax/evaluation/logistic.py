@@ -11,6 +11,7 @@ References:
   Zhu et al. 1997, "Algorithm 778: L-BFGS-B" (ACM Trans. Math. Softw. 23).
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -89,9 +90,6 @@ class Problem:
         self._bound = np.eye(d + 1)
         self._bound[:d, :d] = correlation
         self._bound /= 2
-        # Not below the rounding errors of the data in float32, lest directions without variance
-        # have no factor.
-        self._floor = 1e-6 * np.linalg.norm(self._bound)
         self._penalised = (np.arange(d + 1) < d).astype(np.float64)
         self._data = jax.device_put((features, y.astype(np.int32)))
         self._num_iterations = num_iterations
@@ -102,7 +100,7 @@ class Problem:
     ) -> tuple[Float64[np.ndarray, "D1 C"], bool]:
         """Returns the weights for one penalty, and whether the fit converged."""
         penalty = l2 * self._penalised
-        factor = cholesky(self._bound + np.diag(penalty + self._floor), lower=True)
+        factor = _cholesky(self._bound, penalty)
         solve = functools.partial(solve_triangular, factor, lower=True, check_finite=False)
 
         def weights_at(flat: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, "D1 C"]:
@@ -146,6 +144,21 @@ def _losses(
     residual = (jnp.exp(log_p) - truth) / len(labels)
     gradient = jnp.matmul(features.T, residual, precision="highest")
     return -jnp.sum(jnp.where(truth, log_p, 0.0), axis=1), gradient
+
+
+def _cholesky(
+    bound: Float64[np.ndarray, "D1 D1"], penalty: Float64[np.ndarray, " D1"]
+) -> Float64[np.ndarray, "D1 D1"]:
+    """Returns a factor of bound + penalty; directions without variance get a floor.
+
+    The floor is just above the rounding errors of the bound, which change eigenvalues near 0. It
+    only scales coordinates, so the result of a fit does not depend on it.
+    """
+    floor = 1e-6 * np.linalg.norm(bound)
+    while True:
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return cholesky(bound + np.diag(penalty + floor), lower=True)
+        floor *= 10
 
 
 def _moments(

@@ -98,7 +98,7 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
             body,
         )
     start, *rest = re.split("(?=<h2 )", body)
-    if rest and "<figure>" in rest[0]:  # the pictures of the first screen, side by side
+    if rest and rest[0].count("<figure>") > 1:  # the pictures of the first screen, side by side
         rest[0] = rest[0].replace("<figure>", '<div class="row"><figure>', 1)
         rest[0] = "</figure></div>".join(rest[0].rsplit("</figure>", 1))
     return html_page("".join([start, *rest]), title)

@@ -162,7 +162,7 @@ def look_section(facts: Facts) -> Section:
         return "What it sees", f"No pictures: {escape(facts.no_look)}.", {}
     captions = {
         "masks": "Masks of training, at every level",
-        "views": "Views of training, augmented; the encoder does not see the dark patches",
+        "views": "Views as in training, of images at data.image_size; dark patches are not seen",
         "pca": "First three principal components of the features",
         "cosine": "Cosine of prediction and target, where something was predicted",
         "similarity": "Similarity of the framed patch to all others",
@@ -224,9 +224,7 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
     from threadpoolctl import threadpool_limits
 
     tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, random_state=0)
-    with threadpool_limits(
-        1
-    ):  # several threads need ten times the processor time for so few points
+    with threadpool_limits(1):  # two threads take ten times the processor time of one here
         maps["t-SNE"] = tsne.fit_transform(x)
     with contextlib.suppress(ImportError):
         quiet_tensorflow()

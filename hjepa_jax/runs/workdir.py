@@ -77,8 +77,10 @@ def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | No
     config = config.copy_and_resolve_references()
     recorded = saved.config if saved else json.loads((workdir / "config.json").read_text("utf-8"))
     with config.unlocked():
-        missing = ADDED_FIELDS.keys() - flatten(recorded).keys()
-        config.update_from_flattened_dict({field: ADDED_FIELDS[field] for field in missing})
+        given, usual = flatten(config.to_dict()), flatten(base_config().to_dict())
+        for field in ADDED_FIELDS.keys() - flatten(recorded).keys():
+            if given[field] == usual[field]:  # not set by the user
+                config.update_from_flattened_dict({field: ADDED_FIELDS[field]})
         config.train.init_from = config.train.init_from or past.config.train.init_from
         for name in ("mean", "std"):
             if config.data[name] == AUTO and past.num_updates:

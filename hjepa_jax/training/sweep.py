@@ -23,7 +23,7 @@ from hjepa_jax.config import Config
 from hjepa_jax.config.defaults import differing_fields
 from hjepa_jax.config.fields import RULES, field_types
 from hjepa_jax.config.validation import validate
-from hjepa_jax.errors import InputError
+from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.evaluation.held_out import FILE, held_out_rows
 from hjepa_jax.evaluation.results import encoder_name
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta, read_saved
@@ -45,6 +45,7 @@ from hjepa_jax.training.train import train_and_evaluate
 Changes = Mapping[str, Any]  # values by dotted field
 START = "train.init_from"  # in a sweep also the name of an earlier row
 ENCODERS, PROTOCOLS = ("target", "random_init", "pixels"), {"linear": "linear", "knn": "k-NN"}
+POOL = "concat"  # the features that are scored
 NAME, SCORE = 28, 13  # characters of two kinds of columns
 
 
@@ -118,7 +119,9 @@ def _set(config: Config, field: str, value: Any) -> None:
     try:
         config.update_from_flattened_dict({field: value})
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise InputError(field, value, RULES[field_types(config)[field]]) from error
+        known = field_types(config)
+        rule = RULES[known[field]] if field in known else "is not a field of a config"
+        raise InputError(field, value, rule) from error
 
 
 def state_of(member: Member, num_fit: int | None) -> str:
@@ -132,14 +135,28 @@ def state_of(member: Member, num_fit: int | None) -> str:
         return "holds another config"
     if steps < record.num_steps:
         return f"step {steps} of {record.num_steps}"
-    rows = rows_of(member)
-    scored = {row["step"] for row in rows if row["encoder"] == "target"} == {steps}
-    return "done" if scored and {row["num_fit"] for row in rows} == {num_fit} else "to score"
+    wanted = set(itertools.product(PROTOCOLS, ENCODERS))
+    return "done" if rows_of(member, num_fit).keys() == wanted else "to score"
 
 
-def rows_of(member: Member) -> list[Row]:
-    """Returns the scores of a run; none if it has not been scored."""
-    return read_probe_json(member.workdir / FILE)
+def rows_of(member: Member, num_fit: int | None) -> dict[tuple[str, str], Row]:
+    """Returns the scores of a run's newest checkpoint, by protocol and encoder.
+
+    Scores of other features, images or numbers of images are left out.
+    """
+    config, newest = member.config, max(checkpoint_sizes(member.workdir), default=0)
+    made_of = {
+        "pool": POOL,
+        "data": f"{config.eval.data or config.data.source}, training images",
+        "num_val": config.eval.num_val,
+        "num_fit": num_fit,
+    }
+    return {
+        (row["protocol"], row["encoder"]): row
+        for row in read_probe_json(member.workdir / FILE)
+        if made_of.items() <= row.items()
+        and row["step"] == (newest if row["encoder"] == "target" else 0)
+    }
 
 
 def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], None]) -> list[str]:
@@ -159,21 +176,25 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
       InputError: if the images have no labels ("data.source").
       Interrupted: on a signal, after saving.
     """
-    _check_labels(runs[0].config)
+    for member in {(m.config.data.source, m.config.eval.data): m for m in runs}.values():
+        _check_labels(member.config)
     failed = []
     for number, member in enumerate(runs, start=1):
         name = f"{member.row} seed {member.seed}".strip()
         head = f"run {number} of {len(runs)}: {name}"
-        if state_of(member, num_fit) == "done":
-            say(f"{head}: done already")
-            continue
-        say(f"\n{head}")
         try:
+            if state_of(member, num_fit) == "done":
+                say(f"{head}: done already")
+                continue
+            say(f"\n{head}")
             train_and_evaluate(member.config, member.workdir)
             baselines = member.workdir.parent / "baselines.json"
-            held_out_rows(member.workdir, num_fit, pools=("concat",), baselines=baselines)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            held_out_rows(member.workdir, num_fit, pools=(POOL,), baselines=baselines)
+        except (
+            InputError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the device has too little memory
+            print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
             failed.append(name)
         jax.clear_caches()  # the next run has other programs
     return failed
@@ -187,22 +208,27 @@ def _check_labels(config: Config) -> None:
         raise InputError("data.source", source.name, rule)
 
 
-def format_sweep(runs: Sequence[Member]) -> str:
+def format_sweep(runs: Sequence[Member], num_fit: int | None) -> str:
     """Returns a table for each protocol: a row for each setting, with mean and deviation.
 
     Runs of one row that differ in more than the seed get a line each, and no mean. All runs must be
     done.
     """
-    sizes = sorted({r["test_size"] for m in runs for r in rows_of(m)})
+    scores = {m.workdir: rows_of(m, num_fit) for m in runs}
+    sizes = sorted({row["test_size"] for rows in scores.values() for row in rows.values()})
+
+    def top1(member: Member, protocol: str, encoder: str) -> float:
+        return 100 * scores[member.workdir][protocol, encoder]["top1"]
+
     images = " or ".join(f"{size:,}" for size in sizes)
     lines, notes, marked = [], list[str](), False
     for protocol, title in PROTOCOLS.items():
         heads = "".join(f"{encoder_name(encoder):>{SCORE}}" for encoder in ENCODERS)
         lines += [f"{title}, top-1 in percent on {images} held-out training images"]
         lines += [f"  {'row':<{NAME}}{'seeds':>6}{heads}"]
-        first = [_score(m, protocol, "target") for m in runs if m.row == runs[0].row]
+        first = [top1(m, protocol, "target") for m in runs if m.row == runs[0].row]
         for name, group in _grouped(runs, notes):
-            values = {e: [_score(member, protocol, e) for member in group] for e in ENCODERS}
+            values = {e: [top1(member, protocol, e) for member in group] for e in ENCODERS}
             marks = _differs(values["target"], first)
             marked |= marks
             cells = [_mean(v) for v in values.values()]
@@ -222,7 +248,7 @@ def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Se
     """Yields the runs of each row, or each run alone if they differ in more than the seed."""
     for name in dict.fromkeys(member.row for member in runs):
         group = [member for member in runs if member.row == name]
-        steps = [rows_of(member)[0]["step"] for member in group]
+        steps = [max(checkpoint_sizes(member.workdir)) for member in group]
         records = [read_record(member.workdir) for member in group]
         images = [record.fingerprint if record else None for record in records]
         configs = [load_config(member.workdir) for member in group]
@@ -232,12 +258,6 @@ def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Se
                 yield f"{name} seed {member.seed}".strip(), [member]
         else:
             yield name or "as configured", group
-
-
-def _score(member: Member, protocol: str, encoder: str) -> float:
-    """Returns top-1 in percent."""
-    found = {(row["protocol"], row["encoder"]): row["top1"] for row in rows_of(member)}
-    return 100 * found[protocol, encoder]
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -253,7 +273,7 @@ def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
     return bool(test.pvalue < 0.05)
 
 
-def write_csv(runs: Sequence[Member], path: pathlib.Path) -> None:
+def write_csv(runs: Sequence[Member], num_fit: int | None, path: pathlib.Path) -> None:
     """Writes a line for each run: settings, scores, rank, speed, origin. All must be done."""
     names = {
         f"{protocol}_{encoder}": (protocol, encoder)
@@ -266,14 +286,15 @@ def write_csv(runs: Sequence[Member], path: pathlib.Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(heads)
     for member in runs:
-        rows = rows_of(member)
+        scores = rows_of(member, num_fit)
         meta = read_newest_meta(member.workdir)
         history = read_history(member.workdir / "metrics.jsonl")
         speeds = history.series("perf/images_per_sec")[1]
         settings = " ".join(f"{field}={value}" for field, value in member.changes.items())
         writer.writerow([
-            member.row, member.seed, settings, rows[0]["num_fit"] or "all", rows[0]["step"],
-            *(f"{_score(member, *key):.2f}" for key in names.values()),
+            member.row, member.seed, settings, num_fit or "all",
+            max(checkpoint_sizes(member.workdir)),
+            *(f"{100 * scores[key]['top1']:.2f}" for key in names.values()),
             f"{history.last('train/effective_rank') or float('nan'):.1f}",
             f"{statistics.median(speeds) if len(speeds) else float('nan'):.0f}",
             meta["commit"] or "", meta["versions"]["device"], member.workdir,

@@ -147,6 +147,8 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     if info != source.info or measured is not config:  # files that are no images, say
         source, config = dataclasses.replace(source, info=info), measured
         run = build_run(config, source)
+    if source.originals is not None:
+        check_memory(source.name, len(train.images) * source.train_bytes)
     judged = load_judged(config, source, train, test)
     data = fingerprint(train, source.records)
     record = make_record(config, source, run.schedules, fingerprint=data)
@@ -259,7 +261,6 @@ def _training_images(parts: _Parts) -> Num[np.ndarray, "n H W C"]:
     source, images = parts.source, parts.train.images
     if source.originals is None:
         return images
-    check_memory(source.name, len(images) * source.train_bytes)
     return source.originals(parts.train)
 
 
