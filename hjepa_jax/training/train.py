@@ -278,7 +278,7 @@ def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWind
             compiling = pool.submit(compile_step, run, parts.backend, step=0)
             state, window = run.create()
             if run.config.log.tensorboard and cluster.is_first():
-                with contextlib.suppress(ImportError):  # `RunLogger` names what is missing
+                with contextlib.suppress(ImportError):  # `RunLogger` names the missing ones
                     load_writers()
         return state, window, compiling.result()
     state, window = run.create()
