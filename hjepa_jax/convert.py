@@ -5,11 +5,13 @@
 
 The input is one of these:
 
-* a folder from Hugging Face: I-JEPA, ViT, DINOv2 (also with registers), with its config.json;
+* a folder from Hugging Face: I-JEPA, ViT, DINOv2 (also with registers), with
+  its config.json;
 * timm's vision transformers: such a folder, or a .safetensors file;
 * an encoder that `export` has made (.safetensors);
-* a file of torch.save with tensors in timm's layout: I-JEPA (.pth.tar), DINO, DINOv2, MAE of Meta;
-  checkpoints of the PyTorch H-JEPA, of which the target encoder is taken.
+* a file of torch.save with tensors in timm's layout: I-JEPA (.pth.tar), DINO,
+  DINOv2, MAE of Meta; a checkpoint of the PyTorch H-JEPA, whose target encoder
+  is taken.
 
 `probe`, `embed`, `report` and `export` work on the result as on a run. To train it further, give
 `--config.train.init_from=DIR` to a run with the same `model` fields.

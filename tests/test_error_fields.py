@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 FIELDS = {*flatten(base_config().to_dict())}
 GROUPS = {field.partition(".")[0] for field in FIELDS if "." in field}
 # Python in documentation, and files, read like fields.
-NOT_FIELDS = re.compile(r"\.(py|json|jsonl|npz|pkl|png|safetensors|stablehlo|apply)$|\($")
+NOT_FIELDS = re.compile(r"\.(py|json|jsonl|npz|pkl|png|safetensors|stablehlo|onnx|apply)$|\($")
 TREES = {
     str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
 }

@@ -48,7 +48,7 @@ def test_the_command_lists_its_commands_and_refuses_others():
     assert all(f"\n  {name} " in page.stdout for name in ("train", "probe", "export", "convert"))
     other = hjepa("trian")
     assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
-    assert "'trian': must be one of train, config, probe" in other.stderr
+    assert "'trian': must be one of train, config, sweep, probe" in other.stderr
     assert "--workdir" in hjepa("report", "--help").stdout
 
 
