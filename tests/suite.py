@@ -38,7 +38,8 @@ TESTS = pathlib.Path(__file__).parent
 # CPU seconds of each file are in experiments/suite.
 LONGEST = (
     "faults/test_kills", "test_cluster", "faults/test_fuzz", "faults/test_resume",
-    "faults/test_damage", "test_extras", "test_browser", "test_other_jax",  # these are slow tests
+    "faults/test_damage", "test_extras", "test_browser", "test_other_jax", "test_rectangles",
+    "test_channels", "test_unlabelled", "test_sweep",  # the first twelve are slow tests
     "test_train", "test_report", "test_options", "test_steps", "test_config", "test_models",
     "test_finetune", "test_agreement", "test_checkpoint", "metal/test_programs", "test_augment",
     "test_streaming", "test_masking", "test_cli", "test_platform", "test_warm_start",

@@ -210,6 +210,7 @@ def save_shapes(path, channels, dtype):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_pictures", "short_probes")
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (13, "uint16"), (3, "float32")])
 def test_a_whole_run_on_other_images(tmp_path, channels, dtype):

@@ -89,6 +89,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     np.testing.assert_allclose(found["level_1"], features["test_level_1"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dry_run_prints_sizes_and_writes_nothing(run_module, tiny_flags, tmp_path):
     command = (MAIN, *tiny_flags, f"--workdir={tmp_path / 'run'}", "--dry_run")
     result = run_module(*command, "--json")

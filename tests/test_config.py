@@ -92,6 +92,7 @@ def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels
     assert by_level[2].max() < 0.87  # a cell of 4 x 4 patches, of which half must be hidden
 
 
+@pytest.mark.slow
 def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
     """FLOPs of m1_max_quick_val against the same model whose context encoder computes on all.
 
@@ -133,6 +134,7 @@ def test_a_term_of_weight_0_costs_nothing(tiny_config):
     assert flops[1] - flops[0] > target_pass  # and the projection of the teacher
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config, monkeypatch):
     monkeypatch.setattr(run, "build_run", programs.sharing_runs(run.build_run))
     flops = []
@@ -155,10 +157,10 @@ def test_every_field_has_a_reader():
 OTHER_VALUES = {
     "data": {
         "image_size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_scale": (0.3, 1.0),
-        "crop_ratio": (1.0, 1.0), "stored_area": 1.0, "local_views": 2, "local_size": 8, "local_patches": 3,
-        "local_crop_scale": (0.2, 0.4), "horizontal_flip": 0.3, "vertical_flip": 0.3,
-        "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.3, "solarize": 0.3,
-        "jitter_probability": 0.3, "grayscale": 0.3, "blur": 0.3, "blur_sigma": (0.5, 1.0),
+        "crop_ratio": (1.0, 1.0), "stored_area": 1.0, "local_views": 2, "local_size": 8,
+        "local_patches": 3, "local_crop_scale": (0.2, 0.4), "horizontal_flip": 0.3,
+        "vertical_flip": 0.3, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.3,
+        "solarize": 0.3, "jitter_probability": 0.3, "grayscale": 0.3, "blur": 0.3, "blur_sigma": (0.5, 1.0),
     },
     "model": {
         "name": "vit_small", "width": 96, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0,
@@ -436,6 +438,7 @@ def test_fractions_follow_the_patches_and_the_sides_of_the_image():
     assert sizes_of(config) == (64, 6, (20, 20))
 
 
+@pytest.mark.slow
 def test_a_small_context_and_a_large_step_are_warned_of(tiny_config, monkeypatch, capsys):
     run.describe(tiny_config)
     assert "warning" not in capsys.readouterr().err

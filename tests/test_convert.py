@@ -96,6 +96,7 @@ def test_a_torch_file_gives_the_same_tensors_without_pytorch(tmp_path):
         np.testing.assert_array_equal(back[name], value)
 
 
+@pytest.mark.slow
 def test_a_converted_encoder_is_a_work_directory(tmp_path):
     found = vit_tensors()
     source = torch_file(tmp_path / "x.pth", {f"module.{n}": t for n, t in found.items()})

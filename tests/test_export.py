@@ -61,6 +61,7 @@ def test_half_the_bytes_are_nearly_the_same_encoder(workdir, tmp_path):
         np.testing.assert_allclose(found[name], value, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "fields"),
     [

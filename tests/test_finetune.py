@@ -92,6 +92,7 @@ class Spy(NewestCheckpoint):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_fine_tuning_resumes(params, tuned, tmp_path, capsys):
     """At the end only the test is left, and its labels change the score alone."""
     scores, _ = tuned

@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
@@ -13,6 +14,7 @@ from tests.test_embed import make_run
 NUM_FIT = 120
 
 
+@pytest.mark.slow
 def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run_module):
     """The images show their class, and the test images show another."""
     labels = np.arange(240, dtype=np.int32) % 4

@@ -59,6 +59,7 @@ def printed(code):
     return [int(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 @on_linux
 def test_memory_freed_by_a_step_is_reused_by_the_next():
     (dropped,), (kept,) = (

@@ -130,6 +130,7 @@ def collectives() -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(on_eight_devices, record_property):
     measured = on_eight_devices
     assert len(measured["held"]) == 8
@@ -145,6 +146,7 @@ def test_accumulation_sends_no_image_between_devices():
         assert not [types for types in sent if "u8[" in types or ",32,32,3]" in types]
 
 
+@pytest.mark.slow
 def test_checksums_do_not_depend_on_sharding_and_need_no_collective(on_eight_devices):
     values, sent = on_eight_devices["checksums"].values()
     assert len(values) == 6

@@ -33,6 +33,7 @@ def fine_tuned(tiny_run, tmp_path_factory):
     return workdir, row, source, test
 
 
+@pytest.mark.slow
 def test_predictions_reach_the_score_of_the_fine_tuning(fine_tuned):
     workdir, row, source, test = fine_tuned
     names, probabilities = hjepa_jax.load(workdir).predict(test.images)
@@ -44,6 +45,7 @@ def test_predictions_reach_the_score_of_the_fine_tuning(fine_tuned):
     assert one == names[:1]
 
 
+@pytest.mark.slow
 def test_a_classifier_belongs_to_one_fine_tuning(fine_tuned):
     workdir, row, source, _ = fine_tuned
     names = source.info.class_names

@@ -252,6 +252,7 @@ def test_what_cannot_be_judged_is_refused():
         evaluate(Protocol(protocols=("tarot",)))
 
 
+@pytest.mark.slow
 def test_only_rows_that_depend_on_something_new_are_made_again(tmp_path):
     path = tmp_path / "probe.json"
 

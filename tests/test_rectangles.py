@@ -60,6 +60,7 @@ def workdir(config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_has_a_grid_of_its_own_shape_probes_and_a_report(config, workdir):
     assert grid_of(config) == (6, 10)
     assert build.build_masks(config).num_patches == 60
@@ -70,6 +71,7 @@ def test_a_run_has_a_grid_of_its_own_shape_probes_and_a_report(config, workdir):
     assert "`[48, 80]`" in (workdir / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(config, workdir, tmp_path):
     parts = tmp_path / "wide"
     shutil.copytree(workdir, parts)
@@ -87,6 +89,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(config, workdir, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_pictures_have_the_shape_of_the_image(config, workdir):
     model, state, _ = load_state(workdir)
     images = stretched(create_shapes(3, 1, seed=1)[0]).images
@@ -100,6 +103,7 @@ def test_pictures_have_the_shape_of_the_image(config, workdir):
     assert figures["attention"].axes[3].images[0].get_array().shape == (6, 10)
 
 
+@pytest.mark.slow
 def test_features_and_tokens_of_images_of_any_shape(workdir, tmp_path):
     encoder = hjepa_jax.load(workdir)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 100, 3), np.uint8))

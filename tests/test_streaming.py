@@ -119,6 +119,7 @@ def test_batches_on_the_device_are_padded_to_a_call():
     assert not streamed._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_in_one_line():
     order = BatchOrder(20, 4, seed=0)
     batches = streaming.read_batches(Numbers(20), order, 0, 10_000, num_workers=1)
@@ -254,6 +255,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_run_counts_corrupt_files_once(streamed_config, damaged, tmp_path, capsys):
     folder, first = damaged

@@ -212,6 +212,7 @@ def test_damaged_prepared_data_is_refused_in_one_line(tmp_path, prepared, file, 
     assert_refused("tfds:tiny_damaged", rule, data_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_prepared_cifar10_has_its_usual_facts():
     if "TFDS_DATA_DIR" not in os.environ:
         pytest.skip("TFDS_DATA_DIR names no folder with prepared data")

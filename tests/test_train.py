@@ -176,6 +176,7 @@ def save_for_ever(config, workdir: pathlib.Path) -> None:
     cli.run(lambda: train.train_and_evaluate(config, workdir))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
     process = processes.CONTEXT.Process(target=save_for_ever, args=(tiny_config, tmp_path))
     process.start()
@@ -186,6 +187,7 @@ def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
     assert not (tmp_path / "checkpoints/2").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_programs")
 def test_several_steps_a_call_are_one_program_and_change_no_result(
     tiny_config, tiny_run, tmp_path, monkeypatch
@@ -328,6 +330,7 @@ def test_a_run_resumes_with_moved_data_but_not_with_other_images(
             train.train_and_evaluate(tiny_config, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_may_become_longer_unless_past_updates_change(tiny_config, tiny_run, tmp_path):
     """It then equals a run of that length bit for bit; see tests/test_run_dir.py for the rules."""
     workdir, shorter = tmp_path / "run", tiny_config.copy_and_resolve_references()

@@ -142,6 +142,7 @@ def labelled_run(shapes_folder, tmp_path_factory):
     return metrics(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_pictures")
 def test_losses_without_labels_are_the_same_and_nothing_is_scored(
     labelled_run, shapes_folder, tmp_path, capsys
@@ -173,6 +174,7 @@ def test_the_explicit_kind_trains_the_same_too(labelled_run, shapes_folder, tmp_
     assert metrics(tmp_path) == labelled_run
 
 
+@pytest.mark.slow
 def test_one_class_is_not_scored(tmp_path, capsys):
     splits = create_shapes(80, 20, seed=3)
     save_npz(tmp_path / "one.npz", *(type(x)(x.images[:, ::2, ::2], 0 * x.classes) for x in splits))
@@ -193,6 +195,7 @@ def test_features_of_unlabelled_images_are_written(tiny_run, tmp_path):
         assert tuple(arrays["train_files"]) == trained_on.names
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 def test_eval_data_scores_a_run_on_unlabelled_images(shapes_folder, shapes_npz, tmp_path):
     config = make_tiny_config(f"images:{shapes_folder}")

@@ -37,7 +37,8 @@ def paths_and_leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
 
 
-@pytest.mark.parametrize("positions", ["learned", pytest.param("rope2d", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["learned", "rope2d"])
 def test_a_run_can_start_from_one_at_a_lower_resolution(
     tiny_config, tiny_run, tmp_path, monkeypatch, positions, capsys
 ):
@@ -147,6 +148,7 @@ def begin(config, workdir):
     return warm_start.start_from(str(workdir), built, state), state, window
 
 
+@pytest.mark.slow
 def test_a_projection_head_in_one_run_only_is_initialised_or_dropped(
     tiny_config, tiny_run, tmp_path, capsys
 ):
