@@ -160,7 +160,8 @@ OTHER_VALUES = {
         "crop_ratio": (1.0, 1.0), "stored_area": 1.0, "local_views": 2, "local_size": 8,
         "local_patches": 3, "local_crop_scale": (0.2, 0.4), "horizontal_flip": 0.3,
         "vertical_flip": 0.3, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.3,
-        "solarize": 0.3, "jitter_probability": 0.3, "grayscale": 0.3, "blur": 0.3, "blur_sigma": (0.5, 1.0),
+        "solarize": 0.3, "jitter_probability": 0.3, "grayscale": 0.3, "blur": 0.3,
+        "blur_sigma": (0.5, 1.0),
     },
     "model": {
         "name": "vit_small", "width": 96, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0,
