@@ -108,6 +108,15 @@ def _write_result(result: pathlib.Path, fn: Callable[..., Any], *args: Any) -> N
     result.write_text(json.dumps(fn(*args)))
 
 
+def run_at_full_speed(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python in `folder`, with the compiler's usual effort: for tests that train for long."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
 def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m <module> <arguments>` in the repository, without the seconds of its imports.
 

@@ -37,13 +37,13 @@ TESTS = pathlib.Path(__file__).parent
 # Where two workers share the files, the longest come first, so that none is left alone at the end.
 # CPU seconds of each file are in experiments/suite.
 LONGEST = (
-    "faults/test_kills", "test_cluster", "faults/test_fuzz", "faults/test_resume",
-    "faults/test_damage", "test_extras", "test_browser", "test_other_jax", "test_rectangles",
-    "test_channels", "test_unlabelled", "test_sweep",  # the first twelve are slow tests
+    "test_layouts", "test_cluster", "test_masking", "test_channels", "test_demo", "test_examples",
+    "faults/test_resume", "faults/test_kills", "test_folder_files", "test_sweep", "test_package",
+    "test_other_jax", "test_browser", "test_cli", "test_rectangles", "test_unlabelled",
+    "test_warm_start", "faults/test_fuzz",  # these have the longest slow tests
     "test_train", "test_report", "test_options", "test_steps", "test_config", "test_models",
     "test_finetune", "test_agreement", "test_checkpoint", "metal/test_programs", "test_augment",
-    "test_streaming", "test_masking", "test_cli", "test_platform", "test_warm_start",
-    "test_held_out", "test_embed", "test_snapshot", "test_protocols",
+    "test_streaming", "test_platform", "test_held_out", "test_embed", "test_snapshot", "test_protocols",
 )  # fmt: skip
 SEED = "HJEPA_TEST_ORDER"  # environment variable: a whole number puts the tests in another order
 

@@ -7,7 +7,7 @@ import pytest
 from hjepa_jax import main
 from hjepa_jax.configs import shapes_tiny
 from hjepa_jax.runs.scores import write_probe_json
-from hjepa_jax.training.train import train_and_evaluate
+from tests.processes import run_at_full_speed
 
 
 def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch):
@@ -36,9 +36,11 @@ def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_third_of_the_demo_learns_more_than_an_untrained_network_knows(tmp_path):
-    config = shapes_tiny.get_config().unlock()
-    config.train.num_epochs, config.eval.every_epochs = 3.0, 3.0
-    config.eval.probe_at_end = config.log.tensorboard = config.log.report = False
-    train_and_evaluate(config.lock(), tmp_path)
-    *_, last = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    short = ["train.num_epochs=3.0", "eval.every_epochs=3.0"]
+    quick = [f"{field}=False" for field in ("eval.probe_at_end", "log.tensorboard", "log.report")]
+    flags = [f"--config.{change}" for change in short + quick]
+    start = ("-m", "hjepa_jax.main", "--config=shapes_tiny", "--workdir=run")
+    done = run_at_full_speed(*start, *flags, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, last = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert last["eval/knn_top1_summary"] > 0.35  # untrained: 0.25

@@ -10,6 +10,8 @@ import pytest
 
 from hjepa_jax.config import base_config, build
 from hjepa_jax.data.base import Source, SourceInfo
+from hjepa_jax.data.folder import FolderRecords
+from hjepa_jax.data.image_file import RGB
 from hjepa_jax.errors import InputError
 from hjepa_jax.runs import array_table, run
 from hjepa_jax.runtime import backend, placement
@@ -121,7 +123,7 @@ def collectives() -> list[list[str]]:
     c.model.predictor_width, c.model.predictor_depth, c.model.predictor_num_heads = 8, 1, 2
     c.train.batch_size, c.optim.accumulation_steps = 32, 4
     found = []
-    for records in (None, [0] * 64):  # resident, and streamed
+    for records in (None, FolderRecords(["a"] * 64, 32, RGB, 3)):  # resident, and streamed
         source = Source(
             "none", SourceInfo(64, 64, (32, 32, 3), ("a",)), load=tuple, records=records
         )
