@@ -43,7 +43,8 @@ LONGEST = (
     "test_warm_start", "faults/test_fuzz",  # these have the longest slow tests
     "test_train", "test_report", "test_options", "test_steps", "test_config", "test_models",
     "test_finetune", "test_agreement", "test_checkpoint", "metal/test_programs", "test_augment",
-    "test_streaming", "test_platform", "test_held_out", "test_embed", "test_snapshot", "test_protocols",
+    "test_streaming", "test_platform", "test_held_out", "test_embed", "test_snapshot",
+    "test_protocols",
 )  # fmt: skip
 SEED = "HJEPA_TEST_ORDER"  # environment variable: a whole number puts the tests in another order
 
