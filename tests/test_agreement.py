@@ -173,7 +173,10 @@ WEIGHTS = {"level_0": 1.0, "level_1": 0.5, "summary": 1.0, "agreement": 2.0, "sp
 
 @pytest.mark.parametrize(
     ("shown", "reads", "teacher_weight"),
-    [(None, "summary", 0.0), (4, "summary+patches", 1.5)],
+    [
+        pytest.param(None, "summary", 0.0, marks=pytest.mark.slow),
+        (4, "summary+patches", 1.5),
+    ],
 )
 def test_the_masked_view_the_local_ones_and_the_target_encoder_agree(shown, reads, teacher_weight):
     model = make_model(projection_input=reads)
@@ -229,6 +232,7 @@ def test_no_gradient_flows_through_the_teacher():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(teacher))(params)))
 
 
+@pytest.mark.slow
 def test_the_state_carries_the_running_moment_from_part_to_part():
     model = make_model(levels=())
     objective = Objective({"agreement": 1.0, "spread": 0.5}, spread_moment="running")

@@ -166,6 +166,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_command_silently(tiny_run, tmp_path):
     """As in `... | head -1`; the work directory, which is being written, is not to blame."""
     command = [sys.executable, "-u", "-m", "hjepa_jax.report", "--noimages"]

@@ -109,6 +109,7 @@ def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
     assert flops[0] / flops[1] == pytest.approx(0.6, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_term_of_weight_0_costs_nothing(tiny_config):
     """Without the levels: no target pass, no predictor, no gradient of either."""
     agree = {"loss.agreement_weight": 1.0, "data.local_views": 1, "data.local_size": 8}

@@ -125,6 +125,7 @@ def test_the_angle_of_a_cell_is_that_of_its_centre():
     np.testing.assert_allclose(cells[5], 2.5 * np.tile(frequency, 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rotary_model_knows_positions_and_runs_at_one_and_a_half_times_the_resolution():
     model = make_model({"positions": "rope2d"}, {"positions": "rope2d"})
     params = init_params(model)
@@ -394,6 +395,7 @@ def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions)
     np.testing.assert_array_equal(distance.argmin(axis=1), np.arange(4))
 
 
+@pytest.mark.slow
 def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_judged():
     model = make_model(summary_pass=False)
     objective = Objective({"level_0": 1.0, "level_1": 0.5})

@@ -67,6 +67,7 @@ def test_a_file_from_export_has_no_classifier(tiny_run, tmp_path):
         encoder.predict(np.zeros((16, 16, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_damaged_classifier_is_refused(fine_tuned, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(fine_tuned[0], workdir)

@@ -62,6 +62,7 @@ def read(records, order, *steps, num_workers=0, **shard):
     ]
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers():
     order, unreadable = BatchOrder(23, 4, seed=5), (0, 7, 8, 22)
     rows = order.batches(3, 9, size=9)
@@ -271,6 +272,7 @@ def test_a_run_counts_corrupt_files_once(streamed_config, damaged, tmp_path, cap
     assert re.search(r"- step \d+: training images: 1 unreadable so far", report)
 
 
+@pytest.mark.slow
 def test_a_failing_disk_is_reported_as_the_data_source(
     streamed_config, damaged, tmp_path, monkeypatch
 ):

@@ -169,6 +169,7 @@ def test_losses_without_labels_are_the_same_and_nothing_is_scored(
     assert "k-NN accuracy rose" not in report
 
 
+@pytest.mark.slow
 def test_the_explicit_kind_trains_the_same_too(labelled_run, shapes_folder, tmp_path):
     train.train_and_evaluate(make_tiny_config(f"images:{shapes_folder}"), tmp_path)
     assert metrics(tmp_path) == labelled_run
