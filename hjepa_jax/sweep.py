@@ -72,6 +72,8 @@ def main() -> None:
 
 def _named_rows(path: str) -> dict[str, Any]:
     """Returns the rows of the config file that `--rows` selects; one without a name if none."""
+    from hjepa_jax.training import sweep
+
     rows = runpy.run_path(path.partition(":")[0]).get("ROWS", {"": {}})
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
         raise InputError("--config", path, "must have ROWS of the form {NAME: {FIELD: VALUE}}")
@@ -80,7 +82,7 @@ def _named_rows(path: str) -> dict[str, Any]:
             raise InputError("--rows", name, f"must be some of {', '.join(rows)}")
     chosen = rows if _ROWS.value is None else {name: rows[name] for name in _ROWS.value}
     for name, changes in chosen.items():
-        if (start := changes.get("train.init_from")) in rows.keys() - chosen.keys():
+        if (start := changes.get(sweep.START)) in rows.keys() - chosen.keys():
             raise InputError(
                 "--rows", name, f"starts from the row {start}, which must be named too"
             )
@@ -97,12 +99,12 @@ def _rows(
     for field in fields:
         if fields.count(field) > 1 or any(field in changes for changes in named.values()):
             raise InputError("--vary", field, "is given twice, or is a field of the config's ROWS")
-    rows, start = {}, "train.init_from"
+    rows = {}
     for name, changes in named.items():
         for suffix, values in sweep.grid(varied).items():
             own = {**changes, **values}
-            if changes.get(start) in named:
-                own[start] = ",".join(filter(None, (changes[start], suffix)))
+            if (start := changes.get(sweep.START)) in named:
+                own[sweep.START] = ",".join(filter(None, (start, suffix)))
             rows[",".join(filter(None, (name, suffix)))] = own
     return rows
 

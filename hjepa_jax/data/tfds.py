@@ -6,7 +6,6 @@ without a message, so the host of the download must answer first.
 
 import contextlib
 import io
-import os
 import ssl
 import sys
 import threading
@@ -35,6 +34,7 @@ from hjepa_jax.data.tfds_info import (
     test_splits,
 )
 from hjepa_jax.errors import InputError, first_line
+from hjepa_jax.runtime.backend import quiet_tensorflow
 from hjepa_jax.runtime.user_cache import kept_arrays
 
 SMALL_DOWNLOAD_BYTES = 2**28  # the decoded images of a smaller download always fit into memory
@@ -276,8 +276,7 @@ def _read_encoded(builder: Any, name: str, count: int) -> list[bytes]:
 
 def _tensorflow() -> tuple[Any, Any]:
     """Returns TensorFlow and TFDS, imported on use and kept off the GPU."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no messages about the processor
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    quiet_tensorflow()
     import tensorflow as tf
     import tensorflow_datasets as tfds
 

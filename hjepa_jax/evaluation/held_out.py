@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 from jaxtyping import Int
 
-from hjepa_jax.config import build
+from hjepa_jax.config import Config, build
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import fingerprint
 from hjepa_jax.evaluation.features import POOLS
@@ -36,6 +36,11 @@ def fitted_and_scored(
     """
     fit, scored = hold_out(num_images, num_val=num_val)
     return np.sort(np.random.default_rng(0).permutation(fit)[:num_fit]), scored
+
+
+def data_name(config: Config) -> str:
+    """Returns the field `data` of rows on held-out images."""
+    return f"{config.eval.data or config.data.source}, training images"
 
 
 def held_out_rows(
@@ -69,7 +74,7 @@ def held_out_rows(
     fit, scored = (Split(train.images[rows], train.classes[rows]) for rows in parts)
     protocol = Protocol(pools=pools, num_val=config.eval.num_val, batch_size=config.eval.batch_size)
     encoders = {"target": state.target_params, "random_init": initial.target_params}
-    data, known = f"{source.name}, training images", None
+    data, known = data_name(config), None
     if baselines is not None:
         images = fingerprint(fit, test=scored)
         known = KnownRows(

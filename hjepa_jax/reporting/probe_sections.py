@@ -38,8 +38,8 @@ from hjepa_jax.reporting.image_figures import (
 from hjepa_jax.reporting.look import KNN_K
 from hjepa_jax.reporting.page import Section, escape, table
 from hjepa_jax.reporting.verdicts import num, pct
-from hjepa_jax.runs.logger import quiet_tensorflow
 from hjepa_jax.runs.scores import Row
+from hjepa_jax.runtime.backend import quiet_tensorflow
 
 NUM_FIRST, NUM_NEAREST = 3, 2  # images on the first screen, and neighbours of each
 _TITLES = {"knn": "k-NN"}  # titles of protocols that differ from their names

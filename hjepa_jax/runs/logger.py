@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from hjepa_jax.errors import InputError
 from hjepa_jax.runs.history import end_of_step
+from hjepa_jax.runtime.backend import quiet_tensorflow
 from hjepa_jax.runtime.names import encodable
 
 EVENTS = "events.out.tfevents."  # followed by seconds since 1970, host and process
@@ -121,12 +122,6 @@ class SilentLogger(RunLogger):
 
     def close(self) -> None:
         pass
-
-
-def quiet_tensorflow() -> None:
-    """Silences the messages of TensorFlow's import; to be called before it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a note on oneDNN at any level
 
 
 def load_writers() -> Any:

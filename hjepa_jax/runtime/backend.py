@@ -102,6 +102,12 @@ def current_rules() -> Rules:
     return _RULES.get(jax.default_backend().lower(), Rules())
 
 
+def quiet_tensorflow() -> None:
+    """Silences the messages of TensorFlow's import; to be called before it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a note on oneDNN at any level
+
+
 def initialise(create: Callable[..., Any], *args: Any, shardings: Any = None) -> Any:
     """Returns the compiled result of `create`, made on a device that can make parameters.
 

@@ -24,7 +24,7 @@ from hjepa_jax.config.defaults import differing_fields
 from hjepa_jax.config.fields import RULES, field_types
 from hjepa_jax.config.validation import validate
 from hjepa_jax.errors import InputError, first_line
-from hjepa_jax.evaluation.held_out import FILE, held_out_rows
+from hjepa_jax.evaluation.held_out import FILE, data_name, held_out_rows
 from hjepa_jax.evaluation.results import encoder_name
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta, read_saved
 from hjepa_jax.runs.history import read_history
@@ -45,6 +45,7 @@ from hjepa_jax.training.train import train_and_evaluate
 Changes = Mapping[str, Any]  # values by dotted field
 START = "train.init_from"  # in a sweep also the name of an earlier row
 ENCODERS, PROTOCOLS = ("target", "random_init", "pixels"), {"linear": "linear", "knn": "k-NN"}
+SCORED = tuple(itertools.product(PROTOCOLS, ENCODERS))
 POOL = "concat"  # the features that are scored
 NAME, SCORE = 28, 13  # characters of two kinds of columns
 
@@ -135,8 +136,7 @@ def state_of(member: Member, num_fit: int | None) -> str:
         return "holds another config"
     if steps < record.num_steps:
         return f"step {steps} of {record.num_steps}"
-    wanted = set(itertools.product(PROTOCOLS, ENCODERS))
-    return "done" if rows_of(member, num_fit).keys() == wanted else "to score"
+    return "done" if rows_of(member, num_fit).keys() == {*SCORED} else "to score"
 
 
 def rows_of(member: Member, num_fit: int | None) -> dict[tuple[str, str], Row]:
@@ -147,7 +147,7 @@ def rows_of(member: Member, num_fit: int | None) -> dict[tuple[str, str], Row]:
     config, newest = member.config, max(checkpoint_sizes(member.workdir), default=0)
     made_of = {
         "pool": POOL,
-        "data": f"{config.eval.data or config.data.source}, training images",
+        "data": data_name(config),
         "num_val": config.eval.num_val,
         "num_fit": num_fit,
     }
@@ -190,10 +190,7 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
             train_and_evaluate(member.config, member.workdir)
             baselines = member.workdir.parent / "baselines.json"
             held_out_rows(member.workdir, num_fit, pools=(POOL,), baselines=baselines)
-        except (
-            InputError,
-            RuntimeError,
-        ) as error:  # RuntimeError: the device has too little memory
+        except (InputError, RuntimeError) as error:  # the latter on too little device memory
             print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
             failed.append(name)
         jax.clear_caches()  # the next run has other programs
@@ -275,11 +272,7 @@ def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
 
 def write_csv(runs: Sequence[Member], num_fit: int | None, path: pathlib.Path) -> None:
     """Writes a line for each run: settings, scores, rank, speed, origin. All must be done."""
-    names = {
-        f"{protocol}_{encoder}": (protocol, encoder)
-        for protocol in PROTOCOLS
-        for encoder in ENCODERS
-    }
+    names = {"_".join(key): key for key in SCORED}
     heads = ["row", "seed", "settings", "num_fit", "step", *names, "effective_rank",
              "images_per_sec", "commit", "device", "workdir"]  # fmt: skip
     text = io.StringIO()

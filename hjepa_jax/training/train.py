@@ -258,10 +258,8 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
 
 def _training_images(parts: _Parts) -> Num[np.ndarray, "n H W C"]:
     """Returns the images to train on, larger than those for probes if crops are cut from them."""
-    source, images = parts.source, parts.train.images
-    if source.originals is None:
-        return images
-    return source.originals(parts.train)
+    originals = parts.source.originals
+    return parts.train.images if originals is None else originals(parts.train)
 
 
 def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow, Program | None]:
