@@ -53,8 +53,7 @@ install: $(VENV)/.dev  ## The environment of the tests; `make -j2 install instal
 install-jax050: $(VENV_JAX050)/.dev
 
 test-jax050: $(VENV_JAX050)/.dev  ## Tests that touch JAX, and all of tests/metal, with jax 0.5.0
-	$(VENV_JAX050)/bin/python $(PYTEST) -m "jax and not slow"
-	$(VENV_JAX050)/bin/python $(PYTEST) -m slow tests/metal
+	$(VENV_JAX050)/bin/python $(PYTEST) -m "jax and not slow or metal"
 
 test-exchange: $(VENV)/.dev  ## Tests against timm and transformers, which it installs (1 GB)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PINNED) -e ".[exchange]"

@@ -43,10 +43,10 @@ class Encoder:
       params: its parameters.
       image_size: side of its input images in pixels, or (height, width).
       batch_size: images per call of the encoder.
-      embed_fn: jitted `embed_fn(params, uint8 [B, S, S, 3])`.
+      embed_fn: jitted `embed_fn(params, images)`, for stored images [B, H, W, C].
       tokens_fn: the same for the tokens of the patches, {"tokens": [B, N, D]}.
-      config: of the run.
-      describe: makes `info`.
+      config: config of the run.
+      describe: returns the value of `info`.
       read_classifier: returns the fine-tuned parameters, the names of the classes, and a jitted
         function for {"logits": [B, classes]}; None if the encoder comes from a file.
       num_channels: C, channels of its input images.
@@ -69,7 +69,7 @@ class Encoder:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Sizes of the encoder, where it is from, and its scores."""
+        """Sizes, origin and scores of the encoder."""
         return self.describe()
 
     def feature_names(self) -> list[str]:
@@ -80,13 +80,13 @@ class Encoder:
     def embed(self, images: Any) -> Features:
         """Returns the features of images, one row per image, also for a single image.
 
-        Images of another size than the encoder's are resized (bicubic) to cover it, and cropped at
-        the centre.
+        Images of another size are resized (bicubic) to cover `image_size`, and cropped at the
+        centre.
 
         Args:
-          images: one image [H, W, 3] (grey: [H, W, 1] or [H, W]), a batch of images [B, H, W, 3]
+          images: one image [H, W, C] (grey: [H, W, 1] or [H, W]), a batch of images [B, H, W, C]
             (grey: [B, H, W, 1]), a path, or a list of arrays and paths of any size. Arrays are
-            uint8, or floats in [0, 1].
+            uint8, uint16 or float; floats must lie in [0, 1] if C is 3.
 
         Returns:
           `level_{l}` [B, D] for each level and, if the encoder has summary tokens, `summary`
@@ -112,16 +112,16 @@ class Encoder:
         return self.token_records(self._given(images), stop_at_error=True)[0]
 
     def predict(self, images: Any) -> tuple[list[str], Float[np.ndarray, "B classes"]]:
-        """Classifies images by the fine-tuned encoder and its head, of the newest fine-tuning.
+        """Classifies images with the encoder and head of the newest fine-tuning.
 
-        `hjepa probe --protocols=finetune` trains them and keeps them in the work directory.
+        `hjepa probe --protocols=finetune` trains both and stores them in the work directory.
 
         Args:
           images: see `embed`.
 
         Returns:
-          The name of the most likely class of each image, and the probabilities of all classes, in
-          the order of the class names.
+          The name of the most likely class of each image, and the probabilities of all classes in
+          the order of the labels.
 
         Raises:
           InputError: see `embed`, or if the run was not fine-tuned ("workdir").
@@ -130,7 +130,7 @@ class Encoder:
             rule = "is an encoder without a classifier; give the work directory of its fine-tuning"
             raise InputError("workdir", "", rule)
         params, names, classify = self.read_classifier()
-        found, _, _ = self._extract(classify, self._given(images), "", True, params)
+        found, _, _ = self._extract(classify, self._given(images), True, params)
         probabilities = softmax(found["logits"], axis=1)
         return [names[i] for i in probabilities.argmax(axis=1)], probabilities
 
@@ -146,33 +146,32 @@ class Encoder:
     ) -> tuple[Float[np.ndarray, "n gh gw D"], Int[np.ndarray, " n"], list[InputError]]:
         """Returns the same as `tokens`, for records; see `embed_records`."""
         assert self.tokens_fn is not None
-        found, rows, errors = self._extract(self.tokens_fn, records, "", stop_at_error)
+        found, rows, errors = self._extract(self.tokens_fn, records, stop_at_error)
         tokens = found["tokens"]
         return tokens.reshape(len(tokens), *grid_of(self.config), -1), rows, errors
 
     def embed_records(
-        self, records: Images, *, what: str = "", stop_at_error: bool = False
+        self, records: Images, *, stop_at_error: bool = False
     ) -> tuple[Features, Int[np.ndarray, " n"], list[InputError]]:
         """Returns the features of records, decoded in batches so that memory stays constant.
 
         Args:
           records: images of the encoder's size, with the pixels of the run.
-          what: title of a progress bar; "" for none.
           stop_at_error: whether an unreadable record is an error. If not, it is skipped.
 
         Returns:
           Features of the readable records, their rows, and the errors of the other records.
         """
-        return self._extract(self.embed_fn, records, what, stop_at_error)
+        return self._extract(self.embed_fn, records, stop_at_error)
 
     def _extract(
-        self, fn: EmbedFn, records: Images, what: str, stop_at_error: bool, params: Any = None
+        self, fn: EmbedFn, records: Images, stop_at_error: bool, params: Any = None
     ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " n"], list[InputError]]:
         decoded = Decoded(records, stop_at_error=stop_at_error)
-        # A small batch for few images. Powers of two, so that few programs are compiled.
+        # Few images need only a small batch. Powers of two limit the number of compiled programs.
         batch_size = min(self.batch_size, 2 ** (len(records) - 1).bit_length())
         params = self.params if params is None else params
-        features = extract_features(fn, params, decoded, batch_size=batch_size, what=what)
+        features = extract_features(fn, params, decoded, batch_size=batch_size)
         rows = np.setdiff1d(np.arange(len(records)), [*decoded.errors])
         if decoded.errors:
             features = {name: value[rows] for name, value in features.items()}
@@ -180,7 +179,7 @@ class Encoder:
 
 
 def exported_file(path: pathlib.Path) -> pathlib.Path | None:
-    """Returns the file of an encoder that `export` has made, given as file or folder, or None."""
+    """Returns the exported encoder file at `path`, a file or folder; None if there is none."""
     inside = path / "model.safetensors"
     return inside if inside.is_file() else path if path.is_file() else None
 
@@ -194,7 +193,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
       step: which checkpoint of a run: "last", "best" (by k-NN) or a number.
 
     Raises:
-      InputError: if the directory holds no run or no such checkpoint, or the file no encoder.
+      InputError: the directory holds no run or no such checkpoint, or the file is no encoder.
     """
     path = local_path("workdir", str(workdir))
     if exported := exported_file(path):

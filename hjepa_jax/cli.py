@@ -47,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
         fail(str(error))
     except BrokenPipeError:  # `... | head`; Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE, which Windows does not define
+        sys.exit(141)  # 128 + SIGPIPE; signal.SIGPIPE is missing on Windows
     except OSError as error:  # a full disk, too many open files: not a bug
         fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part))
     except KeyboardInterrupt:
@@ -63,7 +63,7 @@ def _start(main: Callable[[], None]) -> None:
 
 
 def define_platform() -> flags.FlagHolder[str | None]:
-    """Defines `--platform` for commands that read a run, maybe on another machine."""
+    """Defines `--platform` for commands that read a run, which may come from another machine."""
     return flags.DEFINE_string("platform", None, "Backend to use, or auto (default: the run's).")
 
 
@@ -101,7 +101,7 @@ def workdirs(values: list[str]) -> list[pathlib.Path]:
 
 
 def separated(flag: str, values: list[str]) -> list[str]:
-    """Returns single paths: a value with commas is a list, unless a file or folder has that name.
+    """Splits values at commas, unless a file or folder with the whole name exists.
 
     Raises:
       InputError: if a value is not a path.
@@ -161,7 +161,7 @@ class _Output(io.FileIO):
       required: whether a failure is an error (stdout), or is ignored (stderr).
     """
 
-    before = b""  # goes before the next output on the terminal, whether stdout or stderr
+    before = b""  # written before the next output on the terminal; shared by stdout and stderr
 
     def __init__(self, descriptor: int, *, required: bool):
         super().__init__(descriptor, "wb", closefd=False)
@@ -171,7 +171,7 @@ class _Output(io.FileIO):
         """See `io.RawIOBase.write`.
 
         Raises:
-          BrokenPipeError: if nobody reads a required output any more.
+          BrokenPipeError: if the reader of a required output is gone.
           InputError: if a required output cannot be written. A closed terminal is ignored: the
             system sends SIGHUP, and the run saves before it stops.
         """

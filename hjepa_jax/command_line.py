@@ -24,7 +24,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.hints import did_you_mean, flag_message, override_message
 from hjepa_jax.runtime.paths import expanded
 
-# Errors of config_flags, besides flags.Error, for overrides with an unknown field or bad literal.
+# Errors that config_flags raises, besides flags.Error, for an unknown field or a bad literal.
 CONFIG_FLAGS_ERRORS = (
     AttributeError, LookupError, ValueError, TypeError, RecursionError, MemoryError,
 )  # fmt: skip
@@ -44,14 +44,15 @@ def fail(message: str) -> NoReturn:
 def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Sets the flags in `values` from a command line; a bad flag ends the program.
 
-    Arguments without a flag are values of `--config`, or else of `--input`, or of `--workdir`.
+    Arguments without a flag are values of `--config`, `--input` or `--workdir`: the first of these
+    that the command has.
 
     Args:
       argv: the command line, starting with the program's name.
       values: the defined flags.
 
     Raises:
-      InputError: if a flag is given twice, or the config file cannot be used.
+      InputError: if a flag has two values, or the config file cannot be used.
     """
     for name in values:
         if isinstance(values[name].parser, ConfigFileFlagParser):
@@ -134,7 +135,7 @@ def _plain(default: Any) -> str:
 
 
 def _named(given: list[str], values: flags.FlagValues) -> list[str]:
-    """Returns the arguments, with the flag before each of those that have none."""
+    """Returns the arguments, with a flag added to each argument that has none."""
     owner = next((name for name in ("config", "input", "workdir") if name in values), None)
     named, is_value = [], False
     for argument in given:
@@ -235,7 +236,7 @@ def _load(file: str, argument: str) -> Any:
     spec = importlib.util.spec_from_file_location("config_config", file, loader=loader)
     assert spec is not None  # because the loader is given
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their module
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
         raise ValueError("it has no function get_config")
@@ -277,7 +278,7 @@ class _OrNone(flags.ArgumentParser):
 
 
 class _Tuple(flags.ArgumentParser):
-    """Reads a tuple. If a flag is given twice, the last value counts, unlike in config_flags."""
+    """Parses a tuple. If a flag is given twice, the last value counts, unlike in config_flags."""
 
     def parse(self, argument: Any) -> Any:
         """Returns the tuple; a default already is one."""
@@ -291,7 +292,7 @@ class _Tuple(flags.ArgumentParser):
 
 
 class _Amount(flags.ArgumentParser):
-    """Reads a whole number or a fraction, which `validate` checks."""
+    """Parses an integer or a fraction; `validate` checks the range."""
 
     syntactic_help = "a whole number or a fraction"
 
@@ -303,10 +304,10 @@ class _Amount(flags.ArgumentParser):
 
 
 class _Sides(_Tuple):
-    """Reads a whole number, or (height, width)."""
+    """Parses an integer, or (height, width)."""
 
     def parse(self, argument: Any) -> Any:
-        """Returns an int if the text is one, or two equal ones."""
+        """Returns an int for an integer, or for a tuple of two equal integers."""
         with contextlib.suppress(ValueError, TypeError):
             return int(argument)
         found = super().parse(argument)

@@ -9,7 +9,7 @@ class InputError(Exception):
     The commands print it as one line on stderr and exit with status 2.
 
     Args:
-      field: the name that the user knows the input by ("mask.scale", "--workdir").
+      field: name of the config field, flag or argument ("mask.scale", "--workdir").
       value: the value that was given.
       rule: the rule that the value breaks, in words.
 

@@ -31,10 +31,10 @@ from hjepa_jax.runtime.backend import select_platform
 from hjepa_jax.runtime.files import replacing
 from hjepa_jax.runtime.paths import local_path
 
-SHARD_ROWS = 1024  # at least, of a file that an interrupted command need not make again
+SHARD_ROWS = 1024  # smallest number of rows of a shard; an interrupted command keeps its shards
 NUM_QUERIES = 24  # images in the sheet of neighbours
 
-Piece = tuple[Labelled, range]  # some rows of a part, which become one shard
+Piece = tuple[Labelled, range]  # rows of a part that form one shard
 
 
 def write_features(
@@ -50,7 +50,7 @@ def write_features(
 ) -> Shapes:
     """Embeds all images of `inputs` and writes the features to `output`.
 
-    A second call continues after an interruption.
+    After an interruption, a second call continues the work.
 
     Args:
       workdir: the run's directory, or a file or folder from `hjepa_jax.export`.
@@ -59,7 +59,8 @@ def write_features(
       step: which checkpoint: "last", "best" (by k-NN) or a number.
       tokens: whether to write the tokens of all patches, too.
       features: names of the features to write, such as "level_0"; empty = all.
-      neighbours: K, if a sheet of some images and their K nearest is to be written beside `output`.
+      neighbours: K; a page with some images and their K nearest is written beside `output`. None =
+        no page.
       platform: backend to use; None = the run's.
 
     Returns:
@@ -116,7 +117,7 @@ def _not_writable(value: str, error: OSError) -> InputError:
 
 
 def _open(source: str, config: Config) -> Source:
-    """Opens a source like a run of this config, so that the test images are the same."""
+    """Opens a source as a run of this config does, so that the test images are the same."""
     is_folder = source.startswith(("folder:", "images:"))
     when = "always" if config.data.streaming == "always" and is_folder else "auto"
     streaming = dataclasses.replace(
@@ -136,7 +137,7 @@ def _open(source: str, config: Config) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some of the rows of images, in the shape that the encoder takes."""
+    """A range of rows of images, in the shape that the encoder takes."""
 
     images: Images
     rows: range
@@ -158,7 +159,7 @@ def _write(
     *,
     tokens: bool,
 ) -> Shapes:
-    """Makes the shards that are not there, then the file and the sheet."""
+    """Makes the missing shards, then the output file and the page of neighbours."""
     parts = inputs.parts
     shards = Shards(output, _made_from(encoder, parts, features, tokens))
     size = -(-SHARD_ROWS // encoder.batch_size) * encoder.batch_size
@@ -205,7 +206,7 @@ def _write_sheet(
     k: int,
 ) -> None:
     """Writes a page with some images and their k nearest by the cosine of the first feature."""
-    from hjepa_jax.reporting.neighbour_sheet import Shown, neighbour_sheet  # it takes matplotlib
+    from hjepa_jax.reporting.neighbour_sheet import Shown, neighbour_sheet  # imports matplotlib
 
     n, names = len(piece_of), shards.columns()
     column = features[0] if features else "summary" if "summary" in names else "level_0"
@@ -234,10 +235,10 @@ def _write_sheet(
 def _made_from(
     encoder: Encoder, parts: Sequence[Labelled], features: tuple[str, ...], tokens: bool
 ) -> dict[str, Any]:
-    """What the rows of a shard depend on."""
+    """Returns a description of everything that the rows of a shard depend on."""
     images = []
     for part in parts:
-        stamps = getattr(part.images, "stamps", None)  # not of arrays, whose content is at hand
+        stamps = getattr(part.images, "stamps", None)  # None for arrays, whose content is hashed
         items = getattr(part.images, "items", None)
         of_arrays = digest_arrays(items) if isinstance(items, np.ndarray) else ""
         of_files = hashlib.sha256(json.dumps(stamps()).encode()).hexdigest() if stamps else ""
@@ -249,7 +250,7 @@ def _made_from(
 def _embed(
     encoder: Encoder, part: Labelled, rows: range, features: tuple[str, ...], tokens: bool
 ) -> dict[str, np.ndarray]:
-    """The columns of a shard."""
+    """Returns the arrays of a shard by name."""
     images = _Rows(part.images, rows, encoder.image_shape)
     found, kept, errors = encoder.embed_records(images)
     arrays: dict[str, Any] = {name: found[name] for name in features or found}

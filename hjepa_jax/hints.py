@@ -1,4 +1,4 @@
-"""Messages on wrong flags and fields, with the name that the user means."""
+"""Messages about wrong flags and fields, with the name that the user probably means."""
 
 import difflib
 import re
@@ -29,7 +29,7 @@ def did_you_mean(prefix: str, near: Sequence[str]) -> str:
 
 
 def field_like(name: str) -> list[str]:
-    """Returns the field of a config that a user means by `name`, if there is one."""
+    """Returns the config field that a user probably means by `name`, in a list; [] if unknown."""
     known, last = config_types(), name.rpartition(".")[2].lower().replace("-", "_")
     if last in SYNONYMS:
         return [SYNONYMS[last]]
@@ -44,7 +44,7 @@ def field_like(name: str) -> list[str]:
 
 
 def flag_message(message: str, values: flags.FlagValues) -> str:
-    """Returns absl's message on a flag, with the rule for its value."""
+    """Returns a message of absl about a flag, completed by a hint or the rule for the value."""
     if unknown := re.match(r"Unknown command line flag '([^']+)'", message):
         name = unknown[1]
         hint = did_you_mean("--", difflib.get_close_matches(name, list(values), n=1))

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def dry_table(sizes: dict[str, Any]) -> str:
-    """Returns the sizes of a run as a table for people."""
+    """Returns the sizes of a run as a text table."""
     from hjepa_jax.runs.progress import format_table, sizes_table
 
     flops = sizes["flops_per_image"]

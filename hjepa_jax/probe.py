@@ -21,7 +21,8 @@ from hjepa_jax.config.fields import MAX_NUMBER
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.paths import expand_source, expanded
 
-# An ml_collections.ConfigDict. Importing the type would load JAX before the flags are checked.
+# An ml_collections.ConfigDict. Importing the type from hjepa_jax.config would load JAX before the
+# flags are checked.
 Config = Any
 
 _WORKDIR = cli.define_workdirs()

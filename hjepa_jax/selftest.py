@@ -28,7 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", "selftest.json", "The JSON file to write
 
 CONFIG = pathlib.Path(__file__).parent / "configs" / "cifar10_patches.py"
 
-# Float32 sums in another order differ in the sixth digit; gradients differ more.
+# Float32 sums in another order differ in the sixth digit. Gradients differ more.
 LOSS_TOLERANCE = 1e-4  # relative to the loss
 GRADIENT_TOLERANCE = 1e-3  # relative to the Euclidean norm of a parameter's gradient
 # The gradient of attention's key bias is zero except for rounding. Such a gradient is compared with
@@ -117,7 +117,7 @@ def self_test(config: Any, *, num_steps: int) -> dict[str, Any]:
     with jax.default_device(cpu):
         state = jax.jit(build.build_create_state(config, model, tx))()
 
-    # By default some accelerators multiply float32 numbers with 8 or 11 significant bits only.
+    # By default some accelerators multiply float32 numbers with only 8 or 11 significant bits.
     with jax.default_matmul_precision("highest"):
         expected, found = (
             run_step(config, train_step, *jax.device_put((state, images), d)) for d in (cpu, device)
@@ -152,7 +152,7 @@ def _measure(step: Any, state: Any, images: Any, num_steps: int) -> dict[str, fl
     from hjepa_jax.runs.progress import peak_memory_bytes
 
     (device,) = images.devices()
-    for _ in range(3):  # for compilation, and until the allocator has its final size
+    for _ in range(3):  # compiles, and lets the allocator reach its final size
         state, _ = step(state, images)
     jax.block_until_ready(state)
     before, started = peak_memory_bytes(device), time.perf_counter()
@@ -183,7 +183,8 @@ def run_step(config: Any, train_step: Any, state: Any, images: Any) -> StepResul
 
     masks = jax.jit(masks_of)(state.rng)
     new_state, outputs = jax.jit(train_step)(state, images)
-    # After one update, Adam's first moment is (1 - b1) times the gradient; Muon's momentum is it.
+    # After one update, Adam's first moment is (1 - b1) times the gradient, and Muon's momentum is
+    # the gradient.
     grads = {}
     for name, factor in (("mu", 1 - config.optim.b1), ("momentum", 1.0)):
         moment = optax.tree_utils.tree_get(new_state.opt_state, name)

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _named_rows(path: str) -> dict[str, Any]:
-    """Returns the rows of the config file that `--rows` selects; one without a name if none."""
+    """Returns the rows of the config file that `--rows` selects; without ROWS one unnamed row."""
     from hjepa_jax.training import sweep
 
     rows = runpy.run_path(path.partition(":")[0]).get("ROWS", {"": {}})
@@ -117,7 +117,7 @@ def _numbers(texts: list[str]) -> list[int]:
 
 
 def _values(text: str) -> tuple[str, list[Any]]:
-    """Returns the field and the values of "FIELD=V1,V2"; tuples stand in brackets."""
+    """Returns the field and the values of "FIELD=V1,V2"; tuples are written in parentheses."""
     field, _, values = text.partition("=")
     field = field.removeprefix("config.")
     if field not in (known := config_types()):

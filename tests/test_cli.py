@@ -113,7 +113,7 @@ def test_the_command_config_explains_every_field(run_module):
     result = run_module("hjepa_jax.show_config", "cifar10_tiny", "--config.optim.learning_rate=7.5")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert "* learning_rate           7.5           peak" in lines
+    assert "* learning_rate           7.5           peak, after the warm-up" in lines
     assert "  clip_norm               3.0           largest global gradient norm; 0 = no" in lines
     assert len([x for x in lines if re.match(r"[* ] \w", x)]) == len(
         flatten(base_config().to_dict())

@@ -3,7 +3,12 @@ import pytest
 
 from hjepa_jax.data.rows import spread_rows
 from hjepa_jax.errors import InputError
+from hjepa_jax.evaluation.knn import knn_probe
 from hjepa_jax.evaluation.labelled import choose, edge_note, hold_out
+from hjepa_jax.evaluation.linear import linear_probe
+from hjepa_jax.evaluation.lowshot import lowshot_probe
+
+X, Y = np.arange(24, dtype=np.float32).reshape(12, 2), np.arange(12) % 2
 
 
 def test_hold_out_is_a_sorted_partition_fixed_by_its_seed():
@@ -24,6 +29,21 @@ def test_hold_out_takes_a_fifth_of_a_small_set_at_most():
 def test_nothing_to_hold_out_is_refused():
     with pytest.raises(InputError, match=r"train_x='4 rows'.*at least 5"):
         hold_out(4, num_val=5000)
+
+
+@pytest.mark.parametrize("probe", [linear_probe, knn_probe, lowshot_probe])
+@pytest.mark.parametrize(
+    ("field", "arrays"),
+    [
+        ("train_x", (np.where(X > 22, np.nan, X), Y, X, Y)),
+        ("train_y", (X, Y[1:], X, Y)),
+        ("test_x", (X, Y, X[:, :1], Y)),
+        ("test_y", (X, Y, X, Y + 1)),
+    ],
+)
+def test_every_probe_refuses_arrays_that_do_not_fit_by_name(probe, field, arrays):
+    with pytest.raises(InputError, match=f"^{field}="):
+        probe(*arrays, num_classes=2)
 
 
 def test_spread_rows_reach_every_class():

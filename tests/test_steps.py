@@ -14,7 +14,7 @@ from hjepa_jax.masks.masks import gather_tokens
 from hjepa_jax.masks.samplers import MultiBlockMask
 from hjepa_jax.method import losses
 from hjepa_jax.method.embed import make_embed_fn
-from hjepa_jax.method.keys import batch_rng, image_rngs
+from hjepa_jax.method.keys import batch_rng, image_rngs, view_rngs
 from hjepa_jax.method.objective import Objective, loss_terms, weighted_sum
 from hjepa_jax.method.optimizer import make_optimizer
 from hjepa_jax.method.step import Method, StepOutputs, gradient, make_train_step
@@ -222,6 +222,17 @@ def test_every_image_has_keys_of_its_own_at_every_step():
     assert len(np.unique(flat, axis=0)) == 3 * 2 * 4
     # The keys of an image do not depend on how many images there are beside it.
     np.testing.assert_array_equal(image_rngs(rng, jnp.int32(1), 9)[0][:4], keys[1][0])
+
+
+def test_keys_are_those_of_older_versions():
+    """Other keys would continue an older run with draws that it has not had."""
+    fold, split = jax.random.fold_in, jax.random.split
+    rng, step, last = jax.random.PRNGKey(3), jnp.int32(5), 2_147_483_647
+    augment_rngs, mask_rngs = image_rngs(rng, step, 2)
+    own = split(fold(fold(rng, 5), 1))
+    np.testing.assert_array_equal([augment_rngs[1], mask_rngs[1]], own)
+    np.testing.assert_array_equal(batch_rng(rng, step), fold(fold(rng, 5), last))
+    np.testing.assert_array_equal(view_rngs(augment_rngs, 2)[1], fold(own[0], last - 1))
 
 
 def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():

@@ -13,6 +13,7 @@ import pathlib
 import jax
 import numpy as np
 
+from experiments.unseen import KS, whiten
 from hjepa_jax.config import build
 from hjepa_jax.evaluation.features import extract_features
 from hjepa_jax.evaluation.knn import knn_predict
@@ -20,14 +21,6 @@ from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.runs import run
 from hjepa_jax.runs.load import load_encoder
 from hjepa_jax.runs.workdir import load_config
-
-KS = (10, 20, 50, 100)
-
-
-def whiten(centred: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Centred features [n, D] with the covariance of the bank's, [m, D], taken out of them."""
-    variances, directions = np.linalg.eigh(np.cov(bank.T))
-    return centred @ directions / np.sqrt(variances + 1e-3 * variances.mean())
 
 
 def main() -> None:
@@ -48,7 +41,7 @@ def main() -> None:
     )
     for name, x in features.items():
         centred = x - x[: len(bank)].mean(axis=0)
-        whitened = whiten(centred, centred[: len(bank)])
+        whitened = np.concatenate(whiten(x[: len(bank)], x[len(bank) :]))
         for what, changed in (("as they are", x), ("centred", centred), ("whitened", whitened)):
             predicted = knn_predict(
                 changed[: len(bank)], train.labels[bank], changed[len(bank) :],

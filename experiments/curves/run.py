@@ -1,4 +1,4 @@
-"""Short runs, one healthy and three spoilt on purpose, for docs/reading-the-curves.md.
+"""Short runs, one healthy and five spoilt on purpose, for docs/reading-the-curves.md.
 
 python experiments/curves/run.py [--workdir=runs/curves]
 """
@@ -48,7 +48,7 @@ METRICS = {
 
 
 def short_config(data: str, overrides: dict[str, Any]) -> Config:
-    """Returns the config of a model a quarter the size of shapes_tiny, for 600 steps."""
+    """Returns the config of a model of two blocks, for 600 steps."""
     c = base_config()
     c.data.source, c.data.mean, c.data.std = data, (0.5,) * 3, (0.25,) * 3
     c.model.width, c.model.depth, c.model.num_heads = 48, 2, 3

@@ -26,7 +26,7 @@ def main() -> None:
     config = get_config()
     # Every second interval between log lines begins with pictures, whatever they take.
     config.train.num_steps, config.train.checkpoint_every_steps = 60, 60
-    config.log.every_steps, config.log.figures_every_epochs = 3, 6 / 312
+    config.log.every_steps, config.log.figures_every_epochs = 3, 6 / 78
     config.eval.every_epochs, config.eval.probe_at_end, config.log.report = 0.0, False, False
     config.parallel.cpu_devices = 1
     showcase.MAX_SHARE = math.inf

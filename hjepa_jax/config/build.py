@@ -1,4 +1,4 @@
-"""From a config to the parts of a run. Below this module nothing knows of configs."""
+"""Builds the parts of a run from its config. The folders below do not know configs."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ from hjepa_jax.runtime.backend import current_rules
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
-    """The length of a run, and its schedules as functions of the update's number, from 1."""
+    """The length of a run, and its schedules as functions of the number of the update, from 1."""
 
     steps_per_epoch: int
     num_steps: int
@@ -52,20 +52,19 @@ class Schedules:
 
     @property
     def numbers(self) -> tuple[Schedule, Schedule, Schedule]:
-        """Returns the schedules as a tree of arrays, the argument of a compiled program."""
+        """The schedules as a tree of arrays, which a compiled program takes as an argument."""
         return self.learning_rate_fn, self.weight_decay_fn, self.ema_momentum_fn
 
     def with_numbers(self, numbers: tuple[Schedule, Schedule, Schedule]) -> "Schedules":
-        """Returns these schedules with other numbers, which a program is given."""
+        """Returns a copy with other numbers, such as the arguments of a compiled program."""
         return Schedules(self.steps_per_epoch, self.num_steps, *numbers)
 
 
 def build_model(config: Config) -> HJEPA:
-    """Context encoder and predictor.
+    """Returns the networks.
 
     Raises:
-      InputError: for a `model.dtype` that the backend is not trusted with, or a grid that it cannot
-        mask.
+      InputError: the backend does not support `model.dtype`, or cannot mask a grid of this size.
     """
     c = config.model
     if c.dtype == "bfloat16" and not current_rules().bfloat16:
@@ -93,7 +92,7 @@ def build_model(config: Config) -> HJEPA:
         projection = Projection(*c.projection, precision=shared["precision"])
     objective = build_objective(config)
     levels = objective.levels
-    if pyramid and levels:  # a level of the pyramid is made of all levels above it
+    if pyramid and levels:  # each level of the pyramid depends on all levels above it
         levels = tuple(range(c.num_levels))
     return HJEPA(
         context_encoder=VisionTransformer(
@@ -130,16 +129,16 @@ def build_model(config: Config) -> HJEPA:
 
 
 def _precision(dtype: str) -> Precision:
-    """Operands of `dtype`; results of it too, or float32 where the backend is faster with that."""
+    """Returns the precision for `dtype`; results are float32 if the backend prefers that."""
     wide = current_rules().wide_results
     return Precision(jnp.dtype(dtype), jnp.dtype("float32" if wide else dtype))
 
 
 def build_masks(config: Config) -> MaskSampler:
-    """The mask sampler.
+    """Returns the mask sampler.
 
     Raises:
-      InputError: for masks that no block fits or that leave no context.
+      InputError: no block has the wanted area and aspect ratio, or no context remains.
     """
     c, num_levels = config.mask, config.model.num_levels
     shared: dict[str, Any] = {
@@ -159,7 +158,7 @@ def build_masks(config: Config) -> MaskSampler:
 
 
 def build_streaming(config: Config) -> Streaming:
-    """Whether the training set is streamed, and what of it."""
+    """Returns the settings of streaming."""
     c = config.data
     return Streaming(
         when=c.streaming,
@@ -170,7 +169,7 @@ def build_streaming(config: Config) -> Streaming:
 
 
 def build_augment(config: Config) -> Augment:
-    """The augmentation of training images."""
+    """Returns the augmentation of training images."""
     c = config.data
     return Augment(
         image_size=c.image_size,
@@ -194,7 +193,7 @@ def build_augment(config: Config) -> Augment:
 
 
 def build_local_views(config: Config) -> LocalViews | None:
-    """The local views: augmented like the masked view, except for crop and size."""
+    """Returns the local views: augmented like the masked view, except for crop and size."""
     c = config.data
     if not c.local_views:
         return None
@@ -207,7 +206,7 @@ def build_local_views(config: Config) -> LocalViews | None:
 
 
 def build_objective(config: Config) -> Objective:
-    """The terms of the loss and their weights."""
+    """Returns the terms of the loss and their weights."""
     c = config.loss
     level_weights = c.level_weights or (1.0,) * config.model.num_levels
     vicreg_weight = c.regularizer_weight if c.regularizer == "vicreg" else 0.0
@@ -231,10 +230,11 @@ def build_objective(config: Config) -> Objective:
 
 
 def build_schedules(config: Config, num_images: int) -> Schedules:
-    """Length and schedules for a training set of `num_images`.
+    """Returns length and schedules for a training set of `num_images`.
 
     Raises:
-      InputError: when the training set does not fill one batch, or the steps are too many to count.
+      InputError: the training set does not fill one batch, or there are more than `MAX_NUMBER`
+        steps.
     """
     c = config.optim
     steps_per_epoch = num_images // config.train.batch_size
@@ -276,7 +276,7 @@ def build_schedules(config: Config, num_images: int) -> Schedules:
 
 
 def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTransformation:
-    """AdamW, or Muon and AdamW, with the run's schedules."""
+    """Returns AdamW, or Muon with AdamW, with the schedules of the run."""
     return make_optimizer(
         learning_rate_fn=schedules.learning_rate_fn,
         weight_decay_fn=schedules.weight_decay_fn,
@@ -291,7 +291,7 @@ def build_optimizer(config: Config, schedules: Schedules) -> optax.GradientTrans
 def build_train_step(
     config: Config, model: HJEPA, tx: optax.GradientTransformation, schedules: Schedules
 ) -> TrainStep:
-    """The training step of this config."""
+    """Returns the training step of this config."""
     momentum_fn = None if config.model.target == "online" else schedules.ema_momentum_fn
     return make_train_step(build_method(config, model, tx, momentum_fn))
 
@@ -302,7 +302,7 @@ def build_method(
     tx: optax.GradientTransformation,
     ema_momentum_fn: optax.Schedule | None,
 ) -> Method:
-    """The parts of the training step of this config."""
+    """Returns the static parts of the training step of this config."""
     return Method(
         model=model,
         tx=tx,
@@ -316,7 +316,7 @@ def build_method(
 
 
 def build_preprocess(config: Config) -> Any:
-    """What evaluation does to stored images: resized and normalised, nothing random."""
+    """Returns the preprocessing of stored images for evaluation: resize and normalise."""
     c = config.data
     resize = functools.partial(
         resize_and_normalize, image_size=c.image_size, mean=tuple(c.mean), std=tuple(c.std)
@@ -332,13 +332,13 @@ def build_preprocess(config: Config) -> Any:
 
 
 def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
-    """`embed(encoder_params, uint8 images)` with this config's size and normalisation.
+    """Returns `embed(encoder_params, images)` with the image size and normalisation of the config.
 
-    For images as they are stored in a data set. `hjepa_jax.load(workdir).embed(images)` also takes
+    It takes images as a data set stores them. `hjepa_jax.load(workdir).embed(images)` also takes
     floats, files and images of any size, and checks them.
 
     Raises:
-      InputError: when the encoder has fewer than `num_layers` blocks ("--num_layers").
+      InputError: the encoder has fewer than `num_layers` blocks ("--num_layers").
     """
     depth = model.context_encoder.depth
     if not 1 <= num_layers <= depth:
@@ -347,15 +347,15 @@ def build_embed_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
 
 
 def build_embed_views_fn(config: Config, model: HJEPA, *, num_layers: int = 1) -> Any:
-    """`embed_views(encoder_params, uint8 images, keys)`: of images augmented as in training."""
+    """Returns `embed_views(encoder_params, images, keys)`: embeds augmented images."""
     augment = build_augment(config)
     return make_embed_fn(model, lambda images, rngs: augment(rngs, images), num_layers=num_layers)
 
 
 def build_tokens_fn(config: Config, model: HJEPA, *, dtype: str = "float16") -> Any:
-    """`embed_tokens(encoder_params, uint8 images)`: {"tokens": [B, N, D]} of type `dtype`.
+    """Returns `embed_tokens(encoder_params, images)`: {"tokens": [B, N, D]} of type `dtype`.
 
-    Without parameters (None) the tokens are the raw patches, normalised pixels, [B, N, P * P * C].
+    If `encoder_params` is None, the tokens are the patches of normalised pixels, [B, N, P * P * C].
     """
     preprocess = build_preprocess(config)
     apply: Any = model.apply
@@ -375,7 +375,7 @@ def build_tokens_fn(config: Config, model: HJEPA, *, dtype: str = "float16") -> 
 def build_create_state(
     config: Config, model: HJEPA, tx: optax.GradientTransformation
 ) -> Callable[[], TrainState]:
-    """A function, to jit, that makes the state at step 0 from `config.seed`."""
+    """Returns a function, to jit, that creates the state at step 0 from `config.seed`."""
     init_rng, train_rng = jax.random.split(jax.random.PRNGKey(config.seed))
     images = jnp.zeros((1, *pair(config.data.image_size), len(config.data.mean)))
     running = config.loss.agreement_weight and config.loss.spread_moment == "running"
@@ -391,9 +391,9 @@ def build_create_state(
 def initial_state(
     config: Config, model: HJEPA, schedules: Schedules, numbers: tuple[Schedule, Schedule, Schedule]
 ) -> TrainState:
-    """The state at step 0, to jit with `numbers` as arguments.
+    """Returns the state at step 0; to jit with `numbers` as arguments.
 
-    So runs with other rates or of another length have the same program.
+    So runs with other learning rates or another length share one program.
     """
     tx = build_optimizer(config, schedules.with_numbers(numbers))
     return build_create_state(config, model, tx)()

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, FieldReference
 from hjepa_jax.data.sides import AMOUNT, SIDES
 from hjepa_jax.errors import InputError
 
-# No number of a config lies beyond: steps are counted in int32.
+# Largest absolute value of a number in a config: steps are counted in int32.
 MAX_NUMBER = 2**31 - 1
 
 
@@ -34,13 +34,13 @@ RULES = {
 
 
 def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Checks that the fields are the fields of `defaults`, with the types that they have there.
+    """Checks that a config has exactly the fields of `defaults`, with their types.
 
-    Only an `AMOUNT` and a field that is None in `defaults` may be None. Rules that come after can
-    compare and count without a thought for what they are given.
+    Only an `AMOUNT` and a field that is None in `defaults` may be None. The rules that are checked
+    afterwards can rely on these types.
 
     Raises:
-      InputError: naming the first field that is not so.
+      InputError: naming the first field that breaks this rule.
     """
     expected, found = flatten(defaults.to_dict()), flatten(config.to_dict())
     for field in sorted(expected.keys() ^ found.keys()):
@@ -54,7 +54,7 @@ def check_types(config: ConfigDict, defaults: ConfigDict) -> None:
 
 
 def field_types(defaults: ConfigDict) -> dict[str, Any]:
-    """The type of each field by its dotted name; of one that is None, what else it may be."""
+    """Returns the type of each field by dotted name; for a None default, the type of its values."""
     types = {}
     for field in flatten(defaults.to_dict()):
         section, _, name = field.rpartition(".")
@@ -64,14 +64,14 @@ def field_types(defaults: ConfigDict) -> dict[str, Any]:
 
 def is_a(kind: Any, value: Any) -> bool:
     """Whether a field of type `kind` may hold `value`."""
-    if kind is tuple:  # the name of a schedule may be among the numbers
+    if kind is tuple:  # it may also contain strings: the name of a schedule
         return isinstance(value, tuple) and all(is_a(float, v) or is_a(str, v) for v in value)
     if kind == SIDES:
         numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
         return all(is_a(int, number) for number in numbers)
     if kind == AMOUNT:
         return value is None or is_a(int, value) or (is_a(float, value) and 0 < value < 1)
-    if kind in (int, float):  # bool is an int to Python, and not to us; NaN compares false
+    if kind in (int, float):  # bool is a subclass of int; NaN fails the comparison
         allowed = (int, float) if kind is float else int
         is_number = isinstance(value, allowed) and not isinstance(value, bool)
         return is_number and abs(value) <= MAX_NUMBER
@@ -87,6 +87,6 @@ def get_field(config: Any, field: str) -> Any:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """{"model": {"name": ...}} as {"model.name": ...}, with lists for tuples, as in JSON."""
+    """Returns {"model": {"name": ...}} as {"model.name": ...}; tuples become lists, as in JSON."""
     flat = traverse_util.flatten_dict(config, sep=".")
     return {name: list(x) if isinstance(x, tuple) else x for name, x in flat.items()}

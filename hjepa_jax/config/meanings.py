@@ -1,6 +1,6 @@
-"""Meaning of every field of a config, read from the comments in `defaults`.
+"""Reads the meaning of every config field from the comments in `defaults`.
 
-The pages of the site load this file by its path, so it imports the standard library alone.
+The build of the site loads this file by its path, so it imports only the standard library.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
-"""Sizes that follow the image: the grid, and counts that a config may give as fractions.
+"""Sizes that depend on the image: the grid, and counts that a config may give as fractions.
 
-A whole number is a count (or pixels). A float in (0, 1) is a fraction of the patches, or of the
-sides of the image.
+An integer is a count (or pixels). A float in (0, 1) is a fraction of the patches, or of the sides
+of the image.
 """
 
 from typing import Any
@@ -25,13 +25,13 @@ def local_sides(config: Any) -> tuple[int, int]:
 
 
 def num_local_patches(config: Any) -> int | None:
-    """Returns how many patches of a further crop the encoder sees; None = all."""
+    """Returns the number of patches of a further crop that the encoder sees; None = all."""
     height, width = local_sides(config)
     return _count(config.data.local_patches, height * width // config.model.patch_size**2)
 
 
 def num_context(config: Any) -> int | None:
-    """Returns how many context tokens are kept; None = the expected number."""
+    """Returns the number of context tokens; None = the expected number of visible patches."""
     rows, cols = grid_of(config)
     return _count(config.mask.num_context, rows * cols)
 
@@ -43,7 +43,7 @@ def _count(amount: float | None, total: int) -> int | None:
 
 
 def counts_of(config: Any) -> dict[str, Any]:
-    """Returns the fields that may be fractions, as counts and pixels."""
+    """Returns the fields that may be fractions, converted to counts and pixels."""
     return {
         "data.local_size": local_sides(config),
         "data.local_patches": num_local_patches(config),

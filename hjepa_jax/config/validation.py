@@ -1,7 +1,7 @@
-"""The rules of a config, checked before data or backend are touched.
+"""The rules of a config, checked before any data is read or the backend starts.
 
-`_FIELDS` has the rule of each field by itself. The functions below it yield the rules between
-fields. A new field needs a line in the table at least.
+`_FIELDS` has the rules of single fields. The functions below it yield the rules between fields. A
+new field needs at least an entry in the table.
 """
 
 import math
@@ -28,13 +28,13 @@ MAX_SIDE = 128  # patches
 
 
 class Rule(NamedTuple):
-    """What the value of a field must satisfy, and the words that say so."""
+    """A condition on the value of a field, and its text for error messages."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
-# Field, whether it satisfies a rule, and the words of the rule.
+# Field, whether it satisfies a rule, and the text of the rule.
 Relations = Iterator[tuple[str, bool, str]]
 
 
@@ -48,7 +48,7 @@ def validate(config: Config) -> None:
     for rule, fields in _FIELDS:
         for field in fields.split():
             value = get_field(config, field)
-            if value is not None and not rule.holds(value):  # None is a matter of types
+            if value is not None and not rule.holds(value):  # `check_types` decides about None
                 raise InputError(field, value, rule.words)
     for relations in (_data_relations, _model_relations, _mask_relations, _loss_relations):
         for field, holds, words in relations(config):
@@ -104,8 +104,8 @@ def _are_sizes(v: tuple[Any, ...]) -> bool:
     return len(v) == 2 and all(is_a(int, n) and 2 <= n <= 8192 for n in v)
 
 
-# Rules, and the fields that each holds for. Sizes end far above any use, and before what they size
-# would fill the memory.
+# Rules, and the fields that each applies to. The upper limits of sizes are far above practical
+# values, but below sizes that would fill the memory.
 _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of(*PLATFORMS), "platform"),
     (_one_of("auto", "always", "never"), "data.streaming"),
@@ -127,7 +127,7 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_at_least(1, at_most=8192), "model.width model.predictor_width model.patch_size"),
     (_at_least(1, at_most=256), "model.depth model.predictor_depth"),
     (_at_least(1, at_most=256), "model.num_heads model.predictor_num_heads"),
-    (_at_least(0.25, at_most=64), "model.mlp_ratio"),  # one unit for a width of 4
+    (_at_least(0.25, at_most=64), "model.mlp_ratio"),  # 0.25: one hidden unit at a width of 4
     (_at_least(1, at_most=16), "model.num_levels"),
     (_at_least(0, at_most=1024), "model.num_summary_tokens model.num_registers"),
     (_at_least(0, at_most=100), "model.layer_scale"),
@@ -159,20 +159,22 @@ _FIELDS: tuple[tuple[Rule, str], ...] = (
     (_one_of("adamw", "muon"), "optim.kind"),
     (Rule(_is_ema, _EMA), "optim.ema_momentum"),
     (_at_least(1, at_most=2**20), "optim.accumulation_steps train.batch_size"),
+    # The rows of all batches of a call are made at once.
     (
         _at_least(1, at_most=10_000),
         "train.steps_per_call",
-    ),  # made at once
+    ),
     (_POSITIVE, "train.num_epochs train.num_steps train.keep_checkpoints"),
     (_POSITIVE, "train.checkpoint_every_epochs train.checkpoint_every_steps"),
     (_POSITIVE, "mask.num_context eval.knn_bank_size eval.num_val log.every_steps"),
     (_one_of("warn", "stop", "ignore"), "train.on_collapse"),
-    (_at_least(1), "data.max_labelled parallel.fsdp"),  # run.build_run: it divides the devices
+    # runs.run also checks that parallel.fsdp divides the number of devices.
+    (_at_least(1), "data.max_labelled parallel.fsdp"),
 )
 
 
 def _agrees(c: Config) -> bool:
-    """Whether the views of an image agree in a projection."""
+    """Whether the loss compares the projections of views."""
     return c.loss.agreement_weight > 0
 
 
@@ -230,7 +232,7 @@ def _model_relations(c: Config) -> Relations:
     )
     plain = c.model.pyramid == "none"
     yield "model.pyramid", plain or c.model.num_levels > 1, "needs model.num_levels of at least 2"
-    # Through targets with a gradient it could learn to make all of them the same.
+    # If the targets had a gradient, the pyramid could learn to make all targets the same.
     yield "model.pyramid", plain or c.model.target == "ema", "needs model.target='ema'"
     held = c.loss.regularizer == "sigreg" and _regularizes(c) and c.loss.regularized != "summary"
     words = "needs loss.regularizer='sigreg' of the patches (loss.regularized: context or both)"

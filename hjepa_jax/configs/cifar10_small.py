@@ -1,8 +1,8 @@
-"""ViT-Small on CIFAR-10 at its native 32x32, patch 4, by the recipe of cifar10_tiny, 100 epochs.
+"""ViT-Small on CIFAR-10 at its native 32x32, patch 4, with the recipe of cifar10_tiny, 100 epochs.
 
   python -m hjepa_jax.main --config=configs/cifar10_small.py
 
-For a GPU. The longest run so far has one and a half epochs, three further views and VICReg
+For a GPU. The longest run so far had one and a half epochs, three further views and VICReg
 (experiments/cifar10_small).
 """
 

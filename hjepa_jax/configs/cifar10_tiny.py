@@ -1,15 +1,15 @@
-"""ViT-Tiny on CIFAR-10 at its native 32x32, patch 4: the documented entry.
+"""ViT-Tiny on CIFAR-10 at its native 32x32, patch 4: the config to begin with.
 
   python -m hjepa_jax.main --config=configs/cifar10_tiny.py
 
-Hidden patches are predicted as in `cifar10_patches`, and the views of an image agree: the masked
-view and seven further crops. The encoder sees a quarter of each crop. Views and colours follow a
-forerunner that was scored on held-out training images. Optimizer and rate follow runs of two
-epochs with half as many blocks (experiments/recipes). Batch size and loss weights were not
-compared.
+The loss predicts hidden patches as in `cifar10_patches`, and compares the views of an image: the
+masked view and seven further crops. The encoder sees a quarter of the patches of each crop. Views
+and colours come from an earlier recipe that was scored on held-out training images. Optimizer and
+learning rate come from runs of two epochs with half as many blocks (experiments/recipes). Batch
+size and loss weights were not compared.
 
-The longest run with AdamW has fifteen epochs (experiments/cifar10_tiny_agreement). The longest with
-Muon has four epochs, three further views and VICReg (experiments/cifar10_tiny_muon).
+The longest run with AdamW had fifteen epochs (experiments/cifar10_tiny_agreement). The longest run
+with Muon had four epochs, three further views and VICReg (experiments/cifar10_tiny_muon).
 """
 
 from hjepa_jax.config import Config
@@ -19,7 +19,7 @@ from hjepa_jax.configs import cifar10_patches
 def get_config() -> Config:
     c = cifar10_patches.get_config().unlock()
     c.data.local_views = 7
-    c.data.local_size = None  # as the image
+    c.data.local_size = None  # the size of the image
     c.data.local_patches = 0.25
     c.data.local_crop_scale = (0.3, 1.0)
     c.data.brightness = c.data.contrast = c.data.saturation = 0.4

@@ -2,9 +2,9 @@
 
   python -m hjepa_jax.main --config=configs/imagenet100_small.py
 
-ImageNet needs a licence: put its archives into the folder that tensorflow-datasets names if it does
-not find them. The first start reads all 1.28 million labels once, to find the classes. Not trained
-to its end yet.
+ImageNet needs a licence: put its archives into the folder that the error message of
+tensorflow-datasets names. The first start reads all 1.28 million labels once, to find the classes.
+No run has been completed yet.
 
 References:
   Tian et al. 2020, Contrastive multiview coding, arXiv 1906.05849 (the 100 classes).

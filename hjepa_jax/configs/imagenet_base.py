@@ -3,8 +3,8 @@
   python -m hjepa_jax.main --config=configs/imagenet_base.py
 
 Like imagenet100_small, with all 1.28 million training images. Probes use 50,000 labelled training
-images, chosen once by seed, and all 50,000 validation images: 15 GB of memory in each process. Not
-trained to its end yet.
+images, always the same, and all 50,000 validation images: 15 GB of memory in each process. No run
+has been completed yet.
 """
 
 from hjepa_jax.config import Config

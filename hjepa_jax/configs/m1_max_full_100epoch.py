@@ -13,7 +13,7 @@ def get_config() -> Config:
     c.model.num_levels = 3
     c.model.predictor_num_heads = 6
     # Scattered cells of 2x2 patches cover the 14x14 grid evenly at all three levels. Blocks of
-    # whole level-2 cells, 4x4 patches, would have one shape and nine places.
+    # whole level-2 cells (4x4 patches) would have only one shape and nine positions.
     c.mask.kind = "random"
     c.mask.align_level = 1
     c.mask.scale = (0.5, 0.65)

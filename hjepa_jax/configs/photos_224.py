@@ -1,4 +1,4 @@
-"""ViT-Small/16 on your own images at 224x224, by the recipe of photos_96.
+"""ViT-Small/16 on your own images at 224x224, with the recipe of photos_96.
 
   python -m hjepa_jax.main --config=configs/photos_224.py --config.data.source=folder:photos
 

@@ -1,10 +1,10 @@
-"""ViT-Small on your own images at 96x96, patch 8, by the recipe of cifar10_small.
+"""ViT-Small on your own images at 96x96, patch 8, with the recipe of cifar10_small.
 
   python -m hjepa_jax.main --config=configs/photos_96.py --config.data.source=folder:photos
 
-For photos with one subject and few details. Most sizes follow `data.image_size`, which may also be
-(height, width): 144 patches; the encoder sees 36 of each view. The recipe was chosen on
-CIFAR-10 (experiments/recipes). No run on photos has been made yet.
+For photos with one subject and few details. There are 144 patches, and the encoder sees 36 of each
+view. Most sizes follow `data.image_size`, which may also be (height, width). The recipe was chosen
+on CIFAR-10 (experiments/recipes). No run on photos has been made yet.
 """
 
 from hjepa_jax.config import Config

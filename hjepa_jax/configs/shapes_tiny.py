@@ -2,9 +2,9 @@
 
   python -m hjepa_jax.main --config=configs/shapes_tiny.py
 
-Hidden patches are predicted, and the views of an image agree: the masked one, the whole one and
-three small crops, which show other copies of the same shape. experiments/shapes_tiny has the
-scores of three seeds, and the settings that were tried.
+The loss predicts hidden patches, and compares the views of an image: the masked view and three
+small crops, which show other copies of the same shape. experiments/shapes_tiny has the scores of
+three seeds, and the settings that were tried.
 """
 
 from hjepa_jax.config import Config, base_config
@@ -18,7 +18,7 @@ def get_config() -> Config:
     c.data.local_views = 3
     c.data.local_size = 0.5
     c.data.local_crop_scale = (0.2, 0.5)
-    # Colour and polarity belong to an image, not to its class.
+    # Colour and polarity (light on dark or dark on light) do not depend on the class.
     c.data.brightness = c.data.contrast = c.data.saturation = 0.4
     c.data.grayscale = 0.8
     c.data.solarize = 0.5

@@ -1,8 +1,8 @@
-"""ViT-Small on STL-10 at 96x96, patch 8: its 100,000 images without labels are streamed.
+"""ViT-Small on STL-10 at 96x96, patch 8: trains on its 100,000 unlabelled images, streamed.
 
   python -m hjepa_jax.main --config=configs/stl10_small.py
 
-Probes see its 5,000 labelled training and 8,000 test images. Not trained to its end yet.
+Probes use its 5,000 labelled training images and 8,000 test images. No run has been completed yet.
 """
 
 from hjepa_jax.config import Config, base_config

@@ -1,6 +1,6 @@
 """Augmentation on the device, inside jit: stored images in, normalised float32 images out.
 
-One key per image decides everything about its view, so the split of a batch does not matter.
+The view of an image depends only on the image and its key, not on the other images of the batch.
 
 References:
   Chen et al. 2020, arXiv 2002.05709, appendix A (random resized crop, jitter, grayscale, blur).
@@ -24,7 +24,7 @@ from hjepa_jax.data.crop import (
 from hjepa_jax.data.pixels import full_scale
 from hjepa_jax.data.sides import Sides, pair
 
-# ITU-R BT.601 luma, what grayscale and saturation refer to.
+# Weights of ITU-R BT.601 luma, which grayscale, contrast and saturation use.
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -35,21 +35,22 @@ class Augment:
     Attributes:
       image_size: side of the result, pixels, or height and width.
       mean, std: per-channel statistics of pixels in [0, 1] to normalise with.
-      crop_scale: area of the crop, fraction of the largest central box of the image with the
-        shape of the result (uniform); (1, 1) keeps that box. See `reduced_sides`.
-      crop_ratio: width / height of the crop, relative to the result's (log-uniform among those
-        with which it fits; the next that fits, where none of them does).
+      crop_scale: area of the crop (uniform), as a fraction of the largest central box of the image
+        with the shape of the result; (1, 1) keeps that box. See `reduced_sides`.
+      crop_ratio: width / height of the crop, relative to the result's. Log-uniform among the ratios
+        of this range for which the crop fits; if there is none, the nearest ratio that fits.
       horizontal_flip: probability of a left-right flip.
       vertical_flip: probability of an upside-down flip.
-      brightness, contrast, saturation: s draws the factor uniformly from [1 - s, 1 + s].
-      hue: h draws the shift uniformly from [-h, h], as a fraction of the colour circle.
-      jitter_probability: probability of these four, all or none.
-      grayscale: probability of dropping the colour.
+      brightness, contrast, saturation: s of a factor that is uniform in [1 - s, 1 + s].
+      hue: h of a shift that is uniform in [-h, h], as a fraction of the colour circle.
+      jitter_probability: probability of these four changes, all or none.
+      grayscale: probability of removing the colour.
       blur: probability of a Gaussian blur.
-      blur_sigma: its standard deviation in pixels (uniform).
-      solarize: probability of inverting the pixels that are not below half brightness.
-      reduced_sides: crops of images with other sides than these are cut from the whole image, as
-        torchvision's RandomResizedCrop does; None = from the central box of any image.
+      blur_sigma: range of its standard deviation in pixels (uniform).
+      solarize: probability of inverting the pixels of 0.5 and above.
+      reduced_sides: images with other sides than these are larger originals. Their crops are cut
+        from the whole image, as in torchvision's RandomResizedCrop. None = all crops are cut from
+        the central box.
     """
 
     image_size: Sides
@@ -129,10 +130,10 @@ def resize_and_normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "B S T C"]:
-    """Returns what evaluation sees: the central box, resized and normalised, nothing random.
+    """Returns images prepared for evaluation: the central box, resized and normalised.
 
-    The filter is the same as for image files (`hjepa_jax.data.base.fitted`). So a picture has the
-    same features, to the rounding of its pixels, as a file and as a row of an array.
+    The filter is the same as for image files (`hjepa_jax.data.base.fitted`). So an image has the
+    same features as a file and as a row of an array, up to the rounding of its pixels.
     """
     scale, bounded = full_scale(images.dtype), images.dtype != jnp.float32
     resize_all = jax.vmap(lambda image: resize(image / scale, image_size, bounded=bounded))
@@ -153,11 +154,12 @@ def luma(image: Float[Array, "H W C"]) -> Float[Array, "H W 1"]:
 
 
 def shift_hue(image: Float[Array, "H W C"], shift: Array | float) -> Float[Array, "H W C"]:
-    """Turns the colour circle by `shift`, a fraction of it; value and saturation stay.
+    """Shifts the hue by `shift`, a fraction of the colour circle. Value and saturation stay.
 
     References:
-      Smith 1978, "Color gamut transform pairs" (HSV). The way back is the formula without cases:
-      channel n is v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1.
+      Smith 1978, "Color gamut transform pairs" (HSV). The conversion back to RGB uses the formula
+      without cases: channel n is v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, for
+      n = 5, 3, 1.
     """
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
     value, low = jnp.max(image, axis=-1), jnp.min(image, axis=-1)
@@ -177,7 +179,7 @@ def shift_hue(image: Float[Array, "H W C"], shift: Array | float) -> Float[Array
 def gaussian_blur(image: Float[Array, "S T C"], sigma: Array | float) -> Float[Array, "S T C"]:
     """Convolves with a Gaussian of standard deviation `sigma`, in pixels.
 
-    At the border the weights of the pixels that there are make up 1.
+    At the border the weights of the existing pixels are scaled to a sum of 1.
     """
 
     def weights(size: int) -> Float[Array, "S S"]:

@@ -20,7 +20,7 @@ MAX_RESIDENT_BYTES = 8 * 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Decoded images of one split, their labels (None = none), and their file names if any."""
+    """Decoded images of one split, their labels (None = no labels), and their file names if any."""
 
     images: Num[np.ndarray, "n H W C"]
     labels: Int32[np.ndarray, " n"] | None
@@ -28,7 +28,7 @@ class Split:
 
     @property
     def classes(self) -> Int32[np.ndarray, " n"]:
-        """Returns the labels of a split that has some."""
+        """The labels of a split that is known to have labels."""
         assert self.labels is not None
         return self.labels
 
@@ -54,7 +54,7 @@ class SourceInfo:
 
     @property
     def image_bytes(self) -> int:
-        """Returns the bytes of one image."""
+        """Bytes of one image."""
         return math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
 
 
@@ -66,13 +66,13 @@ class Source:
       name: value of `data.source`.
       info: see `SourceInfo`.
       load: decodes and returns (train, test). A streamed source returns only the images for probes.
-      records: training images of a streamed source, larger than those of `load` if crops are cut
-        from originals; None if all images are in memory.
-      parts: the images of `load` one by one, in the order of the source: training and test images.
-        If `load` draws the test images, there is one part (two of a streamed folder). If there are
-        none, use `load`. Not to be used after `load`, which may put arrays in another order.
+      records: training images of a streamed source, larger than the images of `load` if crops are
+        cut from originals; None if all images are in memory.
+      parts: the images of `load` one by one, in the order of the source: training images, then test
+        images. There is one part if `load` draws the test images (two for a streamed folder). If
+        empty, use `load`. Not to be used after `load`, which may reorder the arrays in place.
       usage: one line for the user: which images are used, which are not, and why.
-      stored: (H, W) of the images of `originals`; None = as those of `load`.
+      stored: (H, W) of the images of `originals`; None = as in `load`.
       originals: decodes the images of `load()[0]` again, to cut crops from them; None if the run
         trains on `load()[0]` or on `records`.
     """
@@ -114,7 +114,7 @@ def check_size(source: str, shape: tuple[int, ...], itemsize: int = 1) -> None:
 
 
 def check_memory(source: str, num_bytes: int) -> None:
-    """Refuses data that does not fit the host's free memory, before it is read."""
+    """Refuses data that exceeds the free memory of the host, before it is read."""
     available = available_bytes()
     if available is not None and num_bytes > available:
         needed, there = (f"{size / 2**30:.1f} GiB" for size in (num_bytes, available))

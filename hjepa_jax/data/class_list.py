@@ -16,10 +16,10 @@ def find_class_list(path: str) -> Path:
 
 
 def resolve_class_list(config: Any, config_file: str) -> None:
-    """Makes the path of a list absolute if the list lies beside the config's file.
+    """Makes the path of a list absolute if the list is in the folder of the config file.
 
-    A list in the current folder has precedence. The package comes last: a user's own list may have
-    the name of a shipped one.
+    A list in the current folder has precedence. `find_class_list` tries the package last, because a
+    user's own list may have the name of a shipped one.
     """
     path = config.get("data", {}).get("class_list")
     if isinstance(path, str) and not Path(path).expanduser().exists():

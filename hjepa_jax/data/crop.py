@@ -1,4 +1,4 @@
-"""Random boxes of images, and their resizing: separable interpolation, as two matrix products."""
+"""Random crops of images, resized by separable interpolation: two matrix products."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from hjepa_jax.data.sides import Sides, pair
 
-CROP_TRIES = 10  # as torchvision
+CROP_TRIES = 10  # the same number as torchvision
 
 
 def crop_and_resize(
@@ -21,10 +21,11 @@ def crop_and_resize(
     *,
     size: Sides,
 ) -> Float[Array, "S T C"]:
-    """Cuts a box (pixels, fractions allowed) out of the image and resizes it to `size`.
+    """Cuts a box (in pixels, fractions allowed) out of the image and resizes it to `size`.
 
-    Linear interpolation, antialiased where the box shrinks: of a whole image the same as
-    `jax.image.resize(..., "linear")`. At the border of the box the pixels beyond it take part.
+    Linear interpolation, antialiased if the box shrinks. For a box that is the whole image the
+    result equals `jax.image.resize(..., "linear")`. At the border of the box the interpolation also
+    uses pixels outside of it.
     """
     num_rows, num_cols = pair(size)
     rows = _resize_matrix(top, height, image.shape[0], num_rows)
@@ -35,9 +36,13 @@ def crop_and_resize(
 def resize(
     image: Float[Array, "H W C"], size: Sides, *, bounded: bool = True
 ) -> Float[Array, "S T C"]:
-    """Returns the central box of the image at another size; untouched if it has that size.
+    """Returns the largest central box of the image, resized; the image itself if it has that size.
 
-    `bounded`: whether pixels lie in [0, 1], as integers do.
+    Args:
+      image: the image.
+      size: pixels per side of the result, or height and width.
+      bounded: whether pixels lie in [0, 1], as pixels of integer types do; the result is then
+        clipped to [0, 1].
     """
     sides = image.shape[:2]
     if sides == pair(size):
@@ -49,7 +54,7 @@ def resize(
             (top, left), box, sides, pair(size), strict=True
         )
     )
-    # The cubic filter overshoots. Pillow clips after each of its two passes, the first along rows.
+    # The cubic filter overshoots. Pillow clips after each of its two passes, first along rows.
     clip = functools.partial(jnp.clip, min=0.0, max=1.0) if bounded else lambda x: x
     wide = clip(jnp.matmul(cols[None], image, precision="highest"))
     high = clip(jnp.matmul(rows, wide.reshape(sides[0], -1), precision="highest"))
@@ -59,8 +64,8 @@ def resize(
 def centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float, float]:
     """Returns height, width, top and left of the largest central box of the shape of `size`.
 
-    The same as `hjepa_jax.data.base.fitted` cuts out of an image file: the model never sees an
-    image that is squashed.
+    `hjepa_jax.data.base.fitted` cuts the same box out of an image file. So no image is ever
+    distorted.
     """
     (height, width), (rows, cols) = sides, pair(size)
     if height * cols > width * rows:
@@ -73,10 +78,10 @@ def centre_box(sides: tuple[int, ...], size: Sides) -> tuple[float, float, float
 def _resize_matrix(
     start: Array | float, length: Array | float, num_pixels: int, size: int, *, cubic: bool = False
 ) -> Float[Array, "S H"]:
-    """Row i holds the weights with which the pixels make up pixel i of the result.
+    """Returns the interpolation weights: row i has the weights of pixel i of the result.
 
-    The filter is linear, or cubic as Pillow's (Keys 1981, "Cubic convolution interpolation for
-    digital image processing", equation 15: a = -1/2). Both are widened where the image shrinks.
+    The filter is linear, or cubic as in Pillow (Keys 1981, "Cubic convolution interpolation for
+    digital image processing", equation 15: a = -1/2). Both are widened if the image shrinks.
     """
     stride = length / size
     center = (jnp.arange(size) + 0.5) * stride + start - 0.5
@@ -94,7 +99,7 @@ def _resize_matrix(
 def along_both(
     rows: Float[Array, "S H"], cols: Float[Array, "T W"], image: Float[Array, "H W C"]
 ) -> Float[Array, "S T C"]:
-    """Weighted sums of rows, then of columns, in float32 whatever the backend's default is."""
+    """Applies weights to the rows, then to the columns, in float32 on every backend."""
     h, w, c = image.shape
     x = jnp.matmul(rows, image.reshape(h, w * c), precision="highest").reshape(len(rows), w, c)
     return jnp.matmul(cols[None], x, precision="highest")
@@ -107,10 +112,10 @@ def sample_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Array, Array, Array, Array]:
-    """Top, left, height and width of a random box inside a larger one, in pixels."""
+    """Returns top, left, height and width of a random box inside a larger one, in pixels."""
     area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
     area = jax.random.uniform(area_rng, minval=scale[0], maxval=scale[1]) * height * width
-    # Boxes of this area fit from the one as high as the larger box to the one as wide.
+    # A box of this area fits if its ratio is between the ratios of the highest and the widest box.
     low, high = jnp.clip(jnp.array(ratio) * (width / height), area / height**2, width**2 / area)
     u = jax.random.uniform(ratio_rng)
     aspect = jnp.exp(jnp.log(low) + u * (jnp.log(high) - jnp.log(low)))
@@ -124,18 +129,18 @@ def sample_crop(
 def sample_whole_crop(
     rng: Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, ...]
 ) -> tuple[Array, Array, Array, Array]:
-    """Top, left, height and width of a random box, as torchvision's RandomResizedCrop draws it.
+    """Returns top, left, height and width of a random box, as torchvision's RandomResizedCrop.
 
     Area (uniform) and aspect ratio (log-uniform) are drawn together until the box fits, at most
-    `CROP_TRIES` times; then the box is the largest central one with an allowed ratio. Sides are not
-    rounded to pixels.
+    `CROP_TRIES` times. If none fits, the box is the largest central one with an allowed ratio.
+    Sides are not rounded to whole pixels.
 
     Args:
       rng: key of the image.
-      height: of the image, pixels.
-      width: of the image, pixels.
-      scale: area of the box, fraction of the image.
-      ratio: width / height of the box.
+      height: height of the image, pixels.
+      width: width of the image, pixels.
+      scale: smallest and largest area of the box, fraction of the image.
+      ratio: smallest and largest width / height of the box.
     """
     area_rng, ratio_rng, top_rng, left_rng = jax.random.split(rng, 4)
     tries = (CROP_TRIES,)

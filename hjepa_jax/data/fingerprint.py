@@ -1,4 +1,4 @@
-"""Fingerprints of data: equal for equal data, different if one byte differs.
+"""Fingerprints of data: equal for equal data, different if one byte in memory differs.
 
     fingerprint(train)                  # "all-0f3c...": every byte in memory
     fingerprint(train, source.records)  # "all-9b71...-52aa...": also the streamed files
@@ -15,8 +15,8 @@ from jaxtyping import Shaped
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.records import Records, read_or_next
 
-# Prefix of fingerprints of every byte. Older versions hashed a sample and wrote no prefix: such a
-# fingerprint proves nothing, and is never compared.
+# Prefix of fingerprints that cover every byte. Older versions hashed a sample and wrote no prefix.
+# Such a fingerprint proves nothing and is never compared.
 MARK = "all-"
 NUM_DIGITS = 16
 CHUNK_BYTES = 2**24  # bytes hashed at a time; copied if the array is not contiguous
@@ -50,7 +50,7 @@ def fingerprint(train: Split, records: Records | None = None, *, test: Split | N
 
 
 def content(data: str) -> str:
-    """Returns the part of a fingerprint that a copy of the same files shares: without times."""
+    """Returns a fingerprint without modification times: equal for copies of the same files."""
     return data[: len(MARK) + NUM_DIGITS]
 
 
@@ -94,8 +94,7 @@ def why_redrawn(source: str, old: object, new: object) -> str:
 def digest_arrays(*arrays: Shaped[np.ndarray, "..."]) -> str:
     """Returns 16 hexadecimal digits over types, shapes and every byte of the arrays.
 
-    Threads hash chunks by SHA-256, for which many processors have instructions. On one core of such
-    a processor it did 1.8 GB/s, twice the speed of BLAKE2b.
+    Threads hash chunks by SHA-256, for which many processors have special instructions.
     """
     whole = hashlib.sha256()
     with ThreadPoolExecutor() as pool:

@@ -47,7 +47,7 @@ class FolderRecords:
     files: list[str]
     image_size: Sides
     kind: Kind = RGB
-    num_channels: int = 3  # more than in the files, if they are grey
+    num_channels: int = 3  # grey values are repeated if the files have one channel
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -61,7 +61,7 @@ class FolderRecords:
         return with_channels(image[None], self.num_channels)[0]
 
     def stamps(self) -> list[tuple[str, int, int]]:
-        ends = (min(self.files), max(self.files))  # the path that these two share, all share
+        ends = (min(self.files), max(self.files))  # their common folder is common to all files
         shared = len(os.path.commonpath([os.path.dirname(path) for path in ends]))
         return stamps_of(self.files, [path[shared:] for path in self.files])
 
@@ -115,7 +115,7 @@ def open_folder(
     def originals(train: Split) -> Num[np.ndarray, "n H W C"]:
         files = dict(zip(whole.names(listing.top), whole.files, strict=True))
         images, _, errors = read_all(originals_of(files=[files[name] for name in train.names]))
-        if errors:  # it could be read before
+        if errors:  # a file that was readable before
             raise errors[0]
         return images
 
@@ -132,7 +132,7 @@ def open_folder(
 def records_of_files(
     source: str, files: list[str], image_size: Sides, num_channels: int | None
 ) -> tuple[FolderRecords, list[tuple[int, int]]]:
-    """Returns the records of image files, and the (H, W) of some. The most frequent kind decides.
+    """Returns the records of image files, of their most frequent kind, and the (H, W) of some.
 
     Raises:
       InputError: they have another number of channels than `num_channels`; see `channels_of`.

@@ -162,7 +162,7 @@ class _Lister:
         return []
 
     def _is_flat_split(self, folders: list[Folder], tests: list[Folder]) -> bool:
-        """Returns whether folders without class folders are splits: `train` may be a class."""
+        """Returns whether folders without class folders are splits; `train` may also be a class."""
         if self.labelled:
             return all(split_role(folder.name) for folder in folders)
         return len(folders) == 1 or any(map(holds_images, tests))
@@ -201,7 +201,7 @@ class _Lister:
         return Listing(tuple(names), paths, np.array(labels, np.int32))
 
     def _check_is_class(self, folder: Folder) -> None:
-        """Refuses a folder of splits beside class folders: it would become one class."""
+        """Refuses a split, or a folder of splits, beside class folders: it would become a class."""
         inside = sub_folders(folder)
         if not inside or has_images(folder):
             return
@@ -278,7 +278,7 @@ class _Lister:
         return RUN if own or is_run(entry.path) else ""
 
     def _drop_folder(self, folder: Folder, used: list[Folder]) -> None:
-        """Drops a folder beside the used splits; the reason gives its number of files."""
+        """Drops a folder next to the used splits; the reason states its number of files."""
         count = sum(len(names) for _, _, names in os.walk(folder.path))
         names = " and ".join(f"{escaped(each.name)}/" for each in used)
         files = f"{count} file{'s' if count != 1 else ''}"

@@ -1,4 +1,4 @@
-"""A folder on the way through a data set, and what it holds."""
+"""A folder that is visited in a data set, and questions about its content."""
 
 import os
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Folder(NamedTuple):
 
 
 def of_role(folders: list[Folder], role: str) -> list[Folder]:
-    """Returns the folders with this role: `train` before `Train` before `train_images`."""
+    """Returns the folders with this role, best name first: `train`, `Train`, `train_images`."""
     ranked = []
     for folder in folders:
         found = split_role(folder.name)
@@ -27,7 +27,7 @@ def of_role(folders: list[Folder], role: str) -> list[Folder]:
 
 
 def is_split(train: Folder, folders: list[Folder], tests: list[Folder]) -> bool:
-    """Returns whether `train` is a split: it may be a class, beside "car" and "plane"."""
+    """Returns whether `train` is a split. It may also be a class, beside "car" and "plane"."""
     return len(folders) == 1 or any(map(sub_folders, tests)) or not has_images(train)
 
 

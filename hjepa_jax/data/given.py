@@ -1,7 +1,7 @@
 """Images that a user passes, converted to the form that an encoder takes.
 
-Files and arrays take one path: upright, resized to cover the size (bicubic), centre crop. So the
-features of a photo do not depend on how it is passed.
+Files and arrays are treated alike: rotated upright (files), resized to cover the size (bicubic),
+centre crop. So the features of a photo do not depend on how it is passed.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class GivenImages:
         path = next(each for each in self.items if isinstance(each, str | os.PathLike))
         try:
             return kind_of(os.path.expanduser(path), self.num_channels)
-        except Exception:  # reading it later tells what is wrong
+        except Exception:  # `read` reports the error
             return RGB
 
 
@@ -83,12 +83,12 @@ def parts_of(*splits: Split) -> tuple[Labelled, ...]:
 
 
 def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:
-    """Returns a sequence of single images, of `num_channels` channels or grey.
+    """Returns a sequence of single images that are grey or have `num_channels` channels.
 
     `images` is an array of one image or of a batch, a path, or a list or tuple of arrays and paths.
 
     Raises:
-      InputError: for anything else ("images").
+      InputError: `images` is anything else ("images").
     """
     if isinstance(images, str | os.PathLike):
         return [images]
@@ -103,17 +103,18 @@ def images_of(images: Any, num_channels: int = 3) -> Sequence[Any] | np.ndarray:
         return [array]
     if array.ndim == 4 and array.shape[3] in (1, num_channels):
         return array
-    # Not [B, H, W]: it might be one image with its channels first, or with transparency.
+    # [B, H, W] is refused: it may be one image with its channels first, or with transparency.
     shape = _per_image(num_channels)
     rule = f"must be one image {shape}, or a batch [B, H, W, {num_channels}] or [B, H, W, 1]"
     raise InputError("images", _about(array), rule)
 
 
 def as_stored(image: Any, num_channels: int = 3) -> Num[np.ndarray, "H W *C"]:
-    """Returns an image as it is stored. Three channels: floats in [0, 1] become uint8, 0 ... 255.
+    """Returns an image in the form in which data sets store it.
 
-    Only the type decides, not the values: an almost black uint8 image stays as it is, and uint16,
-    too. For another number of channels floats become float32, of any value.
+    Images of uint8 and uint16 stay as they are. If `num_channels` is 3, floats must lie in [0, 1]
+    and become uint8, 0 ... 255. Otherwise floats of any value become float32. Only the type
+    decides, not the values.
 
     Args:
       image: uint8 or uint16 [H, W, C], [H, W, 1] or [H, W], or floats in [0, 1] of such a shape.

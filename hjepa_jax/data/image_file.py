@@ -1,4 +1,4 @@
-"""One image file: whether it is one, and its pixels."""
+"""Reads one image file, and checks that a file is an image."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from hjepa_jax.data.sides import Sides
 from hjepa_jax.errors import InputError, first_line
 from hjepa_jax.runtime.names import escaped
 
-# Pillow reads more formats, and starts other programs for some of them.
+# Allowed formats. Pillow supports more, and starts other programs for some of them.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Suffixes of these formats. Such a file is not opened before it is decoded.
 IMAGE_SUFFIXES = {
@@ -58,10 +58,11 @@ RGB = Kind()
 
 
 def kind_of(path: str, wanted: int | None) -> Kind:
-    """Returns the kind of an image file; `wanted` channels (None = any) decide what 8 bits become.
+    """Returns the kind of an image file, given the number of `wanted` channels (None = any).
 
-    8 bits become RGB, or grey if one channel is wanted. Pages of a TIFF file with one channel each
-    are its channels, unless one or three are wanted.
+    An 8-bit file becomes grey if one channel is wanted, and RGB if three or any number are wanted;
+    otherwise it keeps its channels. The pages of a TIFF file with one channel each are its
+    channels, unless one or three channels are wanted.
 
     Raises:
       OSError: the file cannot be opened.
@@ -82,7 +83,10 @@ def kind_of(path: str, wanted: int | None) -> Kind:
 
 
 def sides_of(file: str | io.BytesIO, *, upright: bool = True) -> tuple[int, int]:
-    """Returns height and width of an image file, `upright` by its EXIF tag; decodes no pixel."""
+    """Returns height and width of an image file without decoding it.
+
+    If `upright`, its EXIF orientation is applied.
+    """
     with (
         warnings.catch_warnings(action="ignore"),  # of damaged metadata
         Image.open(file, formats=IMAGE_FORMATS) as image,
@@ -94,9 +98,9 @@ def sides_of(file: str | io.BytesIO, *, upright: bool = True) -> tuple[int, int]
 def decode_image(
     path: str | os.PathLike[str], image_size: Sides, kind: Kind = RGB
 ) -> Num[np.ndarray, "S T C"]:
-    """Reads one file: upright by its EXIF tag, resized to cover `image_size`, centre crop.
+    """Reads one file: rotated by its EXIF tag, resized to cover `image_size`, centre crop.
 
-    The first image is read if a file holds several, and pages are no channels.
+    If the file holds several images that are not channels, the first one is read.
 
     Args:
       path: the file.
@@ -124,7 +128,11 @@ def decode_image(
 
 
 def pixels_of(image: Image.Image, kind: Kind) -> Num[np.ndarray, "H W C"]:
-    """Returns the pixels of an image as they are, with pages as channels if there are several."""
+    """Returns the unscaled pixels of an image; pages become channels if `kind` says so.
+
+    Raises:
+      ValueError: the image has another kind, or pixels that are not finite or not 16 bit.
+    """
     if kind == Kind(1):
         return np.asarray(ImageOps.exif_transpose(image).convert("L"))[..., None]
     pages = [np.asarray(ImageOps.exif_transpose(page)) for page in ImageSequence.Iterator(image)]

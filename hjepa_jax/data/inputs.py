@@ -1,4 +1,4 @@
-"""Images that a user names in a command: one data source, or a mix of files, folders and arrays."""
+"""Images that a user names on the command line: a data source, or files, folders and arrays."""
 
 import os
 import sys
@@ -26,9 +26,9 @@ class Given(NamedTuple):
     """One value of the flag.
 
     Attributes:
-      value: as the user has written it.
+      value: the text of the user.
       kind: "image", "folder", "images", "npz", "npy", "tfds" or "shapes".
-      path: of the file or folder; the value itself if there is none.
+      path: path of the file or folder; for "tfds" and "shapes" the value itself.
     """
 
     value: str
@@ -37,7 +37,7 @@ class Given(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Returns it as a `data.source`."""
+        """The value in the form of a `data.source`."""
         return self.value if self.kind in ("tfds", "shapes") else f"{self.kind}:{self.path}"
 
 
@@ -45,10 +45,10 @@ class Inputs(NamedTuple):
     """The images of all values.
 
     Attributes:
-      name: of the inputs, for messages.
+      name: name of the inputs, for messages.
       parts: the images in the order given.
       has_split: whether the first part has training images, and the second part test images. If
-        there is no second part, the test images have to be drawn.
+        there is no second part, the test images must be drawn.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Inputs(NamedTuple):
 
 
 def check_input(value: str) -> Given:
-    """Returns what a value of the flag stands for.
+    """Returns kind and path of a value of the flag.
 
     Raises:
-      InputError: if there is no such file, or it is of another kind ("--input").
+      InputError: there is no such file, or it has another format ("--input").
     """
     kind, _, rest = value.partition(":")
     if (kind == "tfds" and rest) or (value == "shapes" and not local_path(FLAG, value).exists()):
@@ -96,7 +96,7 @@ def open_inputs(
       given: from `check_input`, at least one.
       open_one: opens a `data.source`.
       image_size: pixels of the images from files; see `open_source`.
-      num_channels: of the images.
+      num_channels: channels of the images.
       follow_links: whether links out of a folder are followed.
 
     Raises:
@@ -141,7 +141,7 @@ def _open(given: Given, open_one: Callable[[str], Source]) -> tuple[Labelled, ..
 
 
 def _files_of(given: Given, follow_links: bool) -> list[tuple[str, str]]:
-    """Returns the paths and names of all images below a folder, and names what is not used."""
+    """Returns paths and names of all images below a folder; prints the files that are not used."""
     listing = _named(
         given.value, lambda: list_images(given.source, given.path, follow_links=follow_links)
     )
@@ -153,7 +153,7 @@ def _files_of(given: Given, follow_links: bool) -> list[tuple[str, str]]:
 
 
 def _named(value: str, function: Callable, *args: object):
-    """Calls a function; its errors name the value of the flag."""
+    """Calls a function; an InputError is raised again with the value of the flag."""
     try:
         return function(*args)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""The `npz:<file>` source: arrays of images, and perhaps of labels, in one file.
+"""The `npz:<file>` source: arrays of images, with or without labels, in one file.
 
 | array            | names, in any case; `<split>` and `<kind>` may change places         |
 |------------------|----------------------------------------------------------------------|
@@ -6,9 +6,9 @@
 | training labels  | `train_labels`, `y_train`; without splits: `labels`, `y`             |
 | test             | `test_images`, `x_test` ...; if there are none: `val_images`, `x_val` |
 
-Images are uint8, uint16 or float32, `[n, H, W, C]` or `[n, H, W]`. Labels are whole numbers `[n]`
-or `[n, 1]`, or one-hot `[n, classes]`. If the training images have no labels, labels of the test
-are not used. Other arrays are named on stderr and ignored.
+Images are uint8, uint16 or float32, `[n, H, W, C]` or `[n, H, W]`. Labels are integers `[n]` or
+`[n, 1]`, or one-hot `[n, classes]`. If the training images have no labels, test labels are not
+used. Other arrays are named on stderr and ignored.
 """
 
 import functools
@@ -79,7 +79,7 @@ def _open_archive(source: str, archive: zipfile.ZipFile, num_channels: int | Non
     info = info_of(source, *wholes)
     usage = usage_of(source, info, names, train_names, test_names)
 
-    @functools.cache  # because it overwrites the images
+    @functools.cache  # called once, because it overwrites the images
     def load() -> tuple[Split, Split]:
         return (wholes[0], wholes[1]) if test_names else hold_out_test(source, wholes[0])
 
@@ -198,7 +198,7 @@ def _read_split(
 
 
 def check_images(source: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Refuses an array that holds no images ("data.source"); returns the number of channels."""
+    """Returns the number of channels; refuses an array that holds no images ("data.source")."""
     rule = ""
     if len(shape) not in (3, 4):
         rule = f"{name} must be [n, H, W, C] or [n, H, W]"
@@ -264,7 +264,7 @@ def _parse_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _check_length(member: _Member) -> None:
-    """Refuses an array with less data than its header says: NumPy would allocate all of it."""
+    """Refuses an array with less data than its header says, before NumPy allocates its memory."""
     info, shape, dtype = member
     if math.prod(shape) * dtype.itemsize > info.file_size or min(shape, default=0) < 0:
         raise ValueError(f"{info.filename} is shorter than its shape {shape}")

@@ -1,4 +1,4 @@
-"""The order in which a run sees its training images, as a function of (seed, step) alone.
+"""The order of the training images in a run, as a function of (seed, step) alone.
 
 An epoch is a random permutation of the training set; a last batch that is not full is dropped. No
 state is kept between steps, so a resumed run continues with the very next batch.
@@ -44,7 +44,7 @@ class BatchOrder:
 
 
 class ResidentBatches:
-    """Batches of a training set that lies on the device: the images, and the rows of each batch.
+    """Batches of a training set that is on the device: all images, and the rows of each batch.
 
     Args:
       images: uint8 [n, H, W, C], on the device.

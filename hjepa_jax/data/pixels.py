@@ -1,7 +1,7 @@
-"""Stored pixels: their types and channels, and the scale on which models see them.
+"""Stored pixels: their types and channels, and the scale of the pixels that models get.
 
-Integers are divided by the largest value of their type, so that they lie in [0, 1]. Floats stay as
-they are. `data.mean` and `data.std` refer to this scale.
+Integers are divided by the largest value of their type, so that they lie in [0, 1]. Floats are not
+scaled. `data.mean` and `data.std` refer to this scale.
 """
 
 from typing import Any
@@ -15,17 +15,17 @@ from hjepa_jax.errors import InputError
 
 DTYPES = ("uint8", "uint16", "float32")
 MAX_CHANNELS = 32
-SAMPLED_BYTES = 2**28  # pixels from which `data.mean` and `data.std` are computed, at most
+SAMPLED_BYTES = 2**28  # largest sample from which `data.mean` and `data.std` are computed
 _WANTED = "must be uint8, uint16 or float32, with 1 to 32 channels"
 
 
 def full_scale(dtype: Any) -> float:
-    """Returns the value that the model sees as 1."""
+    """Returns the stored value that becomes 1 on the scale of the model."""
     return float(np.iinfo(dtype).max) if np.dtype(dtype).kind == "u" else 1.0
 
 
 def check_pixels(name: str, dtype: np.dtype, num_channels: int) -> str:
-    """Returns a rule that stored images break; "" if there is none."""
+    """Returns the rule that images of this type and these channels break; "" if they break none."""
     fits = dtype.name in DTYPES and 1 <= num_channels <= MAX_CHANNELS
     return "" if fits else f"{name} {_WANTED}, not {dtype} with {num_channels}"
 
@@ -61,7 +61,7 @@ def with_channels(images: Num[np.ndarray, "n H W *C"], num: int) -> Num[np.ndarr
 
 
 def fitted_pixels(image: Num[np.ndarray, "H W C"], size: Sides) -> Num[np.ndarray, "S T C"]:
-    """Returns the image like `hjepa_jax.data.base.fitted`, for any type and channels."""
+    """Does the same as `hjepa_jax.data.base.fitted`, for any pixel type and number of channels."""
     height, width = pair(size)
     planes = [Image.fromarray(image[..., i].astype(np.float32)) for i in range(image.shape[2])]
     fitted = [ImageOps.fit(plane, (width, height), Image.Resampling.BICUBIC) for plane in planes]
@@ -82,7 +82,7 @@ def pixel_statistics(
     stride = -(-images.nbytes // SAMPLED_BYTES)
     x = images[:: max(1, stride)]
     total = np.zeros((2, images.shape[3]))
-    shift = x[0].mean(axis=(0, 1), dtype=np.float64)  # against cancellation
+    shift = x[0].mean(axis=(0, 1), dtype=np.float64)  # avoids cancellation in the variance
     for image in x:
         pixels = image.reshape(-1, image.shape[-1]).astype(np.float64) - shift
         total += pixels.sum(axis=0), (pixels**2).sum(axis=0)

@@ -21,7 +21,7 @@ from hjepa_jax.runtime.names import escaped
 
 READ_AHEAD = 1024  # records per thread pool call: bounds the time that Ctrl-C waits
 MAX_WAITING_BYTES = 2**27  # decoded records that wait to be copied to their place
-MAX_UNREADABLE = 100  # consecutive unreadable records after which the whole set counts as damaged
+MAX_UNREADABLE = 100  # consecutive unreadable records after which the set is refused as damaged
 NUM_LISTED = 3  # skipped records that a message names
 
 
@@ -106,9 +106,9 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def read_or_next(records: Records, row: int) -> tuple[Num[np.ndarray, "H W C"], bool]:
-    """Reads a row or, if it is unreadable, the next readable row; the last is followed by row 0.
+    """Reads a row or, if it is unreadable, the next readable row; row 0 follows the last row.
 
-    The result depends on nothing but the set and the row.
+    The result depends only on the set and the row.
 
     Returns:
       The image, and whether it is the image of `row` itself.
@@ -145,7 +145,7 @@ def read_all(
             if isinstance(image, InputError):
                 errors.append(image)
             else:
-                if not kept:  # the first image tells the type of all
+                if not kept:  # the first image determines the type of all
                     images = np.empty((len(records), *records.image_shape), image.dtype)
                 images[len(kept)] = image
                 kept.append(row)

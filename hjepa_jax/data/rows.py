@@ -24,7 +24,7 @@ def draw_rows(n: int, count: int, *, seed: int = 0) -> Rows:
 def spread_rows(rows: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
     """Returns at most `count` of the rows, evenly spaced from the first to the last.
 
-    Many sources are sorted by class: their first rows would lack the last classes.
+    Many sources are sorted by class, so that their first rows do not contain the last classes.
     """
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
@@ -43,7 +43,7 @@ def draw_test_rows(source: str, labels: Int[np.ndarray, " n"]) -> Rows:
     would have no test image, then classes with the largest remainder. At least one image of each
     class is kept. Images with a negative label (no label) are kept.
 
-    The seed of a run plays no part: scores of all seeds are comparable.
+    The rows do not depend on the seed of a run, so that scores of different seeds are comparable.
     """
     total = num_held_out(source, len(labels))
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)

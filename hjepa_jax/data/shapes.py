@@ -1,4 +1,4 @@
-"""Built-in procedural images: ten shapes, told apart by their outline alone.
+"""Built-in procedural images: ten shapes that differ only in their outline.
 
 No download and no file: the whole set is a function of three numbers.
 
@@ -6,9 +6,10 @@ No download and no file: the whole set is a function of three numbers.
 
 The label fixes the outline and nothing else. Colours, textures, area, position, rotation, the
 distractor and the noise are drawn in the same way for every class. The shape is light on dark as
-often as dark on light, so that no linear function of the pixels tells the classes apart. Position
-and area vary so widely that the nearest image, pixel by pixel, is mostly of another class.
-`experiments/shapes_tiny` measures both, and that a network trained on the labels learns the set.
+often as dark on light, so that no linear function of the pixels separates the classes. Position and
+area vary so widely that the nearest image, pixel by pixel, mostly has another class.
+`experiments/shapes_tiny` measures both, and shows that a network trained on the labels learns the
+set.
 """
 
 import functools
@@ -21,19 +22,19 @@ from hjepa_jax.data.base import Split
 
 IMAGE_SIZE = 32
 NUM_TRAIN, NUM_TEST = 5_000, 2_000  # images of the source `shapes`
-AREA = (60.0, 140.0)  # of a shape, square pixels: a disk 9 to 13 pixels across
+AREA = (60.0, 140.0)  # area of a shape, square pixels: a disk 9 to 13 pixels across
 CENTRES = ((-8.0, -8.0), (8.0, -8.0), (-8.0, 8.0), (8.0, 8.0))  # pixels from the image centre
-MAX_OFFSET = 5.5  # of a shape's centroid from its centre, pixels per axis
-MAX_TURN = 0.4  # of a shape from upright, radians either way
-DARK = 0.35  # every channel of a dark colour is at most this, in [0, 1]
-LIGHT = 0.65  # every channel of a light one is at least this
-LIGHT_BACKGROUNDS = 0.5  # share of images whose shape is the darker
+MAX_OFFSET = 5.5  # largest distance of a shape's centroid from its centre, pixels per axis
+MAX_TURN = 0.4  # largest rotation of a shape, radians in either direction
+DARK = 0.35  # largest value of a channel of a dark colour, in [0, 1]
+LIGHT = 0.65  # smallest value of a channel of a light colour
+LIGHT_BACKGROUNDS = 0.5  # share of images with a light background and dark shapes
 TEXTURE = 0.05  # amplitude per colour channel, in [0, 1]
 NOISE = 0.05  # standard deviation per pixel and channel
-CHUNK = 1000  # images drawn at once; part of what the seed determines
+CHUNK = 1000  # images drawn at once; another value changes the images of a seed
 
-Number = float | int  # the run-time checks of the tests tell them apart
-Plane = Float[np.ndarray, "..."]  # one number per pixel, or what broadcasts to it
+Number = float | int  # the type checker of the tests does not accept an int for a float
+Plane = Float[np.ndarray, "..."]  # one number per pixel, or an array that broadcasts to this shape
 PerImage = Float[np.ndarray, "n 1 1"]
 Colour = Float[np.ndarray, "n 1 1 3"]
 Cover = Float[np.ndarray, "n H W"]  # fraction of each pixel that a figure covers, in [0, 1]
@@ -47,7 +48,7 @@ def create_shapes(
 
     Args:
       num_train: training images; the ten classes differ in count by at most one.
-      num_test: test images, balanced likewise.
+      num_test: test images, balanced in the same way.
       seed: the same seed gives the same bytes.
 
     Returns:
@@ -133,7 +134,7 @@ def _placed(
     centre: tuple[Number, Number] = (0, 0),
     max_turn: Number = np.pi,
 ) -> tuple[Cover, Cover]:
-    """Returns pixel centres x and y as seen by a figure that is shifted and turned, pixels."""
+    """Returns pixel centres x and y in the coordinates of a shifted and rotated figure, pixels."""
     axis = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
     x = axis[None, None, :] - centre[0] - _uniform(rng, n, -max_offset, max_offset)
     y = axis[None, :, None] - centre[1] - _uniform(rng, n, -max_offset, max_offset)
@@ -180,7 +181,7 @@ def _box(x: Plane, y: Plane, half_width: Number, half_height: Number) -> Plane:
 
 
 def _heart(x: Plane, y: Plane) -> Plane:
-    """Measures to two half-disks on a square that stands on its corner."""
+    """Distance to a heart: two half-disks on a square that stands on its corner."""
     x = np.abs(x)
     lobe = np.hypot(x - 0.25, y - 0.75) - np.sqrt(2) / 4
     foot = np.maximum(x + y, 0) / 2
@@ -207,7 +208,7 @@ CLASS_NAMES = tuple(OUTLINES)
 
 @functools.cache
 def _moments(name: str) -> tuple[float, float, float]:
-    """Measures area, centroid x and centroid y of an outline, so that no class differs in them."""
+    """Measures area, centroid x and centroid y of an outline, to equalise them over the classes."""
     axis = np.linspace(-1.5, 1.5, 601)
     x, y = np.meshgrid(axis, axis)
     inside = OUTLINES[name](x, y) < 0

@@ -6,11 +6,11 @@
 import math
 from collections.abc import Sequence
 
-# Sides of an image in pixels, or of a grid in patches: one of a square, or (height, width).
+# Sides of an image in pixels, or of a grid in patches: the side of a square, or (height, width).
 Sides = int | tuple[int, int]
 
 
-SAMPLE = 25  # images whose headers decide the sides in which all are stored
+SAMPLE = 25  # number of images from which `stored_sides` is computed
 
 
 def pair(sides: Sides) -> tuple[int, int]:
@@ -24,11 +24,11 @@ def stored_sides(
     """Returns the height and width at which training images are stored, to cut crops from them.
 
     Args:
-      sizes: heights and widths of some images. The result has their geometric means: nothing is
-        lost of images that all have one shape.
+      sizes: heights and widths of some images. The result has their geometric means, so that
+        images that all have one shape are not cropped.
       image_size: sides of the images that the model sees.
-      max_area: largest area of the result, as a multiple of the area of `image_size`; 1 = the
-        result is `image_size`, as without any `sizes`.
+      max_area: largest area of the result, as a multiple of the area of `image_size`. If it is 1,
+        or `sizes` is empty, the result is `image_size`.
     """
     rows, cols = pair(image_size)
     if max_area == 1 or not sizes:
@@ -40,5 +40,5 @@ def stored_sides(
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-# Types of config fields: a whole number, a fraction in (0, 1), or None for automatic; `Sides`.
+# Types of config fields. `AMOUNT`: an integer, a fraction in (0, 1), or None. `SIDES`: see `Sides`.
 AMOUNT, SIDES = (int, float), (int, tuple)

@@ -139,14 +139,14 @@ KINDS = "must be tfds:<name>, npz:<file>, npy:<path>, folder:<path>, images:<pat
 
 
 def _hint(source: str) -> str:
-    """Returns the spelling of a source that is only a path; "" if it is none."""
+    """Returns the correct spelling of a source that is only a path; "" for anything else."""
     if os.path.isdir(path := os.path.expanduser(source)):
         return f"; did you mean folder:{source} (or images:{source}, without labels)?"
     return f"; did you mean {path[-3:]}:{source}?" if path[-4:] in (".npz", ".npy") else ""
 
 
 def _open_shapes(seed: int) -> Source:
-    from hjepa_jax.data import shapes  # it needs Split from here
+    from hjepa_jax.data import shapes
 
     num_train, num_test = shapes.NUM_TRAIN, shapes.NUM_TEST
     info = SourceInfo(

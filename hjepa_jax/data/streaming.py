@@ -2,7 +2,7 @@
 
 `BatchOrder` gives the order, a function of (seed, step). So there is no state to save: a resumed
 run continues with the very next batch. The content of a batch does not depend on the number of
-workers or of processes. The next readable record replaces an unreadable one, which is counted.
+workers or processes. An unreadable record is counted, and the next readable one replaces it.
 """
 
 import gc
@@ -62,7 +62,7 @@ class _Batches:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leaves signals to the run, and ends the worker when the run ends or is killed."""
+    """Ignores signals, which the run handles; ends the worker when the run ends or is killed."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # batch systems and terminals signal all processes
         if hasattr(signal, name):  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -116,10 +116,11 @@ def read_batches(
     iterator: Any = iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker))
     try:
         for images, unreadable in iterator:
+            # Copies out of shared memory.
             yield (
                 np.array(images),
                 np.array(unreadable),
-            )  # copied out of shared memory
+            )
     except RuntimeError as error:  # from grain: a worker was killed or ran out of memory
         rule = f"a process that reads the training images is gone: {first_line(error)}"
         raise InputError("data.num_workers", num_workers, rule) from error
@@ -131,7 +132,7 @@ class StreamedBatches:
     """Batches that a thread copies to the device ahead of the step; see `read_batches`.
 
     Args:
-      batches: from `read_batches`.
+      batches: result of `read_batches`.
       size: S, batches per call of the training program; fewer are padded.
       put: copies uint8 [1, b, H, W, C] to the device.
 
@@ -151,7 +152,7 @@ class StreamedBatches:
 
         Args:
           step: first of these steps; follows the last step of the call before.
-          count: at most S.
+          count: number of steps, at most S.
 
         Raises:
           InputError: see `read_batches`.

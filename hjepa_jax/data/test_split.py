@@ -1,4 +1,4 @@
-"""The test images of a source: a split of its own, or images that are held out."""
+"""The test images of a source: a separate split, or held-out images."""
 
 import os
 import re
@@ -49,8 +49,8 @@ def draw_test(
 ) -> Rows:
     """Draws the test images by `draw_test_rows`.
 
-    Without labels, the top folders of the files stand in for classes. So a folder without labels
-    holds out the same images as with its sub-folders as classes.
+    Without labels, the top folders of the files are used as classes. So `images:<path>` holds out
+    the same images as `folder:<path>`.
 
     Args:
       source: name of the source, for errors.

@@ -1,7 +1,7 @@
 """The `tfds:<name>` source: image sets of TensorFlow Datasets, with class labels or without.
 
-Prepared data is read in place; other data is downloaded. TFDS retries a dead network for minutes
-without a message, so the host of the download must answer first.
+Prepared data is read in place; other data is downloaded. Without a network TFDS retries for minutes
+and prints nothing, so this module first checks that the host of the download answers.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def _image_kind(
 
 
 def _sample_sides(source: str, builder: Any, name: str) -> list[tuple[int, int]]:
-    """Returns heights and widths of some images of a split; they are kept on disk."""
+    """Returns heights and widths of some images of a split; the result is cached on disk."""
 
     def sample() -> dict[str, np.ndarray]:
         is_record = formats_of(builder) == {"array_record"}
@@ -146,7 +146,7 @@ def _open_resident(
     dtype: str,
     stored: tuple[int, int, int],
 ) -> Source:
-    """Returns a source that decodes images into memory, once: the arrays are kept on disk."""
+    """Returns a source that decodes all images into memory; the arrays are cached on disk."""
     splits, candidates = builder.info.splits, test_splits(builder)
     test_name = candidates[0] if candidates else None
     names = class_names(builder)
@@ -156,7 +156,7 @@ def _open_resident(
         for name in ("train", *candidates):
             images, labels = _read_split(source, builder, name, shape, dtype)
             is_labelled = tfds_records.has_labels(labels)
-            # As for streamed sets: a test split without labels gives place to the next one.
+            # As for streamed sets: if a test split has no labels, the next one is tried.
             if name != "train" and "train_labels" in arrays and not is_labelled:
                 continue
             if is_labelled and labels.min() < 0:
@@ -202,7 +202,7 @@ def _open_resident(
 
 
 def _may_be_streamed(streaming: Streaming, builder: Any) -> bool:
-    """Returns whether a set is prepared as array_record; its decoded size is known later."""
+    """Returns whether to prepare a set for streaming; its decoded size is not known yet."""
     size = sum(info.size for info in (builder.url_infos or {}).values() if info)
     return streaming.when == "always" or (
         streaming.when == "auto" and not 0 < size < SMALL_DOWNLOAD_BYTES
@@ -275,7 +275,7 @@ def _read_encoded(builder: Any, name: str, count: int) -> list[bytes]:
 
 
 def _tensorflow() -> tuple[Any, Any]:
-    """Returns TensorFlow and TFDS, imported on use and kept off the GPU."""
+    """Imports TensorFlow and TFDS, and hides the GPU from TensorFlow."""
     quiet_tensorflow()
     import tensorflow as tf
     import tensorflow_datasets as tfds

@@ -27,7 +27,7 @@ def image_and_label(builder: Any) -> tuple[str, str | None]:
 
 
 def class_names(builder: Any) -> tuple[str, ...]:
-    """Returns the names of the classes; none without a label feature."""
+    """Returns the names of the classes; empty without a label feature."""
     _, label = image_and_label(builder)
     return tuple(builder.info.features[label].names) if label else ()
 
@@ -75,9 +75,9 @@ def made_from(builder: Any) -> str:
 
 
 def files_of(folder: Any) -> list[tuple[str, int, int, int]]:
-    """Returns name, bytes, time of last change (ns) and of last status change (ns) of each file.
+    """Returns name, bytes, modification time (ns) and status change time (ns) of each file.
 
-    The status changes with every write, even if the time of last change is set back afterwards.
+    The status change time shows every write, even if the modification time is set back afterwards.
     """
     stats = ((path.name, os.stat(path)) for path in folder.iterdir())
     return sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)

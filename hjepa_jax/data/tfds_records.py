@@ -113,7 +113,7 @@ class TfdsRecords:
         try:
             examples = source.__getitems__([int(self.rows[row]) for row in rows])
             return np.array([example[self.keys[1]] for example in examples], np.int32)
-        except Exception:  # some record is corrupt: one by one, which is slower
+        except Exception:  # some record is corrupt: read one by one, which is slower
             return np.array([self._label(row) for row in rows], np.int32)
 
     def _label(self, row: int) -> int:
@@ -131,7 +131,7 @@ class TfdsRecords:
             import tensorflow_datasets
 
             tfds: Any = tensorflow_datasets
-            # From the folder alone: the code of the set may be missing.
+            # Opened by its folder, because the code that defines the set may not be installed.
             builder = tfds.builder_from_directory(self.path)
             decoders = {self.keys[0]: tfds.decode.SkipDecoding()}
             self._opened = builder.as_data_source(self.split, decoders=decoders)
@@ -287,7 +287,7 @@ def _read_classes(path: str, names: Sequence[str]) -> list[int]:
 
 
 def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]:
-    """Returns the labels of a whole split; they are read once and kept on disk."""
+    """Returns the labels of a whole split; they are cached on disk."""
 
     def scan() -> dict[str, np.ndarray]:
         line = f"looking through {len(records)} labels of split {records.split}, once"
@@ -295,7 +295,7 @@ def _split_labels(records: TfdsRecords, builder: Any) -> Int32[np.ndarray, " n"]
         parts = []
         for start in range(0, len(records), SCAN_BATCH):
             labels = records.labels(range(start, min(start + SCAN_BATCH, len(records))))
-            if labels.max() == UNREADABLE:  # all of them: the files themselves are unreadable
+            if labels.max() == UNREADABLE:  # all are corrupt: the files themselves are unreadable
                 raise unreadable_errors(records, [start])[0]
             parts.append(labels)
         return {"labels": np.concatenate(parts)}

@@ -1,7 +1,7 @@
 """Attentive probe: learned queries pool the patch tokens, a linear layer classifies the result.
 
-Useful if patches hold more information than their mean. One vmapped program trains all
-settings of a grid.
+Useful if the patches have more information than their mean. One vmapped program trains all settings
+of a grid.
 
     result = attentive_probe(train_tokens, train_y, test_tokens, test_y, num_classes=10)
     print(result.top1, result.chosen_learning_rate, result.chosen_weight_decay)
@@ -36,8 +36,8 @@ DEFAULT_WEIGHT_DECAYS = (1e-3, 1e-1)
 class AttentiveResult(ProbeResult):
     """Outcome of the attentive probe.
 
-    `val_top1` has weight decays within learning rates. The smallest weight decay does not count as
-    an end of its grid: it is close to none.
+    `val_top1` is ordered by learning rate, then by weight decay. The smallest weight decay does not
+    count as an end of its grid, because it is almost 0.
     """
 
     chosen_learning_rate: float
@@ -62,9 +62,9 @@ def attentive_probe(
 ) -> AttentiveResult:
     """Chooses the setting on held-out training rows, retrains on all rows, scores the test once.
 
-    Takes the arguments of `linear_probe`, with frozen tokens `[n, N, D]` in place of features;
-    float16 halves their memory. Every pair of `learning_rates` (peaks of Adam, with cosine decay to
-    0) and `weight_decays` (decoupled) is a setting; both ascend.
+    The arguments are those of `linear_probe`, with frozen tokens `[n, N, D]` instead of features.
+    Tokens of float16 halve their memory. Every pair of `learning_rates` (peaks of Adam, with cosine
+    decay to 0) and `weight_decays` (decoupled) is a setting; both lists ascend.
 
     Raises:
       InputError: tokens are empty or not finite, or arrays do not match.
@@ -169,7 +169,7 @@ def _train(
     std = sample.std(axis=0)
     mean, std = sample.mean(axis=0), np.where(std > 1e-6, std, 1.0).astype(np.float32)
     rng, s = np.random.default_rng(seed), len(grid)
-    # Small queries start near mean pooling. They differ, so that they can learn different things.
+    # Small queries start near mean pooling. Different queries can learn different weights.
     queries = 0.02 * rng.standard_normal((num_queries, d), np.float32)
     params = {
         "queries": np.repeat(queries[None], s, axis=0),

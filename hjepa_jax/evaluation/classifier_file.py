@@ -1,4 +1,4 @@
-"""The classifier that a fine-tuning leaves in the work directory, for `Encoder.predict`."""
+"""The file of the fine-tuned classifier in the work directory, for `Encoder.predict`."""
 
 import pathlib
 import zipfile
@@ -18,7 +18,7 @@ FILE_NAME = "classifier.npz"
 def write_classifier(
     workdir: pathlib.Path, params: Any, class_names: Sequence[str], made_from: str
 ) -> None:
-    """Writes the parameters of a `Classifier`, in place of an earlier one.
+    """Writes the parameters of a `Classifier`; replaces an earlier one.
 
     Args:
       workdir: the work directory.

@@ -1,4 +1,4 @@
-"""When target features count as collapsed: compared with the untrained network, and lasting.
+"""Decides whether target features have collapsed, compared with the untrained network.
 
 The features of an untrained network use few directions (an effective rank of 19 of 192 is usual).
 So a low rank alone does not prove a collapse: it must also be well below the rank at the start of
@@ -24,7 +24,7 @@ Label = Literal["healthy", "partial collapse", "collapse"]
 PATIENCE = 3  # consecutive log lines that must show a collapse
 UNTRAINED_SHARE = 0.5  # limit as a fraction of the value of the untrained network
 
-# Below these values, features count as collapsed, whatever the untrained network does.
+# Below these values features always count as collapsed, even if the untrained network is as low.
 CERTAIN_RANK_FRACTION = 0.02
 CERTAIN_RANK = 1.5  # nearly all variation lies in one direction
 CERTAIN_RELATIVE_STD = 0.001
@@ -32,7 +32,7 @@ CERTAIN_RELATIVE_STD = 0.001
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How widely features spread: effective rank, and standard deviation relative to their size."""
+    """Spread of features: effective rank, and standard deviation relative to their magnitude."""
 
     effective_rank: float
     relative_std: float | None
@@ -55,8 +55,8 @@ class Limits:
 def find_limits(*, max_rank: int, untrained: Spread | None) -> Limits:
     """Returns the limits for features with a rank of at most `max_rank`.
 
-    They are the conventional thresholds of `evaluation.quality`, or half of the value of the
-    untrained network if that is lower. They are never below the values of a certain collapse.
+    Each limit is the conventional threshold of `evaluation.quality`, or half of the value of the
+    untrained network if that is lower. It is never below the value of a certain collapse.
     """
     rank, std = quality.MIN_RANK_FRACTION * max_rank, quality.MIN_RELATIVE_STD
     if untrained is None:
@@ -84,7 +84,7 @@ def verdict_beside(
 
     Args:
       features: `[n, D]`.
-      untrained: spread of the untrained network on the same images; None = not known.
+      untrained: spread of the untrained network on the same images; None = unknown.
       spectrum: `quality.singular_values` of the features, if known.
     """
     found = quality.collapse_verdict(features, spectrum=spectrum)
@@ -100,8 +100,8 @@ def verdict_beside(
 class Untrained:
     """The spread of the untrained network, from the first lines of the log.
 
-    The rank of few images is low. So the largest values count until a full window of images was
-    logged.
+    A few images have a low rank. So until a full window of images was logged, the largest values so
+    far are used.
 
     Args:
       batch_size: images per step.

@@ -1,4 +1,4 @@
-"""Features of the encoders under evaluation, from the cache if they are stored there."""
+"""Extracts the features of the encoders under evaluation, or reads them from the cache."""
 
 import dataclasses
 from typing import Any
@@ -24,7 +24,7 @@ class Extractor:
       embed: `embed(encoder_params, uint8 images)`, a dict of features by name.
       batch_size: images per call.
       cache: storage for features; None = none.
-      embed_raw: the same for raw pixels.
+      embed_raw: the same function for the raw-pixel baseline.
     """
 
     embed: EmbedFn

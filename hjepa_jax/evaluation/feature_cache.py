@@ -20,7 +20,7 @@ class FeatureCache:
     """Extracted features in a directory.
 
     A file stores digests of the program, the parameters and the images. If one of them changes, the
-    features are extracted again. Other images get a file of their own.
+    features are extracted again. Each set of images has its own file.
 
     Args:
       directory: created when the first features are stored.
@@ -39,7 +39,7 @@ class FeatureCache:
     ) -> Features:
         """Returns stored features, or extracts and stores them.
 
-        `name` is encoder and split; the name of the file also has a digest of the arrays. `make`
+        `name` names encoder and split; the file name also contains a digest of the arrays. `make`
         extracts the features by calling the jitted `embed(encoder_params, *arrays)`.
         """
         images = digest_arrays(*arrays)
@@ -75,11 +75,10 @@ def program_digest(
 ) -> str:
     """Returns 16 hexadecimal digits over the program of `embed`, as the compiler receives it.
 
-    The program holds the preprocessing, the networks and all constants. So the digest changes if
-    and only if a change of config or code changes the computation. Compiler version and backend
-    count too, because they round differently.
-
-    Only types and shapes of `encoder_params` and of the rows of `arrays` count.
+    The program contains the preprocessing, the networks and all constants. So the digest changes if
+    and only if a change of config or code changes the computation. It also covers compiler version
+    and backend, because they affect rounding. Only types and shapes of `encoder_params` and of the
+    rows of `arrays` enter.
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), encoder_params)
     rows = [jax.ShapeDtypeStruct((2, *array.shape[1:]), array.dtype) for array in arrays]

@@ -15,7 +15,7 @@ from hjepa_jax.data.sides import Sides
 from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.placement import make_placement
 
-# Side of the images of the raw-pixel baseline, at most: 3,072 numbers, as for CIFAR.
+# Largest side of the images of the raw-pixel baseline: 3,072 numbers per RGB image, as in CIFAR.
 PIXEL_SIZE = 32
 POOLS = ("mean", "summary", "concat")
 
@@ -63,9 +63,8 @@ def map_batches(
 ) -> dict[str, np.ndarray]:
     """Returns the outputs of `fn` for all rows, on the host.
 
-    The last batch is padded, so that `fn` compiles once.
-
-    `fn` takes `batch_size` rows of each array, and returns a dict of arrays with as many rows.
+    `fn` takes `batch_size` rows of each array, and returns a dict of arrays with the same number of
+    rows. The last batch is padded, so that `fn` compiles once.
     """
     n, found = len(arrays[0]), {}
     with progress(what, n, unit=" images") as bar:
@@ -85,7 +84,7 @@ def map_batches(
 
 
 def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: Any = None) -> Any:
-    """Returns a progress bar that appears after 5 seconds; a log file gets few updates.
+    """Returns a progress bar that appears after 5 seconds; in a log file it has few updates.
 
     No bar appears if `what` is empty. Without an `iterable`, the caller calls `update`.
     """
@@ -99,9 +98,9 @@ def progress(what: str, total: int, *, unit: str, initial: int = 0, iterable: An
 def embed_pixels(
     _: Any, images: Num[jax.Array, "B H W C"], *, image_size: Sides = 1
 ) -> dict[str, Float[jax.Array, "B _"]]:
-    """Returns the features of the raw-pixel baseline: the pixels of images of at most 32x32.
+    """Returns the features of the raw-pixel baseline: pixels of images of at most 32x32.
 
-    They show the part of an image that an encoder for `image_size` sees.
+    The images are cropped to the central box that an encoder for `image_size` sees, and reduced.
     """
     *box, _, _ = centre_box(images.shape[1:3], image_size)
     shrink, c = min(1.0, PIXEL_SIZE / max(box)), images.shape[3]

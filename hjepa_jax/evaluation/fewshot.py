@@ -50,10 +50,10 @@ def fewshot_probe(
 ) -> FewshotResult:
     """Draws episodes from the test set and classifies each query by the nearest prototype.
 
-    There is no hyper-parameter to choose, so no label outside of an episode is read.
+    There is no hyper-parameter to choose, so only labels inside of an episode are used.
 
     Args:
-      train_x: features `[n, D]`, only for their mean.
+      train_x: features `[n, D]`; only their mean is used.
       test_x: features `[num_test, D]` from which episodes are drawn.
       test_y: their classes.
       num_shots: labelled images per class.
@@ -103,7 +103,7 @@ def check_shots(test_y: Integer[np.ndarray, " _"], num_shots: int) -> int:
     """Returns the number of images of the smallest class.
 
     Raises:
-      InputError: no image of it would remain to classify ("--fewshot_shots").
+      InputError: no image of that class would remain to classify ("--fewshot_shots").
     """
     smallest = int(np.unique(test_y, return_counts=True)[1].min())
     if num_shots >= smallest:

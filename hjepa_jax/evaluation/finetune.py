@@ -43,7 +43,7 @@ class FinetuneSettings:
       batch_size: images per update, at most the size of the training set.
       learning_rate: peak for the head; warm-up over a tenth of the steps, then cosine decay to 0.
       layer_decay: factor on the learning rate per block, from the head towards the input.
-      weight_decay: decoupled, of kernels.
+      weight_decay: decoupled weight decay of the kernels.
       drop_path: see `VisionTransformer`.
       label_smoothing: share of the target that is spread over all classes.
       seed: seed of head, order, augmentation and drop path.
@@ -69,7 +69,7 @@ class Checkpoints(Protocol):
         ...
 
     def save(self, step: int, state: Any) -> None:
-        """Saves `state` in place of the last one."""
+        """Saves `state`; it replaces the previous one."""
         ...
 
 
@@ -99,8 +99,9 @@ class Classifier(nn.Module):
 def layer_scales(params: Any, *, depth: int, layer_decay: float) -> Any:
     """Returns the factor on the learning rate of every parameter of a `Classifier`.
 
-    1 for the head, `layer_decay` for the final norm and the last block of the encoder, one more
-    factor per block before it, and one more for patch embedding, positions and summary tokens.
+    The factor is 1 for the head, and `layer_decay` for the final norm and the last block of the
+    encoder. Each block before it has one more factor `layer_decay`. Patch embedding, positions and
+    summary tokens have one more than the first block.
     """
 
     def scale(path: Any, _: Any) -> float:
@@ -251,6 +252,7 @@ def _optimizer(
         b2=0.98,
         clip_norm=1.0,
     )
-    # AdamW's whole update is proportional to the learning rate, so the layer factor may follow it.
+    # The whole update of AdamW is proportional to the learning rate, so the layer factor can be
+    # applied after it.
     layers = optax.GradientTransformation(lambda params: optax.EmptyState(), scale_layers)
     return optax.chain(adamw, layers)

@@ -1,7 +1,7 @@
 """Scores of a run on held-out training images, for comparing settings.
 
-Probes fit and choose on some training images, and are scored on others. The test images are never
-read, so they decide nothing.
+Probes are fitted on some training images, hyper-parameters included, and scored on others. The test
+images are not used, so that they do not influence the choice of settings.
 """
 
 import pathlib

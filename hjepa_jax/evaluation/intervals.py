@@ -1,4 +1,4 @@
-"""95 % intervals of accuracies: how much a score may change on other test images.
+"""95 % confidence intervals of accuracies: the uncertainty from the choice of test images.
 
 References:
   Wilson 1927, "Probable inference, the law of succession, and statistical inference" (J. Am. Stat.
@@ -24,10 +24,10 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def difference(ours: float, theirs: float, num_ours: int, num_theirs: int) -> tuple[float, float]:
     """Returns the 95 % interval of `ours - theirs`, two accuracies.
 
-    The accuracies are treated as if measured on different test images. Two encoders tend to be
-    wrong on the same images, so on a shared test set their difference varies less. The interval is
-    then too wide, and never claims more than a paired test would. A paired interval needs the
-    predictions for each image, which results do not store.
+    The accuracies are treated as if measured on different test images. On a shared test set two
+    encoders tend to be wrong on the same images, so their difference varies less and the interval
+    is too wide: it is conservative. A paired interval needs the predictions for each image, which
+    results do not store.
 
     `num_ours` and `num_theirs` are the numbers of test images, at least 1.
     """

@@ -50,13 +50,13 @@ def judge_run(
     keep_features: bool = True,
     finetune_epochs: float = 20.0,
 ) -> list[Row]:
-    """Runs the protocols, prints tables, and adds every row to probe.json at once.
+    """Runs the protocols, prints tables, and adds each row to probe.json as soon as it is known.
 
-    Rows that depend on nothing new are taken from probe.json.
+    Rows are reused from probe.json if nothing that they depend on has changed.
 
     Args:
-      workdir: the work directory; features go to its folder `features`, fine-tunings to `finetune`,
-        and the fine-tuned encoder with its head to `classifier.npz`.
+      workdir: the work directory. Features go to its folder `features`, states of fine-tunings to
+        `finetune`, and the fine-tuned encoder with its head to `classifier.npz`.
       config: config of the run.
       model: the networks.
       encoders: parameters by name, see `evaluate_encoders`.
@@ -66,17 +66,13 @@ def judge_run(
       step: checkpoint step of the trained encoders.
       protocol: the settings; its protocols may be any of `PROTOCOLS`.
       num_layers: number of last blocks that give features.
-      keep_features: whether extracted features are stored for the next time.
-      finetune_epochs: length of a fine-tuning.
+      keep_features: whether extracted features are cached in the work directory.
+      finetune_epochs: length of a fine-tuning, epochs.
     """
     images = fingerprint(train, test=test)
     _warn_of_other_images(workdir / "probe.json", source.name, images)
     num_classes, rows = len(source.info.class_names), list[Row]()
-    if why := why_no_probe(train, source.info.class_names):
-        print(f"{source.name} {why}: no probe of labels, only the protocol quality", flush=True)
-        protocol = dataclasses.replace(protocol, protocols=("quality",))
-    else:
-        protocols.check_classes(source.name, train.labels, num_classes)
+    protocol = _possible(protocol, source, train)
     check_levels(protocol.levels or (), config.model.num_levels)
 
     path = workdir / "probe.json"
@@ -128,7 +124,7 @@ def judge_run(
                     write_classifier(workdir, classifier, source.info.class_names, made_from)
             add([{**row, **common, "made_from": made_from}])
             rows += new[-1:]
-    # Rows on the images as they are now must be the newest, even if nothing had to be made.
+    # Rows on the current images must be the newest, even if no row was computed.
     newest = read_probe_json(path)
     if lost := [row for row in rows if row not in newest]:
         write_probe_json(path, lost)
@@ -136,6 +132,15 @@ def judge_run(
         print(f"{len(rows) - len(new)} of {len(rows)} scores are unchanged in {path}")
     print(results.format_tables(rows), flush=True)
     return rows
+
+
+def _possible(protocol: protocols.Protocol, source: Source, train: Split) -> protocols.Protocol:
+    """Returns the settings, without the protocols that need labels if there are none."""
+    if why := why_no_probe(train, source.info.class_names):
+        print(f"{source.name} {why}: no probe of labels, only the protocol quality", flush=True)
+        return dataclasses.replace(protocol, protocols=("quality",))
+    protocols.check_classes(source.name, train.labels, len(source.info.class_names))
+    return protocol
 
 
 def _warn_of_other_images(path: pathlib.Path, data: str, images: str) -> None:

@@ -34,8 +34,8 @@ TEMPERATURE = 0.07
 class KnnResult(ProbeResult):
     """Outcome of the k-NN probe.
 
-    `chosen_k` has the best held-out score; among equal scores it is the smallest. It is an end of
-    the grid only if there are rows for a larger k.
+    `chosen_k` has the best held-out score; among equal scores `labelled.choose` decides. The
+    largest k counts as an end of the grid only if there are rows for a larger k.
     """
 
     chosen_k: int
@@ -57,8 +57,9 @@ def knn_probe(
 ) -> KnnResult:
     """Chooses k on held-out training rows, then scores the test once with all training rows.
 
-    Takes the arguments of `linear_probe`, and `temperature` and `block_size` of `knn_predict`. `ks`
-    are the numbers of neighbours to choose from, at most the rows that remain after the hold-out.
+    The arguments are those of `linear_probe`, and `temperature` and `block_size` of `knn_predict`.
+    `ks` are the numbers of neighbours to choose from, at most the number of rows that are not held
+    out.
 
     Raises:
       InputError: see `linear_probe`, or a k is too large ("ks").
@@ -157,7 +158,7 @@ def largest_columns(similarity: Float32[np.ndarray, "q n"], k: int) -> Integer[n
     """Returns the columns of the k largest values, in order; ties go to lower columns."""
     top = np.argpartition(similarity, -k, axis=1)[:, -k:]
     smallest = np.take_along_axis(similarity, top, axis=1).min(axis=1, keepdims=True)
-    # If more than k columns reach the k-th value, argpartition takes arbitrary ones of them.
+    # If several columns have the k-th value, argpartition takes arbitrary ones of them.
     for row in np.flatnonzero(np.sum(similarity >= smallest, axis=1) > k):
         top[row] = np.argsort(-similarity[row], kind="stable")[:k]
     top.sort(axis=1)

@@ -1,4 +1,4 @@
-"""Rows of results that need not be made again, because everything they depend on is the same."""
+"""Finds rows of results that can be reused, because everything that they depend on is unchanged."""
 
 import dataclasses
 import hashlib
@@ -63,13 +63,13 @@ class KnownRows:
     def find(self, row: Row) -> list[Row]:
         """Returns the known rows with the protocol, features and `made_from` of `row`.
 
-        Nothing if some are missing: a row of other settings may have replaced one of several.
+        Empty if some rows of that probe were replaced by rows with other settings.
         """
         rows = self._rows.get(_key(row), [])
         return rows if rows and len(rows) == rows[0].get("num_rows") else []
 
     def of(self, name: str, made_from: str) -> list[Row]:
-        """Returns the known rows of a probe whatever its features are."""
+        """Returns the known rows of a probe for any features."""
         found = (row for rows in self._rows.values() for row in rows)
         return [r for r in found if (r["protocol"], r["made_from"]) == (name, made_from)]
 

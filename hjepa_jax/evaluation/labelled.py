@@ -1,4 +1,4 @@
-"""Labelled features as probes take them: checks, the hold-out, and the choice from a grid."""
+"""Shared parts of the probes: checks of labelled features, the hold-out, the choice from a grid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class ProbeResult:
 
 
 def why_no_probe(train: Split, class_names: Sequence[str]) -> str:
-    """Returns why probes of labels say nothing about these images; "" if they do."""
+    """Returns why these images cannot be used by probes that need labels; "" if they can."""
     if train.labels is None or not class_names:
         return "has no labels"
     return "has one class" if len(class_names) == 1 else ""
@@ -69,7 +69,7 @@ def check_splits(
 
 
 def hold_out(n: int, *, num_val: int, seed: int = 0) -> Rows:
-    """Splits training rows into rows to fit and rows to choose a hyper-parameter on.
+    """Splits training rows into rows to fit and held-out rows to choose a hyper-parameter.
 
     At most a fifth of the rows is held out; the same seed holds out the same rows.
 
@@ -89,8 +89,8 @@ def choose(
 
     Args:
       scores: one per setting, in the order of the grid.
-      open_start: whether settings beyond the first could be better. False if there are none, such
-        as fewer neighbours than 1.
+      open_start: whether settings before the first could be better. False if none exist: there are
+        no fewer neighbours than 1.
       open_end: the same for the last setting.
 
     Returns:
@@ -99,7 +99,7 @@ def choose(
     """
     best = [i for i, score in enumerate(scores) if score == max(scores)]
     ends = set()
-    if len(scores) > 1:  # a single setting is given, not chosen
+    if len(scores) > 1:  # with a single setting nothing is chosen
         ends = {0} if open_start else set()
         ends |= {len(scores) - 1} if open_end else set()
     inner = [i for i in best if i not in ends]

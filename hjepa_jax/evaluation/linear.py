@@ -25,7 +25,7 @@ from hjepa_jax.evaluation.logistic import Problem, fit, predict
 # Half-decades. While the best penalty is an end of the grid, more are tried, up to `L2_LIMITS`.
 DEFAULT_L2_GRID = tuple(float(f"{10 ** (e / 2):.3g}") for e in range(-12, 3))
 L2_LIMITS = (1e-10, 1e3)
-_MORE_PENALTIES = 2  # tried at a time beyond an end: a single one might lose by chance
+_MORE_PENALTIES = 2  # penalties tried at a time beyond an end: a single one may lose by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,8 @@ def choose_l2(
 ) -> tuple[float, dict[float, float], tuple[str, ...]]:
     """Chooses the penalty with the best accuracy on held-out training rows.
 
-    While the best penalty is an end of the grid, more are tried beyond it, at the distance of the
-    last two, up to `L2_LIMITS`. Arguments as in `linear_probe`.
+    While the best penalty is an end of the grid, more penalties are tried beyond it, with the ratio
+    of the last two, up to `L2_LIMITS`. Arguments as in `linear_probe`.
 
     Returns:
       The penalty, all held-out scores by penalty (descending), and a note if it is an end.

@@ -1,9 +1,9 @@
 """Logistic regression by L-BFGS, in coordinates that make the problem well conditioned.
 
-Boehning bounds the Hessian of the mean cross-entropy, for any weights and each class, by
-X^T X / (2 n). With the penalty, the bound has a Cholesky factor, A = L L^T. For U = L^T W the bound
-is the identity. L-BFGS (SciPy) runs on the host; loss and gradient are two matrix products on the
-device.
+For any weights and each class, the Hessian of the mean cross-entropy is at most X^T X / (2 n)
+(Boehning). With the penalty added, this bound has a Cholesky factorization A = L L^T. In the
+coordinates U = L^T W the bound is the identity. L-BFGS (SciPy) runs on the host; loss and gradient
+are two matrix products on the device.
 
 References:
   Boehning 1992, "Multinomial logistic regression algorithm" (Ann. Inst. Statist. Math. 44): the
@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 
 # A fit ends when no component of the gradient is larger, in nats per unit of the coordinates above.
 TOLERANCE = 3e-5
-_MEMORY = 20  # gradients that L-BFGS remembers
+_MEMORY = 20  # number of corrections that L-BFGS stores
 _CHUNK_ROWS = 4096  # bounds temporary memory on the host: 50 MB at D = 3072
 
 
@@ -33,7 +33,7 @@ _CHUNK_ROWS = 4096  # bounds temporary memory on the host: 50 MB at D = 3072
 class LinearModel:
     """A logistic regression: `logits = (x - mean) @ kernel + bias`.
 
-    `converged` tells whether the gradient fell below `TOLERANCE`.
+    `converged` is True if the gradient fell below `TOLERANCE`.
     """
 
     mean: Float32[np.ndarray, " D"]
@@ -72,7 +72,8 @@ def predict(model: LinearModel, x: Float[np.ndarray, "n D"]) -> Int32[np.ndarray
 class Problem:
     """The regression of classes on standardised features, with its data on the device.
 
-    The last feature is the constant 1 of the bias. The others are centred, hence orthogonal to it.
+    The last feature is the constant 1, for the bias. The others are centred, so they are orthogonal
+    to it.
     """
 
     def __init__(
@@ -109,13 +110,13 @@ class Problem:
         def objective(flat: Float64[np.ndarray, " P"]) -> tuple[float, np.ndarray]:
             weights = weights_at(flat)
             losses, gradient = jax.device_get(_losses(*self._data, weights.astype(np.float32)))
-            # Sums over rows and the penalty in float64: L-BFGS compares values that differ little.
+            # The sum over rows and the penalty are float64: L-BFGS compares nearly equal values.
             value = losses.mean(dtype=np.float64) + np.sum(penalty[:, None] * weights**2) / 2
             gradient = gradient + penalty[:, None] * weights
             return float(value), solve(gradient).ravel()
 
         limits = {"maxiter": self._num_iterations, "maxfun": 2 * self._num_iterations}
-        # The vectors of L-BFGS are short. More BLAS threads would only take cores from the device.
+        # L-BFGS works on short vectors. More BLAS threads would only take cores from the device.
         with threadpool_limits(1, user_api="blas"):
             found = minimize(
                 objective,
@@ -127,7 +128,7 @@ class Problem:
             return weights_at(found.x), bool(np.abs(found.jac).max() <= TOLERANCE)
 
     def model(self, weights: Float64[np.ndarray, "D1 C"], converged: bool = True) -> LinearModel:
-        """Returns the model with these weights, for features that are not standardised."""
+        """Returns the model with these weights, converted to features before standardisation."""
         weights = weights.astype(np.float32)
         return LinearModel(self._mean, weights[:-1] / self._std[:, None], weights[-1], converged)
 
@@ -149,10 +150,10 @@ def _losses(
 def _cholesky(
     bound: Float64[np.ndarray, "D1 D1"], penalty: Float64[np.ndarray, " D1"]
 ) -> Float64[np.ndarray, "D1 D1"]:
-    """Returns a factor of bound + penalty; directions without variance get a floor.
+    """Returns the Cholesky factor of bound + penalty + floor.
 
-    The floor is just above the rounding errors of the bound, which change eigenvalues near 0. It
-    only scales coordinates, so the result of a fit does not depend on it.
+    The floor makes directions without variance positive despite rounding errors of the bound. It
+    only changes the scale of the coordinates, not the result of a fit.
     """
     floor = 1e-6 * np.linalg.norm(bound)
     while True:
@@ -178,7 +179,7 @@ def _moments(
 def divisible_std(
     std: Float[np.ndarray, " D"], mean: Float[np.ndarray, " D"]
 ) -> Float[np.ndarray, " D"]:
-    """Returns `std`, with 1 for constant features, whose deviation is only rounding error."""
+    """Returns `std`, with 1 for constant features: their deviation is only rounding error."""
     return np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, np.float32(1))
 
 

@@ -34,7 +34,7 @@ class LowshotResult:
       labels: "5 per class" or "1 %".
       num_labels: labelled rows per draw.
       top1: mean over draws of the accuracy on the test set, fraction in [0, 1].
-      top1_std: its sample standard deviation over draws.
+      top1_std: sample standard deviation of that accuracy over draws.
       chosen_alpha: the penalty, chosen on held-out training rows for all draws together. Among
         equal scores the largest that is not an end of the grid.
       val_top1: held-out score of that penalty, mean over draws.
@@ -72,9 +72,10 @@ def lowshot_probe(
     The penalty is chosen on held-out training rows: their labels are used only for this. A draw
     never contains a held-out row.
 
-    Takes the arguments of `linear_probe`; `shots`, numbers of labels for `draw_labels`; `alphas`,
-    penalties for `fit_ridge`; `num_draws`, draws per entry of `shots`. Draw i has the seed
-    `seed + i`.
+    The arguments are those of `linear_probe`, and these:
+      shots: numbers of labels, see `draw_labels`.
+      num_draws: draws per entry of `shots`. Draw i has the seed `seed + i`.
+      alphas: penalties, see `fit_ridge`.
 
     Returns:
       One result per entry of `shots`, in order.
@@ -170,12 +171,10 @@ def fit_ridge(
     num_classes: int,
     alphas: Sequence[float],
 ) -> tuple[Float64[np.ndarray, "A D C"], Float64[np.ndarray, "A C"]]:
-    """Minimises ||Y - X W - b||^2 + alpha ||W||^2 over W and b, Y one-hot, for each alpha.
+    """Minimises ||Y - X W - b||^2 + alpha ||W||^2 over W and b, with one-hot Y, for each alpha.
 
-    One eigendecomposition, of the smaller of X^T X and X X^T, serves all penalties. The bias is not
-    penalised.
-
-    The A penalties `alphas` are > 0, in squared units of the features.
+    The bias is not penalised. One eigendecomposition, of the smaller of X^T X and X X^T, gives the
+    solution for all A penalties `alphas`, which are > 0, in squared units of the features.
 
     Returns:
       Kernels and biases: class scores are `x @ kernel + bias`.

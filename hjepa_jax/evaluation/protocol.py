@@ -13,7 +13,7 @@ class Protocol:
       protocols: some of `protocols.PROTOCOLS`.
       levels: levels to evaluate; None = all.
       pools: some of `features.POOLS`.
-      num_val: training images held out to choose hyper-parameters; at most a fifth is taken.
+      num_val: training images held out to choose hyper-parameters; at most a fifth of all.
       seed: seed of the hold-out, of low-shot draws and of episodes.
       batch_size: images per call of the encoder.
       lowshot_labels: labels per class, or fractions; None = the entries of `lowshot.DEFAULT_SHOTS`

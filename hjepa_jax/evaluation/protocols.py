@@ -1,7 +1,7 @@
 """The evaluation protocol: which encoders, which features, which probes.
 
-Every probe of the trained encoder stands beside the same probe of an untrained encoder and of the
-raw pixels: without the two a number means little.
+Every probe of the trained encoder is repeated for an untrained encoder and for the raw pixels.
+Without these two baselines a score means little.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def evaluate_encoders(
       cache: storage for features; None = none.
       data: name of the data set, for the rows.
       report: called with the new rows of each probe.
-      known: rows that need not be made again; None = none.
+      known: rows that can be reused; None = none.
 
     Returns:
       One row per result, with its whole protocol.
@@ -137,7 +137,7 @@ class _Probe:
       name: its protocol.
       index: number of the representation in `Protocol.representations`.
       where: the fields of its rows that name protocol and features.
-      known: its rows, if they need not be made again.
+      known: its rows if they can be reused, else empty.
     """
 
     name: str
@@ -188,7 +188,7 @@ def origin(
         "data_fingerprint": images,
         "train_size": len(train.images),
         "test_size": len(test.images),
-        # Right by always naming the most frequent class; not without labels.
+        # Accuracy of always predicting the most frequent class; omitted without labels.
         **({} if labels is None else {"chance": float(np.bincount(labels).max() / len(labels))}),
     }
 
@@ -202,7 +202,7 @@ def _options(name: str, arrays: Arrays, protocol: Protocol) -> tuple[dict[str, A
 
 def _linear(arrays: Arrays, num_classes: int, protocol: Protocol) -> list[Row]:
     options, rows = _options("linear", arrays, protocol)
-    # Every second penalty for wide features, such as raw pixels: time is D x G.
+    # Wide features use every second penalty: time is width times number of penalties.
     grid = DEFAULT_L2_GRID[:: 1 if arrays[0].shape[1] <= 1024 else 2]
     result = linear_probe(*arrays, num_classes=num_classes, l2_grid=grid, **options)
     settings = {"l2_grid": list(result.l2_grid), "num_val": len(rows.held), "tolerance": TOLERANCE}
@@ -276,7 +276,7 @@ def _check_shots(protocol: Protocol, train: Split, test: Split, num_classes: int
 
 
 def check_classes(source: str, labels: Int[np.ndarray, " n"] | None, num_classes: int) -> None:
-    """Refuses training labels that lack a class: no probe could predict it ("data.source")."""
+    """Refuses training labels if a class is missing: no probe can predict it ("data.source")."""
     if labels is None:
         raise InputError("data.source", source, "has no labels")
     missing: Sequence[int] = sorted(set(range(num_classes)) - set(labels.tolist()))

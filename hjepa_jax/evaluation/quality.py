@@ -21,7 +21,7 @@ MIN_RANK_FRACTION = 0.1
 ALPHA_RANKS = (4, 100)  # first and last rank of the spectrum that `alpha_req` fits
 ALPHA_FLOOR = 1e-6  # fraction of the largest eigenvalue
 
-# Features are float32: a spread below this fraction of their size is rounding, not information.
+# Features are float32: a spread below this fraction of their magnitude is rounding error.
 _RESOLUTION = float(np.finfo(np.float32).eps)
 
 
@@ -48,7 +48,7 @@ class Verdict:
 
 
 def check_features(field: str, features: np.ndarray) -> Float[np.ndarray, "n D"]:
-    """Returns `features` unchanged; refuses any but a finite, non-empty matrix, naming `field`."""
+    """Returns `features` unchanged; InputError naming `field` unless a finite, non-empty matrix."""
     if features.ndim != 2 or features.size == 0:
         raise InputError(field, features.shape, "must be a matrix [n, D] with n >= 1 and D >= 1")
     num_bad = int(np.sum(~np.isfinite(features)))
@@ -98,7 +98,7 @@ def effective_rank(
 
 
 def rankme(features: Float[np.ndarray, "_ _"], *, epsilon: float = 1e-7) -> float:
-    """Returns RankMe: the effective rank of the features as they are, mean included.
+    """Returns RankMe: the effective rank of the features without centring.
 
     Args:
       features: `[n, D]`.
@@ -125,12 +125,12 @@ def singular_values(features: Float[np.ndarray, "_ _"]) -> Float64[np.ndarray, "
 def alpha_req(
     features: Float[np.ndarray, "_ _"], *, spectrum: Float64[np.ndarray, " _"] | None = None
 ) -> float:
-    """Returns how fast the spectrum of the covariance decays: alpha in lambda_j ~ j^-alpha.
+    """Returns the decay exponent of the spectrum of the covariance: alpha in lambda_j ~ j^-alpha.
 
     0 is a flat spectrum, good representations are reported near 1, large values mean few
-    directions. The slope is a weighted least-squares fit in log-log over the ranks of
-    `ALPHA_RANKS`. The squared error at rank j has weight 1 / j: each factor of two in rank counts
-    equally.
+    directions. The slope is a weighted least-squares fit of log lambda_j over log j, for the ranks
+    of `ALPHA_RANKS`. The squared error at rank j has weight 1 / j, so that each factor of two in
+    rank has the same weight.
 
     Args:
       features: `[n, D]`.
@@ -140,11 +140,11 @@ def alpha_req(
       alpha; nan if fewer than two eigenvalues remain to fit.
 
     References:
-      Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2, with ranks and weights of
-      the authors' code, which takes them from Stringer et al. 2019 (Nature 571). We deviate once:
-      eigenvalues below `ALPHA_FLOOR` of the largest are omitted. Duplicated features, or rounding
-      by bfloat16, end in a floor of noise there, which is no power law. Up to commit b92d0cf all
-      eigenvalues were fitted without weights: older numbers cannot be compared.
+      Agrawal et al. 2022, "alpha-ReQ" (arXiv 2202.05808), section 2.2. Ranks and weights are those
+      of the authors' code, which takes them from Stringer et al. 2019 (Nature 571). One deviation:
+      eigenvalues below `ALPHA_FLOOR` of the largest are omitted, because duplicated features or
+      bfloat16 rounding produce a noise floor there instead of a power law. Up to commit b92d0cf all
+      eigenvalues were fitted without weights, so older numbers cannot be compared.
     """
     sigma = singular_values(features) if spectrum is None else spectrum
     if sigma[0] <= _RESOLUTION * np.abs(features).max():
@@ -163,14 +163,14 @@ def alpha_req(
 def uniformity(
     features: Float[np.ndarray, "_ _"], *, t: float = 2.0, max_rows: int = 4096
 ) -> float:
-    """Returns how evenly directions are used: log of the mean of exp(-t |u - v|^2) over pairs.
+    """Returns the uniformity of directions: log of the mean of exp(-t |u - v|^2) over pairs.
 
     u and v are features scaled to length 1. All pairs of different rows count, among at most
     `max_rows` evenly spaced rows.
 
     Returns:
-      A value in [-4 t, 0]: 0 if all rows point one way, about -2 t for even directions in many
-      dimensions.
+      A value in [-4 t, 0]: 0 if all rows have the same direction, about -2 t for uniform directions
+      in many dimensions.
 
     References:
       Wang and Isola 2020 (arXiv 2005.10242), equation 2; t = 2.
@@ -218,7 +218,7 @@ def lidar(
         return 0.0
     within = (x - means[:, None]).reshape(n * q, d)
     variance, basis = np.linalg.eigh(within.T @ within / (n * (q - 1)) + delta * np.eye(d))
-    # The nonzero eigenvalues of W^(-1/2) B W^(-1/2) are the squared singular values of this.
+    # The nonzero eigenvalues of W^(-1/2) B W^(-1/2) are the squared singular values of `whitened`.
     whitened = between @ (basis / np.sqrt(np.maximum(variance, delta)))
     eigenvalues = _singular_values(whitened) ** 2
     return _exp_entropy(eigenvalues / eigenvalues.sum() + epsilon)
@@ -229,7 +229,7 @@ def collapse_verdict(
 ) -> Verdict:
     """Returns whether the features have collapsed, to a point or to a few directions.
 
-    The thresholds are conventions that catch plain failures; features that pass may be poor.
+    The thresholds are conventions that detect plain failures. Features above them may still be bad.
 
     Args:
       features: `[n, D]` with n >= 2, and n well above D: `max_rank` is at most n - 1.
@@ -252,9 +252,10 @@ def collapse_verdict(
 
 
 def _singular_values(x: Float64[np.ndarray, "n D"]) -> Float64[np.ndarray, " r"]:
-    """Returns the min(n, D) singular values, from the smaller Gram matrix: n may be 50,000.
+    """Returns the min(n, D) singular values, ascending, from the smaller Gram matrix.
 
-    Squaring limits them to about 1e-8 of the largest, below the float32 rounding of the input.
+    This is fast for n = 50,000. Values below about 1e-8 of the largest are inaccurate, but that is
+    below the float32 rounding of the input.
     """
     n, d = x.shape
     gram = x.T @ x if d <= n else x @ x.T

@@ -21,7 +21,7 @@ Place = tuple[str, int | str]  # pool and level
 
 
 class QualityRows:
-    """Makes the rows of the protocol; does nothing if it is not asked for."""
+    """Makes the rows of the protocol "quality"; does nothing if it is not requested."""
 
     def __init__(
         self, extract: Extractor, protocol: Protocol, train: Split, embed_views: EmbedFn | None
@@ -33,7 +33,7 @@ class QualityRows:
         self._views: dict[Place, np.ndarray] = {}
 
     def measure_untrained(self, encoders: dict[str, Any]) -> dict[str, Features]:
-        """Measures the untrained encoder, with which verdicts compare the others.
+        """Measures the untrained encoder, the reference of the verdicts on the other encoders.
 
         Returns:
           Its training features by its name, so that they need not be extracted again.
@@ -56,7 +56,7 @@ class QualityRows:
             self._views = {(p, lv): x for p, lv, x in self._protocol.representations(features)}
 
     def row(self, encoder: str, pool: str, level: int | str, x: np.ndarray) -> Row:
-        """Returns the numbers of one representation, `x` with one row per training image."""
+        """Returns the metrics of one representation; `x` has one row per training image."""
         untrained = None if encoder == "pixels" else self._untrained.get((pool, level))
         x = x[sample(len(x), QUALITY_ROWS)]
         return judge_quality(x, self._views.get((pool, level)), untrained)
@@ -67,16 +67,17 @@ def judge_quality(
     views: Float[np.ndarray, "m D"] | None = None,
     untrained: Spread | None = None,
 ) -> Row:
-    """Returns all label-free numbers about a representation, and whether it has collapsed.
+    """Returns all label-free metrics of a representation, and whether it has collapsed.
 
     Args:
       features: features of n images.
       views: features of augmented views, `LIDAR_VIEWS` rows per image; None = no LiDAR.
-      untrained: spread of the same representation of the untrained encoder; None = not known.
+      untrained: spread of the same representation of the untrained encoder; None = unknown.
 
     Returns:
-      The numbers of `evaluation.quality` by name, None if one is not defined; the verdict with its
-      thresholds; the 100 largest singular values of the centred features, divided by their sum.
+      The metrics of `evaluation.quality` by name (None if a value is not finite), the verdict with
+      its thresholds, and the 100 largest singular values of the centred features, divided by the
+      sum of all.
     """
     sigma = quality.singular_values(features)
     numbers = {

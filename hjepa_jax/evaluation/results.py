@@ -17,7 +17,7 @@ from hjepa_jax.runs.scores import IDENTITY, Row
 RARE = ("data", "seed", "num_layers")
 # Preference among features with equal held-out scores; see `best_row`.
 _POOLS = ("mean", "summary", "concat")
-# The words for encoders that people read; the trained one comes first in every table.
+# Names of encoders in tables, in the order of the rows.
 ENCODERS = {
     "target": "trained", "online": "online", "random_init": "random-init", "pixels": "raw pixels",
 }  # fmt: skip
@@ -31,7 +31,7 @@ def column(row: Row) -> str:
 
 
 def encoder_name(encoder: str) -> str:
-    """Returns the words for an encoder: "trained" for "target"."""
+    """Returns the name of an encoder in tables: "trained" for "target"."""
     return ENCODERS.get(encoder, encoder)
 
 
@@ -143,7 +143,7 @@ def _six(value: float) -> str:
 
 
 def verdict_of(row: Row) -> str:
-    """Returns the verdict on trained features; "baseline" for those that it compares with."""
+    """Returns the verdict on trained features; "baseline" for the encoders of comparison."""
     return row["verdict"] if row["encoder"] in ("target", "online") else "baseline"
 
 
@@ -151,8 +151,8 @@ def format_seeds(runs: list[list[Row]]) -> str:
     """Returns mean and standard deviation of each result over several runs, one line each.
 
     Rows are the same result if they agree in `IDENTITY` and in the numbers of images. The
-    fingerprint of the images may differ: `shapes` depends on the seed. If rows agree within one
-    run, the last counts.
+    fingerprint of the images may differ, because `shapes` depends on the seed. If rows of one run
+    agree, the last one counts.
     """
     identity = (name for name in IDENTITY if name != "data_fingerprint")
     names = (*identity, "train_size", "test_size")
@@ -199,8 +199,8 @@ def scalars(rows: list[Row], *, group: str = "probe") -> dict[str, float]:
 def best_row(rows: Iterable[Row], protocol: str, encoder: str) -> Row | None:
     """Returns the row with the best held-out score, on the newest checkpoint; None without rows.
 
-    Test scores never decide, ties included. Among equal held-out scores the order is: fewer
-    dimensions, "mean" before "summary" before "concat", finer level, fewer blocks.
+    Test scores do not decide, not even between equal held-out scores. These are ordered by fewer
+    dimensions, then "mean" before "summary" before "concat", then finer level, then fewer blocks.
     """
     judged = [row for row in rows if (row["protocol"], row["encoder"]) == (protocol, encoder)]
     return min(judged, key=_preference, default=None)
@@ -249,7 +249,7 @@ def format_best(rows: Sequence[Row], protocol: str) -> str | None:
     best = [row for encoder in encoders if (row := best_row(rows, protocol, encoder))]
     if not best:
         return None
-    # Their 95 % intervals are in the table above the box, which fits a terminal of 80 columns.
+    # Without 95 % intervals, so that the line fits 80 columns. The table above has them.
     return ", ".join(f"{encoder_name(row['encoder'])} {100 * row['top1']:.1f} %" for row in best)
 
 

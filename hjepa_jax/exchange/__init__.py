@@ -1,1 +1,1 @@
-"""Encoders in the files of other projects: read into a work directory, written from one."""
+"""Converts encoders from and to the files of other projects, and writes tables of features."""

@@ -1,4 +1,4 @@
-"""Makes a work directory of a published encoder."""
+"""Makes a work directory from a published encoder."""
 
 import dataclasses
 import hashlib
@@ -30,24 +30,25 @@ from hjepa_jax.runtime.paths import local_path
 
 FIELD = "--input"
 RECORD = "converted.json"
-# Heads of the published vision transformers by their width; their files do not say.
+# Attention heads of published vision transformers by width, because tensors do not reveal them.
 NUM_HEADS = {
     192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16,
 }  # fmt: skip
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 GELU_NAMES = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_tanh": "tanh"}
-# Dictionaries of a PyTorch checkpoint that hold the encoder, the one to prefer first.
+# Keys of dictionaries in a PyTorch checkpoint that may hold the encoder, preferred ones first.
 CHECKPOINT_KEYS = ("target_encoder", "teacher", "model", "state_dict", "model_state_dict")
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What the JSON files beside the tensors say; empty where there are none.
+    """Content of the JSON files beside the tensors; empty if there are none.
 
     Attributes:
-      config: config.json, of Hugging Face or timm.
-      mean, std: of pixels in [0, 1], per channel; None if no file says.
-      num_summary_tokens: how many of the tokens before the patches are; None: the class token.
+      config: config.json of Hugging Face or timm.
+      mean, std: statistics of pixels in [0, 1], per channel; None = unknown.
+      num_summary_tokens: number of the tokens before the patches that are summary tokens; None =
+        the class token only.
     """
 
     config: dict[str, Any]
@@ -64,23 +65,23 @@ def convert(
     num_heads: int | None = None,
     data: str | None = None,
 ) -> Config:
-    """Writes a work directory from which probes, features and fine-tunings can be made.
+    """Writes a work directory that the other commands (probe, embed, export) accept.
 
     Args:
-      source: a .safetensors file, a file of `torch.save`, or a folder with the former and a
-        config.json, as Hugging Face and timm have it; or a file that `export` has made.
+      source: a .safetensors file, a file of `torch.save`, or a folder with .safetensors files and a
+        config.json, as Hugging Face and timm write it; or a file that `export` has written.
       workdir: directory to make; it must not exist or be empty.
-      image_size: side of the images, pixels; None: that of the encoder. Position embeddings are
-        resampled for another one.
-      num_heads: heads of attention, if neither config.json nor the width tells.
-      data: `data.source` of the work directory.
+      image_size: side of the images, pixels; None = the size of the encoder. For another size the
+        position embeddings are resampled.
+      num_heads: attention heads, if neither config.json nor the width determines them.
+      data: `data.source` of the work directory; None = the default.
 
     Returns:
       The config of the work directory.
 
     Raises:
-      InputError: for a file that is damaged, or no vision transformer of a known layout. Nothing
-        is written then.
+      InputError: the file is damaged, or no vision transformer of a known layout. In that case
+        nothing is written.
     """
     path, target = local_path(FIELD, str(source)), local_path("--workdir", str(workdir))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -112,7 +113,7 @@ def convert(
 
 
 def _read(path: pathlib.Path) -> tuple[Tensors, dict[str, str], str]:
-    """The tensors and metadata of a file or folder, and the SHA-256 of what was read."""
+    """Returns tensors and metadata of a file or folder, and the SHA-256 of its content."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -134,7 +135,7 @@ def _read(path: pathlib.Path) -> tuple[Tensors, dict[str, str], str]:
 
 
 def _torch(path: pathlib.Path) -> Tensors:
-    """The tensors of the encoder in a PyTorch checkpoint."""
+    """Returns the tensors of the encoder in a PyTorch checkpoint."""
     file = read_torch(path)
     content = file.content
     while isinstance(content, dict):
@@ -157,9 +158,9 @@ def _describe(folder: pathlib.Path) -> Described:
         if not isinstance(found[name], dict):
             raise ValueError(f"its {name} is no JSON object")
     config, images = found["config.json"], found["preprocessor_config.json"]
-    trained = config.get("pretrained_cfg") or {}  # of timm
+    trained = config.get("pretrained_cfg") or {}  # a field of timm
     mean, std = images.get("image_mean"), images.get("image_std")
-    ours = config.get("hjepa_jax")  # of an encoder that was exported from here
+    ours = config.get("hjepa_jax")  # written by `export`
     num_summaries = ours.get("num_summary_tokens") if isinstance(ours, dict) else None
     mean, std = mean or trained.get("mean"), std or trained.get("std")
     return Described(config, mean, std, num_summaries if is_a(int, num_summaries) else None)
@@ -173,7 +174,7 @@ def _config(
     image_size: int | None,
     num_heads: int | None,
 ) -> Config:
-    """The config of the work directory, unlocked and not validated."""
+    """Returns the config of the work directory, unlocked and not validated."""
     c, theirs = base_config(), described.config
     for name, value in (
         ("hidden_size", sizes.width),
@@ -186,7 +187,7 @@ def _config(
     heads = num_heads or theirs.get("num_attention_heads") or NUM_HEADS.get(sizes.width)
     if heads is None:
         raise ValueError(f"the number of heads at width {sizes.width} is not known: --num_heads")
-    arguments = theirs.get("model_args") or {}  # of timm
+    arguments = theirs.get("model_args") or {}  # a field of timm
     gelu = theirs.get("hidden_act") or arguments.get("act_layer") or "gelu"
     if gelu not in GELU_NAMES:
         raise ValueError(f"its activation is {gelu!r}, and must be one of {', '.join(GELU_NAMES)}")
@@ -203,7 +204,7 @@ def _config(
     c.model.gelu = GELU_NAMES[gelu]
     default_epsilon = 1e-6 if layout is TIMM else 1e-12
     c.model.layer_norm_epsilon = float(theirs.get("layer_norm_eps", default_epsilon))
-    if c.data.image_size // sizes.patch_size < 8:  # which blocks of whole cells may not fit
+    if c.data.image_size // sizes.patch_size < 8:  # blocks of whole cells may not fit this grid
         c.mask.kind, c.mask.align_level = "random", 0
     c.loss.regularizer, c.loss.regularizer_weight = "none", 0.0
     c.loss.summary_weight = float(sizes.num_summary_tokens > 0)
@@ -211,16 +212,18 @@ def _config(
 
 
 def _mlp_ratio(sizes: Sizes) -> float:
-    """The ratio r for which int(width * r) is the hidden width, in spite of rounding."""
+    """Returns a ratio r with int(width * r) equal to the hidden width, despite rounding."""
     ratio = sizes.hidden / sizes.width
     return ratio if int(sizes.width * ratio) == sizes.hidden else math.nextafter(ratio, math.inf)
 
 
 def _state(config: Config, params: Tensors) -> TrainState:
-    """A state at step 0 whose two encoders are the published one; only training would need more.
+    """Returns a state at step 0 with the published encoder as context and target encoder.
+
+    It has no optimizer state and no key, which only training needs.
 
     Raises:
-      ValueError: if the tensors do not fit the model of the config.
+      ValueError: the tensors do not fit the model of the config.
     """
     model = build.build_model(config)
     check_fits(params, config, model)
@@ -235,7 +238,7 @@ def _state(config: Config, params: Tensors) -> TrainState:
 def _write(
     workdir: pathlib.Path, config: Config, state: TrainState, record: dict[str, Any]
 ) -> None:
-    """Writes the directory beside its place, then puts it there: whole or not at all."""
+    """Writes the work directory atomically."""
     with writing(workdir), new_folder(workdir) as partial:
         for name, content in (("config.json", config.to_dict()), (RECORD, record)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")

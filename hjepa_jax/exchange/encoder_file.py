@@ -1,4 +1,4 @@
-"""An encoder in one safetensors file: its parameters and the config that they belong to."""
+"""Reads and writes an encoder in one safetensors file: parameters, config and origin."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ FORMAT = "hjepa_jax"
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFile:
-    """The content of such a file.
+    """The content of an encoder file.
 
     Attributes:
-      config: of the run.
-      model: its networks.
-      params: of the encoder, as the model takes them, float32.
-      info: where the encoder is from.
+      config: config of the run.
+      model: networks of the run.
+      params: parameters of the encoder, as `model` takes them, float32.
+      info: sizes, origin and scores of the encoder.
     """
 
     config: Config
@@ -37,7 +37,7 @@ class EncoderFile:
 
 
 def flat(params: Any) -> Tensors:
-    """Parameters by their paths ("block_0/attention/qkv/kernel"), on the host."""
+    """Returns the parameters by path ("block_0/attention/qkv/kernel"), on the host."""
     found = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     return {name: np.asarray(value) for name, value in found.items()}
 
@@ -45,7 +45,7 @@ def flat(params: Any) -> Tensors:
 def write_encoder(
     file: IO[bytes], config: Config, params: Any, info: dict[str, Any], *, dtype: str
 ) -> None:
-    """Writes an encoder; `dtype` is that of the numbers in the file."""
+    """Writes an encoder; `dtype` is the type of the tensors in the file."""
     metadata = {"format": FORMAT, "config": config.to_json(), "info": json.dumps(info)}
     tensors = {name: value.astype(dtype) for name, value in flat(params).items()}
     write_safetensors(file, tensors, metadata)
@@ -55,7 +55,7 @@ def read_encoder(path: pathlib.Path) -> EncoderFile:
     """Reads an encoder.
 
     Raises:
-      ValueError: if the file is damaged, or not such a file.
+      ValueError: the file is damaged, or no encoder file of hjepa_jax.
     """
     tensors, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
@@ -73,10 +73,10 @@ def read_encoder(path: pathlib.Path) -> EncoderFile:
 
 
 def check_fits(params: Tensors, config: Config, model: HJEPA) -> None:
-    """Compares parameters by their paths with what the model needs.
+    """Compares parameters, by path, with the parameters of the model.
 
     Raises:
-      ValueError: listing those of another shape, or with numbers that are not finite.
+      ValueError: naming parameters of another shape, or with numbers that are not finite.
     """
     create = build.build_create_state(config, model, optax.identity())
     like: dict[str, Any] = traverse_util.flatten_dict(jax.eval_shape(create).target_params, sep="/")

@@ -1,4 +1,4 @@
-"""Writes the encoder of a run for use elsewhere: tensors, a config and a model card."""
+"""Writes the encoder of a run for other programs: tensors, a config and a model card."""
 
 import json
 import pathlib
@@ -70,13 +70,14 @@ def export(
       output: the folder to make; it must not exist or be empty.
       layout: one of `FORMATS`.
       step: which checkpoint: "last", "best" (by k-NN) or a number.
-      dtype: of the numbers in the file, "float32" or "float16"; for "hjepa_jax" only.
+      dtype: type of the tensors in the file, "float32" or "float16"; the latter only with the
+        layout "hjepa_jax".
 
     Returns:
       Names of the files.
 
     Raises:
-      InputError: for a folder that holds no run, or an encoder that the layout has no place for.
+      InputError: the folder holds no run, or the layout cannot represent the encoder.
     """
     for flag, value, options in (("--format", layout, FORMATS), ("--dtype", dtype, DTYPES)):
         if value not in options:
@@ -113,7 +114,7 @@ def export(
 
 
 def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str) -> dict[str, Any]:
-    """Returns facts of an encoder that go with it: sizes, origin and scores."""
+    """Returns sizes, origin and scores of an encoder."""
     width, depth, num_heads = encoder_size(config)
     meta = read_newest_meta(workdir)
     converted, record = workdir / "converted.json", read_record(workdir)
@@ -127,7 +128,7 @@ def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str
         "num_heads": num_heads,
         "patch_size": config.model.patch_size,
         "image_size": config.data.image_size,
-        # Runs of older versions do not name the type.
+        # Runs of older versions did not record the type.
         "dtype": record.data.get("dtype", "uint8") if record else "uint8",
         "mean": list(config.data.mean),
         "std": list(config.data.std),
@@ -142,7 +143,7 @@ def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str
 
 
 def model_card(info: dict[str, Any], layout: str) -> str:
-    """Returns the text of the file README.md that lies beside an exported encoder."""
+    """Returns the text of README.md in the folder of an exported encoder."""
     origin = f"pre-trained without labels on `{info['data']}` by hjepa_jax"
     if made := info["converted_from"]:
         origin = f"converted from `{made['file']}` (SHA-256 `{made['sha256']}`)"
@@ -181,7 +182,7 @@ A vision transformer, {origin}.
 
 
 def _tensors_of(config: Config, params: Any) -> Tensors:
-    """Parameters by their paths, with a table of positions even if that is fixed."""
+    """Returns the parameters by path, including fixed position tables."""
     kind = config.model.positions
     if kind == "rope2d":
         raise ValueError("has no rotary positions (model.positions='rope2d')")
@@ -197,7 +198,7 @@ def _tensors_of(config: Config, params: Any) -> Tensors:
 
 
 def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and JSON files, as timm has them."""
+    """Returns tensors and JSON files in the format of timm."""
     c, (width, depth, num_heads) = config.model, encoder_size(config)
     if c.layer_norm_epsilon != 1e-6:
         raise ValueError(f"needs model.layer_norm_epsilon=1e-6, not {c.layer_norm_epsilon}")
@@ -229,7 +230,7 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
         "classifier": "head",
     }
     architecture = {
-        "architecture": "vit_base_patch16_224",  # whose sizes model_args replace
+        "architecture": "vit_base_patch16_224",  # model_args replaces its sizes
         "num_classes": 0,
         "num_features": width,
         "num_attention_heads": num_heads,
@@ -240,7 +241,7 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _transformers(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and JSON files, as Hugging Face's transformers has them."""
+    """Returns tensors and JSON files in the format of Hugging Face's transformers."""
     c, (width, depth, num_heads) = config.model, encoder_size(config)
     found = _tensors_of(config, params)
     size, hidden = config.data.image_size, int(width * c.mlp_ratio)

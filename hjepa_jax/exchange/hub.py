@@ -9,7 +9,7 @@ FLAG = "--push"
 
 
 def check_push(name: str) -> None:
-    """Checks what can be checked without a connection.
+    """Checks everything that does not need a connection.
 
     Raises:
       InputError: if the name is not USER/NAME, the package is not installed, or there is no token
@@ -28,10 +28,10 @@ def check_push(name: str) -> None:
 
 
 def push(folder: pathlib.Path, name: str) -> str:
-    """Uploads a folder; a repository that does not exist is made, and is private.
+    """Uploads a folder. If the repository does not exist, a private one is created.
 
     Args:
-      folder: from `export`.
+      folder: a folder that `export` has written.
       name: USER/NAME.
 
     Returns:
@@ -47,7 +47,7 @@ def push(folder: pathlib.Path, name: str) -> str:
         api = HfApi()
         address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an encoder")
-    except Exception as error:  # of the connection, of the hub or of a full disk
+    except Exception as error:  # errors of the connection, the hub or a full disk
         rule = f"could not be uploaded ({first_line(error)}); the files are in {folder}"
         raise InputError(FLAG, name, rule) from error
     return str(address)

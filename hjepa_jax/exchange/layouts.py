@@ -1,8 +1,9 @@
-"""Names and shapes of a vision transformer's tensors elsewhere, and here.
+"""Converts tensors of a vision transformer from the layouts of other projects, and back.
 
-Elsewhere a Dense kernel is [out, in], the patch embedding a convolution, the class token has a
-position, and query, key and value may be three layers. Here kernels are [in, out], the class
-token is a summary token, whose position is added to it, and query, key and value are one layer.
+In other projects a Dense kernel is [out, in], the patch embedding is a convolution, the class token
+has a position, and query, key and value may be three layers. In this package kernels are [in, out],
+the class token is a summary token that includes its position, and query, key and value are one
+layer.
 """
 
 import dataclasses
@@ -25,12 +26,13 @@ class Layout:
     """Names of the tensors of a project's vision transformer.
 
     Attributes:
-      name: of the layout.
+      name: name of the layout.
       patch, positions, class_token, registers, norm: names outside the blocks.
-      block: beginning of the names of a block, with {} for its number.
-      parts: names within a block by those here; query, key and value are one name or three.
-      ignored: tensors that are no part of the encoder: heads and the tokens of masked patches.
-      antialias: how positions are resampled to another grid: bicubic with antialiasing, or not.
+      block: prefix of the names of a block, with {} for its number.
+      parts: names within a block, by the name in this package; query, key and value have one name
+        or three.
+      ignored: pattern of tensors that do not belong to the encoder: heads, mask tokens.
+      antialias: whether positions are resampled to another grid with antialiasing (bicubic).
     """
 
     name: str
@@ -64,8 +66,8 @@ _HF_DINO = {
     "scale_attention": ("layer_scale1.lambda1",), "scale_mlp": ("layer_scale2.lambda1",),
 }  # fmt: skip
 
-# I-JEPA, DINO, DINOv2 and MAE of Meta name their tensors as timm does. The PyTorch H-JEPA has an
-# encoder of timm at `target_encoder.vit.`, beside other networks.
+# I-JEPA, DINO, DINOv2 and MAE of Meta use the tensor names of timm. A checkpoint of the PyTorch
+# H-JEPA has an encoder of timm at `target_encoder.vit.`, and other networks.
 TIMM = Layout(
     "timm", "patch_embed.proj", "pos_embed", "cls_token", ("reg_token", "register_tokens"), "norm",
     "blocks.{}.",
@@ -106,10 +108,10 @@ class Sizes:
 
 
 def choose_layout(names: set[str]) -> Layout:
-    """Returns the layout that tensors of these names are in.
+    """Returns the layout of tensors with these names.
 
     Raises:
-      ValueError: if they are in none.
+      ValueError: no known layout has these names.
     """
     if any(name.endswith(f"{TIMM.patch}.weight") for name in names):
         return TIMM
@@ -126,12 +128,13 @@ def choose_layout(names: set[str]) -> Layout:
 def to_here(
     tensors: Tensors, layout: Layout, num_summary_tokens: int | None = None
 ) -> tuple[Tensors, Sizes]:
-    """Returns parameters of the encoder by their paths here, float32, and its sizes.
+    """Returns parameters of the encoder by their paths in this package, float32, and its sizes.
 
     Args:
-      tensors: as they are in the file.
-      layout: theirs.
-      num_summary_tokens: how many of the class token and the registers; None: the class token.
+      tensors: tensors of the file.
+      layout: layout of the tensors.
+      num_summary_tokens: number of tokens, counted from the class token, that become summary
+        tokens; the other tokens become registers. None = the class token only.
 
     Raises:
       ValueError: naming tensors that are missing, unknown, or of another shape.
@@ -179,7 +182,7 @@ def to_here(
 
 
 def _block_to_here(number: int, layout: Layout, left: Tensors, take: Any) -> Tensors:
-    """The parameters of a block; layers without biases have biases of zero here."""
+    """Returns the parameters of a block; layers without a bias get a bias of zero."""
     found: Tensors = {}
     for here, theirs in layout.parts.items():
         names = [layout.block.format(number) + name for name in theirs]
@@ -203,11 +206,11 @@ def _block_to_here(number: int, layout: Layout, left: Tensors, take: Any) -> Ten
 def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tensors:
     """Returns the tensors of an encoder in a layout: the inverse of `to_here`.
 
-    The first summary token becomes the class token, the others become registers. Their positions
-    are zero, as they are in the tokens already.
+    The first summary token becomes the class token, the others become registers. The positions of
+    these tokens are zero, because the tokens include them already.
 
     Raises:
-      ValueError: if the layout has no place for a parameter.
+      ValueError: the layout cannot store a parameter.
     """
     left = dict(params)
     kernel = left.pop("patch_embedding/kernel")
@@ -235,7 +238,8 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
                 found |= {f"{name}.weight": rows, f"{name}.bias": part}
     positions = left.pop("positions/embedding")
     has_class_token = "summary_tokens" in left
-    # All tokens before the patches attend to each other: which of them are read is only a name.
+    # All tokens before the patches are treated alike: summary tokens and registers differ only in
+    # which of them are read.
     before = [left.pop(name) for name in ("summary_tokens", "register_tokens") if name in left]
     before = np.concatenate([np.zeros((1, 0, len(positions[0])), np.float32), *before], axis=1)
     if has_class_token:
@@ -244,7 +248,7 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
         if layout in (VIT, DINOV2):
             raise ValueError("it has no place for registers, or for several summary tokens")
         found[layout.registers[0]] = before[:, -registers:]
-    # timm gives all of them a position, the others the class token alone.
+    # In timm all these tokens have a position, in the other layouts only the class token.
     rows = before.shape[1] if layout is TIMM else int(has_class_token)
     found[layout.positions] = np.pad(positions, ((rows, 0), (0, 0)))[None]
     if left:
@@ -253,9 +257,9 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
 
 
 def _without_prefix(tensors: Tensors, layout: Layout) -> Tensors:
-    """The tensors of the encoder, without the beginning of their names ("module.", "vit.").
+    """Returns the tensors of the encoder, without the prefix of their names ("module.", "vit.").
 
-    If one prefix names the target encoder, everything else is another network.
+    If a prefix names a target encoder, tensors with other prefixes are ignored.
     """
     patch = f"{layout.patch}.weight"
     prefixes = {name.removesuffix(patch) for name in tensors if name.endswith(patch)}
@@ -276,7 +280,11 @@ def _block_pattern(layout: Layout) -> re.Pattern[str]:
 
 
 def _check_names(tensors: Tensors, layout: Layout, depth: int) -> None:
-    """Lists what is missing and what the encoder here has not."""
+    """Checks the names of tensors.
+
+    Raises:
+      ValueError: naming tensors that are missing, or that the encoder does not have.
+    """
     dense = [n for part in _DENSE for n in layout.parts[part]]
     norms = [n for part in _NORMS for n in layout.parts[part]]
     scales = [n for part in _SCALES for n in layout.parts.get(part, ())]
@@ -313,7 +321,7 @@ def _norm(here: str, there: str, take: Any) -> dict[str, np.ndarray]:
 def _tokens(
     positions: np.ndarray, class_token: np.ndarray | None, registers: np.ndarray | None
 ) -> dict[str, np.ndarray]:
-    """Positions of the patches, and the tokens before them with their own positions added."""
+    """Returns the positions of the patches, and the other tokens with their positions added."""
     before = {
         name: token
         for name, token in (("summary_tokens", class_token), ("register_tokens", registers))
@@ -322,7 +330,7 @@ def _tokens(
     if positions.ndim != 3 or any(token.ndim != 3 for token in before.values()):
         raise ValueError("its positions and tokens must be [1, N, width]")
     counts = [token.shape[1] for token in before.values()]
-    # Positions are those of the patches alone, or also of the class token, or of all tokens.
+    # The table has positions of the patches only, or also of the class token, or of all tokens.
     for num_with_position in range(len(counts) + 1):
         num_patches = positions.shape[1] - sum(counts[:num_with_position])
         if num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches:

@@ -1,4 +1,4 @@
-"""An encoder as a program from images to features, which needs no code from here."""
+"""Exports an encoder as a program from images to features that does not need this package."""
 
 import logging
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from hjepa_jax.data.sides import pair
 from hjepa_jax.models.hjepa import HJEPA
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-MAX_BYTES = 2**30  # of parameters, which are constants of the program
+MAX_BYTES = 2**30  # limit for the parameters, which are constants of the program
 
 
 def to_stablehlo(config: Config, model: HJEPA, params: Any, dtype: str) -> bytes:
@@ -21,7 +21,7 @@ def to_stablehlo(config: Config, model: HJEPA, params: Any, dtype: str) -> bytes
     The features are those of `hjepa_jax.load(workdir).embed`, and "tokens" [B, N, D].
 
     Raises:
-      ValueError: if there are too many parameters for one program.
+      ValueError: the parameters are larger than `MAX_BYTES`.
     """
     shape = jax_export.symbolic_shape(f"b, {', '.join(map(str, _image_shape(config)))}")
     images = jax.ShapeDtypeStruct(shape, dtype)

@@ -1,4 +1,4 @@
-"""Position embeddings for another grid, as PyTorch resamples them."""
+"""Resamples position embeddings to another grid, with the same result as PyTorch."""
 
 import math
 
@@ -9,13 +9,13 @@ from jaxtyping import Float
 def resample(
     table: Float[np.ndarray, "N D"], grid_size: int, *, antialias: bool
 ) -> Float[np.ndarray, "M D"]:
-    """Position embeddings of a square grid for another one, bicubic, as PyTorch computes them.
+    """Resamples position embeddings from one square grid to another, bicubic, like PyTorch.
 
     Args:
       table: one row per patch.
       grid_size: patches per side of the new grid.
-      antialias: as in `torch.nn.functional.interpolate`; it also chooses the cubic's parameter,
-        -0.5 with it (as in images) and -0.75 without.
+      antialias: as in `torch.nn.functional.interpolate`. It also selects the parameter of the cubic
+        filter: -0.5 with antialiasing, -0.75 without.
     """
     old = math.isqrt(len(table))
     if grid_size == old:
@@ -29,7 +29,8 @@ def _cubic_matrix(old: int, new: int, *, antialias: bool) -> Float[np.ndarray, "
     a = -0.5 if antialias else -0.75
     stretch = max(old / new, 1.0) if antialias else 1.0
     centres = (np.arange(new) + 0.5) * old / new - 0.5
-    # Without antialiasing samples beyond the edge repeat it; with it they do not count.
+    # Without antialiasing, samples beyond the edge repeat the edge. With antialiasing they are
+    # ignored.
     margin = 0 if antialias else 2
     samples = np.arange(-margin, old + margin)
     x = np.abs(samples[None] - centres[:, None]) / stretch

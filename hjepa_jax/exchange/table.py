@@ -1,7 +1,7 @@
-"""A table of features, a row for each image: made shard by shard, then written as one file.
+"""A table of features, one row per image: made shard by shard, then written as one file.
 
-A shard is an npz file with an array for each column. Reading them one after the other keeps memory
-flat, and those that are there already need not be made again.
+A shard is an npz file with one array per column. Shards are read one after the other, so that
+memory stays constant. Shards of an interrupted command are reused.
 """
 
 import json
@@ -18,18 +18,19 @@ from hjepa_jax.runtime.files import replacing
 
 SUFFIXES = (".npz", ".npy", ".parquet")
 NOT_FEATURES = ("labels", "files")  # columns
-INTERNAL = ("rows", "errors")  # arrays of a shard that are no columns
+INTERNAL = ("rows", "errors")  # arrays of a shard that are not columns
 
 Shapes = dict[str, tuple[int, ...]]
 IsTest = Bool[np.ndarray, " n"] | None
 
 
 class Shards:
-    """The shards of one table, in the folder `.NAME.partial` beside the file that they become.
+    """The shards of one table, in the folder `.NAME.partial` beside the output file.
 
     Args:
-      output: the file.
-      made_from: what the rows are made from; shards that were made from something else are removed.
+      output: the output file.
+      made_from: description of everything that the rows depend on. If it has changed, existing
+        shards are removed.
     """
 
     def __init__(self, output: pathlib.Path, made_from: dict[str, Any]):
@@ -44,19 +45,19 @@ class Shards:
         self.paths: list[pathlib.Path] = []
 
     def add(self, number: int) -> pathlib.Path:
-        """Adds a shard; its file may be there already."""
+        """Adds a shard and returns its path; the file may already exist."""
         self.paths.append(self.folder / f"{number:08}.npz")
         return self.paths[-1]
 
     def remove(self) -> None:
-        """Removes everything, once the table is written."""
+        """Removes all shards and the folder."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 path.unlink()
             self.folder.rmdir()
 
     def column(self, name: str, rows: IsTest = None) -> Iterator[Shaped[np.ndarray, "_ ..."]]:
-        """Reads a column shard by shard; `rows` chooses among the rows of the table."""
+        """Yields a column shard by shard; `rows` selects rows of the table."""
         start = 0
         for path in self.paths:
             with np.load(path) as shard:
@@ -70,7 +71,7 @@ class Shards:
         return np.concatenate([*self.column(name)])
 
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Returns the names of the columns."""
         with np.load(self.paths[0]) as shard:
             return [name for name in shard.files if name not in INTERNAL]
 
@@ -81,7 +82,7 @@ def write_table(output: pathlib.Path, shards: Shards, is_test: IsTest) -> Shapes
     Args:
       output: the file; its suffix is one of `SUFFIXES`.
       shards: the rows, at least one.
-      is_test: which rows are test images; None: the rows have no split.
+      is_test: which rows are test images; None = the rows have no split.
 
     Returns:
       Shapes of the arrays in the file, by name.
@@ -92,7 +93,7 @@ def write_table(output: pathlib.Path, shards: Shards, is_test: IsTest) -> Shapes
 
 
 def _write_npz(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
-    """Each column as two arrays, `train_<name>` and `test_<name>`, or as one without a split."""
+    """Writes each column as two arrays, `train_<name>` and `test_<name>`; without split as one."""
     shapes: Shapes = {}
     splits = {"": None} if is_test is None else {"train_": ~is_test, "test_": is_test}
     with zipfile.ZipFile(file, "w") as archive:
@@ -104,7 +105,7 @@ def _write_npz(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
 
 
 def _write_npy(file: Any, shards: Shards, _: IsTest) -> Shapes:
-    """One array: the features side by side, or the tokens if there are any."""
+    """Writes one array: the features side by side, or the tokens if there are any."""
     names = [name for name in shards.columns() if name not in NOT_FEATURES]
     if "tokens" in names:
         return {"tokens": _write_array(file, shards, "tokens", None)}
@@ -118,7 +119,7 @@ def _write_npy(file: Any, shards: Shards, _: IsTest) -> Shapes:
 
 
 def _write_array(file: Any, shards: Shards, name: str, rows: IsTest) -> tuple[int, ...]:
-    # Names of files may be longer in one shard than in another.
+    # Strings of file names have different lengths in different shards, hence different types.
     dtypes = {part.dtype for part in shards.column(name)} if name in NOT_FEATURES else None
     first = next(shards.column(name))
     dtype = np.result_type(*dtypes) if dtypes else first.dtype
@@ -136,7 +137,7 @@ def _write_header(file: Any, dtype: np.dtype, shape: tuple[int, ...]) -> None:
 
 
 def _write_parquet(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
-    """A row for each image, in order: split, labels, files, and a list for each feature."""
+    """Writes one row per image in input order: split, labels, files, and a list per feature."""
     import pyarrow
     from pyarrow import parquet
 
@@ -147,7 +148,7 @@ def _write_parquet(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
         for name, values in zip(shards.columns(), parts, strict=True):
             shapes[name] = (count, *values.shape[1:])
             columns[name] = pyarrow.array(values if values.ndim == 1 else values.ravel())
-            if values.ndim > 1:  # of tokens the grid is in the metadata
+            if values.ndim > 1:  # the metadata has the shape of tokens
                 size = math.prod(values.shape[1:])
                 columns[name] = pyarrow.FixedSizeListArray.from_arrays(columns[name], size)
         if is_test is not None:
@@ -159,6 +160,6 @@ def _write_parquet(file: Any, shards: Shards, is_test: IsTest) -> Shapes:
             told = {"shapes": json.dumps({name: shape[1:] for name, shape in shapes.items()})}
             writer = parquet.ParquetWriter(file, table.schema.with_metadata(told))
         writer.write_table(table.replace_schema_metadata(writer.schema.metadata))
-    assert writer is not None  # as there is a row
+    assert writer is not None  # there is at least one row
     writer.close()
     return shapes

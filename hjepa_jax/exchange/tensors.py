@@ -1,6 +1,6 @@
-"""Files of named tensors: safetensors, and what `torch.save` writes. Reading runs no code.
+"""Files of named tensors: safetensors, and files of `torch.save`. Reading runs no code.
 
-Whatever is wrong with a file is a ValueError that says so.
+Every problem of a file is a ValueError with the reason.
 """
 
 import collections
@@ -15,8 +15,8 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-MAX_HEADER_BYTES = 100_000_000  # as in the format's own reader
-# Types by their names in safetensors, and of PyTorch's storages.
+MAX_HEADER_BYTES = 100_000_000  # the same limit as in the reader of the safetensors package
+# NumPy types by their names in safetensors, and these names by PyTorch's storages.
 _TYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
@@ -27,7 +27,7 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL",
 }  # fmt: skip
-# What a pickled number of NumPy consists of.
+# Names in the pickle of a NumPy number.
 _NUMBERS = (
     ("numpy._core.multiarray", "scalar"), ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"),
     ("_codecs", "encode"),
@@ -40,7 +40,7 @@ def read_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     """Returns the tensors of a file, mapped from disk, and its metadata.
 
     Raises:
-      ValueError: if the file is not as the format wants it, to the byte.
+      ValueError: the file deviates from the format in any byte.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -94,11 +94,11 @@ def write_safetensors(file: IO[bytes], tensors: Tensors, metadata: dict[str, str
 
 
 def read_torch(path: pathlib.Path) -> "TorchFile":
-    """Returns what a file of `torch.save` holds; tensors stay on disk until they are asked for.
+    """Opens a file of `torch.save`; tensors stay on disk until `TorchFile.tensors` reads them.
 
     Raises:
-      ValueError: if the file holds anything but tensors, numbers, texts and collections of them,
-        or is not as PyTorch writes it.
+      ValueError: the file contains anything but tensors, numbers, texts and collections of them,
+        or is not in the format of PyTorch.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -174,13 +174,13 @@ class _Ignored:
 
 
 class _Reader(pickle.Unpickler):
-    """Reads the pickle in a file of `torch.save`, which can name only what `find_class` lists."""
+    """Reads the pickle in a file of `torch.save`; only the names in `find_class` are allowed."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Returns what stands for a name; there is nothing that could do harm.
+        """Returns a harmless replacement for a name in the pickle.
 
         Raises:
-          ValueError: for any other name.
+          ValueError: for a name that is not listed here.
         """
         known = {
             ("collections", "OrderedDict"): collections.OrderedDict,

@@ -1,7 +1,7 @@
-"""Rectangular blocks of whole cells on the grid of patches: which there are, and where one lies.
+"""Rectangular blocks of whole cells on the patch grid: possible shapes, and random placement.
 
-A grid has rows and columns of patches; a cell is a square of patches, cut at the edge of a grid
-that cells do not divide. An aspect ratio of 1 equals the grid. A block is drawn from uniform
+A cell is a square of patches, cut at the edge of the grid if the cell size does not divide the
+grid. An aspect ratio of 1 is the aspect ratio of the grid. A block is a function of uniform
 numbers, so that it can be sampled inside jit.
 """
 
@@ -61,7 +61,7 @@ def block_shapes(
 def _area_and_aspect(
     cells: Int[np.ndarray, "S 2"], grid_size: Sides, cell_size: int
 ) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-    """Area and height / width of blocks of so many cells, both relative to the grid's."""
+    """Area and height / width of blocks with these sides in cells, both relative to the grid's."""
     rows, cols = pair(grid_size)
     height, width = np.minimum(cells * cell_size, (rows, cols)).T
     return height * width / (rows * cols), height * cols / (width * rows)
@@ -69,7 +69,7 @@ def _area_and_aspect(
 
 @struct.dataclass
 class Block:
-    """A rectangle of patches: first row and column, and how many of each (int32 scalars)."""
+    """A rectangle of patches: first row and column, number of rows and columns (int32 scalars)."""
 
     top: Any
     left: Any
@@ -85,7 +85,7 @@ class BlockSampler:
       grid_size: patches per side, G, or rows and columns.
       scale: area of the block, fraction of the grid (uniform).
       aspect_ratio: its height / width, relative to the grid's (log-uniform).
-      cell_size: side in patches of the cells that it consists of.
+      cell_size: side of its cells, in patches.
       field: the config field to name when no block fits.
     """
 
@@ -108,17 +108,17 @@ class BlockSampler:
 
     @property
     def areas(self) -> Float[np.ndarray, " S"]:
-        """Patches of each shape, the mean over its placements: the edge of the grid cuts cells."""
+        """Mean number of patches of each shape over its placements; the grid's edge cuts cells."""
         return self._areas(np.mean)
 
     @property
     def smallest(self) -> int:
-        """Patches of the smallest block, where it is cut most."""
+        """Number of patches of the smallest block, at the placement that cuts it most."""
         return int(self._areas(np.min).min())
 
     @property
     def capacity(self) -> int:
-        """Patches of the largest block, where it is cut least."""
+        """Number of patches of the largest block, at the placement that cuts it least."""
         return int(self._areas(np.max).max())
 
     def _areas(self, of_placements: Callable[..., Any]) -> Float[np.ndarray, " S"]:
@@ -133,7 +133,10 @@ class BlockSampler:
         return np.array(found).prod(axis=1)
 
     def place(self, u: Float[Array, "4"]) -> Block:
-        """From four uniform numbers: area and aspect ratio, the nearest shape, its position."""
+        """Draws area, aspect ratio and position of a block from four uniform numbers.
+
+        The block gets the shape that is nearest to the area and the aspect ratio.
+        """
         shapes, cell_size, (rows, cols) = self.shapes, self.cell_size, pair(self.grid_size)
         area = self.scale[0] + (self.scale[1] - self.scale[0]) * u[0]
         low, high = np.log(self.aspect_ratio)

@@ -1,4 +1,7 @@
-"""Choices without sorting, which not every backend can do: ranks, the K first, a whole number."""
+"""Random choices for use inside jit: ranks, the K lowest entries, a random integer.
+
+Up to `MAX_COMPARED` entries they need no sort, which not every backend supports.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 def lowest_first(
     order: Float[Array, " N"], count: Int[Array, ""], capacity: int
 ) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
-    """The patches that come first in ascending `order`, `count` of them, padded to `capacity`."""
+    """Index and validity of the `count` patches with the lowest `order`, padded to `capacity`."""
     valid = jnp.arange(capacity) < count
     if len(order) > MAX_COMPARED:  # K x N comparisons would cost too much; see `rank`
         index = jnp.argsort(order, stable=True)[:capacity].astype(jnp.int32)
@@ -17,11 +20,11 @@ def lowest_first(
     return jnp.where(valid, index, 0), valid
 
 
-MAX_COMPARED = 4096  # most entries that are compared pairwise: 64 x 64 patches
+MAX_COMPARED = 4096  # largest number of entries that are compared pairwise: 64 x 64 patches
 
 
 def is_first_smallest(x: Float[Array, " N"]) -> Bool[Array, " N"]:
-    """Marks the smallest entry; of equal ones the first."""
+    """Marks the smallest entry; among equal entries the first."""
     index = jnp.arange(x.shape[0])
     first = jnp.min(jnp.where(x == jnp.min(x), index, x.shape[0]))
     return index == first
@@ -30,9 +33,9 @@ def is_first_smallest(x: Float[Array, " N"]) -> Bool[Array, " N"]:
 def rank(x: Float[Array, " N"]) -> Int[Array, " N"]:
     """Position of each entry in ascending order, ties broken by index: a permutation of 0..N-1.
 
-    Up to `MAX_COMPARED` entries each is compared with each, which every backend can. Above, N^2
-    comparisons for each image cost too much, and entries are sorted, with the same result.
-    `build_model` refuses such grids where the backend does not sort reliably.
+    Up to `MAX_COMPARED` entries are compared pairwise, which every backend supports. More entries
+    are sorted, with the same result, because N^2 comparisons per image would cost too much.
+    `build_model` refuses such grids on a backend that does not sort reliably.
     """
     if x.shape[0] > MAX_COMPARED:
         return jnp.argsort(jnp.argsort(x, stable=True), stable=True).astype(jnp.int32)

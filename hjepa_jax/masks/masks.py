@@ -1,4 +1,4 @@
-"""Masks of a batch as index arrays, and the two operations that read them."""
+"""The masks of a batch as index arrays, and the two operations that read them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from hjepa_jax.masks.choice import MAX_COMPARED
 
-# A raw uint32 key (what checkpoints and every plugin can hold) or a typed key.
+# A raw uint32 key, which checkpoints and every plugin support, or a typed key.
 Rng = UInt32[Array, "2"] | PRNGKeyArray
 
 
@@ -39,7 +39,7 @@ def gather_tokens(
     indexed gather is a scatter, which is slow on some backends and refused by others.
     """
     one_hot = (index[..., None] == jnp.arange(x.shape[-2])[None, None]).astype(x.dtype)
-    # HIGHEST: rows are copied exactly, where the backend would otherwise round the product.
+    # HIGHEST copies rows exactly. By default some backends round the product.
     return jnp.matmul(one_hot, x, precision=jax.lax.Precision.HIGHEST)
 
 

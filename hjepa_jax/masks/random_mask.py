@@ -14,10 +14,11 @@ from hjepa_jax.masks.samplers import MaskSampler
 
 @dataclasses.dataclass(frozen=True)
 class RandomMask(MaskSampler):
-    """Scattered cells of a level: one set of targets per image, M = 1.
+    """Targets are scattered cells of a level: one set per image, M = 1.
 
     Attributes:
-      scale: fraction of the cells that are targets; their number is uniform among those in it.
+      scale: smallest and largest fraction of the cells that are targets; their number is uniform
+        among the whole numbers in this range.
       align_level: the level of the cells.
     """
 
@@ -40,7 +41,7 @@ class RandomMask(MaskSampler):
 
     @property
     def _cell_areas(self) -> Int[np.ndarray, " C"]:
-        """Patches of each cell, those that the edge of the grid cuts first."""
+        """Number of patches of each cell, ascending: cells cut by the edge of the grid first."""
         cell_size = 2**self.align_level
         heights, widths = (
             np.minimum(cell_size, side - np.arange(0, side, cell_size))

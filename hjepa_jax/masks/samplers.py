@@ -2,8 +2,8 @@
 
 Shapes are static so that the training step compiles once: index arrays are padded, and a boolean
 array beside each says which entries are real. Every integer here counts patches of the grid in
-row-major order (N = G^2, or rows x columns). Sampling sorts nothing (Apple's plugins do not sort
-reliably): a random choice is a *rank*, counted by comparison.
+row-major order (N = G^2, or rows x columns). Apple's plugins do not sort reliably, so a random
+choice is a *rank*, counted by comparison if there are at most `choice.MAX_COMPARED` patches.
 
 >>> sample_masks = jax.jit(MultiBlockMask(8, num_blocks=4, scale=(0.15, 0.25)))
 >>> masks = sample_masks(jax.random.split(jax.random.PRNGKey(0), 16))  # of 16 images
@@ -13,9 +13,9 @@ reliably): a random choice is a *rank*, counted by comparison.
 References:
   Assran et al. 2023, arXiv 2301.08243, section 3 (multi-block masks). Three things differ here. A
   block may lie on every placement, last row and column included. Blocks consist of whole cells of
-  a level, so that coarse targets are fully hidden. The size of a block is drawn among the shapes
-  that satisfy area and aspect ratio exactly. If cells do not divide the grid, a block on the last
-  row or column is cut there.
+  a level, so that coarse targets are fully hidden. A block has the shape nearest to a drawn area
+  and aspect ratio, among the shapes that satisfy the ranges of both. If cells do not divide the
+  grid, a block on the last row or column is cut there.
 """
 
 import dataclasses
@@ -35,15 +35,16 @@ from hjepa_jax.masks.masks import Masks, Rng
 
 @dataclasses.dataclass(frozen=True)
 class MaskSampler:
-    """What the kinds of masks share: targets are sampled, and the context is what remains.
+    """Base class of all masks: samples targets, and a context block without the targets.
 
-    A kind says which patches are targets (`sample_targets`) and how many they will be.
+    A subclass samples the targets (`sample_targets`) and states how many patches they cover.
 
     Attributes:
       grid_size: patches per side, G, or rows and columns.
-      context_scale: area of the context block, from which the targets are removed.
+      context_scale: area of the context block, from which the targets are removed; fraction of the
+        grid.
       context_aspect_ratio: height / width of the context block, relative to the grid's.
-      num_context: context tokens kept, K; None takes the expected number of visible patches,
+      num_context: number of context tokens, K; None = the expected number of visible patches,
         rounded up to a multiple of 8.
     """
 
@@ -55,28 +56,28 @@ class MaskSampler:
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that `sample_targets` takes."""
+        """Number of uniform numbers that `sample_targets` takes."""
         raise NotImplementedError
 
     @property
     def visible_fraction(self) -> float:
-        """Expected share of patches that are no target, if all are targets equally often."""
+        """Expected fraction of patches that are not targets, if all are targets equally often."""
         raise NotImplementedError
 
     @property
     def smallest_union(self) -> int:
-        """Patches that are targets at least."""
+        """Smallest possible number of target patches."""
         raise NotImplementedError
 
     def sample_targets(
         self, u: Float[Array, " _"]
     ) -> tuple[Int[Array, "M T"], Bool[Array, "M T"], Bool[Array, " N"]]:
-        """Index and validity of the targets, and which patches they hide."""
+        """Returns index and validity of the targets, and which patches they hide."""
         raise NotImplementedError
 
     @property
     def num_patches(self) -> int:
-        """N, all patches of the grid."""
+        """N, number of patches of the grid."""
         return math.prod(pair(self.grid_size))
 
     @property
@@ -101,7 +102,7 @@ class MaskSampler:
         )
 
     def check_context(self, scale: tuple[float, float]) -> None:
-        """Checks that something can be seen.
+        """Checks that the targets leave visible patches.
 
         Raises:
           InputError: naming `mask.num_context`, or `mask.scale` with the value `scale`.
@@ -140,7 +141,7 @@ class MaskSampler:
             context_index=context_index,
             context_valid=context_valid,
             target_index=target_index,
-            # An image that shows nothing can predict nothing: its targets do not count.
+            # Without visible patches nothing can be predicted: the targets do not count.
             target_valid=target_valid & jnp.any(visible),
         )
 
@@ -166,7 +167,7 @@ class BlockMask(MaskSampler):
 
     @property
     def blocks(self) -> tuple[BlockSampler, ...]:
-        """How each of the M blocks is placed."""
+        """The sampler of each of the M blocks."""
         raise NotImplementedError
 
     @property
@@ -198,7 +199,7 @@ class BlockMask(MaskSampler):
 
 @dataclasses.dataclass(frozen=True)
 class MultiBlockMask(BlockMask):
-    """Blocks that are all alike, of whole cells of level `align_level`."""
+    """Blocks of one distribution, made of whole cells of level `align_level`."""
 
     align_level: int = 0
 
@@ -211,7 +212,7 @@ class MultiBlockMask(BlockMask):
 
 @dataclasses.dataclass(frozen=True)
 class HierarchicalMask(BlockMask):
-    """Block m belongs to level m mod L: it consists of whole cells of it, and grows with it.
+    """Block m belongs to level m mod L: it has whole cells of it and a larger area.
 
     Attributes:
       num_levels: L.
@@ -237,7 +238,8 @@ class HierarchicalMask(BlockMask):
         kind, factor = self.progression
         growth = factor**level if kind == "geometric" else 1.0 + (factor - 1.0) * level
         low, high = (area * growth for area in self.scale)
-        # mask.scale gives level 0. If a level above does not fit, the growth is to blame.
+        # mask.scale is the area at level 0. If a higher level does not fit, the error names
+        # mask.progression.
         try:
             if high > 1.0:
                 raise InputError("mask.scale", self.scale, f"blocks take {high:.3g} of the grid")

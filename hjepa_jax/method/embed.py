@@ -16,16 +16,17 @@ def make_embed_fn(
 ) -> Callable[..., dict[str, Float[Array, "B _"]]]:
     """Returns `embed(encoder_params, images, *rngs)`: the features that probes read.
 
-    The result holds, per image, `level_{l}` [B, n * D] (mean over the cells of LN(A_l z_0), the
-    target of level l, unless there is a pyramid) and
-    `summary` [B, R * n * D] (the summary tokens, concatenated).
+    The result has these entries:
+      `level_{l}` [B, n * D]: LN(A_l z_0), averaged over the cells. Without a pyramid, LN(A_l z_0)
+        is also the target of level l.
+      `summary` [B, R * n * D]: the summary tokens, concatenated; missing if R = 0.
 
     Args:
       model: the networks; only the encoder is used.
-      preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels; refuses
-        images of another type.
-      num_layers: n, how many of the last blocks give features. 1 is the output of the encoder;
-        tokens of earlier blocks are standardised, as they have no final LayerNorm.
+      preprocess: `preprocess(images, *rngs)`, from stored images to normalised pixels. It raises
+        an error for images of another type.
+      num_layers: n, number of the last blocks that give features. 1 = the output of the encoder.
+        Tokens of earlier blocks are standardised, because they have no final LayerNorm.
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     depth = model.context_encoder.depth
@@ -56,14 +57,14 @@ def make_embed_fn(
 def block_outputs(
     model: HJEPA, encoder_params: Any, pixels: Float[Array, "B H W C"], blocks: Collection[int]
 ) -> dict[int, tuple[Float[Array, "B N D"], Float[Array, "B R D"]]]:
-    """Patch and summary tokens after each of the wanted blocks of the encoder.
+    """Returns patch and summary tokens after each of the requested blocks of the encoder.
 
-    Tokens of the last block have passed the final LayerNorm. Those of earlier blocks are
-    standardized, as they have no such norm.
+    Tokens of the last block have passed the final LayerNorm. Tokens of earlier blocks are
+    standardized instead.
 
     Args:
       model: the networks.
-      encoder_params: of its encoder, online or EMA.
+      encoder_params: parameters of the encoder, online or EMA.
       pixels: normalised images.
       blocks: numbers from 1 to the encoder's depth.
     """

@@ -1,4 +1,4 @@
-"""Scalars that tell whether a training step is healthy; the loss alone says little."""
+"""Scalars that show whether training is healthy. The loss alone cannot show it."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def health(
     targets: Mapping[int, Float[Array, "B _ D"]],
     tokens: Float[Array, "B N D"] | None,
 ) -> dict[str, Float[Array, ""]]:
-    """Scalars of a step by metric name. They need no computation that the loss does not need.
+    """Scalars of a step by metric name, computed from the outputs that the loss uses as well.
 
     Args:
       prediction: output of the online networks.
@@ -47,9 +47,9 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """R^2 over the valid queries: 1 - sum |p - t|^2 / sum |t - mean t|^2, at most 1.
 
-    It is at most 0 if predictions are no better than the mean of all targets. The loss may be small
-    all the same: a part that all targets share makes it small and is worth nothing. 0 without
-    queries.
+    It is at most 0 if the predictions are no better than the mean of all targets. The loss can be
+    small even then: it is small as soon as the predictor knows the part that all targets share.
+    0 without valid queries.
     """
     mask = valid[..., None]
     total = jnp.sum(jnp.where(mask, target, 0.0), axis=(0, 1), keepdims=True)
@@ -60,11 +60,11 @@ def explained_variance(
 
 
 def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
-    """The part of the tokens' variance that their place alone decides, in [0, 1].
+    """The share of the tokens' variance that the position alone explains, in [0, 1].
 
-    The predictor knows the place without looking. If this part grows, a falling loss and a rising
-    explained variance say little. Means over B images differ between places by a B-th of the
-    tokens' variance even if no place is special. The estimate subtracts this, for B >= 2.
+    The predictor knows the position without any context. If this share grows, a falling loss and a
+    rising explained variance prove little. Even if positions do not matter, means over B images
+    vary between positions by 1/B of the tokens' variance. For B >= 2 the estimate subtracts this.
     """
     b = len(tokens)
     at_place = jnp.mean(tokens, axis=0, keepdims=True)
@@ -77,11 +77,11 @@ def position_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
 
 
 def image_share(tokens: Float[Array, "B N D"]) -> Float[Array, ""]:
-    """The part of the tokens' variance that their image alone decides, in [0, 1].
+    """The share of the tokens' variance that the image alone explains, in [0, 1].
 
-    Any patch of the image tells this part of all others. If it grows, targets of one image draw
-    together, and the loss falls because of that. Like `position_share`, it has no bias by the
-    number of patches, for N >= 2.
+    Any patch of an image reveals this part of all its other patches. If the share grows, the
+    targets of an image become alike, and the loss falls for that reason only. As in
+    `position_share`, the bias from the finite number of patches is removed, for N >= 2.
     """
     return position_share(jnp.swapaxes(tokens, 0, 1))
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int, Shaped
 
 from hjepa_jax.masks.choice import lowest_first
 
-# A number that no image of a batch has: batches are smaller than 2^20.
+# A row number that no image of a batch has: batches are smaller than 2^20.
 NO_IMAGE = 2**31 - 1
 
 
@@ -26,7 +26,7 @@ def batch_rng(rng: Array, step: Int[Array, ""]) -> Array:
 
 
 def view_rngs(augment_rngs: Shaped[Array, "B ..."], view: int) -> Shaped[Array, "B ..."]:
-    """The keys of a further view of each image, from 1; the first view has `augment_rngs`."""
+    """The keys of view `view` >= 2 of each image. The masked view is number 1: `augment_rngs`."""
     return jax.vmap(lambda rng: jax.random.fold_in(rng, NO_IMAGE + 1 - view))(augment_rngs)
 
 

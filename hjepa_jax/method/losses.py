@@ -1,7 +1,8 @@
 """The terms of the loss, each a pure function.
 
-Everything is computed in float32. Products ask for it, as GPUs round their operands by default. If
-a batch is split over devices under jit, means are means over the global batch.
+Everything is computed in float32. Matrix products request this precision, because GPUs round their
+operands by default. If a batch is split over devices under jit, means are means over the global
+batch.
 """
 
 import math
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 VARIANCE_EPSILON = 1e-4
-# Points t at which characteristic functions are compared. They agree at t = 0, and beyond 5 the
-# weight exp(-t^2 / 2) is below 4e-6. From one point to the next a projection of size 6 turns by 0.3
-# of a circle.
+# Points t at which characteristic functions are compared. All agree at t = 0, and beyond 5 the
+# weight exp(-t^2 / 2) is below 4e-6. The points are dense enough: between two of them the phase
+# t * y of a projection y = 6 advances by 0.3 of a circle.
 SIGREG_STEP = 0.3125
 SIGREG_POINTS = tuple(SIGREG_STEP * k for k in range(1, 17))
 PREDICTION_LOSSES = ("smooth_l1", "mse", "cosine")
@@ -69,22 +70,21 @@ def prediction_loss(
     return masked_mean(elementwise_loss(prediction, target, kind), valid)
 
 
-def variance_loss(x: Float[Array, "B R D"], target_std: float = 1.0) -> Float[Array, ""]:
+def variance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
     """VICReg's hinge on the standard deviation of each feature over the batch.
 
     Args:
-      x: representations; each of the R tokens is a representation of its own, with statistics
-        over B, so that constant differences between tokens do not pass for variance.
-      target_std: standard deviation below which a feature is penalised.
+      x: representations. The statistics of each of the R tokens are over B only, so that constant
+        differences between tokens do not count as variance.
 
     Returns:
-      Mean over R and D; zero if every feature has at least `target_std`.
+      Mean over R and D; zero if every feature has a standard deviation of at least 1.
 
     References:
       Bardes, Ponce, LeCun 2022, arXiv 2105.04906, eq. 1 and 2 (unbiased variance, eps = 1e-4).
     """
     variance = jnp.var(x.astype(jnp.float32), axis=0, ddof=1)
-    return jnp.mean(jnp.maximum(target_std - jnp.sqrt(variance + VARIANCE_EPSILON), 0.0))
+    return jnp.mean(jnp.maximum(1.0 - jnp.sqrt(variance + VARIANCE_EPSILON), 0.0))
 
 
 def covariance_loss(x: Float[Array, "B R D"]) -> Float[Array, ""]:
@@ -107,14 +107,14 @@ def agreement_loss(
     teacher: Float[Array, "B 1 K"] | None = None,
     teacher_weight: float = 0.0,
 ) -> Float[Array, ""]:
-    """How far the V views of each image point from their mean direction: 1 - cosine.
+    """Mean distance 1 - cosine of the V views of each image to their mean direction.
 
-    In [0, 1] without a teacher. Every view takes part in the mean, with a gradient through it.
+    In [0, 1] without a teacher. The gradient also flows through the mean.
 
     Args:
       x: projections of the views.
-      teacher: one more direction per image, which takes part in the mean only.
-      teacher_weight: its weight in the mean; each view has weight 1.
+      teacher: one more direction per image, which enters the mean only.
+      teacher_weight: weight of the teacher in the mean; each view has weight 1.
 
     References:
       Tong et al. 2023, arXiv 2304.03977, eq. 4 (agreement of each patch with the mean of all).
@@ -137,7 +137,7 @@ def second_moment(x: Float[Array, "B V K"]) -> Float[Array, "V K K"]:
 
 
 def spread_loss(moment: Float[Array, "V K K"]) -> Float[Array, ""]:
-    """How unevenly directions use the K dimensions: K |C|_F^2, from their second moment C.
+    """Measures how unevenly directions use the K dimensions: K |C|_F^2 of their second moment C.
 
     The value equals K times the mean squared cosine over all pairs of directions. It is 1 if they
     use all dimensions evenly and K if all are alike.
@@ -156,8 +156,8 @@ def spread_floor(width: int, num_directions: float) -> float:
 
     Args:
       width: K.
-      num_directions: n, how many there are. n pairs of a direction with itself have cosine 1; all
-        others have a squared cosine of 1/K on average: K/n + 1 - 1/n.
+      num_directions: n. The n pairs of a direction with itself have cosine 1. All other pairs have
+        a squared cosine of 1/K on average. The result is K/n + 1 - 1/n.
     """
     return width / num_directions + 1.0 - 1.0 / num_directions
 
@@ -169,28 +169,31 @@ def _normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
 
 
 def random_directions(rng: Array, num_slices: int, width: int) -> Float[Array, "D A"]:
-    """Unit vectors, the columns, uniform on the sphere."""
+    """Unit vectors in the columns, uniform on the sphere."""
     x = jax.random.normal(rng, (width, num_slices))
     return x / jnp.sqrt(jnp.sum(x**2, axis=0, keepdims=True))
 
 
 def sigreg_loss(x: Float[Array, "B R D"], directions: Float[Array, "D A"]) -> Float[Array, ""]:
-    """SIGReg: how far one-dimensional projections of the batch are from a standard normal.
+    """SIGReg: distance of one-dimensional projections of the batch from a standard normal.
 
     For the projections y_1 .. y_B on one direction, the Epps-Pulley statistic
 
       B * integral of |1/B sum_b exp(i t y_b) - exp(-t^2 / 2)|^2 exp(-t^2 / 2) dt
 
-    compares the empirical characteristic function with the one of N(0, 1). The integrand is even, 0
-    at both ends: the trapezoidal rule is twice a sum over t > 0. For normal features the statistic
-    is about 1 at any B; its mean is sqrt(2 pi) (1 - 1/sqrt(3)) = 1.06. For collapsed features it
-    grows with B: 0.41 B if they lie at the origin, more elsewhere. For 128 normal projections with
-    a standard deviation of up to 3, value and gradient of the sum are within 1 % of the integral.
-    At 4 the gradient is off by about 3 %, at 5 by 12 %.
+    compares the empirical characteristic function with the one of N(0, 1). The integrand is even,
+    and 0 at t = 0 and for large t, so the trapezoidal rule is twice a sum over t > 0.
+
+    For normal features the statistic is about 1 at any B; its mean is sqrt(2 pi) (1 - 1/sqrt(3)) =
+    1.06. For collapsed features it grows with B: 0.41 B if they lie at the origin, more elsewhere.
+
+    The sum approximates the integral well for 128 normal projections with a standard deviation of
+    up to 3: value and gradient are within 1 %. The gradient is off by about 3 % at a standard
+    deviation of 4 and by 12 % at 5.
 
     Args:
-      x: representations; each of the R tokens is a representation of its own.
-      directions: unit vectors to project on, drawn anew in each step.
+      x: representations; each of the R tokens is treated separately.
+      directions: unit vectors to project on; new ones in each step.
 
     Returns:
       Mean over R and directions.

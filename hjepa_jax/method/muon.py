@@ -1,10 +1,12 @@
 """Muon: weight matrices move along their orthogonalized momentum.
 
 Adam treats each weight by itself, Muon each matrix as a whole. A momentum U S V^T becomes the
-update U V^T: a direction that many examples share moves a layer no further than a rare one. The
-optax versions that we support scale updates differently, and one loops on the device, which Apple's
-plugins do badly. Hence this file. Query, key and value are orthogonalized as one matrix. Each by
-itself made no difference after an epoch (experiments/recipes).
+update U V^T: a direction that many examples share moves a layer no further than a rare one.
+
+Muon of optax is not used: its supported versions scale updates differently, and one of them runs
+the iteration as a loop on the device, which is slow on Apple's plugins. Query, key and value are
+orthogonalized as one matrix; three separate matrices gave the same result after an epoch
+(experiments/recipes).
 
 References:
   Jordan 2024, "Muon: an optimizer for hidden layers in neural networks" (momentum, iteration);
@@ -21,15 +23,15 @@ from jaxtyping import Array, Float
 
 from hjepa_jax.models.matmul import FLOAT32, Precision, product
 
-# Coefficients of the quintic (Jordan 2024). It is steep at 0, so that five iterations suffice for
-# all but tiny singular values. Values around 1 stay between 0.7 and 1.2.
+# Coefficients of the quintic polynomial (Jordan 2024). It is steep at 0, so that five iterations
+# suffice for all but tiny singular values. Values around 1 stay between 0.7 and 1.2.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_UPDATE_RMS = 0.2  # for orthogonal matrices; as usual for AdamW (Liu et al. 2025)
+_UPDATE_RMS = 0.2  # root mean square of an orthogonal update; typical of AdamW (Liu et al. 2025)
 
 
 class MuonState(NamedTuple):
-    """The momentum, of the shape of the parameters: the gradient, after the first update."""
+    """The momentum, with the shapes of the parameters; zero before the first update."""
 
     momentum: Any
 
@@ -37,16 +39,16 @@ class MuonState(NamedTuple):
 def scale_by_muon(
     momentum: float = 0.95, precision: Precision = FLOAT32
 ) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalized, of matrices [m, n].
+    """Orthogonalized Nesterov momentum of matrices [m, n].
 
-    The iteration leaves singular values, most of them between 0.7 and 1.2. The root mean square of
-    an update is `_UPDATE_RMS` times their root mean square: 0.16 to 0.2 in all cases tried.
-
-    Weight decay and a learning rate follow, at the values for AdamW.
+    Most singular values are between 0.7 and 1.2 after the iteration. The root mean square of an
+    update is `_UPDATE_RMS` times that of these singular values: 0.16 to 0.2 in all cases tried. So
+    the learning rate and the weight decay that follow in the chain can keep their
+    values for AdamW.
 
     Args:
       momentum: decay rate of the momentum, in [0, 1).
-      precision: of the products that orthogonalize.
+      precision: precision of the matrix products of the iteration.
     """
 
     def init(params: Any) -> MuonState:
@@ -64,11 +66,11 @@ def scale_by_muon(
 def orthogonalize(
     matrices: Float[Array, "S m n"], precision: Precision = FLOAT32
 ) -> Float[Array, "S m n"]:
-    """About U V^T of each matrix U S V^T, by Newton-Schulz iterations; at least as wide as high.
+    """Approximates U V^T for each matrix U S V^T, m <= n, by Newton-Schulz iterations.
 
-    X <- a X + (b X X^T + c (X X^T)^2) X, from X of norm 1. Singular values below a few thousandths
-    of the norm stay smaller than 1; a matrix of zeros stays zero. The iteration mends its own
-    errors, so that products of bfloat16 numbers do (experiments/throughput).
+    X <- a X + (b X X^T + c (X X^T)^2) X, where X starts with norm 1. Singular values below a few
+    thousandths of the norm stay smaller than 1; a matrix of zeros stays zero. Each iteration
+    corrects earlier errors, so bfloat16 products are precise enough (experiments/throughput).
     """
     a, b, c = _COEFFICIENTS
     norm = jnp.sqrt(jnp.sum(matrices**2, axis=(1, 2), keepdims=True))
@@ -81,9 +83,9 @@ def orthogonalize(
 
 
 def _by_shape(tree: Any, precision: Precision) -> Any:
-    """All matrices of a tree, orthogonalized and scaled; equal shapes together.
+    """Orthogonalizes and scales all matrices of a tree. Matrices of equal shape form one stack.
 
-    A network has many of few shapes: few large products instead of many small ones.
+    A network has many matrices of few shapes, so there are few large products, not many small ones.
     """
     leaves, structure = jax.tree.flatten(tree)
     groups = collections.defaultdict(list)
@@ -92,7 +94,8 @@ def _by_shape(tree: Any, precision: Precision) -> Any:
     for (_, width), members in groups.items():
         turned = [leaves[i].shape[0] > leaves[i].shape[1] for i in members]
         stack = [leaves[i].T if t else leaves[i] for i, t in zip(members, turned, strict=True)]
-        # XLA would fold the turn of a lone matrix into its products, and has none such for CPUs.
+        # Without the barrier XLA merges the transpose of a single matrix into its products, and
+        # such a product has no fast kernel on CPUs.
         matrices = jax.lax.optimization_barrier(jnp.stack(stack))
         found = _UPDATE_RMS * width**0.5 * orthogonalize(matrices, precision)
         for k, (i, t) in enumerate(zip(members, turned, strict=True)):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from hjepa_jax.method import losses
 from hjepa_jax.models.hjepa import Prediction
 
-# Where the second moment of the spread comes from.
+# Sources of the second moment for the spread; see `Objective.spread_moment`.
 SPREAD_MOMENTS = ("batch", "running", "views")
 # Share of the old moment in a running one, per batch.
 MOMENT_DECAY = 0.9
@@ -57,13 +57,13 @@ def loss_terms(
     rng: Array,
     moment: Float[Array, "V K K"] | None = None,
 ) -> dict[str, Float[Array, ""]]:
-    """Every term of the loss that has a weight, by name, before its weight.
+    """Returns each term of the loss that has a weight, by name, not yet multiplied by it.
 
     Args:
       objective: the terms and their weights.
       prediction: output of the online networks.
       targets: by level, aligned with `prediction.levels`. No gradient is stopped here.
-      rng: of the directions of SIGReg.
+      rng: key for the directions of SIGReg.
       moment: `second_moment` of the projections, for the spread.
     """
 
@@ -126,11 +126,11 @@ def second_moment(
 def reported_terms(
     objective: Objective, terms: Mapping[str, Float[Array, ""]], projected: Any
 ) -> dict[str, Float[Array, ""]]:
-    """The terms as they are logged: the spread as a multiple of its floor.
+    """The terms as they are logged: the spread is divided by its floor.
 
-    The floor is the expected spread of independent images, if the views of each point the same way.
-    The moment of a batch averages B such directions. A running moment averages as many as
-    (1 + 0.9) / (1 - 0.9) = 19 batches have.
+    The floor is the expected spread of independent images if all views of an image have the same
+    direction. The moment of a batch averages B directions. A running moment averages as many
+    directions as (1 + 0.9) / (1 - 0.9) = 19 batches have.
     """
     if "spread" not in terms:
         return dict(terms)

@@ -1,9 +1,9 @@
 """Schedules, the weight-decay mask, and the optax chain.
 
 All schedules are functions of the number of the update, counted from 1: update number s uses
-`learning_rate_fn(s)`. So the first update of a warm-up already moves, and the line of the log
-that says "step 50" shows the learning rate that made step 50 (but for steps that were left out as
-not finite: optax does not count those).
+`learning_rate_fn(s)`. So the first update of a warm-up already moves, and the log line of step 50
+shows the learning rate of step 50. After k skipped non-finite steps, step s uses the rate of update
+s - k, because optax does not count skipped steps.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from hjepa_jax.models.matmul import FLOAT32, Precision
 
 Schedule = Callable[[Any], Any]
 
-# Last names of parameters that are not weight matrices: biases, norm scales, tokens, positions; and
-# the pyramid's matrices, which stay near the identity.
+# Last path component of the parameters without weight decay: biases, norm scales, tokens,
+# positions, and the matrices of the pyramid, which start as the identity.
 UNDECAYED = (
     "bias",
     "scale",
@@ -36,17 +36,17 @@ UNDECAYED = (
 
 @struct.dataclass
 class WarmupCosine:
-    """See `warmup_cosine_schedule`. Fields are arrays, so that a program can take them.
+    """See `warmup_cosine_schedule`. Fields are arrays, so that they can be program arguments.
 
-    Inverses are computed once, as XLA does with constants. So a program with these numbers as
-    constants has the same values, bit for bit.
+    Inverses are computed once on the host, because XLA does the same with constants. So a program
+    that has these numbers as constants gives the same values, bit for bit.
     """
 
     peak: Any
     warmup_steps: Any
-    slope: Any  # of the warm-up, per step
+    slope: Any  # increase per step of the warm-up
     begin: Any  # step at which the cosine begins
-    inverse_length: Any  # of the cosine
+    inverse_length: Any  # 1 / length of the cosine in steps
     end: Any
     half: Any  # half of the height of the cosine
 
@@ -86,15 +86,15 @@ def warmup_cosine_schedule(
     end: float = 0.0,
     decay_steps: int | None = None,
 ) -> WarmupCosine:
-    """Linear from 0 to `peak` over `warmup_steps`; half a cosine down to `end`, at the end.
+    """Linear from 0 to `peak` over `warmup_steps`, then constant, then half a cosine to `end`.
 
     Args:
       peak: value at step `warmup_steps`.
       warmup_steps: at least 0; may exceed `num_steps` (a run cut short in its warm-up).
       num_steps: step at which `end` is reached.
       end: final value.
-      decay_steps: length of the cosine, `peak` until then; None for all after the warm-up, which is
-        also the most.
+      decay_steps: length of the cosine; the value is `peak` before it. At most, and by default
+        (None), all steps after the warm-up.
     """
     longest = max(num_steps - warmup_steps, 0)
     length = longest if decay_steps is None else min(decay_steps, longest)
@@ -121,7 +121,7 @@ def _inverse(steps: int) -> np.float32:
 
 def _cosine(start: Any, half: Any, end: Any, progress: Any) -> Any:
     value = end + half * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    return jnp.where(progress > 0.0, value, start)  # not rounded, whatever the end is
+    return jnp.where(progress > 0.0, value, start)  # exactly `start`, without rounding
 
 
 def decay_mask(params: Any) -> Any:
@@ -130,9 +130,9 @@ def decay_mask(params: Any) -> Any:
 
 
 def muon_mask(params: Any) -> Any:
-    """True for the leaves that Muon moves: the kernels that map features to features.
+    """True for the leaves that Muon updates: the kernels that map features to features.
 
-    Tokens and vectors are left out, and the patch embedding, which maps pixels.
+    False for tokens, vectors and the patch embedding, which maps pixels.
     """
 
     def is_hidden(path: Any, leaf: Any) -> bool:
@@ -155,19 +155,20 @@ def make_optimizer(
     """AdamW with scheduled learning rate and weight decay, after clipping by global norm.
 
     Args:
-      learning_rate_fn: of the number of the update, from 1.
-      weight_decay_fn: likewise; decoupled, multiplied by the learning rate.
-      b1: decay rate of the first moment.
-      b2: decay rate of the second.
-      clip_norm: largest global gradient norm; None for no clipping.
-      muon_momentum: momentum of Muon, which replaces Adam for the matrices of `muon_mask`, at the
-        same rate and decay. None = Adam everywhere.
-      muon_precision: of Muon's products.
+      learning_rate_fn: learning rate by number of the update, from 1.
+      weight_decay_fn: weight decay by number of the update; decoupled, multiplied by the learning
+        rate.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      clip_norm: largest global gradient norm; None = no clipping.
+      muon_momentum: momentum of Muon, which replaces Adam for the matrices of `muon_mask`, with
+        the same learning rate and weight decay. None = Adam everywhere.
+      muon_precision: precision of Muon's matrix products.
 
     References:
       Loshchilov, Hutter 2019, arXiv 1711.05101, algorithm 2 (AdamW).
     """
-    # inject_hyperparams is what lets optax schedule the weight decay.
+    # optax can schedule the weight decay only through inject_hyperparams.
     schedules = {
         "learning_rate": lambda count: learning_rate_fn(count + 1),
         "weight_decay": lambda count: weight_decay_fn(count + 1),
@@ -206,5 +207,5 @@ def _muon_and_adam(
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm of all leaves together (optax moved its own between the versions we run)."""
+    """Euclidean norm over all leaves. The function of optax has moved between its versions."""
     return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))

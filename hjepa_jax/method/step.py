@@ -38,11 +38,11 @@ from hjepa_jax.models.hjepa import HJEPA, Targets
 
 @dataclasses.dataclass(frozen=True)
 class LocalViews:
-    """Further small crops of each image. Their projections agree with the masked view.
+    """Further small crops of each image. The loss pulls the projections of all views together.
 
     Attributes:
       count: V >= 1, views per image.
-      augment: as for the masked view, at a size of its own.
+      augment: as for the masked view, with another output size.
       num_patches: patches of each view that the encoder sees, drawn at random; None = all.
 
     References:
@@ -68,9 +68,9 @@ class Method:
         context encoder gives the targets, with a gradient, and only the regularizer prevents a
         collapse.
       local_views: further views of each image; None = none.
-      num_parts: for gradient accumulation: number of parts of the batch; their gradients are
-        averaged. Means over queries and statistics of a batch (VICReg, SIGReg, projection,
-        spread) are computed per part.
+      num_parts: number of parts of the batch for gradient accumulation; the gradients of the parts
+        are averaged. Means over queries and batch statistics (VICReg, SIGReg, projection, spread)
+        are computed per part.
     """
 
     model: HJEPA
@@ -90,13 +90,14 @@ class Method:
 
 @struct.dataclass
 class Inputs:
-    """What the networks see of a batch.
+    """The inputs of the networks for one batch.
 
     Attributes:
       masks: which patches are visible, and which are predicted.
-      view: float32 [B, S, S, C], the images, augmented.
+      view: float32 [B, S, S, C], the augmented images.
       local_views: float32 [B, V, s, s, C]; None without local views.
-      local_index: int32 [B, V, P], the patches that are seen of them; None = all.
+      local_index: int32 [B, V, P], the patches of each local view that the encoder sees; None =
+        all.
     """
 
     masks: Masks
@@ -107,15 +108,16 @@ class Inputs:
 
 @struct.dataclass
 class StepOutputs:
-    """What a step reports.
+    """The outputs of a step besides the new state.
 
     Attributes:
       scalars: by metric name, float32 [].
       features: float32 [B, D], one vector per image: the mean patch token of the target encoder,
         or of the context encoder if the loss needs no targets.
-      finite: bool [], whether loss and gradient are finite. If not, the update was left out.
-      spread_moment: float32 [K, K], the running moment after this batch; None if the state
-        carries none.
+      finite: bool [], whether loss and gradient are finite. If not, the update was skipped. Set by
+        `update`.
+      spread_moment: float32 [K, K], the running moment after this batch, which `gradient` hands to
+        `update`; None if the state has none.
     """
 
     scalars: dict[str, Any]
@@ -135,10 +137,10 @@ def make_train_step(method: Method) -> TrainStep:
 def train_step(
     method: Method, state: TrainState, images: Num[Array, "*B H W C"]
 ) -> tuple[TrainState, StepOutputs]:
-    """One optimizer update.
+    """Makes one optimizer update.
 
-    With gradient accumulation the batch may be cut already, [parts, B / parts, H, W, C]. On several
-    devices only such a batch lets every device keep its images.
+    With gradient accumulation the batch may come in parts, [parts, B / parts, H, W, C]. On several
+    devices only this layout avoids moving images between devices.
     """
     rngs = image_rngs(state.rng, state.step, math.prod(images.shape[:-3]))
     make_gradient = gradient if method.num_parts == 1 else accumulated_gradient
@@ -153,7 +155,7 @@ def gradient(
     augment_rngs: Shaped[Array, "B ..."],
     mask_rngs: Shaped[Array, "B ..."],
 ) -> tuple[Any, StepOutputs]:
-    """Gradient of the loss with respect to the online parameters, and what the step reports."""
+    """Gradient of the loss with respect to the online parameters, and the outputs of the step."""
     model, objective = method.model, method.objective
 
     # 1. Masks, and the augmented views that they apply to.
@@ -228,7 +230,7 @@ def encode_targets(method: Method, encoder_params: Any, inputs: Inputs) -> Targe
 
 
 def _at_queries(levels: dict[int, Array], masks: Masks) -> dict[int, Float[Array, "B _ D"]]:
-    """The targets of each query: of the target patches at level 0, of all cells above."""
+    """The target of each query: at level 0 for the target patches, above for all cells."""
     index = masks.target_index.reshape(len(masks.target_index), -1)
     return {level: x if level else gather_tokens(x, index) for level, x in levels.items()}
 
@@ -245,7 +247,7 @@ def accumulated_gradient(
     def cut(x: Array) -> Array:
         return x.reshape(method.num_parts, -1, *x.shape[1:])
 
-    # Images that are cut already stay as they are laid out on the devices.
+    # Images that come in parts keep their layout on the devices.
     images = images if images.ndim == 5 else cut(images)
     parts = (images, cut(augment_rngs), cut(mask_rngs))
 
@@ -256,7 +258,7 @@ def accumulated_gradient(
         moment = outputs.spread_moment
         return (total, moment), dataclasses.replace(outputs, spread_moment=None)
 
-    # A scan and no unrolled loop: the activations of one part are alive at a time.
+    # A scan, not an unrolled loop: only the activations of one part are in memory at a time.
     start = (jax.tree.map(jnp.zeros_like, state.params), state.spread_moment)
     (total, moment), outputs = jax.lax.scan(add, start, parts)
     grads = jax.tree.map(lambda g: g / method.num_parts, total)
@@ -273,7 +275,7 @@ def update(
     updates, opt_state = method.tx.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
 
-    # 5. EMA of the updated parameters. Without one, the encoder itself is evaluated.
+    # 5. EMA of the updated parameters. Without an EMA, `target_params` are the parameters.
     target_params = params["context_encoder"]
     if method.ema_momentum_fn is not None:
         ema_momentum = method.ema_momentum_fn(state.step + 1)
@@ -282,8 +284,8 @@ def update(
     norms = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
     scalars = outputs.scalars | {name: global_norm(tree) for name, tree in norms.items()}
 
-    # A step that is not finite changes nothing but the step number. Masks, augmentation and data of
-    # the next step differ, so it may do better.
+    # A non-finite step changes only the step number. The next step has other masks, augmentation
+    # and data, and may be finite.
     finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["grad_norm"])
     changed = {"params": params, "target_params": target_params, "opt_state": opt_state}
     new = dataclasses.replace(with_moment(state, outputs.spread_moment), **changed)

@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float
 
 @struct.dataclass
 class TrainState:
-    """All that a run must keep to go on exactly where it stopped.
+    """Everything that a run must save to resume exactly.
 
     Attributes:
       step: int32 [], steps done; a skipped update counts.
-      params: online parameters, {"context_encoder": ..., "predictor": ...} and, where views agree,
-        "projection"; float32.
-      target_params: EMA of params["context_encoder"]; a copy, with `model.target=online`.
+      params: online parameters, {"context_encoder": ..., "predictor": ...} and, if the loss
+        compares views, "projection"; float32.
+      target_params: EMA of params["context_encoder"]; with `model.target=online` a plain copy.
       opt_state: state of the optax transformation.
       rng: uint32 [2], the run's key; step s uses fold_in(rng, s).
     """
@@ -36,8 +36,7 @@ class TrainState:
 class MomentState(TrainState):
     """A state with the running second moment of the projections (`loss.spread_moment`).
 
-    It is a class of its own, so that states without this moment, and their checkpoints, stay as
-    they are.
+    A separate class, so that states without this moment and their checkpoints keep their format.
 
     Attributes:
       spread_moment: float32 [K, K].

@@ -1,13 +1,12 @@
 """Metrics that are accumulated on the device between two log lines, and the steps between them.
 
-CLU metrics are tiny pure structs with `merge` and `compute`; a window of them is carried through
-the training step next to the state, so that the host does nothing between logs, and is saved
-with it, so that a resumed run writes the same lines.
+CLU metrics are tiny pure structs with `merge` and `compute`. A window of them is carried through
+the training step next to the state, so that the host does nothing between logs. It is saved with
+the state, so that a resumed run writes the same log lines.
 
-  window = empty_window(metric_class, batch_size=64, width=192)
+  window = empty_window(make_averages(names), batch_size=64, width=192)
   window = update_window(window, scalars, features, step, finite)  # inside jit, every step
-  verdict = spread(window, step=100, batch_size=64)                # on the host, every n steps
-  values = summarize(window, verdict)
+  window = reset_averages(window)                                  # on the host, after a log line
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ class NonfiniteSteps:
     """Steps without an update, because their loss or gradient was not finite.
 
     Attributes:
-      count: int32 [], how many, over the whole run.
-      newest: int32 [], number of the newest of them, from 1; 0 for none.
-      terms: bool [S], which scalars, in the order of their names, were not finite then.
+      count: int32 [], number of these steps over the whole run.
+      newest: int32 [], step number of the newest of them, from 1; 0 = none.
+      terms: bool [S], which scalars, sorted by name, were not finite in that step.
     """
 
     count: Any
@@ -49,7 +48,7 @@ class LogWindow:
     Attributes:
       averages: a CLU collection of means over the finite steps of the window.
       features: float32 [F, D], mean-pooled target features of the newest F images.
-      nonfinite: the steps that were not.
+      nonfinite: the steps whose loss or gradient was not finite.
     """
 
     averages: Any
@@ -58,7 +57,7 @@ class LogWindow:
 
 
 def make_averages(names: list[str]) -> type[clu_metrics.Collection]:
-    """A CLU collection that averages each of the named scalars over steps."""
+    """Returns a CLU collection that averages each of the named scalars over steps."""
     return clu_metrics.Collection.create(
         **{name: clu_metrics.Average.from_output(name) for name in names}
     )
@@ -88,14 +87,14 @@ def update_window(
     step: Int[Array, ""],
     finite: Bool[Array, ""],
 ) -> LogWindow:
-    """Merges the outputs of one step; of a step that is not finite, only that it was not.
+    """Merges the outputs of one step. A non-finite step changes only `nonfinite`.
 
     Args:
       window: the window so far.
       scalars: the step's value of every metric of the collection.
       features: one feature vector per image; the newest overwrite the oldest.
       step: steps done before this one.
-      finite: whether the step's loss and gradient are.
+      finite: whether the loss and the gradient of the step are finite.
     """
     rows = min(len(features), FEATURE_ROWS)
     slot = step % (len(window.features) // rows)
@@ -115,19 +114,19 @@ def update_window(
 
 
 def reset_averages(window: LogWindow) -> LogWindow:
-    """The window after a log line: means start anew, features stay."""
+    """The window after a log line: empty means, the same features."""
     return dataclasses.replace(window, averages=type(window.averages).empty())
 
 
 def collected_features(
     window: LogWindow, *, step: int, batch_size: int
 ) -> Float[np.ndarray, "n D"]:
-    """The target features that the window holds after `step` steps, at most 512, on the host."""
+    """The target features in the window after `step` steps, at most 512 rows, on the host."""
     return np.asarray(window.features)[: step * batch_size]
 
 
 def nonfinite_terms(window: LogWindow) -> list[str]:
-    """Names of the scalars that were not finite in the newest step that was not."""
+    """Names of the scalars that were not finite in the newest non-finite step."""
     names = sorted(window.averages.compute())
     return [name for name, bad in zip(names, window.nonfinite.terms, strict=True) if bad]
 
@@ -135,11 +134,12 @@ def nonfinite_terms(window: LogWindow) -> list[str]:
 def make_run_steps(train_step: TrainStep) -> Callable[..., tuple[TrainState, LogWindow]]:
     """Returns a function that makes up to S updates in one program.
 
-    The result is `run_steps(state, window, images, index, count)`. It takes the whole training set
-    (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and how many of the S batches to
-    run. This number may change from call to call without a new compilation. If the training set is
-    not on the device, the function takes the batches themselves, uint8 [S, B, H, W, C], and None
-    for the index. With gradient accumulation, B stands for two axes: parts, and images of a part.
+    The function is `run_steps(state, window, images, index, count)`. Its arguments are the whole
+    training set (uint8 [n, H, W, C]), the rows of each batch (int32 [S, B]) and the number of
+    batches to run, at most S. This number may change from call to call without a new compilation.
+    If the training set is not on the device, `images` are the batches themselves, uint8
+    [S, B, H, W, C], and `index` is None. With gradient accumulation, B stands for two axes: parts,
+    and images of a part.
     """
 
     def run_steps(

@@ -1,9 +1,9 @@
-"""The levels of the hierarchy: square cells of the patch grid, and what is predicted at each.
+"""The levels of the hierarchy: square cells of the patch grid, and their features.
 
-A level-l cell covers 2^l x 2^l patches (level 0 is the patch itself). Where 2^l does not divide
-a side of the grid, cells on the last row and column are smaller, and their mean is over the patches
-they really have. Pooling is a product with a constant matrix: exact at the edges, differentiable,
-and made of operations that every backend has.
+A level-l cell covers 2^l x 2^l patches (a level-0 cell is a patch). If 2^l does not divide a side
+of the grid, cells on the last row or column are smaller, and their mean is over the patches that
+they have. Pooling is a product with a constant matrix: exact at the edges, differentiable, and
+made of operations that every backend has.
 """
 
 import jax
@@ -56,9 +56,9 @@ def standardize(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 def level_features(
     tokens: Float[Array, "B N D"], grid_size: Sides, num_levels: int
 ) -> tuple[Float[Array, "B _ D"], ...]:
-    """What each level is of itself, LN(A_l z_0): the feature a probe reads.
+    """The features of each level, LN(A_l z_0), which probes read.
 
-    And the prediction target, where neither other blocks nor a pyramid make it (`targets`).
+    Without a pyramid they are also the prediction targets (`HJEPA.targets`).
 
     Args:
       tokens: encoder output z_0 over the whole grid.
@@ -82,5 +82,5 @@ def hidden_cells(
 
 
 def _product(a: Float[np.ndarray, "N M"], b: Float[Array, "... M D"]) -> Float[Array, "... N D"]:
-    """In float32; by default some accelerators multiply with 8 or 11 significant bits."""
+    """Product in float32. By default some accelerators multiply with 8 or 11 significant bits."""
     return jnp.matmul(a, b, precision="highest")

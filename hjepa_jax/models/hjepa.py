@@ -31,11 +31,11 @@ class Prediction:
       context: tokens of the visible patches, float32 [B, K, D].
       summary: summary tokens, float32 [B, R, D].
       context_mean: mean of the tokens of the visible patches, float32 [B, D].
-      regularized: representations that the regularizer spreads, float32 [B, S, D].
+      regularized: representations that the regularizer reads, float32 [B, S, D].
       projected: projection of the masked view, then of the V local views, float32
         [B, 1 + V, K]; None without a projection.
       projected_target: projection of the target encoder's features of the whole image, without a
-        gradient, float32 [B, 1, K]; None if they are not given.
+        gradient, float32 [B, 1, K]; None without a teacher.
     """
 
     levels: dict[int, Any]
@@ -70,13 +70,14 @@ class HJEPA(nn.Module):
     Attributes:
       context_encoder: ViT over the visible patches.
       predictor: predicts hidden features at every level.
-      levels: the levels that are predicted; None = all. Without any there is no predictor.
+      levels: the levels that are predicted; None = all. If empty, the predictor has no parameters.
       summary_pass: whether the summary tokens alone must predict these levels as well.
       min_coverage: fraction of a cell's patches that must be hidden for it to count in the loss.
       regularized: "summary" (each summary token), "context" (mean of the visible tokens), "both".
-      projection: of each view, into the space where the views of an image agree; None = none.
-      projection_input: what it reads of a view: "summary" (tokens), or "summary+patches": these,
-        and the mean of the visible patch tokens.
+      projection: MLP from the features of a view to the space where views are compared; None =
+        none.
+      projection_input: features of a view that the projection reads: "summary" (summary tokens) or
+        "summary+patches" (summary tokens and the mean of the visible patch tokens).
     """
 
     context_encoder: VisionTransformer
@@ -170,7 +171,7 @@ class HJEPA(nn.Module):
     def _view_features(
         self, summary: Float[Array, "B R D"], mean: Float[Array, "B D"]
     ) -> Float[Array, "B E"]:
-        """What the projection reads of a view, side by side."""
+        """The features of a view that the projection reads, concatenated."""
         flat = summary.reshape(len(summary), -1)
         if self.projection_input == "summary":
             return flat
@@ -179,7 +180,7 @@ class HJEPA(nn.Module):
     def _encode_local(
         self, views: Float[Array, "B V h w C"], index: Int[Array, "B V P"] | None
     ) -> Float[Array, "B V E"]:
-        """What the projection reads of each local view."""
+        """The features of each local view that the projection reads."""
         b, v = views.shape[:2]
         if index is not None:
             index = index.reshape(b * v, -1)
@@ -191,14 +192,14 @@ class HJEPA(nn.Module):
         levels: dict[int, Float[Array, "B _ D"]],
         target_index: Int[Array, "B Q"] | None = None,
     ) -> dict[int, Float[Array, "B _ D"]]:
-        """The levels through the pyramid, if there is one."""
+        """Passes the levels through the pyramid, if there is one."""
         if self.context_encoder.pyramid is None:
             return levels
         fused = self.context_encoder.pyramid(tuple(levels.values()), target_index)
         return dict(zip(levels, fused, strict=True))
 
     def query_valid(self, masks: Masks) -> dict[int, Bool[Array, "B _"]]:
-        """By level: which targets of level 0 are real, which cells above are hidden."""
+        """Queries that count, by level: at level 0 the real targets, above the hidden cells."""
         grid_size = self.predictor.grid_size
         hidden = target_union(masks, math.prod(pair(grid_size)))
         return {
@@ -218,7 +219,7 @@ class HJEPA(nn.Module):
         return self.context_encoder(images, index, valid)
 
     def targets(self, images: Float[Array, "B H W C"]) -> Targets:
-        """Features of whole images at every predicted level, by the encoder of the parameters."""
+        """Features of whole images at every predicted level, with the bound encoder parameters."""
         tokens, summary = self.context_encoder(images)
         grid_size = self.predictor.grid_size
         levels = {
@@ -231,9 +232,9 @@ class HJEPA(nn.Module):
 
 
 def _valid_mean(x: Float[Array, "B K D"], valid: Bool[Array, "B K"]) -> Float[Array, "B D"]:
-    """Means over the valid tokens; an image without any gets the mean of all other images.
+    """Mean over the valid tokens; an image without valid tokens gets the mean of the other images.
 
-    Such an image adds nothing to the variance of the batch. A vector of zeros would.
+    So it adds nothing to the variance of the batch. A vector of zeros would.
     """
     weight = valid.astype(jnp.float32)[..., None]
     means = jnp.sum(x * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)

@@ -1,12 +1,12 @@
-"""Matrix products in a chosen precision, laid out as XLA's compilers are fastest with.
+"""Matrix products in a chosen precision, in the layout that XLA compiles to the fastest code.
 
 Three facts about XLA on CPU (experiments/throughput) shape this file:
 
 * The gradient of a weight that multiplies [B, N, D] sums over two axes, and XLA transposes both
   operands first. So all tokens of a batch form one matrix here.
-* Products of bfloat16 numbers use the processor's matrix units only if the results are float32, in
-  the backward pass too.
-* They do so only if the sum does not run over the first axes of both operands. The gradients of
+* bfloat16 products use the processor's matrix units only if the results are float32, in the
+  backward pass too.
+* A sum over the first axes of both operands does not use the matrix units. The gradients of
   weights, keys and values are such sums, so one operand is transposed here (`_product_over_first`).
 """
 
@@ -29,7 +29,7 @@ class Precision:
 
     Attributes:
       operands: dtype that operands are rounded to; sums are float32.
-      results: dtype of results, and so of activations.
+      results: dtype of the results, and therefore of activations.
     """
 
     operands: Any = jnp.float32
@@ -40,13 +40,13 @@ FLOAT32 = Precision()
 
 
 def product(spec: str, a: Array, b: Array, precision: Precision) -> Array:
-    """`jnp.einsum(spec, a, b)`; in the backward pass the gradient is an operand, rounded as such.
+    """`jnp.einsum(spec, a, b)`; the backward pass rounds the gradient like an operand.
 
     Args:
-      spec: in which each letter appears in two of "a,b->c" at least.
+      spec: an einsum "a,b->c" in which each letter appears in at least two of the three terms.
       a: first operand.
       b: second operand.
-      precision: of operands and results.
+      precision: precision of operands and results.
     """
     if precision.operands == jnp.float32:
         return jnp.einsum(spec, a, b)
@@ -69,7 +69,7 @@ def _backward(spec: str, precision: Precision, residuals: Any, grad: Array) -> t
     (in_a, in_b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     grad = grad.astype(precision.operands)
     grad_a = jnp.einsum(f"{out},{in_b}->{in_a}", grad, b, preferred_element_type=like_a.dtype)
-    # True if the gradient of b sums over the last axis but one of a, which b does not have.
+    # True if the gradient of b sums over the second to last axis of a, which b does not have.
     by_rows = in_a[:-1] == out[:-1] and set(in_a) - set(in_b) == {in_a[-2]}
     tiles = precision.results == jnp.float32 and _has_tiles(min(a.shape[-1], grad.shape[-1]))
     if by_rows and tiles:
@@ -89,7 +89,7 @@ def _has_tiles(size: int) -> bool:
 
 
 def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) -> Array:
-    """x^T y in float32, [*B, D, F], over the second axis of a transposed copy of the narrower.
+    """x^T y in float32, [*B, D, F], from a transposed copy of the narrower operand.
 
     The copy costs a tenth of the product and makes it three to five times as fast.
     """
@@ -100,10 +100,10 @@ def _product_over_first(x: Float[Array, "*B N D"], y: Float[Array, "*B N F"]) ->
 
 
 def _transposed_copy(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
-    """x^T, in tiles if possible: XLA would fold a plain transpose back into the product.
+    """x^T, in tiles if possible, because XLA would merge a plain transpose into the product.
 
-    The barrier keeps a reshape of x out of the copy, which would divide every index by its sizes
-    and be ten times as slow.
+    The barrier keeps XLA from merging an earlier reshape of x into the copy. The index arithmetic
+    of the reshape would make the copy ten times as slow.
     """
     x = jax.lax.optimization_barrier(x)
     *batch, n, d = x.shape
@@ -118,8 +118,8 @@ class Dense(nn.Module):
 
     Attributes:
       features: width of the result, F.
-      precision: of the product; parameters are float32.
-      scale: of the kernel at initialisation.
+      precision: precision of the product; parameters are float32.
+      scale: factor of the kernel at initialisation.
       use_bias: whether there is a bias b.
     """
 
@@ -134,7 +134,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def parts(self, x: Float[Array, "*B D"], count: int) -> list[Float[Array, "*B F_count"]]:
-        """The result in `count` equal parts, each a product of its own: nothing large is cut."""
+        """The result in `count` equal parts, one product each, so that no large array is split."""
         kernel_init = nn.initializers.variance_scaling(self.scale**2, "fan_avg", "uniform")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         rows, sizes = x.reshape(-1, x.shape[-1]), (self.features // count,) * count

@@ -1,7 +1,7 @@
-"""Where a patch is: embeddings that are added to tokens, or rotations of queries and keys.
+"""Positions of patches: embeddings that are added to tokens, or rotations of queries and keys.
 
-Tables have a row per patch of the grid, in row-major order. A cell has the mean of its rows: the
-mean embedding, or the angle of the cell's centre.
+Tables have one row per patch of the grid, in row-major order. The position of a cell is the mean of
+its rows: the mean embedding, or the angle of the cell's centre.
 """
 
 import jax
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from hjepa_jax.data.sides import Sides, pair
 
 POSITIONS = ("learned", "sincos2d", "rope2d")
-# Rotations per patch go from 1 radian down to nearly 1/100: grids of up to a few hundred a side.
+# Rotations per patch range from 1 radian down to nearly 1/100, for grids of up to a few hundred
+# patches per side.
 ROPE_BASE = 100.0
 
 
@@ -29,9 +30,9 @@ def sincos2d_positions(grid_size: Sides, width: int) -> Float[np.ndarray, "N D"]
 
 
 def rope2d_angles(grid_size: Sides, head_width: int) -> Float[np.ndarray, "N d_2"]:
-    """Angles by which the d / 2 pairs of a head's features turn: half by row, half by column.
+    """Angles by which the d / 2 feature pairs of a head are rotated: half by row, half by column.
 
-    They count in patches, not in parts of the image, so that the same encoder serves any grid.
+    Positions count patches, not fractions of the image, so that the same encoder works on any grid.
 
     References:
       Su et al. 2021, arXiv 2104.09864 (RoPE); Heo et al. 2024, arXiv 2403.13298, section 3 ("axial"
@@ -44,24 +45,25 @@ def rope2d_angles(grid_size: Sides, head_width: int) -> Float[np.ndarray, "N d_2
 def _by_place(
     rows: Float[np.ndarray, "G d"], cols: Float[np.ndarray, "H d"]
 ) -> Float[np.ndarray, "N _"]:
-    """The features of the row, then of the column, of each patch."""
+    """Returns for each patch the features of its row, then the features of its column."""
     by_row, by_col = np.repeat(rows, len(cols), axis=0), np.tile(cols, (len(rows), 1))
     return np.concatenate([by_row, by_col], axis=1).astype(np.float32)
 
 
 def turns_of(angles: Float[Array, "#B N d_2"]) -> Float[Array, "#B N d"]:
-    """Cosines, then sines, of the angles of each token, as `rotate` wants them.
+    """Rotary embedding table for `rotate`: cosines, then sines, of the angles of each token.
 
-    One array, which XLA computes once; of two it computes each again in every block and head.
+    Both are one array, because XLA computes it once. It would recompute two arrays in every block
+    and head.
     """
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def rotate(x: Float[Array, "B h N d"], turns: Float[Array, "#B N d"]) -> Float[Array, "B h N d"]:
-    """Turns the pair (x_i, x_{i + d/2}) of each token by its i-th angle, in float32.
+    """Rotates the pair (x_i, x_{i + d/2}) of each token by the i-th angle of the token, in float32.
 
-    The product of a query and a key that are both turned depends on the difference of their angles
-    only, and so on the vector from one position to the other.
+    The product of a rotated query and a rotated key depends only on the difference of their angles,
+    and therefore on the vector from one position to the other.
     """
     cos, sin = jnp.split(turns[:, None], 2, axis=-1)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -72,7 +74,7 @@ def rotate(x: Float[Array, "B h N d"], turns: Float[Array, "#B N d"]) -> Float[A
 def interpolate_positions(
     table: Float[Array, "N D"], old: Sides, new: Sides
 ) -> Float[Array, "M D"]:
-    """Position embeddings of the grid `old` for the grid `new`, bilinear between centres."""
+    """Resizes position embeddings from the grid `old` to the grid `new`, bilinearly."""
     grid = table.reshape(*pair(old), -1)
     resized = jax.image.resize(grid, (*pair(new), grid.shape[-1]), "linear", antialias=False)
     return jnp.reshape(resized, (-1, grid.shape[-1]))
@@ -81,8 +83,9 @@ def interpolate_positions(
 class PositionTable(nn.Module):
     """Position embeddings of all patches of the grid, [N, D], learned or fixed.
 
-    Learned ones start from the sine-cosine table, not from small noise: beside patch embeddings of
-    full size, small positions stay invisible for most of a short run (experiments/recipes).
+    Learned embeddings start from the sine-cosine table, not from small noise: next to patch
+    embeddings of full size, small position embeddings have no effect for most of a short run
+    (experiments/recipes).
     """
 
     kind: str

@@ -25,12 +25,12 @@ MODES = ("self", "blocks", "cross")
 class Predictor(nn.Module):
     """A transformer over context and queries, with one linear head per level.
 
-    Its `mode` says who attends to whom:
-      self: all tokens to all. The prediction of one block depends on the other blocks.
-      blocks: the queries of each block to the context and to each other. This equals one pass per
-        block, except that the context attends to itself only and is computed once. The queries of
-        each coarser level form a block, too.
-      cross: each query to the context alone. Context tokens are not updated. This is the cheapest.
+    `mode` selects the attention pattern:
+      self: all tokens attend to all. The prediction of one block depends on the other blocks.
+      blocks: the queries of a block attend to the context and to each other. This equals one pass
+        per block, except that the context attends to itself only and is computed once. The queries
+        of each coarser level form a block, too.
+      cross: each query attends to the context alone. Context tokens are not updated. The cheapest.
 
     Attributes:
       grid_size: patches per side, G, or rows and columns.
@@ -39,8 +39,8 @@ class Predictor(nn.Module):
       width, depth, num_heads, mlp_ratio: size of the predictor.
       mode: one of `MODES`.
       positions: "learned", "sincos2d" or "rope2d". "rope2d" is used together with "sincos2d": a
-        query must know its place even if it attends to summary tokens only, which have none.
-      precision: of the matrix products; parameters are float32.
+        query must know its position even if it attends only to summary tokens, which have none.
+      precision: precision of the matrix products; parameters are float32.
       remat: see `block_type`.
     """
 
@@ -110,7 +110,7 @@ class Predictor(nn.Module):
         num_summary = num_context - (0 if context_index is None else context_index.shape[1])
 
         def at_context(rows: Float[Array, "N _"]) -> Float[Array, "#B C _"]:
-            """Rows of the context's patches, and zeros for its summary tokens."""
+            """Rows of the context patches, preceded by zeros for the summary tokens."""
             if context_index is None:
                 return jnp.zeros((1, num_summary, rows.shape[1]))
             found = gather_tokens(rows, context_index)
@@ -160,7 +160,7 @@ class Predictor(nn.Module):
         allowed: Bool[Array, "B _ T"],
         turns: Float[Array, "_ T _"] | None,
     ) -> Float[Array, "B Q E"]:
-        """All blocks over context and queries. The last one updates the queries only."""
+        """Runs all blocks over context and queries. The last one updates the queries only."""
         sizes = x.shape[1], queries.shape[1]
         tokens = jnp.concatenate([x, queries], axis=1)
         *blocks, last_block = self.blocks
@@ -171,7 +171,7 @@ class Predictor(nn.Module):
 
 
 def _side_by_side(parts: list[Float[Array, "_ _ D"]], batch_size: int) -> Float[Array, "B Q D"]:
-    """The parts concatenated along the tokens; a part of one row serves all images."""
+    """Concatenates the parts along the tokens; a part with one row is repeated for all images."""
     return jnp.concatenate(
         [jnp.broadcast_to(part, (batch_size, *part.shape[1:])) for part in parts], axis=1
     )

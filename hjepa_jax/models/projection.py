@@ -30,14 +30,14 @@ class BatchStandardize(nn.Module):
 class Projection(nn.Module):
     """MLP with hidden features that are standardized over all views of the batch.
 
-    The hidden layers have no bias. Standardizing would remove it, its gradient would be rounding
-    noise, and Adam would follow the noise. The statistics always come from the current
-    batch: only the loss reads the result.
+    The hidden layers have no bias: standardizing would remove it, and Adam would follow the
+    rounding noise in its gradient. The statistics always come from the current batch, because only
+    the loss reads the result.
 
     Attributes:
       hidden: width of each of the two hidden layers.
       features: width of the result, K.
-      precision: of the matrix products; parameters are float32.
+      precision: precision of the matrix products; parameters are float32.
     """
 
     hidden: int

@@ -18,10 +18,10 @@ FUSIONS = ("add", "concat")
 
 
 def upsampling_matrix(grid_size: Sides, level: int) -> Float[np.ndarray, "N_l N_m"]:
-    """Row-stochastic matrix that takes cells of level m = l + 1 to cells of level l.
+    """Row-stochastic matrix that maps cells of level m = l + 1 to cells of level l.
 
-    Bilinear between the centres of cells (smaller ones at the edge of a grid have theirs too);
-    beyond the outermost centres, the outermost cells.
+    Bilinear between the centres of cells, also of smaller cells at the edge of the grid. Constant
+    beyond the outermost centres.
     """
     weights = []
     for side in pair(grid_size):
@@ -38,9 +38,9 @@ def _centres(side: int, level: int) -> Float[np.ndarray, " C"]:
 
 
 class Mixing(nn.Module):
-    """x W, with W the identity at first (and zeros below it, where x is wider than the result).
+    """x W. W starts as the identity, with zeros below it if x is wider than the result.
 
-    Without a bias, and not decayed: what it makes of different features cannot become the same by
+    It has no bias and no weight decay, so that different features cannot become the same by
     shrinking.
     """
 
@@ -56,17 +56,16 @@ class Mixing(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """Each level together with the level above it: P_l = fuse(W_l x_l, U_l P_{l+1}).
+    """Fuses each level with the level above it: P_l = fuse(W_l x_l, U_l P_{l+1}).
 
-    It begins as the identity, W_l = I and nothing from above: levels are then what pooling makes
-    of them.
+    It starts as the identity: W_l = I, and the level above has no influence yet.
 
     Attributes:
       grid_size: patches per side, G, or rows and columns.
       num_levels: L.
-      fusion: "add" (W_l x_l + g_l * U_l P_{l+1}, a factor g_l for each feature, 0 at first) or
-        "concat" (a matrix for both, side by side).
-      precision: of the matrix products; parameters are float32.
+      fusion: "add" (W_l x_l + g_l * U_l P_{l+1}, with a factor g_l per feature that starts at 0) or
+        "concat" (one matrix for the concatenation of both).
+      precision: precision of the matrix products; parameters are float32.
     """
 
     grid_size: Sides
@@ -84,7 +83,7 @@ class FeaturePyramid(nn.Module):
 
         Args:
           levels: one array per level.
-          target_index: patches that `levels[0]` has, [B, Q, D]; None where it has all.
+          target_index: the patches of `levels[0]`, which is then [B, Q, D]; None = all patches.
 
         Returns:
           Arrays of the same shapes, float32.

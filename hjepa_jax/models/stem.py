@@ -1,4 +1,4 @@
-"""The hMLP stem: from the pixels of a patch to its token, in several small steps."""
+"""The hMLP stem: a patch embedding with several small layers."""
 
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -10,11 +10,11 @@ STEMS = ("linear", "hmlp")
 
 
 class PatchMLP(nn.Module):
-    """Convolutions within each patch; each stride equals the kernel's width.
+    """Convolutions within each patch; the stride of each equals the width of its kernel.
 
-    The last two layers merge 2 x 2 cells each. In larger patches a first layer merges the rest, for
-    example 4 x 4 pixels in patches of 16. A LayerNorm over channels and a GELU lie between. The
-    paper's BatchNorm would mix patches and images.
+    The last two layers merge 2 x 2 cells each. For patches larger than 4 pixels a first layer
+    merges the rest, for example 4 x 4 pixels in patches of 16. A LayerNorm over channels and a GELU
+    follow each layer but the last. The BatchNorm of the paper would mix patches and images.
 
     References:
       Touvron et al. 2022, arXiv 2203.09795, section 4 (hMLP; hidden layers of width D / 4).

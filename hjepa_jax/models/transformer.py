@@ -2,8 +2,8 @@
 
 References:
   Dosovitskiy et al. 2021, arXiv 2010.11929 (ViT). By default the GELU is the tanh form (fast on
-  every backend). Exponentials and sums of softmax, and LayerNorm, are computed in float32 whatever
-  the precision is; the logits have the dtype `precision.results`.
+  every backend). LayerNorm and the exponentials and sums of the softmax are always computed in
+  float32; the logits have the dtype `precision.results`.
 """
 
 from typing import Any
@@ -23,13 +23,13 @@ token_init = nn.initializers.truncated_normal(0.02)
 
 
 class Attention(nn.Module):
-    """Multi-head attention, explicit in [B, h, N, d], the layout every backend likes.
+    """Multi-head attention in the layout [B, h, N, d], which is fast on every backend.
 
     Attributes:
       num_heads: h.
-      precision: of the matrix products.
+      precision: precision of the matrix products.
       out_scale: scale of the last kernel at initialisation.
-      cross: whether tokens attend to `memory` alone; otherwise also to each other.
+      cross: whether tokens attend to `memory` alone; otherwise they attend to each other as well.
     """
 
     num_heads: int
@@ -52,7 +52,7 @@ class Attention(nn.Module):
           x: tokens that are updated.
           memory: further tokens to attend to, which stay as they are.
           allowed: which keys each token may attend to; keys are `memory`, then `x`.
-          turns: of rotary positions (`positions.rotate`), of `memory`, then of `x`.
+          turns: rotary embedding tables (`positions.turns_of`) of `memory`, then of `x`.
         """
         b, n, d = x.shape
         key_turns = turns
@@ -73,9 +73,9 @@ class Attention(nn.Module):
         logits = product("bhqd,bhkd->bhqk", query * scale, key, self.precision)
         logits = logits.astype(jnp.float32)
         if allowed is not None:
-            # Finite, so that a row without one allowed key gives a mean and not NaN.
+            # A finite number, so that a row without allowed keys gives a mean instead of NaN.
             logits = jnp.where(allowed[:, None], logits, -1e9)
-        # The softmax divides after the product: d numbers per row instead of N.
+        # The softmax division comes after the product: d divisions per row instead of N.
         weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         self.sow("intermediates", "weights", weights / total)  # read by snapshots only
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per feature, at first `initial`.
+    """A learned factor per feature, which starts at `initial`.
 
     References:
       Touvron et al. 2021, arXiv 2103.17239, section 2 (LayerScale).
@@ -112,8 +112,8 @@ class Block(nn.Module):
     of a network together add about as much as one, at any depth. If `layer_scale` is above 0, each
     branch is multiplied by learned factors that start at this value (`LayerScale`).
 
-    If the block is applied with a key named "drop_path", each branch is left out with probability
-    `drop_path`, per image, and otherwise multiplied by 1 / (1 - drop_path).
+    If the block is applied with a key named "drop_path", each branch is skipped with probability
+    `drop_path` per image, and otherwise multiplied by 1 / (1 - drop_path).
 
     References:
       Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3
@@ -145,7 +145,7 @@ class Block(nn.Module):
         attention = Attention(
             self.num_heads, self.precision, self.out_scale, self.cross, name="attention"
         )
-        if memory is not None and not self.cross:  # else the predictor has normalised it
+        if memory is not None and not self.cross:  # with `cross`, the caller has normalised it
             memory = norm(memory)
         y = attention(norm(x), memory=memory, allowed=allowed, turns=turns)
         x = x + self._branch(y, "scale_attention")
@@ -168,9 +168,9 @@ class Block(nn.Module):
 
 
 def block_type(*, remat: bool) -> Any:
-    """`Block`; with `remat`, the backward pass computes the forward pass of the block again.
+    """Returns `Block`; with `remat`, the backward pass recomputes the forward pass of the block.
 
-    Only the input of each block is kept: less memory for a third more computation.
+    Only the input of each block stays in memory, for about a third more computation.
     """
     return nn.remat(Block) if remat else Block
 
@@ -178,8 +178,8 @@ def block_type(*, remat: bool) -> Any:
 def layer_norm(name: str | None = None, epsilon: float = LAYER_NORM_EPSILON) -> nn.LayerNorm:
     """LayerNorm with affine parameters, in float32.
 
-    The variance is the mean of (x - mean)^2. Flax's faster mean(x^2) - mean^2 cancels: at a mean of
-    1000 standard deviations it is wrong by a tenth.
+    The variance is the mean of (x - mean)^2. The faster form in Flax, mean(x^2) - mean^2, suffers
+    from cancellation: at a mean of 1000 standard deviations its error is a tenth.
     """
     return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 

@@ -1,8 +1,8 @@
 """Vision transformer over any subset of the patches of an image.
 
-The encoder never computes on patches it is not shown: `index` chooses them before the patch
-embedding, so hidden pixels cannot leak and cost next to nothing. The patch embedding is a Dense
-layer on flattened patches, the same function as the usual strided convolution.
+`index` selects the visible patches before the patch embedding, so hidden pixels cannot leak and
+cost next to nothing. The patch embedding is a Dense layer on flattened patches, the same function
+as the usual strided convolution.
 """
 
 import jax
@@ -42,17 +42,18 @@ class VisionTransformer(nn.Module):
       patch_size: pixels per side of a patch, P.
       width, depth, num_heads, mlp_ratio: size of the transformer.
       num_summary_tokens: R learned tokens that attend to the patches and to each other.
-      num_registers: further such tokens; their outputs are not used.
+      num_registers: further learned tokens; their outputs are not used.
       positions: "learned", "sincos2d" or "rope2d".
-      precision: of the matrix products; parameters are float32.
-      drop_path: probability to leave out a branch of the last block, see `Block` and
+      precision: precision of the matrix products; parameters are float32.
+      drop_path: probability to skip a branch of the last block, see `Block` and
         `drop_path_rates`.
       layer_scale: see `Block`; 0 for none.
-      stem: from pixels of a patch to its token: "linear" or "hmlp" (`PatchMLP`).
+      stem: patch embedding: "linear" or "hmlp" (`PatchMLP`).
       gelu: "tanh" or "erf".
-      epsilon: of the LayerNorms of the blocks and after them.
+      epsilon: epsilon of all LayerNorms, the final one included.
       remat: see `block_type`.
-      pyramid: of the levels that are made of its tokens; here so that the EMA holds it too.
+      pyramid: feature pyramid over the levels. It is part of the encoder so that the EMA covers its
+        parameters. `HJEPA` applies it.
 
     References:
       Darcet et al. 2023, arXiv 2309.16588, section 2.3 (registers).
@@ -88,15 +89,15 @@ class VisionTransformer(nn.Module):
         index: Int[Array, "B K"] | None = None,
         valid: Bool[Array, "B K"] | None = None,
     ) -> tuple[Float[Array, "B K D"], Float[Array, "B R D"]]:
-        """Encodes the patches that `index` names, or all of them.
+        """Encodes the patches that `index` selects, or all patches.
 
-        For images of another size, the grid's positions are interpolated: their patches cover the
-        same field. Rotary positions count patches instead.
+        For images of another size, the table of positions is interpolated, as if the images showed
+        the same field of view. Rotary positions count patches instead.
 
         Args:
           images: normalised pixels.
-          index: patches to look at; None for all N.
-          valid: False where `index` is padding, which no other token then attends to.
+          index: patches to encode; None = all N.
+          valid: False where `index` is padding; no other token attends to it.
 
         Returns:
           Patch tokens and summary tokens, float32, after the final LayerNorm.
@@ -135,7 +136,7 @@ class VisionTransformer(nn.Module):
                 tokens = jnp.broadcast_to(tokens, (x.shape[0], count, self.width)).astype(x.dtype)
                 x = jnp.concatenate([tokens, x], axis=1)
         turns = None
-        if self.positions == "rope2d":  # the tokens before them have angle 0
+        if self.positions == "rope2d":  # the prefix tokens have angle 0
             turns = turns_of(jnp.pad(positions, ((0, 0), (prefix, 0), (0, 0))))
         allowed = None
         if valid is not None:

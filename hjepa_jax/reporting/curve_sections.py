@@ -71,7 +71,8 @@ def loss_section(facts: Facts) -> Section | None:
     heads = ["step", "loss", "% from first", *(n.removeprefix("train/loss_") for n in names)]
     text = table(heads, rows) + (
         "\n\nMeans over the steps since the previous line. Terms are shown without their weight in "
-        "the loss; the terms of the summary pass and of local views are weighted sums of parts."
+        "the loss; the spread as a multiple of its floor, and the summary pass as the weighted sum "
+        "of its levels."
     )
     terms = {name.removeprefix("train/loss_"): thin(history.series(name)) for name in names}
     panels = [Panel("Total loss", "loss", {"loss": thin((steps, loss))}, log=True)]

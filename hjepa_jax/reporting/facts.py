@@ -1,4 +1,4 @@
-"""Facts about a run, read from its work directory and nowhere else."""
+"""Facts about a run, read from its work directory and, for pictures, its data."""
 
 import dataclasses
 import datetime
@@ -37,14 +37,14 @@ class Facts:
 
     Attributes:
       name: name of the work directory.
-      workdir: its path, as the user writes it.
+      workdir: path of the work directory, as given by the user.
       config: config with which the run was started last.
       history: its metrics.jsonl.
       probes: rows of its probe.json, on any data.
       status: "finished", "running", "interrupted", "stopped" (by a rule of the config), "not
         started", or "unknown" if the number of steps is not known.
       stopped_by: the rule that ended the run, with its numbers; "" if none did.
-      num_steps, steps_per_epoch: None if run.json is missing and the config does not tell.
+      num_steps, steps_per_epoch: None if unknown, because run.json is missing.
       params: number of parameters by part.
       checkpoints: bytes by step.
       meta: origin of the newest checkpoint; empty without a checkpoint.
@@ -74,7 +74,7 @@ class Facts:
 
     @property
     def own_probes(self) -> list[Row]:
-        """Returns the rows on the data set that judges the run, of one seed; see `rows_on`."""
+        """Rows of one seed on the data set that the run is evaluated on; see `rows_on`."""
         return rows_on(self.config.eval.data or self.config.data.source, self.probes)
 
     @property
@@ -100,7 +100,7 @@ class Facts:
 
     @functools.cached_property
     def limits(self) -> Limits:
-        """Returns effective rank and relative std below which features count as collapsed."""
+        """Effective rank and relative std below which features count as collapsed."""
         batch_size = self.config.train.batch_size
         untrained = untrained_spread(self.history.lines, batch_size=batch_size)
         return find_limits(max_rank=self.max_rank, untrained=untrained)
@@ -108,7 +108,8 @@ class Facts:
     def signs_in(self, line: dict[str, Any]) -> list[str]:
         """Returns the signs of a collapse in one line of the history.
 
-        The standard deviation counts too: constant features plus rounding noise have full rank.
+        The standard deviation is needed as well, because constant features with rounding noise have
+        full rank.
         """
         found, spread, limits = [], spread_of(line), self.limits
         if spread is None:
@@ -120,7 +121,7 @@ class Facts:
         return found
 
     def signs_in_log(self) -> list[str]:
-        """Returns the signs of the newest line, if each of the last `PATIENCE` lines has some."""
+        """Returns the signs in the newest line, if each of the last `PATIENCE` lines has signs."""
         newest = [x for x in self.history.lines if spread_of(x)][-PATIENCE:]
         return self.signs_in(newest[-1]) if newest and all(map(self.signs_in, newest)) else []
 
@@ -132,7 +133,7 @@ class Facts:
         return found
 
     def judged(self, protocol: str) -> str:
-        """Returns the step of the scores of a protocol, if the run has trained on since."""
+        """Returns the step of the scores of a protocol in words; "" if it is the newest step."""
         outdated = steps_if_outdated(self.own_probes, protocol, self.history.last_step())
         return f", scored at {outdated}" if outdated else ""
 
@@ -140,9 +141,9 @@ class Facts:
 def read_facts(
     workdir: pathlib.Path, *, images: bool, splits: tuple[Split, Split] | None = None
 ) -> Facts:
-    """Reads the work directory of a run that is finished, interrupted or going on.
+    """Reads the work directory of a run that is finished, interrupted or still training.
 
-    Nothing is downloaded: without its data, a run is described without pictures.
+    Nothing is downloaded: if its data is missing, the run is described without pictures.
 
     Args:
       workdir: the work directory.
@@ -196,7 +197,7 @@ def read_facts(
 def _read_meta(
     workdir: pathlib.Path, sizes: dict[int, int], images: bool
 ) -> tuple[dict[str, Any], str]:
-    """Returns the origin of the newest checkpoint, and why there are no pictures (so far)."""
+    """Returns the origin of the newest checkpoint, and the reason why there are no pictures."""
     if not sizes:
         return {}, "there is no checkpoint yet"
     try:

@@ -63,14 +63,14 @@ class Panel:
 
     @property
     def shows_change(self) -> bool:
-        """Returns whether a line rises or falls; a constant or a single point needs no picture."""
+        """Whether a line rises or falls. Constants and single points need no picture."""
         return any(np.nanmin(y) < np.nanmax(y) for _, y in self.lines.values() if len(y) > 1)
 
 
 def changing_curves(
     panels: Sequence[Panel], name: str, caption: str
 ) -> dict[str, tuple[Figure, str]]:
-    """Returns a figure of the panels that show a change, by its name; nothing without any."""
+    """Returns {name: (figure, caption)} with the panels that show a change; {} if none does."""
     shown = [panel for panel in panels if panel.shows_change]
     return {name: (curves(shown), caption)} if shown else {}
 
@@ -137,8 +137,9 @@ def bars(
 def spectrum(values: Mapping[str, Float[np.ndarray, " _"]]) -> Figure:
     """Returns singular values of centred features, largest first, relative to the largest.
 
-    A healthy spectrum decays slowly; a cliff means that few directions are used. A last value that
-    is only rounding error is omitted: features after a LayerNorm sum to zero, as centred rows do.
+    A healthy spectrum decays slowly; a cliff means that few directions are used. If the last value
+    is only rounding error, it is omitted. This happens after a LayerNorm, which removes one
+    direction, and for centred rows.
     """
     lines = {}
     for name, v in values.items():
@@ -221,7 +222,7 @@ def scatter_maps(
 
 
 def plain(name: str) -> str:
-    """Returns a user's name in a form that matplotlib draws literally.
+    """Returns a name in a form that matplotlib draws literally.
 
     Dollar signs would start a formula, a legend omits names that start with an underscore, and a
     long name would leave no room for the axes.
@@ -239,7 +240,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def finish(axes: Axes, title: str, xlabel: str, ylabel: str, *, grid: bool = True) -> None:
-    """Adds title, labels and a plain frame, the same for all figures."""
+    """Adds title, labels and the frame that all figures have."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -265,7 +266,8 @@ def png(figure: Figure, *, dark: bool = False) -> bytes:
             text.set_color(ink)  # pyright: ignore[reportAttributeAccessIssue]
     file, canvas = io.BytesIO(), cast(FigureCanvasAgg, figure.canvas)
     _draw(canvas)
-    figure.set_layout_engine("none")  # half of the time of a drawing; colours do not change it
+    # The layout takes half of the drawing time, and does not change with the colours.
+    figure.set_layout_engine("none")
     Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3]).save(file, "PNG")
     return file.getvalue()
 

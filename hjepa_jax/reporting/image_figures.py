@@ -89,14 +89,14 @@ def views(
     local: Float[np.ndarray, "B V h w 3"] | None = None,
     local_seen: Bool[np.ndarray, "B V rows cols"] | None = None,
 ) -> Figure:
-    """Returns the views of each image that the networks see; patches that they do not are dark.
+    """Returns the views of each image that the networks see; hidden patches are dark.
 
     Args:
-      whole: the images as they are stored, in [0, 1].
+      whole: the images before augmentation, in [0, 1].
       view: the augmented images.
       visible: patches of `view` that the context encoder sees; the target encoder sees all.
       local: further crops; at most `MAX_LOCAL` of them are shown.
-      local_seen: patches of them that the encoder sees; None = all.
+      local_seen: patches of the crops that the encoder sees; None = all.
     """
     rows = [
         Row("image", whole),
@@ -112,14 +112,14 @@ def views(
 
 
 def _darkened(images: Pictures, seen: Bool[np.ndarray, "B _ _"]) -> Pictures:
-    """Returns images in which patches that are not seen are dark."""
+    """Returns the images with dark pixels in all patches that are not `seen`."""
     return np.where(enlarge(seen, images.shape[1:3])[..., None], images, 0.12 * images)
 
 
 def pca_maps(images: Pictures, tokens: Sequence[Float[np.ndarray, "B _ _ D"]]) -> Figure:
     """Returns the first three principal components of the features, as red, green and blue.
 
-    All images share one basis per level: similar colours are similar features.
+    All images share one basis per level, so that similar colours mean similar features.
     """
     rows = [Row("image", images)]
     for level, x in enumerate(tokens):
@@ -179,9 +179,9 @@ def neighbours(
     query_names: Sequence[str],
     same_class: Sequence[Sequence[bool]],
 ) -> Figure:
-    """Returns images and their nearest neighbours, framed by whether the class is the same.
+    """Returns images and their nearest neighbours; frames show whether the class is the same.
 
-    Without classes `same_class` is empty, and nothing is framed.
+    Without classes `same_class` is empty, and there are no frames.
     """
     rows = [Row("query", queries)]
     rows += [Row(f"nearest {j + 1}", found[:, j]) for j in range(found.shape[1])]
@@ -237,8 +237,8 @@ def as_pictures(images: Num[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H 
 def as_rgb(images: Float[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W 3"]:
     """Returns images with pixels in [0, 1] as RGB.
 
-    One channel is shown in grey. Of two or of more than three channels the first principal
-    components are shown.
+    One channel becomes grey. Two channels, or more than three, are replaced by their first
+    principal components.
     """
     c = images.shape[-1]
     if c == 3:

@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run, applied to some training images."""
+"""Features, predictions and pictures of a run's newest checkpoint on some training images."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from hjepa_jax.evaluation.quality import Verdict
 from hjepa_jax.reporting.snapshot import Snapshot, build_snapshot_fn, fixed_images
 from hjepa_jax.runs.load import load_state
 
-BANK_SIZE, NUM_QUERIES = 2000, 500  # training images: to compare with, and held out
+BANK_SIZE, NUM_QUERIES = 2000, 500  # numbers of training images: bank, and held-out queries
 KNN_K = 20
 NUM_NEIGHBOURS, NUM_SHOWN = 6, 6
 
@@ -32,12 +32,12 @@ class Look:
       step: step of the checkpoint.
       snapshot: pictures of a few images.
       features: features of the held-out images by name, [Q, D].
-      verdict: whether the features of level 0 have collapsed, beside the untrained network.
-      best: name of the features with the best k-NN score on images of the bank; without classes:
-        of the summary tokens if there are any, else of level 0.
-      best_features: these features of the held-out images, [Q, D]. Pictures are made of them.
-      labels, predictions: classes of the held-out images, [Q]; predicted by k-NN on them. Both are
-        None without labels of at least two classes.
+      verdict: whether the features of level 0 have collapsed, compared with the untrained network.
+      best: name of the features with the best k-NN score on images of the bank. Without classes:
+        the summary tokens if there are any, else level 0.
+      best_features: these features of the held-out images, [Q, D], for pictures.
+      labels, predictions: classes of the held-out images, [Q], and predictions of k-NN on the best
+        features. Both are None without labels of at least two classes.
       class_names: indexed by label.
       images: the held-out images, as stored, [Q, H, W, C].
       neighbours: images of the bank with the most similar best features, for the first S held-out
@@ -122,11 +122,11 @@ def _best_features(
     query_x: dict[str, Float[np.ndarray, "Q _"]],
     bank_y: Int[np.ndarray, " n"] | None,
 ) -> tuple[str, Float[np.ndarray, "n D"], Float[np.ndarray, "Q D"]]:
-    """Returns the features with the best k-NN score: their name, of the bank, of the queries.
+    """Returns the features with the best k-NN score: name, values of the bank, of the queries.
 
-    A fifth of the bank is scored beside the rest of it, so the queries decide nothing. Equal scores
-    go to the first of `representations`, which has the fewest dimensions. Without classes (None)
-    the summary tokens are taken if there are any, else level 0.
+    A fifth of the bank is classified by the rest of it, so the queries do not influence the choice.
+    Among equal scores the first of `representations` wins. Without classes (None) the summary
+    tokens are taken if there are any, else level 0.
     """
     n = len(bank_x["level_0"])
     fit = val = np.arange(n)

@@ -1,4 +1,4 @@
-"""A page with images and the images that an encoder takes for similar to each."""
+"""A page with images and, for each, the images with the most similar features."""
 
 import html
 import io
@@ -37,9 +37,9 @@ def neighbour_sheet(groups: Sequence[Sequence[Shown]], *, column: str, count: in
     """Returns a page that loads no other file.
 
     Args:
-      groups: an image, then its nearest.
+      groups: each group has an image, then its nearest neighbours.
       column: name of the features that were compared.
-      count: number of images among which the nearest were searched.
+      count: number of images that were searched.
     """
     sections = [f"<section>{''.join(map(_figure, group))}</section>\n" for group in groups]
     text = (

@@ -61,13 +61,13 @@ def _cell(value: object) -> str:
 
 
 def escape(name: str) -> str:
-    """Returns Markdown that shows a user's name literally; `table` escapes its bars."""
+    """Returns Markdown that shows a name literally. Vertical bars are left to `table`."""
     marks = r"[\\`*{}\[\]<>#~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
     return re.sub(marks, r"\\\g<0>", printable(name))
 
 
 def code(value: object) -> str:
-    """Returns a value as a code span, whatever characters it has."""
+    """Returns a value as a Markdown code span; it may contain backticks."""
     text = printable(str(value))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if "`" in text or not text.strip() else ""
@@ -75,7 +75,7 @@ def code(value: object) -> str:
 
 
 def slug(heading: str) -> str:
-    """Returns the address of a section within the page."""
+    """Returns the HTML id of a section."""
     return re.sub(r"\W+", "-", heading.lower())
 
 
@@ -98,14 +98,14 @@ def to_html(markdown: str, *, title: str, pictures: Mapping[str, tuple[bytes, by
             body,
         )
     start, *rest = re.split("(?=<h2 )", body)
-    if rest and rest[0].count("<figure>") > 1:  # the pictures of the first screen, side by side
+    if rest and rest[0].count("<figure>") > 1:  # the pictures of the first section, side by side
         rest[0] = rest[0].replace("<figure>", '<div class="row"><figure>', 1)
         rest[0] = "</figure></div>".join(rest[0].rsplit("</figure>", 1))
     return html_page("".join([start, *rest]), title)
 
 
 def html_page(body: str, title: str, style: str = "") -> str:
-    """Returns a page for phones and screens, light and dark, around the HTML of its content."""
+    """Returns a complete page with the HTML `body`, for phones and screens, light and dark."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -115,5 +115,5 @@ def html_page(body: str, title: str, style: str = "") -> str:
 
 
 def data_address(picture: bytes, kind: str = "png") -> str:
-    """Returns the content of a picture as an address, for a page that loads no other file."""
+    """Returns a picture as a data URL, so that the page loads no other file."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

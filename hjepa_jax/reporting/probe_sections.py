@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from hjepa_jax.evaluation.quality import singular_values
 from hjepa_jax.evaluation.results import (
     QUALITY_COLUMNS,
     best_row,
@@ -138,7 +139,7 @@ def first_figures(facts: Facts) -> dict[str, tuple[Figure, str]]:
 
 
 def _bars(rows: list[Row], protocol: str) -> Figure:
-    """Returns bars of the newest step of each encoder; the first row per representation counts."""
+    """Returns bars for the newest step of each encoder, from the first row per representation."""
     rows = trained_first(rows)
     encoders = list(dict.fromkeys(r["encoder"] for r in rows if r["encoder"] != "pixels"))
     newest = {e: max(r["step"] for r in rows if r["encoder"] == e) for e in encoders}
@@ -192,8 +193,7 @@ def features_section(facts: Facts) -> Section | None:
             f"{min(KNN_K, look.bank_size)} gets {pct(top1)} % of the held-out images right. The "
             "test images are left to the probes."
         )
-    values = {name: np.linalg.svd(x - x.mean(axis=0), compute_uv=False) for name, x in
-              levels.items()}  # fmt: skip
+    values = {name: singular_values(x) for name, x in levels.items()}
     count = len(look.neighbours)
     queries, found = look.images[:count], look.neighbours
     shown = as_pictures(np.concatenate([queries[:, None], found], axis=1))  # on one scale
@@ -224,11 +224,11 @@ def _maps(x: np.ndarray) -> dict[str, np.ndarray]:
     from threadpoolctl import threadpool_limits
 
     tsne = TSNE(perplexity=min(30, len(x) // 4), init="pca", max_iter=500, random_state=0)
-    with threadpool_limits(1):  # two threads take ten times the processor time of one here
+    with threadpool_limits(1):  # with two threads t-SNE takes ten times the processor time
         maps["t-SNE"] = tsne.fit_transform(x)
     with contextlib.suppress(ImportError):
         quiet_tensorflow()
-        # It imports TensorFlow if it can.
+        # This import also imports TensorFlow if it is installed.
         from umap import UMAP  # pyright: ignore[reportMissingImports]
 
         umap = UMAP(n_neighbors=min(15, len(x) // 4), n_jobs=1, random_state=0)

@@ -43,12 +43,13 @@ embeddings {{
   }}
 }}
 """)
-    with replacing(logdir / "projector_config.pbtxt") as file:  # last: it names the others
+    # Written last, because it names the other files.
+    with replacing(logdir / "projector_config.pbtxt") as file:
         file.write("".join(config).encode())
 
 
 def sprite(images: Num[np.ndarray, "n H W C"]) -> Num[np.ndarray, "S S 3"]:
-    """Returns a square of thumbnails, row by row; unused places are black."""
+    """Returns a square image of thumbnails, row by row; unused positions are black."""
     side = math.ceil(math.sqrt(len(images)))
     picture = np.zeros((side, THUMBNAIL, side, THUMBNAIL, 3), np.uint8)
     if images.dtype != np.uint8 or images.shape[3] != 3:

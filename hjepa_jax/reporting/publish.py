@@ -34,7 +34,7 @@ def write_report(
     Args:
       workdirs: work directories of the runs.
       output: directory to write into; created if needed.
-      images: whether to read checkpoint and training images; never for several runs.
+      images: whether to read checkpoint and training images; ignored for several runs.
       splits: images of the run, if they are in memory.
 
     Raises:

@@ -33,7 +33,7 @@ def sections(facts: Facts) -> list[Section]:
 
 
 def _summary(facts: Facts) -> Section:
-    """Returns the first screen: scores, verdict, origin and three pictures."""
+    """Returns the first section: scores, verdict, origin and three pictures."""
     step, total = facts.history.last_step(), facts.num_steps
     of = f" of {total}" if total else " (number of steps not known)"
     seconds = facts.history.training_seconds()
@@ -141,7 +141,7 @@ def _warnings(facts: Facts) -> Section:
         if sick and not signs:
             text = f"recovered, effective rank {rank:.1f}"
             found.append(f"step {line['step']}: {text}")
-        elif not sick and num_in_a_row >= PATIENCE:  # as `Alarms` do during the run
+        elif not sick and num_in_a_row >= PATIENCE:  # the same rule as `Alarms` during the run
             found.append(f"step {line['step']}: {'; '.join(signs)}")
         sick = num_in_a_row >= PATIENCE
     if facts.stopped_by:

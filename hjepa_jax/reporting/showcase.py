@@ -1,4 +1,4 @@
-"""Pictures, distributions and texts of a run for TensorBoard, beside its scalars."""
+"""Pictures, histograms and texts of a run for TensorBoard, in addition to its scalars."""
 
 import platform as python_platform
 import time
@@ -18,8 +18,8 @@ from hjepa_jax.runs.logger import RunLogger
 from hjepa_jax.runs.run import Run, num_params
 from hjepa_jax.runtime.provenance import source_commit, versions
 
-MAX_SHARE = 0.02  # fraction of a run's time
-FIRST_COST_SEC = 10.0  # expected for the first pictures, mostly to compile
+MAX_SHARE = 0.02  # largest fraction of a run's time that pictures may take
+FIRST_COST_SEC = 10.0  # expected time of the first pictures, mostly for compilation
 
 
 # Meaning of the curves, by the name before a level or the name of a loss term.
@@ -28,7 +28,7 @@ CURVES = {
     "eval/linear_top1, linear_top1_<level>": "linear probe on the test images after the last step",
     "probe/": "best score of each encoder on the test images, chosen on held-out images",
     "train/loss": "weighted sum of all terms; falls also when all features become alike",
-    "train/loss_<term>": "a term before its weight",
+    "train/loss_<term>": "a term before its weight; the spread as a multiple of its floor",
     "train/effective_rank": "directions that the target features use; low is a collapse",
     "train/relative_std": "spread of the target features over their length; near 0 is a collapse",
     "train/target_std, context_std": "how far images differ; near 0 all are one point",
@@ -47,7 +47,7 @@ CURVES = {
 
 
 class Budget:
-    """Time that a run may spend between its steps: at most a share of its time so far.
+    """Limits the time that a run spends between its steps to a share of its total time.
 
     Args:
       share: fraction of the run's time, in [0, 1].
@@ -70,9 +70,9 @@ class Budget:
 class Showcase:
     """Shows the current model on a few fixed training images.
 
-    Its program is separate from the training step, and compiled on first use. Between steps it may
-    take `MAX_SHARE` of the run's time; pictures that would take more are skipped. After the last
-    step it always shows pictures.
+    Its program is separate from the training step, and compiled on first use. Between steps,
+    pictures may take `MAX_SHARE` of the time of the run; more are skipped. The last step always
+    shows pictures.
 
     Args:
       run: the run.
@@ -157,4 +157,4 @@ class Showcase:
         self._logger.images(
             step, {f"figures/{name}": figures.pixels(figure) for name, figure in drawn.items()}
         )
-        self._logger.flush()  # so that their cost is counted here, not in the next steps
+        self._logger.flush()  # so that the budget includes the time to encode the pictures

@@ -44,14 +44,16 @@ class Snapshot:
       pixels: float32 [B, H, W, C] in [0, 1].
       states: per level int32 [B, rows, columns]: `CONTEXT`, `TARGET` or `DROPPED`.
       tokens: per level float32 [B, rows, columns, D], the target features.
-      cosine: per level float32 [B, rows, columns], of prediction and target; NaN = not predicted.
-      attention: float32 [B, h, rows, columns], of the target encoder's last block, per head, from
-        the summary tokens (or, without any, from all patches) to the patches.
-      rollout: float32 [B, rows, columns], the same through all blocks.
-      view: float32 [B, H, W, C] in [0, 1], augmented as in training. The encoder sees the `CONTEXT`
-        patches of it, and the target encoder the whole.
+      cosine: per level float32 [B, rows, columns], cosine of prediction and target; NaN = not
+        predicted.
+      attention: float32 [B, h, rows, columns], attention in the last block of the target encoder,
+        per head, from the summary tokens (if there are none, from all patches) to the patches.
+      rollout: float32 [B, rows, columns], attention through all blocks; see `_rollout`.
+      view: float32 [B, H, W, C] in [0, 1], the images augmented as in training. The context encoder
+        sees its `CONTEXT` patches, the target encoder all of it.
       local_views: float32 [B, V, h, w, C] in [0, 1], the further crops; None without any.
-      local_seen: bool [B, V, rows, columns], the patches of them that the encoder sees; None = all.
+      local_seen: bool [B, V, rows, columns], patches of the crops that the encoder sees; None =
+        all.
     """
 
     pixels: Any
@@ -81,16 +83,16 @@ def make_snapshot_fn(
 
     Args:
       model: the networks.
-      sample: `sample(images)`, the masks and views of training, with pixels in [0, 1].
-      preprocess: stored images to normalised pixels, nothing random.
-      as_pixels: the same, to [0, 1].
+      sample: `sample(images)` returns masks and views as in training, with pixels in [0, 1].
+      preprocess: converts stored images to normalised pixels, without augmentation.
+      as_pixels: the same, with pixels in [0, 1].
     """
     grid_size, num_levels = model.predictor.grid_size, model.predictor.num_levels
     grids = [hierarchy.level_grid(grid_size, level) for level in range(num_levels)]
     encoder = model.context_encoder
     num_summary, num_prefix = encoder.num_summary_tokens, encoder.num_prefix_tokens
     apply: Any = model.apply
-    all_levels: Any = model.clone(levels=None).apply  # also levels that are not predicted
+    all_levels: Any = model.clone(levels=None).apply  # includes levels that are not predicted
 
     def snapshot(params: Any, target_params: Any, images: Num[Array, "B H W C"]) -> Snapshot:
         inputs, views = sample(images), preprocess(images)
@@ -137,7 +139,7 @@ def _seen_patches(inputs: Inputs, patch_size: int) -> Bool[Array, "B V gh gw"] |
 
 
 def _like(channels: Any, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Returns one value per channel, for products with `x`."""
+    """Returns one value per channel, broadcast to the shape of `x`."""
     return jnp.broadcast_to(jnp.asarray(channels, x.dtype), x.shape)
 
 
@@ -151,7 +153,7 @@ def _stretched(pixels: Float[Array, "*B C"], stored: Any) -> Float[Array, "*B C"
 
 
 def _states(valid: dict[int, Array], masks: Masks, grid_size: Sides) -> list[Int[Array, "B _"]]:
-    """Per level, whether each cell is a target, else holds a context patch, else is dropped."""
+    """Returns the state of each cell by level: target, else context (in part), else dropped."""
     num_patches = math.prod(pair(grid_size))
     patches = jnp.arange(num_patches)
     seen = (masks.context_index[..., None] == patches[None, None]) & masks.context_valid[..., None]
@@ -167,7 +169,10 @@ def _states(valid: dict[int, Array], masks: Masks, grid_size: Sides) -> list[Int
 def _cosine(
     prediction: Any, levels: tuple[Float[Array, "B _ D"], ...], masks: Masks
 ) -> list[Float[Array, "B _"]]:
-    """Per level and cell, NaN where nothing is predicted. A patch in several blocks has a mean."""
+    """Returns the cosine of prediction and target by level and cell; NaN if not predicted.
+
+    For a patch in several target blocks it is the mean over the blocks.
+    """
     found = []
     for level, target in enumerate(levels):
         b, n, _ = target.shape

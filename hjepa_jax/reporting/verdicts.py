@@ -1,4 +1,4 @@
-"""A checklist and next steps for a run, each by a stated rule on numbers of its work directory."""
+"""A checklist and next steps for a run, by stated rules on the numbers of its work directory."""
 
 import shlex
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ Check = tuple[bool | None, str, str]
 
 TITLES = {"linear": "the linear probe", "knn": "k-NN"}
 BASELINES = [(protocol, encoder) for protocol in TITLES for encoder in ("random_init", "pixels")]
-MARGIN = 0.01  # top-1; a smaller difference counts as noise for any number of images
+MARGIN = 0.01  # top-1; smaller differences are ignored for any number of images
 EASY_COSINE = 0.95
 MOSTLY_PLACES = 0.5  # share of the targets' variance; with rotary positions it is near 0.01
-BEYOND_PLACES = 0.1  # share of the targets' variance that is explained beyond the place
+BEYOND_PLACES = 0.1  # share of the targets' variance that must be explained beyond the position
 SLOW_DATA = 0.1
-FEW_EPOCHS = 10  # fewer are worth a longer run
+FEW_EPOCHS = 10  # a run with fewer epochs should be longer
 HEADROOM = 0.5  # share of the device's memory; below it, a batch of twice the size fits
 
 
@@ -120,13 +120,13 @@ def num_held_out(facts: Facts) -> int | None:
     """Returns the minimum number of held-out images of k-NN during training; None if unknown."""
     if facts.steps_per_epoch is None or facts.config.eval.data is not None:
         return None
-    # Images in whole batches: less than one batch is missing.
+    # Only images in whole batches are counted, so less than one batch is missing.
     num_images = facts.steps_per_epoch * facts.config.train.batch_size
     return min(facts.config.eval.num_val, num_images // MIN_ROWS)
 
 
 def _surely_above(facts: Facts, score: float, other: float) -> bool:
-    """Returns whether one k-NN score is above another by more than chance (95 %)."""
+    """Returns whether one k-NN score is significantly above another (95 %)."""
     n = num_held_out(facts)
     return bool(n) and difference(float(score), float(other), n, n)[0] > 0
 
@@ -221,7 +221,7 @@ def _knn_curve(facts: Facts) -> Suggestions:
 
 
 def _no_better(facts: Facts) -> Suggestions:
-    """Yields what helped other runs (see docs/results.md), for the first baseline that wins."""
+    """Yields changes that helped other runs (see docs/results.md), if a baseline wins."""
     found = {pair: trained_beats(facts, *pair) for pair in BASELINES}
     lost = [pair for pair, (holds, _) in found.items() if holds is False]
     open_ = [pair for pair, (holds, why) in found.items() if holds is None and why != "not probed"]

@@ -4,10 +4,10 @@
     differences(table, state)               # leaves with another path, type or shape: []
     changed(table, describe_arrays(state))  # paths of arrays that differ in any bit: set()
 
-The checksum of an array is a sum modulo 2^32 over its 32-bit words. Each summand is the word plus a
-multiple of its position, mixed. Mixing is one-to-one, so an error within one word is always found.
-Each device sums its own shards and the host adds these sums. So only 4 bytes per shard are fetched,
-no array is gathered, and the sharding does not change the result.
+The checksum of an array is a sum modulo 2^32 over its 32-bit words. Each summand is a hash of the
+word and its position. The hash is one-to-one in the word, so an error within one word is always
+found. Each device sums its own shards and the host adds these sums. So only 4 bytes per shard are
+fetched, no array is gathered, and the sharding does not change the result.
 """
 
 import functools
@@ -25,19 +25,19 @@ from jax.experimental import multihost_utils
 # Path of a leaf -> [dtype, shape, checksum of the bytes].
 ArrayTable = dict[str, list[Any]]
 
-# Elements. Fetching a smaller array costs less than compiling a program for its shape.
+# Number of elements. Fetching a smaller array takes less time than compiling a program for it.
 MIN_ON_DEVICE = 2**16
 # 2^32 divided by the golden ratio, and the constants of MurmurHash3's 32-bit finalizer.
 _PER_POSITION, _MIX_1, _MIX_2 = map(np.uint32, (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35))
 
 
 def word_checksums(leaves: Sequence[Any]) -> list[int]:
-    """Returns one checksum per array; large arrays are summed on their devices, small ones here.
+    """Returns one checksum per array. Large arrays are summed on their devices, small ones on host.
 
     All processes that share the arrays must call this.
     """
     copies = [_one_copy(leaf) for leaf in leaves]
-    # All programs and copies start before the first result is waited for.
+    # Starts all programs and copies before it waits for the first result.
     fetched = [_block_sums(x) if _stays_on_device(x) else x for x in copies]
     for x in fetched:
         if isinstance(x, jax.Array):
@@ -97,8 +97,8 @@ def block_sums_fn(sharding: Any, shard_shape: tuple[int, ...]) -> Any:
         within = (*range(1, blocks.ndim, 2), blocks.ndim - 1)
         return jnp.sum(blocks, axis=within, dtype=jnp.uint32)
 
-    # The sums stay on the devices of their shards, so that devices exchange nothing. On virtual CPU
-    # devices, many programs that wait for each other can deadlock.
+    # The sums stay on the devices of their shards, so that devices exchange no data. On virtual CPU
+    # devices, many programs that exchange data can deadlock.
     return jax.jit(block_sums, out_shardings=sharding)
 
 
@@ -109,7 +109,7 @@ def _total(sums: jax.Array) -> np.uint32:
 
 
 def _mixed_words(x: Any, xp: Any) -> Any:
-    """Returns the mixed words of an array, uint32 [..., words per element].
+    """Returns the hashed words of an array, uint32 [..., words per element].
 
     Args:
       x: numbers of 8, 16, 32 or 64 bits, or booleans.

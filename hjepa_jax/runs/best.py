@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: the one with the highest k-NN score of its protocol."""
+"""Finds the best checkpoint: the one with the highest k-NN score of its protocol."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,9 @@ class Score:
     """The k-NN score of a checkpoint.
 
     Attributes:
-      value: top-1 accuracy on held-out images; the highest over the kinds of features.
+      value: top-1 accuracy on held-out images, in [0, 1]; the highest over the kinds of features.
       metric: name of that accuracy in the log.
-      protocol: number of held-out images, number of images they were compared with, and
+      protocol: number of held-out images, number of images that they were compared with, and
         `eval.data`. Scores of different protocols are not comparable.
     """
 
@@ -40,7 +40,7 @@ def read_score(meta: dict[str, Any]) -> Score | None:
 class KeepBest:
     """Tells Orbax to keep the best checkpoint of each protocol (a `PreservationPolicy`).
 
-    Orbax's own policy uses metrics that it forgets when the process ends.
+    Orbax's own policy uses metrics that are lost when the process ends.
 
     Attributes:
       scores: score of each step that has been read; None for a step without one.

@@ -1,4 +1,4 @@
-"""Saves and restores the checkpoints of a run. The only module that imports Orbax.
+"""Saves and restores the checkpoints of a run. Only this module and `newest_checkpoint` use Orbax.
 
 A checkpoint is a folder `checkpoints/<step>/` with three items: `state` (the TrainState), `window`
 (the metrics since the last log line) and `meta` (see `checkpoint_meta`).
@@ -29,6 +29,7 @@ from hjepa_jax.runs.checkpoint_meta import (
     check_shapes,
     make_meta,
     missing_fields,
+    no_checkpoint,
     read_meta,
 )
 
@@ -55,8 +56,8 @@ class Checkpoints:
         self._workdir, self._config, self._data = workdir, config, data
         self._owner, self._open, self._best = owner, contextlib.ExitStack(), KeepBest()
         if jax.process_count() == 1:
-            # By default Orbax cuts each full copy into one slice per device, so that several hosts
-            # share the writing. Compiling the cuts delayed the first save by 20 s.
+            # By default Orbax slices each full copy, one slice per device, so that several hosts
+            # share the writing. Compiling the slices delayed the first save by 20 s.
             one_writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
             ocp.type_handlers.register_type_handler(jax.Array, one_writer, override=True)
         latest = preservation_policy.LatestN(config.train.keep_checkpoints)
@@ -123,7 +124,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = make_meta(self._config.to_dict(), self._data, scores, trees)
-        self._read_scores()  # now: during a save, Orbax would first wait for its end
+        self._read_scores()  # before the save: Orbax reads nothing until it has ended
         self._best.scores[step] = read_score(meta)
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         with self._writing():
@@ -150,13 +151,13 @@ class Checkpoints:
             for other in damaged:
                 self._set_aside(other)
             return found["state"], found["window"]
-        raise self._nothing_to_read()
+        raise no_checkpoint(self._workdir)
 
     def restore_state(self, state: TrainState, step: int | None = None) -> TrainState:
         """Reads the state alone, from the newest checkpoint or from the one at `step`.
 
-        Fields of `state` that are None are not read and stay None. Orbax reads an item of one
-        manager in one way only: use one `Checkpoints` for whole states, another one for parts.
+        Fields of `state` that are None are not read and stay None. An Orbax manager supports only
+        one way of reading an item: use one `Checkpoints` for whole states, another one for parts.
 
         Raises:
           InputError: if there is no such checkpoint, or it is damaged, or it has another config,
@@ -191,13 +192,10 @@ class Checkpoints:
     def _find(self, step: int | None) -> int:
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise self._nothing_to_read()
+            raise no_checkpoint(self._workdir)
         if step is not None and step not in steps:
             raise InputError("--step", step, f"must be one of the checkpoints, {steps}")
         return steps[-1] if step is None else step
-
-    def _nothing_to_read(self) -> InputError:
-        return InputError("--workdir", str(self._workdir), "holds no checkpoint that can be read")
 
     def _read_scores(self) -> None:
         """Reads the scores of checkpoints that another process has saved."""
@@ -257,7 +255,7 @@ class Checkpoints:
 
 
 def _restore_args(tree: Any) -> Any:
-    """Returns Orbax's arguments for a whole tree, or for the fields of a state that it has."""
+    """Returns Orbax's arguments for a whole tree, or for the fields of a state that are present."""
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     missing = missing_fields(tree)
     if not missing:

@@ -1,6 +1,6 @@
 """The `meta` item of a checkpoint, and the checks of a checkpoint against it.
 
-Orbax restores part of a tree, or flipped bits, without an error. So `meta` holds a table of all
+Orbax restores an incomplete tree or flipped bits without an error. So `meta` holds a table of all
 arrays with their checksums, and a checksum of itself.
 """
 
@@ -80,6 +80,11 @@ def read_meta(workdir: pathlib.Path, step: int) -> dict[str, Any]:
     return meta
 
 
+def no_checkpoint(workdir: pathlib.Path) -> InputError:
+    """Returns the error for a work directory without a readable checkpoint."""
+    return InputError("--workdir", str(workdir), "holds no checkpoint that can be read")
+
+
 def read_newest_meta(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the meta of the newest checkpoint of a run.
 
@@ -88,7 +93,7 @@ def read_newest_meta(workdir: pathlib.Path) -> dict[str, Any]:
     """
     steps = checkpoint_sizes(workdir)
     if not steps:
-        raise InputError("--workdir", str(workdir), "holds no checkpoint that can be read")
+        raise no_checkpoint(workdir)
     step = max(steps)
     try:
         return read_meta(workdir, step)
@@ -113,7 +118,7 @@ def read_saved(workdir: pathlib.Path) -> Saved | None:
 
 
 def check_config(workdir: pathlib.Path, step: int, saved: Any, config: Config) -> None:
-    """Refuses a checkpoint of another config, although its arrays may have the same shapes.
+    """Refuses a checkpoint of another config, even if its arrays have the right shapes.
 
     Raises:
       InputError: naming the fields that differ ("--workdir"), or fields of another version.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-# If a file has more lines, about this many evenly spaced ones are read, and all evaluations.
+# If a file has more lines, about this many evenly spaced lines and all evaluations are read.
 MAX_LINES = 2000
 
 Line = dict[str, Any]
@@ -30,7 +30,7 @@ class History:
     Attributes:
       lines: dicts of "step" and finite numbers by metric name; one for each step.
       num_lines: number of lines in the file.
-      num_damaged: how many of the lines that were read hold no metrics.
+      num_damaged: number of the lines read that hold no metrics.
       sampled: whether lines were skipped because the file is long.
     """
 
@@ -63,7 +63,7 @@ class History:
         return self.lines[-1]["step"] if self.lines else 0
 
     def training_seconds(self) -> float:
-        """Returns the seconds spent in steps: the steps of each line at the rate it reports."""
+        """Returns the seconds spent in steps, computed from the steps and the rate of each line."""
         steps, rates = self.series("perf/steps_per_sec")
         return float(np.sum(np.diff(steps, prepend=0)[rates > 0] / rates[rates > 0]))
 

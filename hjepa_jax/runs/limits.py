@@ -1,4 +1,4 @@
-"""Warnings, before the first step, of a context that shows little and a step that does not fit."""
+"""Warns before the first step if few patches are visible or a step exceeds the memory."""
 
 import sys
 from typing import Any
@@ -9,20 +9,20 @@ from hjepa_jax.config import Config, build
 from hjepa_jax.config.sizes import grid_of, local_sides, num_local_patches
 from hjepa_jax.runtime.placement import device_bytes
 
-MIN_VISIBLE = 0.1  # share of the patches
+MIN_VISIBLE = 0.1  # fraction of the patches
 
 
 def step_bytes(program: Any) -> int | None:
-    """Returns the memory of one device that a compiled program needs; None if unknown.
+    """Returns the bytes of device memory that a compiled program needs; None if unknown.
 
-    XLA's own analysis: arguments, results and temporaries, without the results that take the memory
-    of arguments.
+    XLA's analysis: arguments, results and temporaries. Results that reuse the memory of arguments
+    count once.
     """
     try:
         sizes = program.memory_analysis()
         in_use = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
         return in_use - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
-    except (AttributeError, NotImplementedError, RuntimeError):  # not every backend tells
+    except (AttributeError, NotImplementedError, RuntimeError):  # not every backend supports it
         return None
 
 
@@ -30,7 +30,7 @@ def warn_of_sizes(config: Config, num_bytes: int | None) -> None:
     """Prints one line if few patches are visible, and one if a step does not fit the memory.
 
     Args:
-      config: of the run.
+      config: config of the run.
       num_bytes: memory of one device that a step needs; None if unknown.
     """
     masks, c = build.build_masks(config), config.model

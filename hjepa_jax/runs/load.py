@@ -46,7 +46,7 @@ def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, Train
       InputError: if the directory holds no run or no such checkpoint.
     """
     model, state = _load_fields(workdir, which, {"step", "params", "target_params"})
-    initial = initialise(*_create_state(load_config(workdir), model))  # the program of training
+    initial = initialise(*_create_state(load_config(workdir), model))  # same program as in training
     return model, state, _only(initial, {"step", "params", "target_params"})
 
 
@@ -65,7 +65,7 @@ def _load_fields(workdir: pathlib.Path, which: str, wanted: set[str]) -> tuple[H
 
 def _create_state(config: Config, model: HJEPA) -> tuple[Callable[..., TrainState], Any]:
     """Returns a function that makes the state at step 0, and its argument."""
-    # The shapes do not depend on the schedules, so any number of images will do.
+    # The shapes do not depend on the schedules, so any number of images works.
     schedules = build.build_schedules(config, config.train.batch_size)
     return functools.partial(build.initial_state, config, model, schedules), schedules.numbers
 

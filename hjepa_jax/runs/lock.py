@@ -49,8 +49,8 @@ def _remove_start(workdir: pathlib.Path, existing: set[str], missing: list[pathl
 
     Args:
       workdir: the run's directory.
-      existing: names in it that were there before.
-      missing: the directory and its parents, as far as they were not there before.
+      existing: names of the files and folders in it that existed before the start.
+      missing: the directory and its parents, if they did not exist before the start.
     """
     for name in _MADE_BY_A_START:
         path = workdir / name
@@ -61,12 +61,12 @@ def _remove_start(workdir: pathlib.Path, existing: set[str], missing: list[pathl
         elif not checkpoint_sizes(workdir):
             shutil.rmtree(path, ignore_errors=True)
     for folder in missing:
-        with contextlib.suppress(OSError):  # not empty: it holds files of others
+        with contextlib.suppress(OSError):  # not empty: it holds other files
             folder.rmdir()
 
 
 def is_claimed(workdir: pathlib.Path) -> bool:
-    """Returns whether this process sees the directory that another process has claimed."""
+    """Returns whether this process can see the claim of another process on the directory."""
     with writing(workdir):
         return workdir.is_dir() if fcntl is None else (workdir / "lock").exists()
 
@@ -75,12 +75,12 @@ def is_claimed(workdir: pathlib.Path) -> bool:
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the work directory for this process, so that no other run writes into it.
 
-    The lock is a lock of the operating system on the file `lock`. It ends with the process, even
-    if the process is killed. The file names the owner. Systems without such locks (Windows, some
-    network file systems) lock nothing. The directory is made if it is missing.
+    The operating system locks the file `lock`, which names the owner. The lock ends with the
+    process, even if the process is killed. Systems without such locks (Windows, some network file
+    systems) do not lock. The directory is made if it is missing.
 
     Raises:
-      InputError: if another live process holds it, or it cannot be written ("--workdir").
+      InputError: if another process holds it, or it cannot be written ("--workdir").
     """
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

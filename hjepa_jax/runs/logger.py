@@ -174,7 +174,7 @@ def _purge_events_after(workdir: pathlib.Path, step: int) -> None:
 def write_tensorboard(
     workdir: pathlib.Path, step: int, values: dict[str, float], texts: dict[str, str]
 ) -> None:
-    """Adds scalars and texts to the TensorBoard events of a run that another process trains."""
+    """Adds scalars and texts to the TensorBoard events of a run, from outside of its training."""
     writer = _tensorboard_writer(workdir)
     writer.write_scalars(step, values)
     writer.write_texts(step, texts)

@@ -1,4 +1,4 @@
-"""A checkpoint of work that can resume, such as fine-tuning."""
+"""A checkpoint of a computation that can resume, such as fine-tuning."""
 
 import contextlib
 import pathlib
@@ -13,7 +13,7 @@ from hjepa_jax.runs.checkpoint_meta import DamagedCheckpoint
 
 
 class NewestCheckpoint:
-    """Keeps the newest of a series of trees, so that an interrupted work can resume.
+    """Keeps the newest of a series of trees, so that an interrupted computation can resume.
 
     Args:
       directory: the folder to write; made at once.
@@ -27,9 +27,9 @@ class NewestCheckpoint:
         self._open.enter_context(late_errors_ignored())
 
     def restore(self, state: Any) -> Any:
-        """Returns the newest tree, like `state`; `state` itself if there is no intact one.
+        """Returns the newest tree, like `state`; `state` itself if no intact tree exists.
 
-        A damaged one is named on stderr and deleted.
+        A damaged tree is named on stderr and deleted.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -45,7 +45,7 @@ class NewestCheckpoint:
             return state
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save `state`. The tree before is deleted when this one is on disk."""
+        """Starts to save `state`. The previous tree is deleted when this one is on disk."""
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def close(self) -> None:

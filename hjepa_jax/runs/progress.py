@@ -1,4 +1,4 @@
-"""What a run prints: the table at the start, the progress line, and the box at the end."""
+"""Console output of a run: the table at the start, the progress line, and the box at the end."""
 
 import math
 import shutil
@@ -25,9 +25,9 @@ class LiveLine:
         return time.monotonic() >= self._due
 
     def update(self, text: str, *, short: str = "", always: bool = False) -> None:
-        """Shows a text, or `short` if it does not fit: nobody can overwrite a wrapped line.
+        """Shows a text, or `short` if the text is too wide: a wrapped line cannot be redrawn.
 
-        With `always`, a file gets it at any time.
+        With `always`, the text is written to a file even if no line is due.
         """
         width = shutil.get_terminal_size((WIDTH, 24)).columns if self.live else WIDTH
         line = short if short and len(text) >= width else text
@@ -70,7 +70,7 @@ class Progress(LiveLine):
     def __init__(self, num_steps: int, steps_per_epoch: int, *, every_sec: float = 5.0):
         super().__init__(every_sec)
         self.num_steps, self.steps_per_epoch = num_steps, steps_per_epoch
-        self.rank, self.knn = math.nan, math.nan  # of the newest log line; in [0, 1]
+        self.rank, self.knn = math.nan, math.nan  # newest effective rank, and k-NN score in [0, 1]
 
     def show(self, step: int, *, loss: float, images_per_sec: float, steps_per_sec: float) -> None:
         """Shows the state at a step, and the time left at this speed."""
@@ -126,7 +126,7 @@ class StepTimer:
 
 
 def peak_memory_bytes(device: Any) -> int:
-    """Returns the peak memory of the device; on CPU, of the process; 0 if it is not counted."""
+    """Returns the peak memory of the device, on CPU of the process, in bytes; 0 if unknown."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
@@ -139,7 +139,7 @@ def peak_memory_bytes(device: Any) -> int:
 
 
 def sizes_table(sizes: dict[str, Any]) -> dict[str, str]:
-    """Returns lines for people, by heading, from `runs.run.sizes`."""
+    """Returns the result of `runs.run.sizes` as text, by heading."""
     s = sizes
     epochs = s["num_steps"] / s["steps_per_epoch"]
     memory = f"{(s['state_bytes'] + s['images_bytes']) / 2**20:,.0f} MiB for state and images; "

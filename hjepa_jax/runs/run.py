@@ -36,7 +36,7 @@ NUM_MEASURED = 1024  # streamed images from which AUTO is computed
 
 
 class Program(NamedTuple):
-    """The compiled `run_steps` (see `Run.lower`), and how many steps a call makes at most."""
+    """The compiled `run_steps` (see `Run.lower`), and the largest number of steps per call."""
 
     run_steps: Any
     size: int
@@ -47,15 +47,15 @@ class Run:
     """The parts of a run; nothing is computed yet.
 
     Attributes:
-      config: the config they were built from.
+      config: the config of the run.
       model: the online networks.
       schedules: length, learning rate, weight decay, EMA momentum.
       state_shapes: shapes and types of the state.
       create: returns state and metrics window at step 0, placed on the devices.
       lower: `lower(steps_per_call, donate)` returns the lowered program
         `(state, window, images, index, count, schedules.numbers) -> (state, window)`, see
-        `make_run_steps`. So runs with other rates or of another length have the same program.
-        `platforms` names other backends to lower for.
+        `make_run_steps`. The schedules are arguments, so runs with other learning rates or another
+        length share one program. `platforms` names other backends to lower for.
       placement: layout of the arguments of that program.
       batch_shape: (batch_size,), or with gradient accumulation (parts, images per part).
     """
@@ -95,8 +95,8 @@ def build_run(config: Config, source: Source) -> Run:
     placement = _make_placement(config)
     schedules = build.build_schedules(config, source.num_images)
     model = build.build_model(config)
-    # jax.jit remembers its traces: the shapes below and the program share one trace. `inline` keeps
-    # the program itself the same.
+    # jax.jit caches its traces, so that `eval_shape` below and the program share one trace. With
+    # `inline` the program is the same as without this jit.
     train_step = jax.jit(functools.partial(_train_step, config, model, schedules), inline=True)
     create_state = functools.partial(build.initial_state, config, model, schedules)
     create_state = jax.jit(create_state, inline=True)
@@ -119,7 +119,7 @@ def build_run(config: Config, source: Source) -> Run:
         return state, placement.put(window, placement.whole)
 
     def sharded_step(numbers: Any, state: TrainState, images: Any) -> Any:
-        # Forward and backward pass need full parameters. In the update each device has its part.
+        # Forward and backward pass need full parameters. The update works on sharded parameters.
         params, target_params = placement.gathered((state.params, state.target_params))
         state = dataclasses.replace(state, params=params, target_params=target_params)
         return train_step(numbers, state, images)
@@ -153,7 +153,7 @@ def build_run(config: Config, source: Source) -> Run:
 def _train_step(
     config: Config, model: HJEPA, schedules: build.Schedules, numbers: Any, *args: Any
 ) -> Any:
-    """Runs the training step with the numbers of the schedules as arguments of the program."""
+    """Runs the training step with `numbers` as the numbers of the schedules."""
     schedules = schedules.with_numbers(numbers)
     tx = build.build_optimizer(config, schedules)
     return build.build_train_step(config, model, tx, schedules)(*args)
@@ -231,7 +231,7 @@ def open_config_source(
       InputError: see `open_source`.
     """
     streaming, stored_area = build.build_streaming(config), config.data.stored_area
-    if source and source != config.data.source:  # it has other splits and classes; no training
+    if source and source != config.data.source:  # another set, for evaluation only
         streaming, stored_area = Streaming("auto", max_labelled=config.data.max_labelled), 1.0
     return open_source(
         source or config.data.source,

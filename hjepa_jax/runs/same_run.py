@@ -34,7 +34,7 @@ class Saved:
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """The run in a work directory: all that decides how it may resume.
+    """Facts of the run in a work directory that decide how it may resume.
 
     Attributes:
       config: the config that trained it.
@@ -60,7 +60,7 @@ def why_not(past: Past, config: Config, workdir: str, data: RunRecord | None) ->
         schedules and moved paths are not compared in that case.
     """
     differing = set(differing_fields(past.config, config))
-    if not past.num_updates:  # statistics that were computed, perhaps of images before a change
+    if not past.num_updates:  # the statistics may come from images that have changed since
         differing -= {"data.mean", "data.std"}
     if _same_path(past.config.train.init_from, config.train.init_from):
         differing.discard("train.init_from")
@@ -107,7 +107,7 @@ def changes(old: Config, new: Config) -> str:
 
 
 def other_networks_or_data(old: Config, new: Config) -> list[str]:
-    """Returns the fields that differ and that a run may never change (not schedules or paths)."""
+    """Returns the fields that differ and that a run may not change (schedules and paths may)."""
     may_differ = {*SCHEDULE_FIELDS, *DATA_PATHS, "train.init_from"}
     return [field for field in differing_fields(old, new) if field not in may_differ]
 
@@ -124,7 +124,7 @@ def _begin_from(workdir: str) -> str:
 
 
 def _same_path(one: str | None, other: str | None) -> bool:
-    """Returns whether two spellings name one file, seen from the current directory."""
+    """Returns whether two paths, relative to the current directory, name the same file."""
     if not one or not other:
         return one == other
     one, other = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))

@@ -20,7 +20,7 @@ IDENTITY = (
 def read_probe_json(path: pathlib.Path) -> list[Row]:
     """Returns the rows of a probe.json; none if there is no valid file.
 
-    If a data set has changed, rows about its former images are left out.
+    If a data set has changed, rows about its old images are left out.
     """
     try:
         rows = _read_rows(path)
@@ -30,7 +30,7 @@ def read_probe_json(path: pathlib.Path) -> list[Row]:
 
 
 def may_be_of(row: Row, data: str, images: str) -> bool:
-    """Returns whether a row is about another data set, or about `data` with these images."""
+    """Returns whether a row is about another data set, or about these images of `data`."""
     return row["data"] != data or row.get("data_fingerprint") == images
 
 
@@ -45,7 +45,12 @@ def _newest_images(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def _read_rows(path: pathlib.Path) -> list[Row]:
-    """Raises OSError if the file cannot be read, ValueError if it is no probe.json."""
+    """Returns the rows of a probe.json.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: the file is no probe.json.
+    """
     text = path.read_text(encoding="utf-8")
     try:
         rows = json.loads(text)["results"]
@@ -86,10 +91,10 @@ def rows_to_add_to(path: pathlib.Path) -> list[Row]:
 
 
 def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """Adds rows to {"results": rows}; they replace older rows of the same identity.
+    """Adds rows to a probe.json, {"results": rows}; they replace rows with the same identity.
 
-    Rows about former images of a data set stay, and come first. Readers see the old or the new
-    file, never a part. Processes that add to one file wait for each other.
+    Rows about old images of a data set stay, and come first. The file is replaced atomically.
+    Processes that add to the same file wait for each other.
 
     Raises:
       InputError: see `rows_to_add_to`.
@@ -106,7 +111,7 @@ def write_probe_json(path: pathlib.Path, rows: Iterable[Row]) -> None:
 
 
 def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows on one data set that have the seed of the first of them.
+    """Returns the rows on one data set that have the same seed as the first such row.
 
     Each seed holds out other images, so scores of different seeds are not comparable.
     """
@@ -115,7 +120,7 @@ def rows_on(data: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def steps_if_outdated(rows: Iterable[Row], protocol: str, last_step: int) -> str:
-    """Returns "step N of M" if the run has trained on since its scores of a protocol; else "".
+    """Returns "step N of M" if the run has made more steps since its newest score; else "".
 
     Args:
       rows: results on one data set.

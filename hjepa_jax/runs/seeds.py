@@ -1,4 +1,4 @@
-"""Checks that runs differ in their seed alone, so that their mean is meaningful."""
+"""Checks that runs differ only in their seed, so that their mean is meaningful."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from hjepa_jax.config.fields import get_field
 def differences(
     configs: Sequence[Config], steps: Sequence[int] | None, images: Sequence[str | None] = ()
 ) -> str:
-    """Returns why runs are not repetitions with other seeds; "" if they are.
+    """Returns why runs are not repetitions with different seeds; "" if they are.
 
     Args:
       configs: configs of the runs.
@@ -19,7 +19,8 @@ def differences(
     """
     fields = {field for other in configs[1:] for field in differing_fields(configs[0], other)}
     fields.discard("seed")
-    if len({config.eval.num_val for config in configs}) > 1:  # probes choose hyper-parameters by it
+    # `differing_fields` ignores eval.*, but this field decides the hyper-parameters of probes.
+    if len({config.eval.num_val for config in configs}) > 1:
         fields.add("eval.num_val")
     shown = {field: [get_field(config, field) for config in configs] for field in sorted(fields)}
     if steps is not None and len(set(steps)) > 1:

@@ -36,7 +36,7 @@ def check_workdir(
 ) -> None:
     """Refuses a directory in which this run cannot start or resume; changes nothing.
 
-    The newest checkpoint says which run the directory holds; without one, config.json does.
+    The newest checkpoint decides which run the directory holds; without a checkpoint, config.json.
 
     Args:
       config: the run's config.
@@ -63,10 +63,10 @@ def check_workdir(
 
 
 def with_recorded_start(config: Config, workdir: pathlib.Path, saved: Saved | None) -> Config:
-    """Returns the config with values of the run in `workdir` that its command may leave out.
+    """Returns the config, completed by values of the run in `workdir`.
 
-    These are `train.init_from`, which a resumed run does not read, statistics that were computed
-    from its images (`AUTO`), and fields that an older version lacked.
+    These values need not be repeated on the command line: `train.init_from`, statistics that were
+    computed from the images (`AUTO`), and fields that an older version did not have.
 
     Raises:
       InputError: if the config of that run cannot be read.
@@ -144,7 +144,7 @@ def _past(workdir: pathlib.Path, saved: Saved | None) -> Past | None:
 
 
 def _config_before(workdir: pathlib.Path, trained: Config) -> tuple[Config, str]:
-    """Returns the config of the last start, and the fault of its config.json or ""."""
+    """Returns the config of the last start, and the error of config.json; "" if it has none."""
     if not (workdir / "config.json").exists():
         return trained, "config.json is missing"
     try:
@@ -157,7 +157,7 @@ def _config_before(workdir: pathlib.Path, trained: Config) -> tuple[Config, str]
 
 
 def _refuse_results_of_unknown_origin(workdir: pathlib.Path) -> None:
-    """Refuses results without a config: a new run would replace them or add to them."""
+    """Refuses results without a config, which a new run would replace or append to."""
     metrics, found = workdir / "metrics.jsonl", []
     if metrics.exists() and metrics.stat().st_size:
         found.append("metrics.jsonl")
@@ -174,7 +174,7 @@ def _refuse_results_of_unknown_origin(workdir: pathlib.Path) -> None:
 
 
 def report_is_up_to_date(workdir: pathlib.Path) -> bool:
-    """Returns whether the report is newer than all that it is made of."""
+    """Returns whether the report is newer than all files that it is made from."""
     names = ("metrics.jsonl", "probe.json", "config.json", "run.json", "checkpoints")
     sources = [path for name in names if (path := workdir / name).exists()]
     newest = max(path.stat().st_mtime_ns for path in sources)
@@ -187,7 +187,7 @@ def writing(directory: pathlib.Path, field: str = "--workdir") -> Iterator[None]
     """Turns an error of the file system inside the block into an InputError of `field`."""
     try:
         yield
-    except BrokenPipeError:  # nobody reads the output: not the fault of the directory
+    except BrokenPipeError:  # the reader of stdout is gone: not an error of the directory
         raise
     except OSError as error:
         rule = f"must be a directory that can be written ({error.strerror or first_line(error)})"
@@ -198,7 +198,7 @@ def checkpoint_sizes(workdir: pathlib.Path) -> dict[int, int]:
     """Returns the bytes on disk of each checkpoint of a run, by its step."""
     sizes = {}
     for folder in (workdir / "checkpoints").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a running run may delete the oldest
+        with contextlib.suppress(FileNotFoundError):  # a run in progress may delete the oldest
             if folder.name.isdecimal():
                 files = [f for f in folder.rglob("*") if f.is_file()]
                 sizes[int(folder.name)] = sum(f.stat().st_size for f in files)
@@ -225,10 +225,10 @@ def load_config(workdir: str | pathlib.Path) -> Config:
 
 
 def parse_config(saved: Any) -> Config:
-    """Returns the locked and checked config that plain JSON describes.
+    """Returns a locked and checked config from plain JSON.
 
-    A field that `saved` lacks takes its value in `ADDED_FIELDS`, or else its default. A removed
-    field is ignored if it had no effect.
+    A field that is missing in `saved` gets its value in `ADDED_FIELDS`, or else its default. A
+    removed field is ignored if it had no effect.
 
     Raises:
       ValueError: naming unknown fields, or the first value that is not allowed.

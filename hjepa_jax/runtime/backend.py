@@ -1,4 +1,4 @@
-"""Selects the backend, and knows the limits of each."""
+"""Selects the backend, and lists the limits of each backend."""
 
 import dataclasses
 import importlib.metadata
@@ -54,14 +54,14 @@ class Rules:
     """Abilities of a backend; `str()` names its limits.
 
     Attributes:
-      donates: it reuses the memory of a program's arguments for its results.
+      donates: it can reuse the memory of a program's arguments for the results.
       loops: loops inside a program are safe and fast; if not, each call is one training step.
-      initialises: it can make parameters (orthogonal matrices, long random draws); if not, the CPU
-        makes them.
+      initialises: it can initialise parameters (orthogonal matrices, long random draws); if not,
+        the CPU does.
       bfloat16: it computes in bfloat16; if not, `model.dtype` must be float32.
-      wide_results: products of bfloat16 numbers are fastest with float32 results.
-      keeps_programs: compiled programs can be stored for the next process.
-      sorts: it sorts correctly at any length.
+      wide_results: bfloat16 products are fastest with float32 results.
+      keeps_programs: compiled programs can be cached on disk.
+      sorts: it sorts arrays of any length correctly.
     """
 
     donates: bool = True
@@ -82,7 +82,7 @@ class Rules:
         return ", ".join(text for able, text in missing if not able)
 
 
-# jax-metal is frozen, and its early versions crashed on bfloat16; jax-mps has it.
+# jax-metal is no longer developed, and its early versions crashed on bfloat16. jax-mps supports it.
 _RULES = {
     "cpu": Rules(wide_results=True),
     "metal": Rules(
@@ -103,13 +103,13 @@ def current_rules() -> Rules:
 
 
 def quiet_tensorflow() -> None:
-    """Silences the messages of TensorFlow's import; to be called before it."""
+    """Silences the messages of TensorFlow's import. Call this before the import."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it prints a note on oneDNN at any level
 
 
 def initialise(create: Callable[..., Any], *args: Any, shardings: Any = None) -> Any:
-    """Returns the compiled result of `create`, made on a device that can make parameters.
+    """Compiles and runs `create` on a device that can initialise parameters; returns its result.
 
     Args:
       create: returns a tree of arrays.
@@ -167,7 +167,7 @@ def select_platform(platform: str, *, cpu_devices: int = 1) -> str:
 
 
 def fix_settings() -> None:
-    """Sets `SETTINGS`; names on stderr those that the user had set to other values."""
+    """Applies `SETTINGS`; prints a note on stderr if the user had chosen other values."""
     for name, value in SETTINGS.items():
         was = getattr(jax.config, name, None)  # None: not set, or unknown to this version of JAX
         was = getattr(was, "value", was)  # an enumeration
@@ -180,7 +180,7 @@ def fix_settings() -> None:
 def _check_plugins(platform: str) -> None:
     """Refuses an Apple plugin that is missing, conflicts with the other, or needs another jax.
 
-    Without this check JAX prints an obscure message, or runs silently on the CPU.
+    Without this check JAX prints an obscure message, or uses the CPU without a message.
     """
     installed = [name for name, (package, _, _) in PLUGINS.items() if version(package)]
     if platform in PLUGINS:

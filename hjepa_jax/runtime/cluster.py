@@ -5,10 +5,10 @@
             data = load()
         signum = largest(signum)        # the same number in all processes
 
-JAX connects the processes and computes across them. But if one process is killed or gives up, the
-others wait in a computation that never ends, or JAX ends them with a page of trace. So each process
-reports every second that it is alive. A thread (`_watch`) ends this process with one line if
-another one is silent or has given up. In a single process all of this does nothing.
+JAX connects the processes and computes across them. But if one process is killed or fails, the
+others wait in a computation that never ends, or JAX ends them with a long traceback. So each
+process reports every second that it is alive. A thread (`_watch`) ends this process with one line
+if another process is silent or has failed. In a single process all of this does nothing.
 """
 
 import atexit
@@ -30,14 +30,14 @@ from jaxtyping import PyTree, Shaped
 from hjepa_jax.errors import InputError, Interrupted, first_line
 
 MIN_JAX = (0, 7, 1)  # the first version with a setting for heartbeats
-CONNECT_SEC = 300  # for all processes to join, including the slowest
-# A process that is silent for this long is lost. JAX's own limit is longer. It applies only if the
-# thread hangs, and JAX may report after half of it.
+CONNECT_SEC = 300  # seconds in which all processes must join
+# Seconds after which a silent process is lost. JAX's limit is longer, because it is needed only if
+# the thread `_watch` hangs; JAX may report after half of its limit.
 SILENT_SEC, JAX_SILENT_SEC = 30, 90
-PARTING_SEC = 15  # for the other processes to exit on their own after one has stopped
+PARTING_SEC = 15  # seconds that the other processes have to exit after one has stopped
 PROCESS_0_LOST = "process 0 does not answer any more"
 LOST = 3  # exit status when another process is lost
-MEETING_SEC = 24 * 3600  # the longest wait in `meet`
+MEETING_SEC = 24 * 3600  # longest wait in `meet`, seconds
 
 _stopped = threading.Event()
 _meetings = itertools.count()
@@ -117,13 +117,14 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
 
 
 def leave(reason: str = "") -> bool:
-    """Leaves the other processes and returns whether all have left.
+    """Leaves the group of processes and returns whether all have left.
 
-    Waits a little for the others, because they mostly end at the same step. A process that does not
-    end reads the reason that this one leaves behind, and ends too.
+    Waits for the others, because they mostly end at the same step. A process that does not end
+    reads the reason that this process has recorded, and then ends too.
 
     Args:
-      reason: why, in one line; "" if the work is done. The others may take longer in that case.
+      reason: why this process leaves, in one line; "" if the work is done. In that case it waits
+        longer for the others.
     """
     if _stopped.is_set() or _state().client is None:
         return _state().client is None
@@ -139,7 +140,7 @@ def leave(reason: str = "") -> bool:
                 return True
             time.sleep(0.05)
     except RuntimeError:  # process 0 and its records are gone
-        if reason:  # which is mostly a consequence
+        if reason:  # mostly a consequence of the loss of process 0
             _end(f"{PROCESS_0_LOST} ({reason})")
     _stopped.set()
     return False
@@ -148,9 +149,9 @@ def leave(reason: str = "") -> bool:
 def _wait_while_others_are_silent() -> None:
     """Waits until it is clear that an error of JAX comes from this process.
 
-    If another process is gone, JAX reports a broken connection, which says little. In that case
-    `_watch` ends this process with a better line. If all others show a new sign of life, which
-    takes a second, the error is this process's own.
+    If another process is gone, JAX reports only a broken connection, and `_watch` ends this process
+    with a better message. If all others show a new sign of life, which takes a second, the error
+    comes from this process.
     """
     client, state = _state().client, _state()
     before: dict[str, str] = {}
@@ -169,7 +170,7 @@ def _wait_while_others_are_silent() -> None:
 
 
 def _records(client: Any, folder: str) -> dict[str, str]:
-    """Returns what each process has written into `folder`."""
+    """Returns the record of each process in `folder`, by the number of the process."""
     return {k.rpartition("/")[2]: v for k, v in client.key_value_dir_get(folder)}
 
 
@@ -232,7 +233,7 @@ def meet() -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Runs the block in process 0, then in the others, so that process 0 makes shared files."""
+    """Runs the block in process 0 first, then in the others: process 0 creates shared files."""
     if not is_first():
         meet()
     yield
@@ -279,7 +280,7 @@ def divided(
     fn: Callable[[Shaped[np.ndarray, " k"]], PyTree[Shaped[np.ndarray, "k ..."]]],
     items: Shaped[np.ndarray, " n"],
 ) -> PyTree[Shaped[np.ndarray, "n ..."]]:
-    """Returns `fn(items)`; each process computes a part. `fn` must treat items independently."""
+    """Returns `fn(items)`; each process computes a part, so each row may use its own item only."""
     share = -(-len(items) // jax.process_count())
     padded = np.resize(items, share * jax.process_count())
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
@@ -287,7 +288,7 @@ def divided(
 
 
 def check_same(field: str, value: Any, checksum: int) -> None:
-    """Raises an InputError in all processes if their checksums, below 2^31, differ."""
+    """Raises an InputError in all processes if their checksums (below 2^31) differ."""
     if largest(checksum) != -largest(-checksum):
         raise InputError(field, value, "must be the same in all processes of a run")
 

@@ -1,4 +1,4 @@
-"""Writes files atomically: into a temporary file, which then replaces the old one."""
+"""Writes files atomically: a temporary file replaces the old one."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ except ImportError:  # Windows
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yields an open file that replaces `path` at the end of the block.
 
-    The file is then synced to disk, so that a power failure cannot lose it and keep later files.
+    The file is synced to disk first, so a power failure cannot lose it and keep later files.
     An error inside the block leaves `path` unchanged.
 
     Args:
@@ -41,15 +41,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its place at the end of the block.
+    """Yields a temporary folder that becomes `path` at the end of the block.
 
-    An error within the block leaves nothing behind.
+    An error inside the block leaves no files.
 
     Args:
       path: a folder that does not exist, or is empty.
 
     Raises:
-      OSError: when it cannot be written, or is not empty.
+      OSError: if it cannot be written, or is not empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
@@ -61,7 +61,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in such a block for `folder`.
+    """Waits until no other process is inside a `one_at_a_time` block for `folder`.
 
     Systems without file locks (Windows, some network file systems) do not wait.
 

@@ -1,4 +1,4 @@
-"""Keeps the memory of CPU arrays between steps, in huge pages."""
+"""Keeps freed memory in the process between steps, in huge pages (Linux, CPU)."""
 
 import ctypes
 import functools
@@ -15,9 +15,9 @@ _keeping = threading.Event()  # set while this process keeps freed memory
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory and Linux use huge pages for it; does nothing elsewhere.
 
-    XLA on CPU allocates the temporaries of each step anew. If glibc returns them to the system,
-    every step pays one page fault per 4 KiB: a million in a step of `cifar10_tiny`. Call this
-    before NumPy or JAX is imported: threads that exist earlier have arenas of their own, which are
+    XLA on CPU allocates new temporaries in each step. If glibc returns freed memory to the system,
+    every step has one page fault per 4 KiB: a million in a step of `cifar10_tiny`. Call this
+    function before NumPy or JAX is imported, because existing threads have separate arenas that are
     too small for large blocks.
     """
     libc = _glibc()
@@ -109,7 +109,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL, num_bytes: int) -> None:
-    """Asks for huge pages in the next `num_bytes` of the heap. They use no memory until written."""
+    """Requests huge pages for the next `num_bytes` of the heap. Unwritten pages use no memory."""
     block = libc.malloc(num_bytes)
     if block is None:  # a limit on addresses (ulimit -v): keep small pages
         return

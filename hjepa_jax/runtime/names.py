@@ -1,4 +1,4 @@
-"""Makes names of classes, files and runs printable; they may hold any character."""
+"""Makes names of classes, files and runs printable. Such names may contain any character."""
 
 import os
 import re
@@ -22,8 +22,8 @@ def printable(text: str) -> str:
 def escaped(name: str) -> str:
     r"""Returns the name as text for any terminal and any UTF-8 file.
 
-    A file name is bytes. Bytes that are not UTF-8, and control characters, become `\xe9` and so
-    on. Names that differ still differ afterwards.
+    A file name is bytes. Bytes that are not UTF-8, and control characters, are written as `\xe9`
+    and so on. Different names stay different.
     """
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in text)

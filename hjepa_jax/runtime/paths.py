@@ -6,7 +6,7 @@ from typing import Any
 
 from hjepa_jax.errors import InputError
 
-# Config fields that hold a path. TFDS reads data.dir, so that it may be an address (gs://).
+# Config fields that hold a path. Only data.dir may be an address (gs://), because TFDS reads it.
 PATH_FIELDS = ("data.class_list", "data.dir", "train.init_from")
 # Prefixes of `data.source` that are followed by a path.
 PATH_SOURCES = ("folder:", "images:", "npz:", "npy:")

@@ -1,9 +1,9 @@
 """A mesh of all devices, and the layout of arrays on it.
 
     placement = make_placement(jax.devices(), fsdp=4)
-    state = placement.put(state, placement.state(state))     # parameters cut in four
-    index = placement.put(index, placement.batches)          # rows of a batch on all devices
-    params = placement.local(state.params)                   # whole, for this process alone
+    state = placement.put(state, placement.state(state))     # parameters sharded over 4 devices
+    index = placement.put(index, placement.batches)          # batches sharded over all devices
+    params = placement.local(state.params)                   # full copies in this process
 
 The mesh has two axes. A batch is sharded over both. Parameters, their EMA and the optimizer state
 are sharded over `fsdp` only, so that each group of `fsdp` devices holds them once. XLA partitions
@@ -24,7 +24,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.runtime.host_memory import machine_bytes
 
 AXES = ("data", "fsdp")
-# Elements. Gathering a smaller array costs more latency than sharding saves memory.
+# Number of elements. Smaller arrays are not sharded: gathering them costs more than it saves.
 MIN_SHARDED_SIZE = 1024
 
 
@@ -126,8 +126,8 @@ class Placement:
 def check_resident(source: str, num_bytes: int) -> None:
     """Refuses training images that do not fit on each device, before they are decoded.
 
-    Every device holds all of them. A batch is drawn from the whole set, so devices with only a part
-    each would have to exchange every batch.
+    Every device holds all of them. A batch is drawn from the whole set, so devices that hold only a
+    part of the set would have to exchange every batch.
 
     Raises:
       InputError: if a device has less memory ("data.source").
@@ -174,8 +174,8 @@ def make_placement(devices: list[Any], *, fsdp: int) -> Placement:
 
     Args:
       devices: the devices of all processes, in any order.
-      fsdp: number of devices that share the parameters; it divides the number of devices. They are
-        neighbours, so that parameters are gathered within one machine if possible.
+      fsdp: number of devices that share the parameters; it divides the number of devices. Devices
+        of one machine share them if possible, so that gathering stays within the machine.
     """
     if len(devices) == 1:
         return Placement(None)

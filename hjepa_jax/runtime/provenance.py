@@ -1,4 +1,4 @@
-"""Where a result comes from: package versions, commit of the source, device."""
+"""The origin of a result: package versions, commit of the source, device, command."""
 
 import contextlib
 import functools
@@ -58,7 +58,7 @@ def command() -> str:
 def source_digest(folder: str = "") -> str:
     """Returns 16 hexadecimal digits of the package's source files, or of one of its folders.
 
-    Cached results carry them, so that a change of the code invalidates the cache.
+    They are part of cache keys, so that a change of the code invalidates the cache.
     """
     root = PACKAGE / folder
     digest = hashlib.sha256()

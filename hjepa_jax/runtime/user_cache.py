@@ -31,9 +31,9 @@ def cache_folder() -> Path:
 def keep_compiled_programs() -> None:
     """Makes JAX cache compiled programs, unless the user has configured this cache.
 
-    Each kind of processor has its own folder, because a program compiled for another kind may use
-    instructions that this one lacks. JAX before 0.6 gets no cache: with 0.5.0, steps that came from
-    it spoilt the memory of resumed runs on CPU.
+    Each kind of processor has its own folder, because a program for another kind may use
+    instructions that this one does not have. JAX before 0.6 gets no cache: with 0.5.0 on CPU,
+    cached programs corrupted the memory of resumed runs.
     """
     if jax.__version_info__ < (0, 6):
         return
@@ -54,8 +54,8 @@ def kept_arrays(
     Args:
       key: name of the arrays; each key has one file.
       create: makes the arrays.
-      made_from: everything that they depend on. If it differs from the file, the arrays are made
-        again and replace the old ones.
+      made_from: description of everything that the arrays depend on. If it differs from the
+        description in the file, the arrays are created again and the file is replaced.
       folder: cache folder; None = the user's cache.
     """
     folder = (folder or cache_folder()) / "data"
@@ -83,7 +83,7 @@ def kept_arrays(
 
 
 def _processor() -> str:
-    """Returns hexadecimal digits that differ between kinds of processors."""
+    """Returns 8 hexadecimal digits that identify the kind of processor."""
     about = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Warnings of a run that goes wrong without an error: skipped steps, collapsed features."""
+"""Warnings about problems that raise no error: skipped steps, collapsed features, few targets."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,11 +8,11 @@ from hjepa_jax.evaluation.collapse import PATIENCE, Spread, Untrained, find_limi
 from hjepa_jax.evaluation.quality import Verdict, collapse_verdict
 from hjepa_jax.method.window import FEATURE_ROWS, LogWindow, collected_features, nonfinite_terms
 
-MIN_TARGETS = 0.5  # targets of a level per image; fewer give a warning
+MIN_TARGETS = 0.5  # smallest number of targets of a level per image without a warning
 
 
 class Alarms:
-    """Reports each problem once, when it begins, or ends the run if the config says so.
+    """Reports each problem once, when it begins, or ends the run if the config requires it.
 
     Args:
       max_nonfinite_steps: number of steps that a run may skip.
@@ -97,7 +97,7 @@ class Alarms:
         self._say(f"WARNING: {what}")
 
     def check_targets(self, values: dict[str, float]) -> None:
-        """Reports levels that are hardly ever predicted, from the means of a log line."""
+        """Reports levels that have almost no targets, from the means of a log line."""
         for name, count in values.items():
             if name.startswith("num_targets_level_") and count < MIN_TARGETS:
                 if name not in self._scarce:
@@ -115,7 +115,7 @@ class Alarms:
 
 
 def summarize(window: LogWindow, verdict: Verdict | None) -> dict[str, float]:
-    """Returns the window's means, and rank and spread of its features if they are known.
+    """Returns the means of the window, and rank and spread of its features if `verdict` is given.
 
     A mean is nan if no step of the window was finite.
     """

@@ -1,4 +1,4 @@
-"""The images that judge a run: `eval.data`, or the images that it is trained on."""
+"""The images for the k-NN score and the probes of a run: `eval.data`, or its training data."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ def load_judged(config: Config, source: Source, train: Split, test: Split) -> Ju
     """Loads the images for k-NN and probes: `eval.data`, or the images of the run.
 
     Raises:
-      InputError: the probes at the end would refuse the images ("data.source", "eval.data").
+      InputError: the probes at the end cannot use the images ("data.source", "eval.data").
     """
     name = config.eval.data
     if not (config.eval.probe_at_end or config.eval.every_epochs):
@@ -51,7 +51,7 @@ def load_judged(config: Config, source: Source, train: Split, test: Split) -> Ju
 
 
 def _check_judgeable(config: Config, source: Source, train: Split) -> None:
-    """Refuses data that the probes at the end would refuse, before hours of training."""
+    """Refuses data that the probes at the end cannot use, before hours of training."""
     if config.eval.probe_at_end:
         check_classes(source.name, train.labels, len(source.info.class_names))
     if len(train.images) < MIN_ROWS:

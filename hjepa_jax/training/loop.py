@@ -1,4 +1,4 @@
-"""The training loop: runs steps, and regularly logs, evaluates, shows and saves."""
+"""The training loop: runs steps, and regularly logs, evaluates, draws pictures and saves."""
 
 import collections
 import contextlib
@@ -66,11 +66,11 @@ class Loop:
     ):
         c, steps_per_epoch = run.config, run.schedules.steps_per_epoch
         self._run, self._config, self._schedules = run, c, run.schedules
-        self._images = images  # returns those to train on; `train` is for pictures
+        self._images = images  # returns the images to train on; `train` is only for pictures
         self._checkpoints, self._logger = checkpoints, logger
         self._judged = judged  # labelled images for k-NN; None = no k-NN
         self._workdir, self._records = workdir, records
-        self._unreadable: set[int] = set()  # unreadable rows that this process has met
+        self._unreadable: set[int] = set()  # unreadable rows that this process has found
         self._program = program
         num_images = len(train.images) if records is None else len(records)
         self._order = BatchOrder(num_images, c.train.batch_size, c.seed)
@@ -119,7 +119,7 @@ class Loop:
             self._remember(step)
         run_steps, size = self._program
         begin()
-        cluster.meet()  # compiling takes each process its own time
+        cluster.meet()  # processes may take different times to compile
         place = self._run.placement
         numbers = place.put(self._schedules.numbers, place.whole)
         with self._batches(step, size) as batches, StopSignals() as stop:
@@ -135,7 +135,7 @@ class Loop:
                 images, index = self._take(batches, step, count)
                 data_wait = time.perf_counter() - before
                 state, window = run_steps(state, window, images, index, np.int32(count), numbers)
-                under_way.append(state.step + 0)  # a copy: the next call is given the state
+                under_way.append(state.step + 0)  # a copy, because the next call donates the state
                 step += count
                 self._timer.add_steps(count, data_wait)
                 self._tick(window, step)
@@ -145,15 +145,16 @@ class Loop:
                     window = self._end_call(state, window, step, signum)
                 if signum:
                     raise Interrupted(signum, step)
-            if signum := self._agreed(stop.signum, step):  # it came while the last step was saved
+            if signum := self._agreed(stop.signum, step):  # received during the last save
                 raise Interrupted(signum, step)
         self._progress.end()
         return state
 
     def _tick(self, window: LogWindow, step: int) -> None:
-        """Shows the step and the loss between two log lines, if nothing was shown for a while."""
+        """Shows step and loss between two log lines, if the progress line is due."""
         if self._progress.is_due() and not self._logs_at(step):
-            # Waits for the steps under way. On the host: each process has a clock of its own.
+            # Waits for the queued steps. The mean is computed on the host, because processes do not
+            # reach this point at the same step.
             with np.errstate(invalid="ignore"):  # NaN without a finite step
                 loss = float(jax.device_get(window.averages.loss).compute())
             self._show_progress(step, loss, self._timer.rates(self._config.train.batch_size))
@@ -163,20 +164,20 @@ class Loop:
         self._progress.show(step, loss=loss, **speed)
 
     def _wait(self, state: TrainState, under_way: collections.deque[Any]) -> None:
-        """Waits until the device may be given another call."""
-        if self._records is not None:  # else batch after batch would queue on the device
+        """Waits until another call may be queued on the device."""
+        if self._records is not None:  # limits the number of streamed batches on the device
             jax.block_until_ready(state)
             under_way.clear()
         elif len(under_way) == MAX_CALLS_UNDER_WAY:
             jax.block_until_ready(under_way.popleft())
 
     def _remember(self, step: int) -> None:
-        """Passes the log up to `step` to the alarms; the same in all processes."""
+        """Passes the log up to `step` to the alarms, in every process."""
         lines = read_lines(self._workdir / "metrics.jsonl")
         self._alarms.remember(itertools.takewhile(lambda line: line["step"] <= step, lines))
 
     def _introduce(self, state: TrainState, window: LogWindow) -> None:
-        """Sends texts and the pictures of step 0; TensorBoard's packages load slowly."""
+        """Sends texts and the pictures of step 0 to TensorBoard, which loads slowly."""
         if self._config.log.tensorboard and cluster.is_first():
             what = " and drawing the first pictures" if self._show_every else ""
             print(f"opening TensorBoard's files{what} ...", flush=True)
@@ -185,7 +186,7 @@ class Loop:
             local = self._run.placement.local(dataclasses.replace(state, opt_state=None))
             if cluster.is_first():
                 self._showcase.show(local, window)
-        cluster.meet()  # the others wait here for process 0, not inside a step
+        cluster.meet()  # the other processes wait for process 0 here, not inside a step
 
     def _agreed(self, signum: int | None, step: int) -> int | None:
         """Returns the signal that stops the run at this step, or None.
@@ -256,7 +257,7 @@ class Loop:
     def _end_call(
         self, state: TrainState, window: LogWindow, step: int, signum: int | None
     ) -> LogWindow:
-        """Logs, evaluates and saves if it is time; returns the next metrics window."""
+        """Logs, evaluates, saves and draws pictures if due; returns the next metrics window."""
         last = step == self._schedules.num_steps
         if self._logs_at(step):
             window = self._log(window, step)
@@ -292,7 +293,7 @@ class Loop:
             raise
 
     def _show(self, state: TrainState, window: LogWindow, step: int) -> None:
-        # All processes decide the same, before the parameters are gathered.
+        # All processes must make the same decision, because all must gather the parameters.
         if not cluster.largest(cluster.is_first() and self._showcase.can_show(step)):
             return
         state = self._run.placement.local(dataclasses.replace(state, opt_state=None))

@@ -1,4 +1,4 @@
-"""Compiles the training step, and says so."""
+"""Compiles the training step, and prints the progress."""
 
 import time
 
@@ -10,7 +10,7 @@ from hjepa_jax.runtime.host_memory import return_unused_memory, stop_keeping_mem
 
 
 def compile_step(run: Run, backend: str, *, step: int) -> Program:
-    """Returns the program of a run that starts or goes on at `step`."""
+    """Returns the compiled program of a run that starts or resumes at `step`."""
     rules = current_rules()
     if cluster.is_first():
         print("compiling the training step ...", flush=True)

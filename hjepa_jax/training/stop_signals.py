@@ -6,15 +6,15 @@ import signal
 from types import FrameType
 from typing import Any
 
-# Signals on which a run saves and stops, by name, as Windows lacks SIGHUP: a closed terminal or a
-# lost connection sends it.
+# Names of the signals on which a run saves and stops. A closed terminal or a lost connection sends
+# SIGHUP, which Windows does not have.
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class StopSignals:
-    """Within the context `STOP_SIGNALS` ask to stop, by `signum`; a second SIGINT kills.
+    """Inside this context, each of `STOP_SIGNALS` sets `signum`, and a second SIGINT kills.
 
-    SIGHUP keeps being ignored where the caller ignores it, as nohup does.
+    SIGTERM and SIGHUP stay ignored if they are already ignored, as SIGHUP is with nohup.
     """
 
     def __init__(self):
@@ -27,7 +27,7 @@ class StopSignals:
                 continue
             try:
                 self._previous[signum] = signal.signal(signum, self._handle)
-            except ValueError:  # not the main thread: signals are not ours to handle
+            except ValueError:  # only the main thread may set signal handlers
                 break
         return self
 
@@ -39,6 +39,6 @@ class StopSignals:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        # Not by print: the step may be in the middle of one, which cannot be entered again.
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        # Not print: the signal may interrupt a print, which is not reentrant.
+        with contextlib.suppress(OSError):  # stdout is closed
             os.write(1, b"\nstopping after this step; once more (Ctrl-C) to stop at once\n")

@@ -1,7 +1,7 @@
 """Trains runs that differ in a few fields, one after the other, and compares them.
 
-Runs are compared on held-out training images (`evaluation.held_out`): the test images stay for the
-one run that is chosen in the end.
+Runs are compared on held-out training images (`evaluation.held_out`). The test images are reserved
+for the run that is finally chosen.
 """
 
 import copy
@@ -43,11 +43,11 @@ from hjepa_jax.runtime.paths import expand_paths
 from hjepa_jax.training.train import train_and_evaluate
 
 Changes = Mapping[str, Any]  # values by dotted field
-START = "train.init_from"  # in a sweep also the name of an earlier row
+START = "train.init_from"  # in a sweep it may also name an earlier row
 ENCODERS, PROTOCOLS = ("target", "random_init", "pixels"), {"linear": "linear", "knn": "k-NN"}
 SCORED = tuple(itertools.product(PROTOCOLS, ENCODERS))
 POOL = "concat"  # the features that are scored
-NAME, SCORE = 28, 13  # characters of two kinds of columns
+NAME, SCORE = 28, 13  # widths of the columns of names and scores, characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def members(
       folder: receives a work directory for each run.
 
     Raises:
-      InputError: for a config that cannot work, and for two runs in one directory ("--workdir").
+      InputError: a config is invalid, or two runs would have the same directory ("--workdir").
     """
     found: dict[pathlib.Path, Member] = {}
     for seed in seeds:
@@ -142,7 +142,7 @@ def state_of(member: Member, num_fit: int | None) -> str:
 def rows_of(member: Member, num_fit: int | None) -> dict[tuple[str, str], Row]:
     """Returns the scores of a run's newest checkpoint, by protocol and encoder.
 
-    Scores of other features, images or numbers of images are left out.
+    Scores of other features, images or numbers of images are omitted.
     """
     config, newest = member.config, max(checkpoint_sizes(member.workdir), default=0)
     made_of = {
@@ -162,7 +162,7 @@ def rows_of(member: Member, num_fit: int | None) -> dict[tuple[str, str], Row]:
 def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], None]) -> list[str]:
     """Trains and scores the runs that are not done.
 
-    A run that cannot work or that fails is reported, and the next one begins.
+    If a run fails, the error is printed and the next run begins.
 
     Args:
       runs: the runs.
@@ -190,10 +190,10 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
             train_and_evaluate(member.config, member.workdir)
             baselines = member.workdir.parent / "baselines.json"
             held_out_rows(member.workdir, num_fit, pools=(POOL,), baselines=baselines)
-        except (InputError, RuntimeError) as error:  # the latter on too little device memory
+        except (InputError, RuntimeError) as error:  # RuntimeError: out of device memory
             print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
             failed.append(name)
-        jax.clear_caches()  # the next run has other programs
+        jax.clear_caches()  # frees memory; the cache on disk keeps what runs share
     return failed
 
 
@@ -206,10 +206,10 @@ def _check_labels(config: Config) -> None:
 
 
 def format_sweep(runs: Sequence[Member], num_fit: int | None) -> str:
-    """Returns a table for each protocol: a row for each setting, with mean and deviation.
+    """Returns a table for each protocol: a row for each setting, with mean and standard deviation.
 
-    Runs of one row that differ in more than the seed get a line each, and no mean. All runs must be
-    done.
+    If runs of one row differ in more than the seed, each gets its own line without a mean. All runs
+    must be done.
     """
     scores = {m.workdir: rows_of(m, num_fit) for m in runs}
     sizes = sorted({row["test_size"] for rows in scores.values() for row in rows.values()})
@@ -263,7 +263,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
-    """Returns whether two means differ by more than chance; False for a single seed."""
+    """Returns whether two means differ significantly; False for a single seed."""
     if min(len(values), len(others)) < 2 or values == others:
         return False
     test: Any = ttest_ind(values, others, equal_var=False)
@@ -271,7 +271,7 @@ def _differs(values: Sequence[float], others: Sequence[float]) -> bool:
 
 
 def write_csv(runs: Sequence[Member], num_fit: int | None, path: pathlib.Path) -> None:
-    """Writes a line for each run: settings, scores, rank, speed, origin. All must be done."""
+    """Writes a CSV line per run: settings, scores, rank, speed, origin. All runs must be done."""
     names = {"_".join(key): key for key in SCORED}
     heads = ["row", "seed", "settings", "num_fit", "step", *names, "effective_rank",
              "images_per_sec", "commit", "device", "workdir"]  # fmt: skip

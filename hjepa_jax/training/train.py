@@ -59,8 +59,8 @@ from hjepa_jax.training.program import compile_step
 def train_and_evaluate(config: Config, workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """Trains or resumes the run in `workdir`, and evaluates it at the end.
 
-    Several processes (`cluster.member`) all call this. Only process 0 writes files, and runs the
-    probes after the others have left.
+    If there are several processes (`cluster.member`), each calls this function. Only process 0
+    writes files, and it runs the probes after the others have left.
 
     Args:
       config: a complete config.
@@ -100,7 +100,7 @@ def train_and_evaluate(config: Config, workdir: str | pathlib.Path) -> list[dict
             if begun:
                 _report(parts)
             raise
-        except Interrupted:  # all processes stop, though some may close slowly
+        except Interrupted:  # all processes stop; some may take longer to close
             cluster.leave()
             raise
         _report(parts)
@@ -133,7 +133,7 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     _say(f"opening {config.data.source} for {workdir} ...")
     with cluster.first_process_first():  # process 0 downloads and scans the data
         source = open_config_source(config, quiet=not cluster.is_first())
-        # It refuses bad configs before images are read.
+        # Refuses bad configs before images are read.
         run = build_run(with_statistics(config, source, None), source)
         _say(start_table(run, source, workdir))
         train, test = source.load()
@@ -144,7 +144,7 @@ def _load(config: Config, workdir: pathlib.Path, backend: str) -> _Parts:
     measured = with_statistics(config, source, train)
     if measured is not config and cluster.is_first():
         print(f"data.mean={measured.data.mean}, data.std={measured.data.std}", flush=True)
-    if info != source.info or measured is not config:  # files that are no images, say
+    if info != source.info or measured is not config:  # for example after unreadable files
         source, config = dataclasses.replace(source, info=info), measured
         run = build_run(config, source)
     if source.originals is not None:
@@ -162,11 +162,11 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _claimed(parts: _Parts) -> Iterator[Callable[[], None]]:
-    """Holds the work directory, in process 0 (see `claimed`).
+    """Holds the work directory in process 0 (see `claimed`).
 
     Yields:
-      A function that writes config.json and run.json. To be called in all processes once nothing
-      can refuse the run any more.
+      A function that writes config.json and run.json. All processes must call it when all checks
+      have passed.
     """
     config, workdir, record = parts.run.config, parts.workdir, parts.record
     with contextlib.ExitStack() as held:
@@ -174,7 +174,7 @@ def _claimed(parts: _Parts) -> Iterator[Callable[[], None]]:
 
         def claim() -> None:
             claims.append(held.enter_context(claimed(workdir)))
-            _check(config, workdir, record)  # again: another run may have started since
+            _check(config, workdir, record)  # checked again: another run may have started meanwhile
             if config.eval.probe_at_end:  # before hours of training
                 with writing(workdir):
                     rows_to_add_to(workdir / "probe.json")
@@ -200,7 +200,7 @@ def _check_same_everywhere(config: Config, record: RunRecord) -> None:
 
 
 def _report(parts: _Parts) -> None:
-    """Writes the run's report. An error in it does not change the result of the run."""
+    """Writes the report of the run. A failure only prints a warning."""
     workdir = parts.workdir
     if not parts.run.config.log.report or not cluster.is_first():
         return
@@ -223,7 +223,7 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
 
     Args:
       parts: the parts of the run.
-      begin: called before the first step, once nothing can refuse the run any more.
+      begin: called before the first step, when all checks have passed.
     """
     run, workdir, train = parts.run, parts.workdir, parts.train
     config = run.config
@@ -257,21 +257,22 @@ def _train_and_judge(parts: _Parts, begin: Callable[[], None]) -> list[dict[str,
 
 
 def _training_images(parts: _Parts) -> Num[np.ndarray, "n H W C"]:
-    """Returns the images to train on, larger than those for probes if crops are cut from them."""
+    """Returns the images to train on: larger originals if crops are cut from them."""
     originals = parts.source.originals
     return parts.train.images if originals is None else originals(parts.train)
 
 
 def _start(parts: _Parts, checkpoints: Checkpoints) -> tuple[TrainState, LogWindow, Program | None]:
-    """Returns the state and the metrics window from which the run starts or resumes.
+    """Returns state and metrics window at the start, and the compiled step.
 
-    And the compiled step: None if no step is left.
+    The step is None if no step is left.
     """
     run, workdir, program = parts.run, parts.workdir, None
     latest = checkpoints.latest_step()
     cluster.check_same("--workdir", str(workdir), -1 if latest is None else latest)
     if latest is None and not run.config.train.init_from:
-        # XLA compiles outside Python's lock: beside it the state is made, and TensorFlow loaded.
+        # XLA compiles without Python's global lock. Meanwhile this thread creates the state and
+        # loads TensorFlow.
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(compile_step, run, parts.backend, step=0)
             state, window = run.create()

@@ -1,4 +1,4 @@
-"""Starts a run with the parameters of another one, maybe at another resolution."""
+"""Starts a run with the parameters of another run, which may have another resolution."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from hjepa_jax.runtime.placement import Placement
 FIELD = "train.init_from"
 # Fields of `model` that may differ: they change how the networks are computed or trained.
 FREE = {"dtype", "drop_path", "projection", "projection_input", "remat", "target"}
-# The projection head. Features do not need it, so only one of the runs may have it.
+# The projection head. It may differ, or be missing in one run, because features do not need it.
 HEAD = "projection"
 # End of the paths of the learned position tables, [N, D]. Their grids may differ.
 POSITIONS = "/embedding"
@@ -36,7 +36,7 @@ def check_source(config: Config) -> None:
     """Checks the run that `train.init_from` names, if any, before anything is written.
 
     All parameters must have the same shapes, with two exceptions. Position tables may belong to
-    another grid. The projection head may differ; it is then initialised again.
+    another grid. The projection head may differ; it is then initialised from scratch.
 
     Raises:
       InputError: if there is no such run or checkpoint, or its networks differ.
@@ -128,7 +128,7 @@ def start_from(workdir: str, run: Run, state: TrainState) -> TrainState:
 
 
 def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> Any:
-    """Returns the parameters of the other run; if its head differs, with the head of this one."""
+    """Returns the parameters of the other run; a head of other shapes is replaced by ours."""
     here = _shapes(ours.get(HEAD))
     if _shapes(theirs.get(HEAD)) == here:
         return theirs
@@ -139,7 +139,7 @@ def _with_our_head(workdir: str, theirs: Any, ours: Any, place: Placement) -> An
 
 
 def on_grid(params: Any, there: tuple[int, int], here: tuple[int, int]) -> Any:
-    """Returns parameters of the other run with learned positions for the grid of this one."""
+    """Returns parameters whose learned positions are interpolated from one grid to another."""
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     if there != here:
         flat |= {
