@@ -40,7 +40,7 @@ def test_every_row_names_its_commit_and_epochs_and_older_crops_are_marked():
     assert commits["cifar10_tiny_agreement"] == commits["shapes_cifar10_recipe"] == "29b1aaf"
     assert all(re.fullmatch(r"[0-9a-f]{7}( \\\*)?", commit) for commit in commits.values())
     marked = {name for name, commit in commits.items() if commit.endswith("*")}
-    assert marked == {"cifar10_tiny"}
+    assert marked == {"cifar10_patches"}
     assert "bc926dd" in table.splitlines()[-1]
     is_older = ["git", "-C", str(REPOSITORY), "merge-base", "--is-ancestor", "bc926dd"]
     known = ["git", "-C", str(REPOSITORY), "cat-file", "-e", "bc926dd^{commit}"]

@@ -10,9 +10,10 @@ from hjepa_jax.configs import cifar10_tiny
 
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
-    "model.predictor_depth": 1, "model.predictor_num_heads": 2, "data.local_views": 2,
-    "loss.summary_weight": 0.0, "train.batch_size": 128, "train.num_epochs": 1.5,
-    "optim.warmup_epochs": 0.15, "eval.every_epochs": 0.0,
+    "model.predictor_num_heads": 2, "model.stem": "linear", "data.local_views": 2,
+    "loss.teacher_weight": 0.0, "loss.spread_moment": "batch",
+    "train.batch_size": 128, "train.num_epochs": 1.5, "optim.warmup_epochs": 0.15,
+    "eval.every_epochs": 0.0,
 }  # fmt: skip
 TEACHER = {"loss.teacher_weight": 1.0}
 PATCHES = {"model.projection_input": "summary+patches"}

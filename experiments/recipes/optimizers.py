@@ -10,9 +10,11 @@ from hjepa_jax.config import Config
 from hjepa_jax.configs import cifar10_tiny
 
 SHARED = {
-    "model.depth": 6, "model.dtype": "bfloat16", "train.num_epochs": 2.0,
-    "optim.warmup_epochs": 0.2, "data.local_views": 3, "loss.regularizer": "none",
-    "loss.regularizer_weight": 0.0,
+    "model.depth": 6, "model.stem": "linear", "model.predictor_depth": 2,
+    "model.dtype": "bfloat16", "data.local_views": 3, "loss.summary_weight": 1.0,
+    "loss.teacher_weight": 0.0, "loss.spread_moment": "batch", "loss.regularizer": "none",
+    "loss.regularizer_weight": 0.0, "train.batch_size": 128, "train.num_epochs": 2.0,
+    "optim.warmup_epochs": 0.2,
 }  # fmt: skip
 
 

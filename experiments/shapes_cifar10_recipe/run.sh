@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The recipe of cifar10_tiny, unchanged, on `shapes`; minutes on a GPU, hours on two CPU cores.
-# Running it again continues it. The config has another optimizer by now.
+# Running it again continues it. Today's config is another: use the commit of README.md.
 set -euo pipefail
 python -m hjepa_jax.main --config=configs/cifar10_tiny.py --config.data.source=shapes \
   --workdir=runs/shapes_cifar10_recipe --config.model.dtype=bfloat16 \

@@ -6,7 +6,7 @@ The sweeps of experiments/recipes and experiments/ablations vary this config. Sh
 of its values (experiments/recipes): target blocks, regularizer weight, batch size and context
 tokens by scores on test images, the learning rate by scores on held-out training images. Rotary
 positions were chosen after the test scores of a run of six epochs were known
-(experiments/cifar10_tiny).
+(experiments/cifar10_patches).
 """
 
 from hjepa_jax.config import Config, base_config

@@ -8,7 +8,7 @@ quarter of the patches of the crop.
 
 The work per image is chosen such that 20 epochs take about two hours on two CPU cores.
 experiments/recipes says which parts were compared, and with what result. For ViT-Tiny's twelve
-blocks and eight views: --config.model.depth=12 --config.data.local_views=7.
+blocks and nine views: --config.model.depth=12 --config.data.local_views=7.
 """
 
 from hjepa_jax.config import Config

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Six epochs of cifar10_tiny with rotary positions and a lower rate, its probe table and its report.
+# Six epochs of cifar10_patches with rotary positions and a lower rate, its probe table and its report.
 # Running it again continues it.
 set -euo pipefail
-workdir=runs/cifar10_tiny_rope_6
+workdir=runs/cifar10_patches
 python -m hjepa_jax.main --config=configs/cifar10_patches.py --workdir="$workdir" \
   --config.model.positions=rope2d --config.optim.learning_rate=3e-4 \
   --config.optim.warmup_epochs=0.2 --config.train.num_epochs=6.0 --config.model.dtype=bfloat16 \
