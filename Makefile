@@ -40,7 +40,7 @@ test: $(VENV)/.dev  ## Quick tests; HJEPA_TEST_ORDER=1 puts them in another orde
 	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.dev  ## Tests that take minutes
-	$(OTHER_PYTHON) $(BIN)/python $(PYTEST) -m slow
+	$(OTHER_PYTHON) $(BIN)/python $(PYTEST) -m slow --durations=20
 
 # What jax-metal runs with; the set is that of the extra `metal`, and has wheels for Python 3.11.
 $(VENV_JAX050)/.dev: pyproject.toml constraints/jax-0.5.0-py311-linux.txt
