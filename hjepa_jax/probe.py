@@ -119,23 +119,14 @@ def _judge(
         trained_on = read_newest_meta(workdir).get("data")
         if rule := why_redrawn("shapes", trained_on, fingerprint(train)):
             raise InputError("--workdir", str(workdir), rule)
+    judged = {name: params[name] for name in _ENCODERS.value}
+    sizes = {"num_val": config.eval.num_val, "batch_size": config.eval.batch_size}
     with writing(workdir):
         rows = judge_run(
-            workdir,
-            config,
-            model,
-            {name: params[name] for name in _ENCODERS.value},
-            train,
-            test,
-            source=source,
-            step=step,
-            protocol=Protocol(
-                num_val=config.eval.num_val, batch_size=config.eval.batch_size, **options
-            ),
-            num_layers=_NUM_LAYERS.value,
-            keep_features=_KEEP.value,
-            finetune_epochs=_FINETUNE.value,
-        )
+            workdir, config, model, judged, train, test, source=source, step=step,
+            protocol=Protocol(**sizes, **options), num_layers=_NUM_LAYERS.value,
+            keep_features=_KEEP.value, finetune_epochs=_FINETUNE.value,
+        )  # fmt: skip
         if config.log.tensorboard:
             group = "probe" if data in (None, config.eval.data) else f"probe_{source.name}"
             texts = {group: f"```\n{results.format_tables(rows)}\n```"}

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def temporary(what: str) -> str:
-    """A directory that is gone when this process is."""
+    """Creates a directory that is removed when this process exits."""
     path = tempfile.mkdtemp(prefix=f"hjepa_jax_{what}_")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -20,9 +20,10 @@ def temporary(what: str) -> str:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Tiny programs spend their time in the compiler: let it try less hard. At level 0 the compiler of
-# jaxlib 0.5.0 gets integers wrong: masks then overlap and hold patches that there are not. That of
-# 0.10.2 needs less than half its time without its newer emitters, which older ones do not know of.
+# Tiny programs spend their time in the compiler, so it should optimize less. At level 0, jaxlib
+# 0.5.0 computes wrong integers: masks overlap and contain patches that do not exist. jaxlib 0.10.2
+# compiles in less than half the time without its newer emitters. Older versions do not know these
+# flags.
 FASTER = {
     "0.5.0": "--xla_backend_optimization_level=1",
     "0.10.2": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -30,20 +31,20 @@ FASTER = {
 }.get(importlib.metadata.version("jaxlib"), "--xla_backend_optimization_level=0")
 FASTER += " --xla_llvm_disable_expensive_passes=true --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_FLAGS", FASTER)
-# Programs that several tests (and the commands they start) compile alike are compiled once.
+# Tests, and the commands that they start, share compiled programs through a cache on disk.
 if importlib.metadata.version("jaxlib").startswith("0.5."):  # see `keep_compiled_programs`
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = temporary("cache")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["XDG_CACHE_HOME"] = temporary("home")
-# Matplotlib's list of fonts takes seconds to make: once for all workers and commands.
+# Matplotlib takes seconds to list the fonts. All workers and commands share the list.
 if "MPLCONFIGDIR" not in os.environ:
     os.environ["MPLCONFIGDIR"] = temporary("matplotlib")
-# There is a worker for each core: threads of NumPy and XLA would only wait for each other.
+# Each core has a worker, so more threads of NumPy and XLA would only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Where one reads what another is writing, it says so and compiles itself.
+# If a process reads a cache entry that another one is writing, it warns and compiles by itself.
 for doing in ("reading", "writing"):
     others = os.environ.get("PYTHONWARNINGS")
     ignored = f"ignore:Error {doing} persistent compilation cache entry:UserWarning"
@@ -69,13 +70,13 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before xdist hands the tests to its workers; see tests/suite.py."""
+    """Orders the tests before xdist gives them to its workers; see tests/suite.py."""
     suite.arrange(items)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs with the same program trace and compile it once, see tests/programs.py."""
+    """Runs with the same program trace and compile it once; see tests/programs.py."""
     with pytest.MonkeyPatch.context() as patch:
         programs.share(patch)
         yield patch
@@ -83,7 +84,7 @@ def shared_programs() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 def own_programs(shared_programs: pytest.MonkeyPatch) -> Iterator[None]:
-    """The runs of this test trace and compile everything by themselves."""
+    """Turns sharing off: the runs of this test trace and compile everything by themselves."""
     shared_programs.undo()
     yield
     programs.share(shared_programs)
@@ -91,19 +92,22 @@ def own_programs(shared_programs: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def short_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear probes of few iterations, for tests that do not ask how good a score is."""
+    """Linear probes stop after few iterations, for tests that do not check how good a score is."""
     programs.shorten_probes(monkeypatch)
 
 
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have blank pictures, as drawing one takes half a second; not of module fixtures."""
+    """Reports have blank pictures, because drawing one takes half a second.
+
+    This does not reach the reports that module fixtures write.
+    """
     draw_small(monkeypatch, dpi=0)
 
 
 def draw_small(patch: pytest.MonkeyPatch, dpi: int) -> None:
-    """The pictures of reports are blank files. With a `dpi`, each is drawn once and thrown away."""
-    from hjepa_jax.reporting import publish  # matplotlib takes its time to load
+    """Makes the pictures of reports blank. With a `dpi`, each is drawn once and discarded."""
+    from hjepa_jax.reporting import publish  # here, because matplotlib loads slowly
 
     blank = io.BytesIO()
     Image.new("RGB", (1, 1)).save(blank, "png")
@@ -119,9 +123,9 @@ def draw_small(patch: pytest.MonkeyPatch, dpi: int) -> None:
 
 @pytest.fixture(scope="session")
 def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A data set of 240 + 60 images, 16x16, as `data.source` takes it.
+    """A data set of 240 + 60 images of 16x16 pixels, as a value of `data.source`.
 
-    Small, for the probe of raw pixels takes the third power of their number.
+    The images are small, because the time of a raw-pixel probe is cubic in the number of pixels.
     """
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     splits = create_shapes(240, 60, seed=2)
@@ -131,7 +135,7 @@ def shapes_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A data set of 160 + 40 files, 32x32, in a folder for each class."""
+    """A data set of 160 + 40 files of 32x32 pixels, with a folder for each class."""
     root = tmp_path_factory.mktemp("shapes_folder")
     for name, split in zip(("train", "test"), create_shapes(160, 40, seed=1), strict=True):
         for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
@@ -143,12 +147,12 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def tiny_config(shapes_npz: str) -> Config:
-    """See `make_tiny_config`; each test may change its own."""
+    """The config of `make_tiny_config`. Each test has its own copy and may change it."""
     return make_tiny_config(shapes_npz)
 
 
 def make_tiny_config(source: str) -> Config:
-    """A whole run of a few seconds: 6 steps, every part of the loop in use."""
+    """Returns the config of a run of a few seconds: 6 steps that use every part of the loop."""
     c = base_config()
     c.data.source = source
     c.data.image_size = 16
@@ -160,7 +164,7 @@ def make_tiny_config(source: str) -> Config:
     c.train.batch_size = 16
     c.train.num_steps = 6
     c.train.checkpoint_every_steps = 3
-    c.eval.every_epochs = 0.4  # 15 steps an epoch: after step 6
+    c.eval.every_epochs = 0.4  # an epoch has 15 steps, so it evaluates after step 6
     c.eval.num_val = 40
     c.eval.knn_bank_size = 100
     c.eval.batch_size = 60
@@ -173,7 +177,7 @@ def make_tiny_config(source: str) -> Config:
 
 @pytest.fixture(scope="session")
 def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The finished workdir of a run of `tiny_config`, for tests to copy."""
+    """The work directory of a finished run of `tiny_config`, for tests to copy."""
     from hjepa_jax.training import train
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
@@ -183,7 +187,7 @@ def tiny_run(shapes_npz: str, tmp_path_factory: pytest.TempPathFactory) -> pathl
 
 @pytest.fixture(autouse=True)
 def own_numbers(request):
-    """Each test draws the same numbers from its module's RNG, whichever ran before it."""
+    """Resets the RNG of the module, so that each test draws the same numbers in any order."""
     if (rng := getattr(request.module, "RNG", None)) is not None:
         first = vars(request.module).setdefault("_first_state", rng.bit_generator.state)
         rng.bit_generator.state = first

@@ -1,4 +1,4 @@
-"""Runs and commands in processes of their own, forked from one that has everything imported."""
+"""Runs and commands in separate processes, forked from a process with all imports done."""
 
 import json
 import multiprocessing
@@ -23,11 +23,11 @@ from hjepa_jax.runs.progress import Progress
 from hjepa_jax.runtime import cluster
 from hjepa_jax.training import train
 
-# The server imports the package and starts no backend, so that a fork of it may.
+# The server imports the package but starts no backend, so that its forks can start one.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hjepa_jax.training.train", "ml_collections.config_flags"])
 REPOSITORY = pathlib.Path(__file__).parent.parent
-COMMAND_SEC = 900  # for a command to end in
+COMMAND_SEC = 900  # time limit of a command
 
 
 def start(
@@ -38,17 +38,17 @@ def start(
     coordinator: str | None = None,
     process: tuple[int, int] = (0, 1),
 ) -> Any:
-    """Starts or resumes a run; what it prints goes to `<workdir>.out`.
+    """Starts or resumes a run, with its output in `<workdir>.out`.
 
     Args:
       config: the run's config.
       workdir: the run's directory.
-      stop_step: the step in which the process gets a SIGTERM; None for never.
-      coordinator: of a run in several processes, see `cluster.member`; None: one process.
-      process: which of how many this is. The others than 0 print to `<workdir>.1.out` and so on.
+      stop_step: the step in which the process gets a SIGTERM; None = never.
+      coordinator: host and port of process 0, see `cluster.member`; None = a single process.
+      process: (index, number of processes). Process 1 prints to `<workdir>.1.out`, and so on.
 
     Returns:
-      The process. Its exit code is that of the command: 0, 2 or 143.
+      The process. It has the exit code of the command: 0, 2 or 143.
     """
     started = CONTEXT.Process(target=_work, args=(config, workdir, stop_step, coordinator, process))
     started.start()
@@ -56,7 +56,7 @@ def start(
 
 
 def start_several(config: Any, workdir: pathlib.Path, num: int, **kwargs: Any) -> list[Any]:
-    """Starts or resumes a run in `num` processes, see `start`."""
+    """Starts or resumes a run in `num` processes; see `start`."""
     coordinator = free_address()
     return [
         start(config, workdir, coordinator=coordinator, process=(i, num), **kwargs)
@@ -65,14 +65,14 @@ def start_several(config: Any, workdir: pathlib.Path, num: int, **kwargs: Any) -
 
 
 def free_address() -> str:
-    """Host and port that nothing listens on."""
+    """Returns host and port of an unused address."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
 
 
 def finish(config: Any, workdir: pathlib.Path, *, num: int = 1, **kwargs: Any) -> int:
-    """Like `start`, but waits for the end; returns the exit code, the same of all processes."""
+    """Like `start`, but waits for the end and returns the exit code that all processes share."""
     if num == 1:
         started = [start(config, workdir, **kwargs)]
     else:
@@ -85,7 +85,7 @@ def finish(config: Any, workdir: pathlib.Path, *, num: int = 1, **kwargs: Any) -
 
 
 def printed(workdir: pathlib.Path, process: int = 0) -> str:
-    """What the runs in `workdir` have printed, in the process of that number."""
+    """Returns the output of all runs in `workdir` so far, from the process with this index."""
     return _out(workdir, process).read_text()
 
 
@@ -94,7 +94,7 @@ def _out(workdir: pathlib.Path, process: int) -> pathlib.Path:
 
 
 def call(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns `fn(*args)`, called in a process of its own, that has started no backend."""
+    """Returns `fn(*args)`, called in a separate process that has started no backend."""
     with tempfile.TemporaryDirectory() as folder:
         result = pathlib.Path(folder, "result.json")
         process = CONTEXT.Process(target=_write_result, args=(result, fn, *args))
@@ -109,7 +109,7 @@ def _write_result(result: pathlib.Path, fn: Callable[..., Any], *args: Any) -> N
 
 
 def run_at_full_speed(*arguments: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python in `folder`, with the compiler's usual effort: for tests that train for long."""
+    """Runs Python in `folder` with full compiler optimization, for tests that train for long."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     return subprocess.run(
@@ -118,10 +118,10 @@ def run_at_full_speed(*arguments: str, folder: pathlib.Path) -> subprocess.Compl
 
 
 def run_command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m <module> <arguments>` in the repository, without the seconds of its imports.
+    """Runs `python -m <module> <arguments>` in the repository, without the time for imports.
 
-    It is the real entry, its flags, exit status and output included; only the interpreter is one
-    that has loaded the libraries before.
+    The command runs as usual, with its flags, exit status and output. Only the interpreter has
+    already loaded the libraries.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
@@ -148,13 +148,13 @@ def _run_module(
 
 
 def lines_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The log of a run, without what depends on time."""
+    """Returns the log of a run without the metrics that depend on time."""
     lines = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
 def state_and_lines(config: Any, workdir: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
-    """All arrays of the newest checkpoint of a run by path, and its log."""
+    """Returns all arrays of the newest checkpoint of a run by path, and the log of the run."""
     built = train.build_run(config, run.open_config_source(config))
     with checkpoint.Checkpoints(workdir, config=config) as checkpoints:
         trees = jax.device_get(checkpoints.restore(*built.create()))
@@ -163,7 +163,7 @@ def state_and_lines(config: Any, workdir: pathlib.Path) -> tuple[dict[str, Any],
 
 
 def at_step(patch: Any, step: int, act: Callable[[], Any]) -> None:
-    """From now on runs in this process call `act` once the log shows `step`."""
+    """Makes later runs in this process call `act` once the log shows `step`."""
     show = Progress.show
 
     def show_and_act(self, at, **kwargs):
@@ -175,7 +175,7 @@ def at_step(patch: Any, step: int, act: Callable[[], Any]) -> None:
 
 
 def stop_in_step(step: int, signum: int = signal.SIGTERM) -> None:
-    """From now on this process gets a real signal when the batch of `step` is asked for."""
+    """Makes this process send itself a real signal when a run requests the batch of `step`."""
     batches = BatchOrder.batches
 
     def batches_and_signal(self, first, count, *, size):

@@ -1,8 +1,8 @@
-"""Runs of the same program share it: each is traced and compiled once in a process of the tests.
+"""Shares programs between runs: a test process traces and compiles each program once.
 
-A run traces and compiles its step, its initial state and its features anew, for several CPU seconds
-of the same work. Here the functions that build them return what they returned before, when they
-are asked for the same again. A test about building itself asks for the fixture `own_programs`.
+Without this, every run traces and compiles its step, its initial state and its features again. This
+takes several CPU seconds. Here, the functions that build them return their earlier result if the
+config is the same. Tests of building itself use the fixture `own_programs`.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from hjepa_jax.reporting import look, showcase, snapshot
 from hjepa_jax.runs import run
 from hjepa_jax.training import train
 
-# Fields that say where images come from; the images of a source are part of the key themselves.
+# Fields that say where images come from. The key contains the facts of the images instead.
 OF_THE_SOURCE = {"data.source", "data.dir", "data.num_workers", "data.max_labelled"}
-# Fields that change no program of a run; all others may.
+# Fields that do not change any program of a run. All other fields may.
 NOT_OF_A_RUN = OF_THE_SOURCE | {
     "log", "eval", "train.checkpoint_every_epochs", "train.checkpoint_every_steps",
     "train.keep_checkpoints", "train.max_nonfinite_steps", "train.on_collapse", "train.init_from",
 }  # fmt: skip
-# Fields that change no program of features or pictures; the model itself is part of their key.
+# Fields that do not change programs of features or pictures. Their key contains the model itself.
 NOT_OF_FEATURES = OF_THE_SOURCE | {"log", "eval", "train", "optim", "loss", "seed"}
 
 
 def key_of(config: Any, without: set[str]) -> str:
-    """The fields of a config but for those `without` (groups or fields), as text."""
+    """Returns the fields of a config as text, except the groups or fields in `without`."""
     fields = {
         f"{group}.{name}": value
         for group, values in config.to_dict().items()
@@ -43,7 +43,7 @@ def key_of(config: Any, without: set[str]) -> str:
 
 
 class Lowered:
-    """A lowered program that is compiled once."""
+    """A lowered program that is compiled at most once."""
 
     def __init__(self, lowered: Any):
         self._lowered, self._compiled = lowered, None
@@ -58,16 +58,16 @@ class Lowered:
 
 
 def share(patch: pytest.MonkeyPatch) -> None:
-    """Makes the functions that build runs return the same programs for the same configs."""
+    """Patches the functions that build runs: the same config gives the same programs."""
     patch.setattr(train, "build_run", sharing_runs(run.build_run))
     patch.setattr(build, "build_embed_fn", sharing_functions(build.build_embed_fn))
     shared = sharing_functions(snapshot.build_snapshot_fn)
-    for module in (snapshot, look, showcase):  # the last two have it by name
+    for module in (snapshot, look, showcase):  # the last two import the function by name
         patch.setattr(module, "build_snapshot_fn", shared)
 
 
 def shorten_probes(patch: pytest.MonkeyPatch) -> None:
-    """Linear probes try few penalties in few iterations: the same rows with other scores."""
+    """Linear probes try few penalties in few iterations: same rows, but other scores."""
 
     def short(*arrays: Any, l2_grid: Any, **options: Any) -> Any:
         return linear.linear_probe(*arrays, l2_grid=l2_grid[::4], num_iterations=10, **options)
@@ -81,7 +81,7 @@ def sharing_runs(build_run: Callable[..., run.Run]) -> Callable[..., run.Run]:
     def shared(config: Any, source: Any) -> run.Run:
         key = (key_of(config, NOT_OF_A_RUN), source.info, source.num_images, source.records is None)
         if key not in runs:
-            # A copy: the config of a test may change under the run, which reads it when it lowers.
+            # A copy, because a test may change its config before the run reads it in `lower`.
             built = build_run(config.copy_and_resolve_references(), source)
             shared_parts = {
                 "lower": sharing_lowered(built.lower),
@@ -94,7 +94,7 @@ def sharing_runs(build_run: Callable[..., run.Run]) -> Callable[..., run.Run]:
 
 
 def sharing_state(create: Callable[[], Any]) -> Callable[[], Any]:
-    """Copies of the initial state, as a run may overwrite the one that it is given."""
+    """Returns a function that copies the initial state, because a run may donate its buffers."""
     made: list[Any] = []
 
     def shared() -> Any:
@@ -102,7 +102,7 @@ def sharing_state(create: Callable[[], Any]) -> Callable[[], Any]:
             return create()
         if not made:
             made.append(create())
-        # By a program: memory of NumPy must not be donated to a step (jax 0.5.0 crashes).
+        # A jitted copy: with NumPy's memory as a donated buffer, jax 0.5.0 crashes.
         return copy_of(made[0])
 
     return shared
@@ -126,7 +126,7 @@ def sharing_lowered(lower: Callable[..., Any]) -> Callable[..., Lowered]:
 
 
 def sharing_functions(build_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Of one function object, `jax.jit` keeps the compiled programs by itself."""
+    """Returns the same function for the same config, so that `jax.jit` reuses its programs."""
     functions: dict[Any, Any] = {}
 
     def shared(config: Any, model: Any, **kwargs: Any) -> Any:

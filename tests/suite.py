@@ -1,4 +1,4 @@
-"""How the suite is run: which files the leg on jax 0.5.0 takes, and tests in an order by a seed."""
+"""How the suite runs: the test files for every version of JAX, and the order of the tests."""
 
 import os
 import pathlib
@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-# Test files that run on every supported JAX; their tests carry the mark `jax`.
+# Test files that run on every supported version of JAX. Their tests get the mark `jax`.
 ON_EVERY_JAX = {
     "metal/test_judge", "metal/test_programs", "test_agreement", "test_checkpoint", "test_health",
     "test_hierarchy", "test_losses", "test_masking", "test_models", "test_optimizer",
     "test_options", "test_platform", "test_products", "test_selftest", "test_steps",
 }  # fmt: skip
-# Test files about data files, reports, flags and processes: JAX's version does not matter to them,
-# or they use JAX only through models and steps, which the files above test on every version.
-# `test_other_jax` makes a whole run on jax 0.5.0.
+# Test files about data files, reports, flags and processes. The version of JAX does not matter to
+# them, or they use JAX only through models and steps, which the files above test on every version.
+# `test_other_jax` does a complete run on jax 0.5.0.
 ON_ONE_JAX = {
     "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
     "faults/test_resume", "test_alarms", "test_attentive", "test_augment", "test_browser",
@@ -34,33 +34,33 @@ ON_ONE_JAX = {
 }  # fmt: skip
 
 TESTS = pathlib.Path(__file__).parent
-# Where two workers share the files, the longest come first, so that none is left alone at the end.
-# CPU seconds of each file are in experiments/suite.
+# The longest files come first, so that two workers finish at about the same time.
+# experiments/suite lists the CPU seconds of each file.
 LONGEST = (
     "test_layouts", "test_cluster", "test_channels", "test_demo", "test_examples", "test_masking",
     "faults/test_resume", "faults/test_kills", "test_folder_files", "test_sweep", "test_package",
     "test_other_jax", "test_browser", "test_cli", "test_rectangles", "test_unlabelled",
-    "test_warm_start", "faults/test_fuzz",  # these have the longest slow tests
+    "test_warm_start", "faults/test_fuzz",  # files up to here have the longest slow tests
     "metal/test_programs", "test_train", "test_report", "test_options", "test_steps", "test_config",
     "test_models", "test_finetune", "test_agreement", "test_checkpoint", "test_augment",
     "test_streaming", "test_platform", "test_held_out", "test_embed", "test_snapshot",
     "test_protocols",
 )  # fmt: skip
-SEED = "HJEPA_TEST_ORDER"  # environment variable: a whole number puts the tests in another order
+SEED = "HJEPA_TEST_ORDER"  # environment variable: seed of a random order of the tests
 
 
 def name_of(path: pathlib.Path) -> str:
-    """The path of a test file below tests/, without its ending."""
+    """Returns the path of a test file relative to tests/, without its suffix."""
     return path.relative_to(TESTS).with_suffix("").as_posix()
 
 
 def test_files() -> set[str]:
-    """All test files of this checkout, by name."""
+    """Returns the names of all test files in this checkout."""
     return {name_of(path) for path in TESTS.rglob("test_*.py")}
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Marks the tests of the files that run on every JAX, and those of `tests/metal`."""
+    """Adds the mark `jax` to tests for every version of JAX, and `metal` to tests/metal."""
     for item in items:
         if (name := name_of(item.path)) in ON_EVERY_JAX:
             item.add_marker(pytest.mark.jax)
@@ -69,9 +69,9 @@ def mark(items: list[pytest.Item]) -> None:
 
 
 def shuffle(items: list[pytest.Item], seed: str) -> None:
-    """Puts the files in random order, and the tests within each.
+    """Puts the files into a random order, and also the tests within each file.
 
-    The tests of a file stay together, so that its fixtures are made once.
+    The tests of a file stay together, so that its fixtures are created once.
     """
     order = random.Random(seed)
     by_file: dict[pathlib.Path, list[pytest.Item]] = {}
@@ -85,13 +85,13 @@ def shuffle(items: list[pytest.Item], seed: str) -> None:
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Puts the files in the order of `LONGEST`, the others behind them as they were."""
+    """Sorts the files by `LONGEST`; all other files follow in their old order."""
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(name_of(item.path), len(place)))
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Marks all tests and sorts them, or shuffles them if the environment asks for it."""
+    """Marks all tests, then sorts them, or shuffles them if the variable `SEED` is set."""
     mark(items)
     if seed := os.environ.get(SEED):
         shuffle(items, seed)

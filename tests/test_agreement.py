@@ -1,4 +1,4 @@
-"""Views of an image that agree in a projection, and images that do not."""
+"""The projection, the agreement between views of an image, and the spread between images."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def test_agreement_is_the_distance_to_the_mean_direction_of_an_image():
     centre = unit(unit(x).mean(axis=1, keepdims=True))
     expected = 1 - (unit(x) * centre).sum(axis=-1).mean()
     np.testing.assert_allclose(losses.agreement_loss(jnp.asarray(x)), expected, rtol=1e-5)
-    # Lengths do not count; two views at a right angle are 45 degrees from their mean.
+    # Lengths do not matter. Two views at a right angle are each 45 degrees from their mean.
     same = jnp.asarray(x[:, :1] * np.array([1.0, 2.0, 5.0])[None, :, None])
     np.testing.assert_allclose(losses.agreement_loss(same), 0.0, atol=1e-6)
     apart = jnp.array([[[1.0, 0.0], [0.0, 3.0]]])
@@ -51,7 +51,7 @@ def test_spread_is_the_mean_squared_cosine_of_all_pairs_of_a_view():
     np.testing.assert_allclose(spread(jnp.asarray(x)), expected, rtol=1e-5)
     even = jnp.asarray(np.repeat(np.eye(4), 3, axis=0)[:, None])
     np.testing.assert_allclose(spread(even), 1.0, rtol=1e-5)
-    few = jnp.asarray(np.eye(4)[:2, None])  # of two images, two dimensions at most
+    few = jnp.asarray(np.eye(4)[:2, None])  # two images span at most two dimensions
     np.testing.assert_allclose(spread(few), 2.0, rtol=1e-5)
     alike = jnp.ones((6, 1, 4)) * jnp.arange(1.0, 7.0)[:, None, None]
     np.testing.assert_allclose(spread(alike), 4.0, rtol=1e-5)
@@ -63,7 +63,7 @@ def spread(x, kind="batch", old=None):
 
 
 def assert_value_and_gradient(fn, reference, x):
-    """Against a NumPy formula in float64, whose gradient is taken by central differences."""
+    """Compares with a NumPy formula in float64 and its gradient by central differences."""
     value, grad = jax.jit(jax.value_and_grad(fn))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(value, reference(x), rtol=1e-5)
     expected, step = np.zeros_like(x), 1e-6
@@ -75,7 +75,7 @@ def assert_value_and_gradient(fn, reference, x):
 
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
-def test_a_teacher_is_a_weighted_member_of_the_centre_and_of_nothing_else(weight):
+def test_the_teacher_changes_the_centre_only_by_its_weight(weight):
     x, teacher = RNG.normal(size=(3, 2, 4)), RNG.normal(size=(3, 1, 4))
 
     def reference(x):
@@ -113,7 +113,7 @@ def test_the_logged_spread_of_independent_images_is_1(kind):
 
     @jax.jit
     def logged(image, moment):
-        views = jnp.repeat(image, 3, axis=1)  # which agree
+        views = jnp.repeat(image, 3, axis=1)  # three equal views
         moments = second_moment(objective, views, moment)
         terms = {"spread": losses.spread_loss(moments)}
         return moments[0], reported_terms(objective, terms, views)["spread"]
@@ -125,7 +125,7 @@ def test_the_logged_spread_of_independent_images_is_1(kind):
     assert np.mean(found[100:]) == pytest.approx(1.0, abs=0.03)
 
 
-def test_both_are_finite_and_have_a_finite_gradient_where_features_vanish():
+def test_agreement_and_spread_of_zero_features_are_finite():
     for loss in (losses.agreement_loss, spread):
         value, grad = jax.jit(jax.value_and_grad(loss))(jnp.zeros((3, 2, 4)))
         assert np.isfinite(value)
@@ -140,7 +140,9 @@ def test_hidden_features_are_standardized_over_images_and_views_together():
     y = np.asarray(x, np.float64)
     for layer in range(2):
         hidden, norm = params[f"hidden_{layer}"], params[f"norm_{layer}"]
-        assert set(hidden) == {"kernel"}, "standardizing takes a bias away: noise alone moves it"
+        assert set(hidden) == {"kernel"}, (
+            "standardizing would remove a bias: only rounding noise would train it"
+        )
         y = y @ np.asarray(hidden["kernel"])
         y = (y - y.mean(axis=(0, 1))) / np.sqrt(y.var(axis=(0, 1)) + EPSILON)
         y = np.maximum(y * np.asarray(norm["scale"]) + np.asarray(norm["bias"]), 0)
@@ -158,7 +160,7 @@ def test_kernels_of_the_projection_alone_are_decayed():
     assert all(decays == (path[-1].key == "kernel") for path, decays in decayed)
 
 
-def test_patches_of_a_view_are_distinct_and_any_is_as_likely_as_any_other():
+def test_patches_of_a_view_are_distinct_and_equally_likely():
     rngs = jax.random.split(jax.random.PRNGKey(0), 4_000)
     index = np.asarray(some_patches(rngs, num_patches=9, k=4))
     assert index.shape == (4_000, 4)
@@ -178,7 +180,7 @@ WEIGHTS = {"level_0": 1.0, "level_1": 0.5, "summary": 1.0, "agreement": 2.0, "sp
         (4, "summary+patches", 1.5),
     ],
 )
-def test_the_masked_view_the_local_ones_and_the_target_encoder_agree(shown, reads, teacher_weight):
+def test_agreement_and_spread_of_a_step_match_direct_values(shown, reads, teacher_weight):
     model = make_model(projection_input=reads)
     objective = Objective(WEIGHTS, teacher_weight=teacher_weight)
     step, state = make_step(model, objective=objective, local_views=LocalViews(2, LOCAL, shown))

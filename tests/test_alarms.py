@@ -59,7 +59,7 @@ def test_too_many_skipped_steps_end_the_run():
 
 
 def verdict_of(rank, std, max_rank=192):
-    """Returns the verdict of `collapse_verdict` on such features."""
+    """Returns a verdict with these numbers. The alarms do not read its label."""
     return Verdict("healthy", std, rank, max_rank)
 
 
@@ -77,7 +77,7 @@ def test_collapse_and_recovery_are_reported_when_they_have_lasted():
 
 
 def test_the_low_rank_of_an_untrained_network_is_not_a_collapse():
-    """The first lines of experiments/m1_max_quick_val: 10 % of 192 is 19.2."""
+    """Ranks of the first lines of experiments/m1_max_quick_val. 10 % of 192 is 19.2."""
     alarms, said = make_alarms(on_collapse="stop")
     for step, rank in enumerate([19.6, 18.8, 18.9, 18.7, 18.6, 18.8, 18.9, 19.4]):
         alarms.check_spread(verdict_of(rank, 0.63), 10 * step + 10)
@@ -108,7 +108,7 @@ def test_the_low_spread_of_an_untrained_network_is_not_a_collapse():
 
 
 def test_a_resumed_run_remembers_its_untrained_network():
-    """The largest rank counts, up to the first line with a full window of images."""
+    """Its rank is the largest one up to the first line with a full window of images."""
     lines = [
         {"step": 2, "train/loss": 1.0},
         {"step": 4, "train/effective_rank": 12.0, "train/relative_std": 0.5},

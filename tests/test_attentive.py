@@ -9,9 +9,9 @@ OPTIONS = {"num_classes": 4, "num_epochs": 12, "batch_size": 50, "learning_rates
 
 
 def needles(n, *, num_tokens=16, d=8, seed=0):
-    """Returns tokens and classes; one marked token at a random place has the class of its row.
+    """Returns tokens and classes; one marked token at a random place carries the class.
 
-    The other tokens have random classes, so that the mean holds little information.
+    The other tokens carry random classes, so that the mean holds little information.
     """
     rng = np.random.default_rng(seed)
     y = rng.integers(4, size=n)
@@ -48,7 +48,7 @@ def test_the_choice_does_not_depend_on_test_labels():
 
 def test_settings_trained_together_equal_settings_alone():
     (x, y), (test_x, test_y) = needles(200), needles(50, seed=1)
-    rates = (1e-5, 3e-2)  # one that learns next to nothing, and one that does
+    rates = (1e-5, 3e-2)  # too low to learn much, and high enough
     options = OPTIONS | {"weight_decays": (1e-3,)}
     both = attentive_probe(x, y, test_x, test_y, **(options | {"learning_rates": rates}))
     alone = [

@@ -25,12 +25,12 @@ UNIT = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
 def views_of(images, rngs=RNGS, size=16, **options):
-    """The augmented images, from one compiled program."""
+    """Returns the augmented images, computed by one compiled program."""
     return np.asarray(jax.jit(Augment(size, **UNIT, **options))(rngs, jnp.asarray(images)))
 
 
 def copies(count, seed=2):
-    """The first image many times, and a key for each."""
+    """Returns `count` copies of the first image, and a PRNG key for each copy."""
     images = jnp.broadcast_to(IMAGES[:1], (count, 16, 16, 3))
     return images, jax.random.split(jax.random.PRNGKey(seed), count)
 
@@ -56,7 +56,7 @@ def test_without_options_only_normalisation_is_left():
 
 @pytest.mark.parametrize("shape", [(32, 80), (80, 32), (33, 80)])
 def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
-    """The program shows of stored images the same square as the reader of files cuts out."""
+    """Stored images are cropped to the same square as images from files."""
     rng = np.random.default_rng(1)
     smooth = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(shape[::-1])
     expected, expected_32 = (fitted(smooth, size) / 255.0 for size in (16, 32))
@@ -68,14 +68,14 @@ def test_an_image_that_is_not_square_is_cropped_and_never_squashed(shape):
         views_of(images, RNGS[:1]),
         views_of(images, RNGS[:1], crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0)),
     ):
-        np.testing.assert_allclose(got[0], expected, atol=0.04)  # the last has a linear filter
+        np.testing.assert_allclose(got[0], expected, atol=0.04)  # the last uses a linear filter
     pixels = embed_pixels(None, images)["pixels"].reshape(32, 32, 3)
     np.testing.assert_allclose(pixels, expected_32, atol=0.04)
 
 
 def test_raw_pixels_show_the_part_that_the_encoder_sees():
     image = np.zeros((1, 48, 100, 3), np.uint8)
-    image[:, :, 6:94] = 255  # a little more than what an encoder for 48x80 sees
+    image[:, :, 6:94] = 255  # a little wider than the part that an encoder for 48x80 sees
     pixels = embed_pixels(None, jnp.asarray(image), image_size=(48, 80))["pixels"]
     assert pixels.min() > 0.99
     assert pixels.shape[1] == 19 * 32 * 3
@@ -93,7 +93,7 @@ def test_an_image_of_another_shape_is_cut_to_the_rectangle_and_never_squashed(sh
         Augment((12, 20), **UNIT)(RNGS[:1], images),
         Augment((12, 20), **UNIT, crop_scale=(0.999, 1.0), crop_ratio=(1.0, 1.0))(RNGS[:1], images),
     ):
-        np.testing.assert_allclose(got[0], expected, atol=0.05)  # the last has a linear filter
+        np.testing.assert_allclose(got[0], expected, atol=0.05)  # the last uses a linear filter
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (32, 16), (33, 20), (16, 40), (8, 56)])
@@ -107,13 +107,13 @@ def test_stored_images_are_resized_as_image_files_are(side, size):
 
 
 def test_crops_stay_inside_and_keep_their_area_range():
-    """A ramp image tells where its crop came from: the mean is the centre, the range the size."""
+    """In a crop of a ramp image, the mean gives the centre of the crop and the range its size."""
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
     rngs = jax.random.split(jax.random.PRNGKey(1), 400)
     options = {"crop_scale": (0.25, 0.64), "crop_ratio": (1.0, 1.0)}
     views = views_of(np.tile(ramp[None], (400, 1, 1, 1)), rngs, 32, **options)
     row = views[:, 0, :, 0]
-    assert np.all(np.diff(row, axis=1) > -0.01), "never beyond the border"
+    assert np.all(np.diff(row, axis=1) > -0.01), "a crop reaches beyond the border"
     width = (row[:, -1] - row[:, 0]) * 64 * 32 / 31
     assert width.min() > 0.5 * 64 - 3
     assert width.max() < 0.8 * 64 + 3
@@ -131,18 +131,18 @@ def test_a_crop_has_the_area_drawn_for_it_in_the_central_square(height, width, s
     rngs = jax.random.split(jax.random.PRNGKey(1), 200)
     options = {"crop_scale": (0.7, 0.7), "crop_ratio": (0.5, 2.0)}
     views = views_of(np.tile(image[None], (200, 1, 1, 1)), rngs, 32, **options)
-    middle = views[:, 8:24, 8:24]  # away from the border, where pixels beyond it are missing
+    middle = views[:, 8:24, 8:24]  # away from the border, because pixels beyond it are missing
     scale = 32 / 15 * (side - 1) / side
     across = (middle[:, 0, -1, 0] - middle[:, 0, 0, 0]) * scale
     down = (middle[:, -1, 0, 1] - middle[:, 0, 0, 1]) * scale
-    np.testing.assert_allclose(across * down, 0.7, rtol=0.06)  # of the square, unsquashed
+    np.testing.assert_allclose(across * down, 0.7, rtol=0.06)  # a part of the square, unsquashed
     assert max(across.max(), down.max()) < 1.04
     ratios = across / down
     assert (ratios.min(), ratios.max()) == pytest.approx((0.7, 1 / 0.7), rel=0.06)
 
 
 def drawn_as_torchvision(rng, height, width, scale, ratio):
-    """Height, width, top and left of a box by the rules of RandomResizedCrop, in one loop."""
+    """Returns height, width, top and left of a box by the rules of RandomResizedCrop."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(*np.log(ratio)))
@@ -175,11 +175,11 @@ def test_crops_of_originals_are_distributed_as_torchvision_draws_them(height, wi
                         (top, columns[2]), (left, columns[3])):  # fmt: skip
         # Equal values with different rounding must not count as a difference.
         distance = ks_2samp(np.round(ours, 3), np.round(other, 3)).statistic
-        assert distance < 0.03  # at most 0.031 with a probability of 0.999
+        assert distance < 0.03  # equal distributions stay below 0.031 with a probability of 0.999
 
 
 def test_crops_show_the_detail_of_originals_and_reach_their_sides():
-    """Stripes that the reduced square has lost; the ends of the image, which it has cut off."""
+    """Crops of originals show stripes and the ends of the image. The reduced square lost both."""
     stripes = np.zeros((1, 96, 128, 3), np.uint8)
     stripes[:, :, ::2] = 255
     stripes[:, :, :10, 1] = 0
@@ -204,7 +204,7 @@ def test_images_of_the_size_of_the_model_keep_their_crops():
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
-    """By SciPy; the weights beyond the border are left out."""
+    """Blurs with SciPy. Weights beyond the border are left out."""
     kwargs = {"sigma": (sigma, sigma, 0), "mode": "constant", "truncate": 16.0}
     image = image.astype(np.float64)
     return gaussian_filter(image, **kwargs) / gaussian_filter(np.ones_like(image), **kwargs)
@@ -219,13 +219,13 @@ def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
         ("blur", lambda image: blurred(image, 1.3)),
     ],
 )
-def test_what_happens_with_a_probability_is_what_others_compute(option, expected):
+def test_random_operations_agree_with_other_implementations(option, expected):
     views = views_of(*copies(300), **{option: 0.3}, blur_sigma=(1.3, 1.3))
     assert_a_share_is_changed(views, expected(np.asarray(IMAGES[0])) / 255.0)
 
 
 def assert_a_share_is_changed(views, changed):
-    """Three in ten views are `changed`, the others as the first image was."""
+    """Checks that 30 % of the views equal `changed` and all others equal the first image."""
     changed, same = (
         np.isclose(views, expected, atol=1e-5).all(axis=(1, 2, 3))
         for expected in (changed, np.asarray(IMAGES[0]) / 255.0)
@@ -236,7 +236,7 @@ def assert_a_share_is_changed(views, changed):
 
 def test_how_much_an_image_is_blurred_is_drawn_from_the_whole_range():
     views = views_of(*copies(100, seed=3), blur=1.0, blur_sigma=(0.5, 2.0))
-    # The more, the flatter.
+    # A stronger blur gives a smaller standard deviation.
     sigmas = np.linspace(0.5, 2.0, 61)
     flat = [np.std(blurred(np.asarray(IMAGES[0]), sigma) / 255.0) for sigma in sigmas]
     found = np.interp(-views.std(axis=(1, 2, 3)), -np.array(flat), sigmas, left=0, right=9)
@@ -245,7 +245,7 @@ def test_how_much_an_image_is_blurred_is_drawn_from_the_whole_range():
     assert found.mean() == pytest.approx(1.25, abs=0.15)
 
 
-def test_what_has_no_probability_is_not_in_the_program():
+def test_operations_with_probability_0_are_not_in_the_program():
     default = str(jax.make_jaxpr(Augment(16, **UNIT))(RNGS, IMAGES))
     every = Augment(16, **UNIT, vertical_flip=0.5, blur=0.5, solarize=0.5)
     program = str(jax.make_jaxpr(every)(RNGS, IMAGES))
@@ -268,7 +268,7 @@ def test_brightness_scales_all_pixels_of_an_image_alike():
     assert np.all(np.nanstd(ratio, axis=1) < 1e-3)
     factors = np.nanmean(ratio, axis=1)
     assert np.all((factors > 0.5) & (factors < 1.5))
-    assert np.ptp(factors) > 0.3, "each its own"
+    assert np.ptp(factors) > 0.3, "images must have different factors"
 
 
 def test_contrast_keeps_the_mean_luma_and_saturation_every_luma():

@@ -1,4 +1,4 @@
-"""The report and TensorBoard as a user sees them: in a real browser, without a network."""
+"""The report and TensorBoard in a real browser, as a user sees them, without a network."""
 
 import contextlib
 import json
@@ -45,15 +45,15 @@ def browser(tmp_path_factory):
 
     try:
         driver = start()
-    except WebDriverException:  # its first start on a loaded machine may take too long
-        driver = start()  # the last of two flags counts
+    except WebDriverException:  # on a busy machine the first start may take too long
+        driver = start()  # the new --user-data-dir replaces the old one
     yield driver
     driver.quit()
 
 
 @pytest.fixture(scope="module")
 def workdir(shapes_npz, tmp_path_factory) -> pathlib.Path:
-    """What the README's first command leaves behind, of a run shrunk to seconds."""
+    """The work directory of the README's first command, with a run that takes seconds."""
     overrides = tiny_overrides(shapes_npz)
     overrides |= {
         "log.tensorboard": True, "log.figures_every_epochs": 5.0, "log.report": True,
@@ -63,12 +63,12 @@ def workdir(shapes_npz, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("runs") / "run"
     result = run_command("hjepa_jax.main", SHAPES, *flags, f"--workdir={path}")
     assert result.returncode == 0, result.stderr
-    assert str(path / "report.html") in result.stdout, "the summary names the report"
+    assert str(path / "report.html") in result.stdout, "the printed summary must name the report"
     return path
 
 
 def requests(browser) -> list[str]:
-    """Addresses asked for since the last call, but for those within the page itself."""
+    """Returns the addresses requested since the last call, without data inside the page."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [e["params"]["request"]["url"] for e in events
             if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
@@ -76,9 +76,9 @@ def requests(browser) -> list[str]:
 
 
 def open_page(browser, address: str) -> None:
-    """Opens a page anew, also if the browser shows another part of it."""
+    """Opens a page from scratch, even if the browser already shows another part of it."""
     browser.get("about:blank")
-    requests(browser), errors(browser)  # of the page before
+    requests(browser), errors(browser)  # discards entries of the previous page
     browser.get(address)
 
 
@@ -99,14 +99,16 @@ def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, wor
     assert browser.execute_script(complete)
     assert browser.execute_script("return document.images.length") >= 15
     wide = "return document.documentElement.scrollWidth > document.documentElement.clientWidth"
-    assert not browser.execute_script(wide), "nothing sticks out of the page"
+    assert not browser.execute_script(wide), "the page must not be wider than the window"
 
     phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     cut = """return [...document.querySelectorAll('tr')].filter(row =>
       [...row.children].slice(0, 3).some(c => c.getBoundingClientRect().right > 390)).length"""
     assert browser.execute_script("return innerWidth") == 390
-    assert browser.execute_script(cut) == 0, "the first three columns of every table are visible"
+    assert browser.execute_script(cut) == 0, (
+        "a phone must show the first three columns of every table"
+    )
     assert not browser.execute_script(wide)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -116,16 +118,16 @@ def test_the_report_opens_without_errors_or_requests_light_and_dark(browser, wor
     assert browser.execute_script(background) == "rgb(255, 255, 255)"
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    deadline = time.monotonic() + 60  # a browser changes the pictures after the page
+    deadline = time.monotonic() + 60  # the browser changes the pictures later
     while time.monotonic() < deadline and picture.get_property("currentSrc") == light:
         time.sleep(0.1)
     assert browser.execute_script(background) == "rgb(13, 17, 23)"
-    assert picture.get_property("currentSrc") != light, "pictures follow the page"
+    assert picture.get_property("currentSrc") != light, "dark pages must have dark pictures"
 
 
 @pytest.fixture(scope="module")
 def tensorboard(workdir):
-    """The address of a TensorBoard that shows the workdir."""
+    """The address of a TensorBoard server for the work directory."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,7 +137,7 @@ def tensorboard(workdir):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + 300
-    while time.monotonic() < deadline:  # it loads TensorFlow first
+    while time.monotonic() < deadline:  # the server loads TensorFlow first
         try:
             urllib.request.urlopen(address, timeout=30).close()
             break
@@ -150,7 +152,7 @@ def tensorboard(workdir):
         process.wait()
 
 
-# All text of a page of web components, shadow trees included.
+# JavaScript that returns all text of a page, including shadow trees of web components.
 ALL_TEXT = """
 const texts = [];
 const walk = (node) => {
@@ -166,14 +168,14 @@ return texts.join(' ');
 @pytest.mark.parametrize(
     ("tab", "words"),
     [
-        # It unfolds the first groups only: those of train/ come after a click.
+        # Only the first groups are unfolded; the train/ group needs a click.
         ("scalars", ["eval/knn_top1", "perf/images_per_sec"]),
         ("images", ["masks", "attention"]),
         ("hparams", ["optim.learning_rate", "train/loss"]),
         ("text", ["environment", "parameters"]),
     ],
 )
-def test_tensorboard_shows(browser, tensorboard, tab, words):
+def test_tensorboard_tabs_show_the_run(browser, tensorboard, tab, words):
     open_page(browser, f"{tensorboard}#{tab}")
     text = ""
     for second in range(180):
@@ -181,13 +183,13 @@ def test_tensorboard_shows(browser, tensorboard, tab, words):
         text = browser.execute_script(ALL_TEXT)
         if all(word in text for word in words):
             break
-        if second % 20 == 19:  # it asks once, maybe before the run has been read
+        if second % 20 == 19:  # the page may load before the server has read the run
             browser.refresh()
     assert not [word for word in words if word not in text]
 
 
 def test_tensorboards_projector_loads_the_features(browser, tensorboard):
-    """Two pages deep, in a tab that TensorBoard offers once it has looked for files."""
+    """The projector is two frames deep. Its tab appears only after TensorBoard has found files."""
     from selenium.common.exceptions import WebDriverException
 
     deadline, offered, text = time.monotonic() + 180, False, ""
@@ -201,7 +203,7 @@ def test_tensorboards_projector_loads_the_features(browser, tensorboard):
     open_page(browser, f"{tensorboard}#projector")
     while time.monotonic() < deadline and "Points: 48" not in text:
         time.sleep(1)
-        with contextlib.suppress(WebDriverException):  # while it is loading
+        with contextlib.suppress(WebDriverException):  # raised while the page is loading
             browser.switch_to.frame(0)
             browser.switch_to.frame(0)
             text = " ".join(browser.execute_script(ALL_TEXT).split())

@@ -39,7 +39,7 @@ def opened(source, **options):
 
 
 def noise(n, channels, dtype):
-    """Images [n, 6, 8, C] of a type, with values all over its range."""
+    """Returns random images [n, 6, 8, C] with values over the range of the dtype."""
     if dtype == "float32":
         return RNG.normal(5, 100, (n, 6, 8, channels)).astype(np.float32)
     return RNG.integers(np.iinfo(dtype).max + 1, size=(n, 6, 8, channels), dtype=dtype)
@@ -48,7 +48,7 @@ def noise(n, channels, dtype):
 @pytest.mark.parametrize("kind", ["npz", "npy", "npy streamed", "npy folder"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", ">u2"])
 @pytest.mark.parametrize("channels", [1, 2, 4, 32])
-def test_arrays_of_all_types_come_back(tmp_path, kind, dtype, channels):
+def test_arrays_of_all_dtypes_are_read_unchanged(tmp_path, kind, dtype, channels):
     images = noise(20, channels, "uint16" if dtype == ">u2" else dtype).astype(dtype)
     labels = np.arange(20) % 2
     path = tmp_path / "x.npz"
@@ -115,7 +115,7 @@ def test_tiff_folders_are_read(tmp_path, when, mode, dtype, pages):
 def test_a_file_of_another_kind_is_skipped_and_named(tmp_path, capsys):
     for i in range(5):
         Image.fromarray(np.full((6, 6), 300 * i, np.uint16)).save(tmp_path / f"{i}.png")
-    Image.new("RGB", (6, 6)).save(tmp_path / "+.png")  # the first of all
+    Image.new("RGB", (6, 6)).save(tmp_path / "+.png")  # sorts first
     train_split, test_split = opened(f"images:{tmp_path}").load()
     assert len(train_split.images) + len(test_split.images) == 5
     assert "it has 3 channels of uint8, and most images 1 channels of uint16" in (
@@ -137,7 +137,7 @@ def test_tfds_sets_may_have_16_bits(tmp_path, when):
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 3, 13])
-def test_statistics_are_those_of_numpy(channels, dtype):
+def test_pixel_statistics_match_numpy(channels, dtype):
     images = noise(50, channels, dtype)
     mean, std = pixel_statistics(images)
     scale = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
@@ -151,8 +151,8 @@ def test_a_constant_channel_is_divided_by_one():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 13])
-def test_types_of_the_same_pixels_give_the_same_views(channels):
-    """8 bits, the same with 16 bits, and as floats in [0, 1]."""
+def test_the_same_pixels_in_other_dtypes_give_the_same_views(channels):
+    """Compares 8 bits, the same pixels with 16 bits, and the same pixels as floats in [0, 1]."""
     images = RNG.integers(256, size=(2, 16, 16, channels), dtype=np.uint8)
     same = [images, images.astype(np.uint16) * 257, images.astype(np.float32) / 255]
     stats = {"mean": (0.5,) * channels, "std": (0.2,) * channels}
@@ -198,7 +198,7 @@ def config_for(path):
 
 
 def save_shapes(path, channels, dtype):
-    """Shapes of random colours of so many channels, in a narrow range of the type."""
+    """Saves randomly coloured shapes with this many channels, in a narrow range of the dtype."""
     arrays = {}
     for name, split in zip(("train", "test"), create_shapes(120, 30, seed=4), strict=True):
         x = split.images[:, ::2, ::2].astype(np.float64)
@@ -214,7 +214,7 @@ def save_shapes(path, channels, dtype):
 @pytest.mark.usefixtures("blank_pictures", "short_probes")
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (13, "uint16"), (3, "float32")])
 def test_a_whole_run_on_other_images(tmp_path, channels, dtype):
-    """Training, resume, features; with 13 channels also probes and report."""
+    """Covers training, a second start and features; with 13 channels also probes and report."""
     arrays = save_shapes(tmp_path / "x.npz", channels, dtype)
     config = config_for(tmp_path / "x.npz")
     config.eval.probe_at_end = channels == 13
@@ -223,7 +223,7 @@ def test_a_whole_run_on_other_images(tmp_path, channels, dtype):
     stored = json.loads((tmp_path / "whole" / "config.json").read_text())["data"]
     mean, std = pixel_statistics(arrays["train_images"])
     assert (stored["mean"], stored["std"]) == ([*mean], [*std])
-    train.train_and_evaluate(config, tmp_path / "whole")  # auto again: the recorded numbers
+    train.train_and_evaluate(config, tmp_path / "whole")  # auto reuses the recorded numbers
 
     if channels == 13:
         write_report([tmp_path / "whole"], tmp_path / "whole")
@@ -232,17 +232,17 @@ def test_a_whole_run_on_other_images(tmp_path, channels, dtype):
         str(tmp_path / "whole"), str(tmp_path / "x.npz"), str(tmp_path / "features.npz")
     )
     assert shapes["train_level_0"] == (120, 16)
-    if (channels, dtype) != (3, "float32"):  # there, floats are taken to lie in [0, 1]
+    if (channels, dtype) != (3, "float32"):  # `embed` takes floats in [0, 1] only
         found = hjepa_jax.load(tmp_path / "whole").embed(arrays["train_images"][:5])
         with np.load(tmp_path / "features.npz") as features:
             np.testing.assert_allclose(found["level_0"], features["train_level_0"][:5], atol=1e-5)
     _, state, _ = load_state(tmp_path / "whole", "last")
     leaves = jax.tree.leaves(state.params["context_encoder"])
-    assert 16 * channels in {leaf.shape[0] for leaf in leaves if leaf.ndim == 2}  # of patches
+    assert 16 * channels in {leaf.shape[0] for leaf in leaves if leaf.ndim == 2}  # 4 x 4 pixels
 
 
 def save_folder(root, channels):
-    """Files of 32x32: TIFF of 16 bits with a page for each channel, or grey PNG of 8 bits."""
+    """Saves 32x32 images: 16-bit TIFF with one page per channel, or 8-bit grey PNG."""
     for name, split in zip(("train", "test"), create_shapes(120, 30, seed=4), strict=True):
         for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
             path = root / name / f"{label:02}" / f"{i:03}.tif"
@@ -261,8 +261,8 @@ def save_folder(root, channels):
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 @pytest.mark.parametrize(("channels", "when"), [(13, "never"), (1, "always")])
-def test_files_of_other_kinds_from_training_to_features(tmp_path, channels, when):
-    """Crops from files twice as large; stopped and resumed; probes, report, features, program."""
+def test_a_whole_run_on_tiff_stacks_or_grey_pngs(tmp_path, channels, when):
+    """Covers crops from files twice as large, resume, probes, report, features and export."""
     save_folder(tmp_path / "files", channels)
     config, (whole, parts) = config_for(tmp_path), (tmp_path / "whole", tmp_path / "parts")
     config.data.source, config.data.streaming = f"folder:{tmp_path}/files", when
@@ -279,7 +279,7 @@ def test_files_of_other_kinds_from_training_to_features(tmp_path, channels, when
     train_until(config, parts, 4)
     assert newest_checkpoint(parts) < 6
     train.train_and_evaluate(config, parts)
-    arrays, lines = state_and_lines(load_config(parts), parts)  # with numbers for auto
+    arrays, lines = state_and_lines(load_config(parts), parts)  # has numbers instead of auto
     expected_arrays, expected_lines = state_and_lines(load_config(whole), whole)
     jax.tree.map(np.testing.assert_array_equal, arrays, expected_arrays)
     trained = [{k: v for k, v in line.items() if "linear" not in k} for line in expected_lines]

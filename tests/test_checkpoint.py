@@ -1,4 +1,4 @@
-"""Checkpoints: they restore exactly what was written, or are refused by name."""
+"""Checkpoints restore the saved arrays exactly, or are refused with an error that says why."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ from tests.conftest import make_tiny_config
 
 
 def make_state(step: int, *, width: int = 3) -> TrainState:
-    """The arrays of a training state, without a model."""
+    """Returns a training state of small arrays, without a model."""
     weights = jnp.arange(width * 4, dtype=jnp.float32).reshape(width, 4) + step
     return TrainState(
         step=jnp.int32(step),
@@ -52,7 +52,7 @@ def two_steps(shapes_npz, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def workdir(two_steps, tmp_path) -> pathlib.Path:
-    """A copy of them."""
+    """A copy of the checkpoints at steps 1 and 2."""
     return shutil.copytree(two_steps, tmp_path / "run")
 
 
@@ -75,7 +75,7 @@ def read_meta_file(workdir, step) -> dict[str, Any]:
 
 
 def rewrite_meta(workdir, step, *, checksum: bool = False, **changes) -> None:
-    """Edits the meta of a checkpoint; `checksum` makes its checksum match the edit."""
+    """Edits the metadata of a checkpoint. `checksum` makes its checksum match the edit."""
     meta = read_meta_file(workdir, step) | changes
     if checksum:
         del meta["checksum"]
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_model_is_refused_leaf_by_leaf(workdir, tiny_con
 
 
 def test_the_newest_checkpoint_restores_bit_for_bit(workdir, tiny_config, capsys):
-    """Other training images print a warning."""
+    """If the training images have changed, a warning is printed."""
     assert_same_tree(restore(workdir, tiny_config), make_state(2))
     assert "warning" not in capsys.readouterr().err
     restore(workdir, tiny_config, data="all-xyz")
@@ -197,7 +197,7 @@ def test_only_the_requested_fields_are_read_and_checked(workdir, tiny_config, wa
 
 
 def change_checksum(workdir, path):
-    """Writes another checksum for an array of checkpoint 2, as if one of its bits had flipped."""
+    """Changes the checksum of an array of checkpoint 2, as if a bit of the array had flipped."""
     arrays = read_meta_file(workdir, 2)["arrays"]
     arrays["state"][path][2] ^= 1
     rewrite_meta(workdir, 2, arrays=arrays, checksum=True)
@@ -219,7 +219,7 @@ def test_a_damaged_array_is_refused_if_it_is_requested(workdir, tiny_config):
 def test_a_checkpoint_of_another_format_is_refused_and_stays(workdir, tiny_config, version):
     meta = read_meta_file(workdir, 2) | {"format_version": version}
     del meta["checksum"]
-    checksum = {"checksum": json_checksum(meta)} if version > 1 else {}  # format 1 had none
+    checksum = {"checksum": json_checksum(meta)} if version > 1 else {}  # format 1 had no checksum
     (workdir / "checkpoints/2/meta/metadata").write_text(json.dumps({**meta, **checksum}))
     rule = f"--step=2: is in format {version}; this version reads format 3"
     with pytest.raises(InputError, match=rule):
@@ -300,7 +300,7 @@ def test_readers_create_nothing_without_checkpoints(tiny_config, tmp_path, which
 
 
 def test_the_newest_intact_meta_says_which_run_it_is(workdir, tiny_config):
-    """And of which code and data."""
+    """The metadata also identifies the code and the data."""
     saved = read_saved(workdir)
     assert saved is not None
     assert (saved.step, saved.fingerprint) == (2, "all-abc")
@@ -325,7 +325,7 @@ def test_the_newest_intact_meta_says_which_run_it_is(workdir, tiny_config):
 def save(workdir, config, scores: dict[int, Any]) -> list[int]:
     """Saves a checkpoint for each step with new `Checkpoints`; returns the steps that are kept.
 
-    A score is the score of level 0; a pair adds the score of the summary tokens.
+    A number is the score of level 0. A pair adds the score of the summary tokens.
     """
     with Checkpoints(workdir, config=config, owner=True) as checkpoints:
         for step, score in scores.items():
@@ -346,7 +346,7 @@ def test_the_best_checkpoint_survives_every_resume(tiny_config, tmp_path):
     assert save(tmp_path, tiny_config, {1: 0.5, 2: 0.9, 3: 0.6, 4: None}) == [2, 4]
     assert save(tmp_path, tiny_config, {5: None, 6: 0.7}) == [2, 6]
     assert best_step(tmp_path, tiny_config) == 2
-    assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # a tie: the newest
+    assert save(tmp_path, tiny_config, {7: 0.9, 8: 0.1}) == [7, 8]  # a tie: the newest is kept
     assert best_step(tmp_path, tiny_config) == 7
 
 

@@ -1,4 +1,4 @@
-"""The commands, each in its own process, as a user starts them."""
+"""The commands. Each runs in its own process, as a user starts it."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def tiny_overrides(shapes_npz: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def tiny_flags(shapes_npz):
-    """shapes_tiny, shrunk to seconds."""
+    """Flags for a run of shapes_tiny that takes seconds."""
     overrides = tiny_overrides(shapes_npz)
     return [SHAPES, *(f"--config.{field}={value}" for field, value in overrides.items())]
 
@@ -44,7 +44,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
     """Expects status 2 and one line on stderr with all the words."""
     assert result.returncode == 2, result.stderr
     lines = result.stderr.strip().splitlines()
-    if len(lines) > 1 and ": train " in lines[0]:  # the line about the images of the run
+    if len(lines) > 1 and ": train " in lines[0]:  # a line about the images of the run comes first
         lines = lines[1:]
     assert len(lines) == 1, result.stderr
     for word in words:
@@ -66,7 +66,7 @@ def test_train_probe_embed_and_load_work_together(run_module, tiny_flags, tmp_pa
     run("probe", f"--workdir={workdir}", "--protocols=knn", encoders, "--nokeep_features")
     rows = read_rows()
     assert {row["encoder"] for row in rows} == {"target", "online", "random_init", "pixels"}
-    assert rows[: len(first)] == first, "the probe must find what the end of the run found"
+    assert rows[: len(first)] == first, "the probe must agree with the probe at the end of the run"
 
     shutil.copytree(workdir, again)
     arguments = ["--protocols=lowshot,fewshot,quality,attentive,finetune", "--encoders=target"]
@@ -137,7 +137,7 @@ def test_sigterm_saves_the_run(tiny_flags, tmp_path):
             break
     started = time.monotonic()
     _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - started < 50  # 10 s on a quiet machine
+    assert time.monotonic() - started < 50  # 10 s on an idle machine
     assert process.returncode == 143
     assert "run the same command to go on" in stderr
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
@@ -168,7 +168,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run_module, arguments, words, t
 
 @pytest.mark.slow
 def test_a_closed_pipe_ends_the_command_silently(tiny_run, tmp_path):
-    """As in `... | head -1`; the work directory, which is being written, is not to blame."""
+    """As in `... | head -1`. The error must not be reported as one of the work directory."""
     command = [sys.executable, "-u", "-m", "hjepa_jax.report", "--noimages"]
     command += [f"--workdir={tiny_run}", f"--output={tmp_path}"]
     reader, writer = os.pipe()
@@ -192,7 +192,7 @@ def test_probing_an_empty_directory_is_refused(run_module, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_flags):
-    """A workdir with a checkpoint, made by the command."""
+    """A work directory with a checkpoint, trained by the command."""
     workdir = tmp_path_factory.mktemp("run")
     flags = [*tiny_flags, "--config.eval.probe_at_end=False", f"--workdir={workdir}"]
     assert run_command(MAIN, *flags).returncode == 0

@@ -1,4 +1,4 @@
-"""Several processes: agreement, and the end of the others if one is lost."""
+"""Runs in several processes: they agree, and if one is lost, the others exit."""
 
 import contextlib
 import json
@@ -46,7 +46,8 @@ def test_an_error_of_process_0_is_raised():
         cluster.by_first(refuse)
 
 
-def test_the_other_processes_log_nothing(tmp_path):
+def test_the_other_processes_log_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     logger = SilentLogger()
     for step in (1, 2):
         logger.scalars(step, {"train/loss": 1.0})
@@ -54,6 +55,7 @@ def test_the_other_processes_log_nothing(tmp_path):
     logger.end_line()
     logger.close()
     assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_invalid_coordinator_gives_one_line(run_module):
@@ -73,14 +75,14 @@ def test_several_processes_need_a_coordinator(told):
 
 
 TREE = {"kernel": np.arange(64 * 96, dtype=np.float32).reshape(64, 96), "bias": np.ones(96, "f")}
-# name: processes, devices of each, fsdp
+# name: (number of processes, devices per process, fsdp)
 LAYOUTS = {"one": (1, 1, 1), "four": (1, 4, 2), "eight": (1, 8, 8), "processes": (2, 2, 4)}
 
 
 def move_checkpoints(
     folder: pathlib.Path, config, name: str, coordinator: str | None, index: int, saves: bool
 ) -> None:
-    """Saves a state in the layout `name`, or reads the states of all layouts in it."""
+    """Saves a state in the layout `name`, or reads the states of all layouts into this layout."""
     num, devices, fsdp = LAYOUTS[name]
     with cluster.member(coordinator, num_processes=num, process_id=index):
         backend.select_platform("cpu", cpu_devices=devices)
@@ -108,7 +110,7 @@ def move_checkpoints(
 
 
 def run_both(target, *args):
-    """Starts a function in two processes that know each other, with the number of each."""
+    """Starts `target(*args, coordinator, index)` in two processes; returns the processes."""
     address = processes.free_address()
     both = [processes.CONTEXT.Process(target=target, args=(*args, address, i)) for i in range(2)]
     for process in both:
@@ -119,7 +121,7 @@ def run_both(target, *args):
 @several
 @pytest.mark.slow
 def test_every_layout_reads_the_checkpoints_of_every_other(tiny_config, tmp_path):
-    """One, four and eight devices, two processes: bit for bit, with the sharding of the reader."""
+    """The arrays are equal bit for bit, and have the sharding of the layout that reads them."""
     for saves in (True, False):
         for name, (num, _, _) in LAYOUTS.items():
             (tmp_path / name).mkdir(exist_ok=True)
@@ -180,7 +182,7 @@ def give_up(path: pathlib.Path, coordinator: str, index: int) -> None:
 
 @several
 @pytest.mark.slow
-def test_the_reason_of_process_0_ends_the_other_in_one_line(tmp_path):
+def test_an_error_of_process_0_ends_process_1_with_one_line(tmp_path):
     for process in reversed(both := run_both(give_up, tmp_path)):
         process.join(60)
     assert both[1].exitcode == cluster.LOST
@@ -203,7 +205,7 @@ def run_out_of_memory(path: pathlib.Path, coordinator: str, index: int) -> None:
 @several
 @pytest.mark.slow
 def test_an_error_of_jax_in_one_process_is_reported_at_once(tmp_path):
-    """It must not wait the 35 seconds that detect a lost process."""
+    """The report must not take the 30 seconds after which a silent process counts as lost."""
     both, told = run_both(run_out_of_memory, tmp_path), tmp_path / "1.err"
     while not (told.exists() and "error: RESOURCE_EXHAUSTED" in told.read_text()):
         assert both[1].is_alive()
@@ -242,9 +244,9 @@ def test_processes_that_do_not_agree_are_refused(tiny_config, tmp_path, rates, w
 @several
 @pytest.mark.slow
 def test_two_processes_stop_resume_and_evaluate_a_run(tiny_config, tmp_path):
-    """Signals reach the two processes at different steps; the resumed run has all results.
+    """Signals reach the two processes at different steps. The resumed run has all results.
 
-    One held-out image leaves a process without any; test_layouts has more.
+    There is one held-out image, so one process has none. test_layouts uses more images.
     """
     tiny_config.log.every_steps, tiny_config.eval.num_val = 1, 1
     tiny_config.log.report = tiny_config.eval.probe_at_end = True

@@ -1,4 +1,4 @@
-"""Flags: None, repeated flags, several workdirs, config files with errors, help."""
+"""Command-line flags: None, repetition, several workdirs, faulty config files, help."""
 
 import os
 import pty
@@ -57,7 +57,7 @@ def test_every_optional_field_can_be_set_back_to_none(all_fields_set, word):
     validate(config)
 
 
-def test_a_list_of_classes_that_a_config_sets_can_be_taken_back():
+def test_the_class_list_of_a_config_can_be_set_to_none():
     config = parse("--config=imagenet100_small", "--config.data.class_list=None").config
     assert config.data.class_list is None
 
@@ -75,7 +75,7 @@ def test_an_amount_is_a_count_or_a_fraction(text, value):
     [("seed", "a whole number"), ("optim.learning_rate", "a number"), ("mask.scale", "a tuple"),
      ("loss.kind", "a string")],
 )  # fmt: skip
-def test_none_is_refused_where_a_value_is_needed(field, rule):
+def test_none_is_refused_for_required_fields(field, rule):
     config = parse(SHAPES, f"--config.{field}=None").config
     with pytest.raises(InputError, match=rf"^{field}=None: must be {rule}"):
         validate(config)
@@ -110,7 +110,8 @@ def test_none_stays_a_string_in_fields_that_allow_it():
 def test_a_bad_override_gives_one_line(argument, words, capsys):
     def parse_and_check() -> None:
         try:
-            validate(parse(SHAPES, argument).config)  # how deep Python parses is the platform's
+            # The platform decides how deeply nested an expression Python can parse.
+            validate(parse(SHAPES, argument).config)
         except InputError as error:
             cli.fail(str(error))
 
@@ -136,7 +137,7 @@ def test_a_bad_override_gives_one_line(argument, words, capsys):
         ("--workdirs=x", "--workdir"),
     ],
 )
-def test_a_name_of_the_same_meaning_is_hinted_at(argument, hint, capsys):
+def test_a_wrong_name_gets_a_hint_at_the_right_field(argument, hint, capsys):
     with pytest.raises(SystemExit):
         parse(SHAPES, argument, define=define_some)
     told = capsys.readouterr().err
@@ -184,7 +185,7 @@ def test_the_same_value_given_twice_and_repeatable_flags_are_accepted(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_runs_and_configs_need_no_flag_before_them():
+def test_workdirs_configs_and_inputs_may_be_positional():
     values = flags.FlagValues()
     define_some(values)
     cli.parse_flags(["probe", "a", "--output", "x", "b", "--noimages", "c", "--workdir=d"], values)
@@ -195,7 +196,7 @@ def test_runs_and_configs_need_no_flag_before_them():
         parse("shapes_tiny", "b")
     values = flags.FlagValues()
     flags.DEFINE_multi_string("input", None, "", values)
-    define_some(values)  # of `embed`: arguments are its inputs
+    define_some(values)  # `embed`: arguments are its inputs
     cli.parse_flags(["embed", "a.jpg", "--workdir=r", "b.jpg,c.jpg"], values)
     assert (values.workdir, values.input) == (["r"], ["a.jpg", "b.jpg,c.jpg"])
     assert cli.separated("--input", values.input) == ["a.jpg", "b.jpg", "c.jpg"]
@@ -287,7 +288,7 @@ cli.run(main)
     assert (tmp_path / "beside").read_text() == ""
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone has this device")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 def test_a_full_disk_is_an_error_on_stdout_only():
     with open("/dev/full", "w") as full:
         output = cli._Output(os.dup(full.fileno()), required=True)
@@ -310,7 +311,7 @@ def test_no_line_on_a_terminal_overwrites_another(monkeypatch):
         "\rstep 1\033[K\rstep 2\033[K\r\na warning\r\na note\r\n\rbar 10 %\r        \ra table\r\n"
     )
     found = b""
-    while len(found) < len(shown):  # a terminal may hand over a part
+    while len(found) < len(shown):  # one read may return only a part
         found += os.read(ours, 1000)
     assert found.decode() == shown
 
@@ -357,7 +358,7 @@ def test_a_setting_that_jax_refuses_gives_one_line():
 def test_help_is_a_page_with_status_0(flag, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main", flag])
     monkeypatch.setattr(cli, "_prepare_output", lambda: None)
-    cli.run(main.main)  # an uncaught SystemExit would end the test: Python's own status is 0
+    cli.run(main.main)  # returns, so the exit status is 0; a SystemExit would fail the test
     page = capsys.readouterr().out
     assert page.startswith("Trains the run that a config describes.")
     assert "\n  --workdir              The run's directory" in page

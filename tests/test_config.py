@@ -58,7 +58,10 @@ def test_config_is_locked_short_and_valid(name):
 
 
 def test_m1_max_quick_val_is_the_reference_run():
-    """12,051,264 parameters and 6,526,848 trainable, within 1 %; and its warm-up."""
+    """It has 12,051,264 parameters, and 6,526,848 of them are trainable, within 1 %.
+
+    The warm-up of the learning rate also agrees.
+    """
     config = load("m1_max_quick_val")
     create = build.build_create_state(config, build.build_model(config), optax.identity())
     state = jax.eval_shape(create)
@@ -69,7 +72,7 @@ def test_m1_max_quick_val_is_the_reference_run():
     schedules = build.build_schedules(config, CIFAR10.num_images)
     assert schedules.steps_per_epoch == 1562
     assert f"{float(schedules.learning_rate_fn(50)):.2e}" == "3.20e-06"
-    config.train.num_steps = 300  # wins over epochs, and the warm-up keeps its meaning
+    config.train.num_steps = 300  # overrides num_epochs, but does not change the warm-up
     schedules = build.build_schedules(config, CIFAR10.num_images)
     assert schedules.num_steps == 300
     assert f"{float(schedules.learning_rate_fn(250)):.2e}" == "1.60e-05"
@@ -85,18 +88,19 @@ def test_the_masks_of_m1_max_full_100epoch_cover_the_grid_evenly_at_three_levels
         np.asarray(hierarchy.hidden_cells(hidden, 14, level, config.mask.min_coverage)).mean(axis=0)
         for level in range(3)
     ]
-    error = 4 * np.sqrt(0.571 * 0.429 / n)  # of 49 cells, 25 to 31 are hidden
+    error = 4 * np.sqrt(0.571 * 0.429 / n)  # 25 to 31 of the 49 cells are hidden
     for coverage in by_level[:2]:
         assert np.abs(coverage - 28 / 49).max() < error
     assert by_level[2].min() > 0.52
-    assert by_level[2].max() < 0.87  # a cell of 4 x 4 patches, of which half must be hidden
+    assert by_level[2].max() < 0.87  # a cell has 4 x 4 patches, and half of them must be hidden
 
 
 @pytest.mark.slow
 def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
-    """FLOPs of m1_max_quick_val against the same model whose context encoder computes on all.
+    """Compares the FLOPs of m1_max_quick_val with a context encoder that computes all patches.
 
-    Both networks have few of their blocks, as tracing takes seconds: with all it saves more.
+    Both networks have only a few of their blocks, because tracing takes seconds. With all blocks,
+    the saving is larger.
     """
     config, flops = load("m1_max_quick_val"), []
     with config.unlocked():
@@ -111,7 +115,7 @@ def test_dropping_hidden_patches_saves_two_fifths_of_the_arithmetic():
 
 @pytest.mark.slow
 def test_a_term_of_weight_0_costs_nothing(tiny_config):
-    """Without the levels: no target pass, no predictor, no gradient of either."""
+    """If all level weights are 0: no target pass, no predictor, and no gradient of either."""
     agree = {"loss.agreement_weight": 1.0, "data.local_views": 1, "data.local_size": 8}
     agree |= {"loss.regularizer": "none", "model.projection": (16, 8)}
     without = agree | {"loss.level_weights": (0.0, 0.0)}
@@ -132,11 +136,11 @@ def test_a_term_of_weight_0_costs_nothing(tiny_config):
     encoder = jax.eval_shape(model.context_encoder.init, jax.random.PRNGKey(0), images)
     encode = jax.jit(model.context_encoder.apply)
     target_pass = encode.lower(encoder, images).cost_analysis()["flops"]
-    assert flops[1] - flops[0] > target_pass  # and the projection of the teacher
+    assert flops[1] - flops[0] > target_pass  # the teacher term also needs a projection
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config, monkeypatch):
+def test_gradient_accumulation_does_not_change_the_flops(tiny_config, monkeypatch):
     monkeypatch.setattr(run, "build_run", programs.sharing_runs(run.build_run))
     flops = []
     for num_parts in (1, 4):
@@ -146,7 +150,7 @@ def test_a_batch_in_parts_takes_the_arithmetic_of_a_whole_one(tiny_config, monke
 
 
 def test_every_field_has_a_reader():
-    """An option that no code reads would be a promise not kept; a rule for it is no reader."""
+    """An option that no code reads has no effect. A validation rule does not count as a reader."""
     files = pathlib.Path("hjepa_jax").rglob("*.py")
     texts = [p.read_text() for p in files if p.name not in {"defaults.py", "validation.py"}]
     package = "".join(texts) + inspect.getsource(config_module.encoder_size)
@@ -154,7 +158,7 @@ def test_every_field_has_a_reader():
     assert not [field for field in fields if f".{field.split('.')[-1]}" not in package]
 
 
-# Another value for each field of model, mask, loss and augmentation.
+# A non-default value for each field of the model, the masks, the loss and the augmentation.
 OTHER_VALUES = {
     "data": {
         "image_size": 64, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "crop_scale": (0.3, 1.0),
@@ -185,14 +189,15 @@ OTHER_VALUES = {
         "covariance_weight": 5.0, "regularized": "both",
     },
 }  # fmt: skip
-# What a field needs beside it to change anything.
+# Other settings that a field needs before it changes anything.
 A_VIEW, AN_AGREEMENT = {"data.local_views": 1}, {"loss.agreement_weight": 1.0}
 NEEDS = {
     "local_size": A_VIEW, "local_crop_scale": A_VIEW, "local_patches": A_VIEW,
     "spread_weight": AN_AGREEMENT, "projection": AN_AGREEMENT,
     "progression": {"mask.kind": "hierarchical"},
 }  # fmt: skip
-# Fields of the same groups that say where images come from, or that the step reads by itself.
+# Fields of the same groups that no builder reads: they select the data, or the train step reads
+# them directly.
 READ_ELSEWHERE = {
     "data.source", "data.dir", "data.streaming", "data.num_workers", "data.max_labelled",
     "data.train_split", "data.class_list", "data.follow_links", "model.target",
@@ -204,7 +209,7 @@ BUILDERS = (
 
 
 def test_every_option_changes_what_is_built():
-    """Each by itself: a field that `build` forgets to pass on would leave its part as it is."""
+    """Changes one field at a time. If `build` does not pass it on, no part changes."""
     parts = lambda *overrides: [part(changed(*overrides)) for part in BUILDERS]
     others = {f"{g}.{name}": v for g, values in OTHER_VALUES.items() for name, v in values.items()}
     fields = {f for f in flatten(base_config().to_dict()) if f.split(".")[0] in OTHER_VALUES}
@@ -226,7 +231,7 @@ BROKEN = {
     "data.vertical_flip": [-0.5], "data.blur": [1.5], "data.blur_sigma": [(0.0, 1.0)],
     "data.solarize": [2.0], "data.brightness": [-0.1], "data.hue": [0.6],
     "data.jitter_probability": [1.1],
-    "data.local_views": [2, -1],  # 2: without agreement
+    "data.local_views": [2, -1],  # 2: needs loss.agreement_weight
     "data.local_patches": [0, 0.0], "data.local_size": [1.5], "mask.num_context": [1.0, True],
     "model.name": ["vit_enormous"], "model.num_levels": [5, 0, 99_999],
     "model.positions": ["rope9d"], "model.dtype": ["float64"], "model.width": [190, BIG],
@@ -242,9 +247,9 @@ BROKEN = {
     "mask.align_level": [4, 10**9], "mask.min_coverage": [0.0], "loss.kind": ["l3"],
     "loss.level_weights": [(1.0,), (1.0, -1.0), ("a", "b"), (1, (2, 3)), (NAN, 1.0)],
     "loss.regularizer": ["hope"], "loss.num_slices": [0], "loss.summary_weight": [-1.0],
-    "loss.agreement_weight": [1.0, -1.0],  # 1: without a second view
+    "loss.agreement_weight": [1.0, -1.0],  # 1: needs a second view
     "loss.spread_weight": [-1.0],
-    "loss.teacher_weight": [1.0, -1.0],  # 1: without agreement
+    "loss.teacher_weight": [1.0, -1.0],  # 1: needs loss.agreement_weight
     "loss.spread_moment": ["epoch"], "optim.kind": ["sgd"], "optim.learning_rate": [INF, 1e30],
     "optim.decay_epochs": [-1.0], "optim.b1": [1.0, NAN], "optim.muon_momentum": [1.0],
     "optim.ema_momentum": [
@@ -279,7 +284,8 @@ NO_WEIGHTS = {
     "loss.variance_weight": 0.0,
     "loss.covariance_weight": 0.0,
 }
-# Fields that fit each other, a change that breaks a rule between fields, and the refusal.
+# Each row: fields that fit together, a change that violates a rule between fields, and the start
+# of the error.
 RELATIONS = [
     ({"model.num_levels": 1}, {"model.pyramid": "add"}, "model.pyramid='add': needs model.num_le"),
     (ONLINE, {"model.pyramid": "add"}, "model.pyramid='add': needs model.target='ema'"),
@@ -304,7 +310,7 @@ RELATIONS = [
      "loss.summary_weight=1.0: needs model.num_summary_tokens"),
     (NO_TOKENS | {"loss.summary_weight": 0.0}, {"loss.regularized": "summary"},
      "loss.regularized='summary': needs model.num_summary_tokens"),
-    # A number that Python does not print, in one line all the same.
+    # Python refuses to print this number, but the error still has one line.
     ({}, {"mask.scale": (1 << 99_999, 1.0)}, "mask.scale=<tuple>: must be a tuple of numbers"),
 ]  # fmt: skip
 
@@ -346,7 +352,7 @@ def test_epochs_of_more_steps_than_can_be_counted_are_refused(field):
     [
         ({"train.batch_size": 50_001}, CIFAR10, r"^train.batch_size=50001.*50000"),
         ({"mask.scale": (0.001, 0.002)}, CIFAR10, r"^mask.scale=\(0.001, 0.002\): no block"),
-        ({}, HUGE, r"^data.source.*GiB"),  # as much as does not fit the device
+        ({}, HUGE, r"^data.source.*GiB"),  # larger than the memory of the device
     ],
 )
 def test_a_run_that_its_data_does_not_allow_is_refused(change, source, rule):
@@ -393,7 +399,7 @@ def test_a_config_json_comes_back_as_saved_with_defaults_for_missing_fields(tmp_
     saved = config.to_dict()
     saved.pop("log")
     saved["parallel"].pop("cpu_devices")
-    saved["model"].pop("num_registers")  # as of a version that did not have the field
+    saved["model"].pop("num_registers")  # as saved by a version without the field
     for field, value in REMOVED_FIELDS.items():
         group, name = field.split(".")
         saved[group][name] = value
@@ -423,13 +429,13 @@ def sizes_of(config):
     return build.build_masks(config).context_capacity, local.num_patches, local.augment.image_size
 
 
-def test_fractions_follow_the_patches_and_the_sides_of_the_image():
+def test_sizes_given_as_fractions_scale_with_the_image():
     config = load("cifar10_tiny")
     assert sizes_of(config) == (16, 16, (32, 32))
     counted = load("cifar10_tiny").unlock()
     counted.mask.num_context, counted.data.local_patches, counted.data.local_size = 16, 16, 32
     assert sizes_of(counted) == (16, 16, (32, 32))
-    assert differing_fields(config, counted) == []  # the same run
+    assert differing_fields(config, counted) == []  # both describe the same run
     for c in (config, counted):
         c.data.image_size = 64
     assert sizes_of(config) == (64, 64, (64, 64))

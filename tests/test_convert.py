@@ -1,4 +1,4 @@
-"""Files of other projects: read without running code, or refused before anything is written."""
+"""Files of other projects are read without running code, or refused before anything is written."""
 
 import io
 import json
@@ -20,7 +20,7 @@ WIDTH, GRID, PATCH = 16, 4, 2
 
 
 def vit_tensors(width=WIDTH, grid=GRID, **others):
-    """A vision transformer of one block, in timm's layout."""
+    """Returns the tensors of a vision transformer with one block, in timm's layout."""
     rng = np.random.default_rng(0)
     shapes = {
         "cls_token": (1, 1, width), "pos_embed": (1, grid**2 + 1, width),
@@ -46,7 +46,7 @@ def save(path, found):
 
 
 def torch_file(path, found, *, reduce=b"ctorch._utils\n_rebuild_tensor_v2\n", numel=None):
-    """Writes what torch.save writes, opcode by opcode: this environment need not have PyTorch."""
+    """Writes the format of torch.save, opcode by opcode, because PyTorch may not be installed."""
 
     def text(value):
         return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
@@ -114,7 +114,7 @@ def test_a_converted_encoder_is_a_work_directory(tmp_path):
 
 
 def hjepa_tensors():
-    """The networks of a checkpoint of the PyTorch H-JEPA; its target encoder is `vit_tensors`."""
+    """Returns the networks of a PyTorch H-JEPA checkpoint; its target encoder is `vit_tensors`."""
     target = vit_tensors()
     others = {f"context_encoder.vit.{n}": t + 1 for n, t in target.items()}
     heads = ("predictor.blocks.0.norm1.weight", "hierarchy_projections.0.0.weight",
@@ -133,7 +133,7 @@ def test_the_target_encoder_of_a_pytorch_hjepa_is_taken(prefix):
 
 
 class Bomb:
-    """Unpickling it makes the file whose name it carries."""
+    """Unpickling this object creates the file `path`."""
 
     def __init__(self, path):
         self.path = path
@@ -289,7 +289,7 @@ def test_resampling_keeps_constants(antialias):
     table = np.stack([np.ones(36), rows.ravel()], axis=1).astype(np.float32)
     found = resample(table, 12, antialias=antialias).reshape(12, 12, 2)
     np.testing.assert_allclose(found[..., 0], 1, rtol=1e-6)
-    # The cubic with a = -0.75 does not keep planes, and PyTorch has it like that.
+    # Cubic interpolation with a = -0.75, as in PyTorch, does not preserve linear functions.
     expected = [1.75, 2.25, 2.75, 3.25] if antialias else [1.703125, 2.296875, 2.703125, 3.296875]
     np.testing.assert_allclose(found[4:8, 3, 1], expected, atol=1e-6)
     assert resample(table, 6, antialias=antialias) is table
@@ -297,7 +297,7 @@ def test_resampling_keeps_constants(antialias):
 
 @pytest.mark.slow
 def test_the_commands_work_on_a_converted_encoder(run_module, shapes_npz, tmp_path):
-    """Converted, judged, fine-tuned, reported, embedded and exported, as from a run."""
+    """Converts, probes, fine-tunes, reports, embeds and exports, as for a trained run."""
     source = save(tmp_path / "x.safetensors", vit_tensors())
     workdir = f"--workdir={tmp_path / 'run'}"
     for command in (

@@ -1,4 +1,4 @@
-"""What the README promises of `make demo`, on a shortened run of its config."""
+"""`make demo` does what the README promises, tested on a shortened run of its config."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_the_box_at_the_end_fits_a_terminal_of_80_columns(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_third_of_the_demo_learns_more_than_an_untrained_network_knows(tmp_path):
+def test_a_shortened_demo_beats_an_untrained_network(tmp_path):
     short = ["train.num_epochs=3.0", "eval.every_epochs=3.0"]
     quick = [f"{field}=False" for field in ("eval.probe_at_end", "log.tensorboard", "log.report")]
     flags = [f"--config.{change}" for change in short + quick]

@@ -1,4 +1,4 @@
-"""The pages agree with the program: fields, links, version."""
+"""The pages agree with the program: fields, links and version."""
 
 import pathlib
 import re

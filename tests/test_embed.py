@@ -1,4 +1,4 @@
-"""Features of images: the command and Python agree, and keep the split of the run."""
+"""Features of images: the command and the Python API agree, and keep the data split of the run."""
 
 import functools
 import os
@@ -74,7 +74,7 @@ def workdir(tmp_path_factory, photos) -> pathlib.Path:
 
 
 def first_pixel(_, images):
-    """A function in place of an encoder."""
+    """Replaces an encoder: its only feature is the first pixel of an image."""
     return {"x": images[:, 0, 0, :1].astype(np.float32)}
 
 
@@ -95,7 +95,7 @@ NAMES = ("level_0", "level_1", "summary")
 
 
 def test_python_gives_the_features_of_the_command(workdir, photos, written):
-    """Photos of several sizes as files, uint8 and floats, alone and in a list."""
+    """Photos of several sizes are given as files, uint8 and floats, one by one and in a list."""
     encoder = hjepa_jax.load(workdir)
     files = [*written["train_files"], *written["test_files"]]
     assert len(files) == 40
@@ -136,7 +136,7 @@ def test_an_npz_of_photos_has_the_same_features_as_the_files(workdir, photos, tm
 @pytest.mark.parametrize("streaming", ["auto", "always"])
 @pytest.mark.parametrize("seed", [0, 2])
 def test_the_run_never_saw_the_test_files(photos, workdir, tmp_path, seed, streaming, monkeypatch):
-    """For several seeds, with a broken file, and for streamed runs; the encoder does not matter."""
+    """Covers several seeds, a broken file and streamed runs. The encoder does not matter."""
     config = load_config(workdir)
     with config.unlocked():
         config.seed, config.data.streaming = seed, streaming
@@ -158,7 +158,10 @@ def test_the_run_never_saw_the_test_files(photos, workdir, tmp_path, seed, strea
 
 
 def test_every_format_holds_the_same_rows(workdir, photos, written, tmp_path):
-    """Numpy's in file order, with the tokens of all patches, and Parquet with names and split."""
+    """npy and Parquet files have the rows in file order, and can hold the tokens of all patches.
+
+    Parquet files also have the file names and the split.
+    """
     options = {"tokens": True, "features": ("level_1", "summary")}
     feature_file.write_features(str(workdir), str(photos), f"{tmp_path}/x.parquet", **options)
     table = parquet.read_table(tmp_path / "x.parquet")
@@ -199,7 +202,7 @@ def test_an_unknown_feature_is_refused_before_any_work(workdir, photos, tmp_path
 def test_an_interrupted_command_goes_on_without_a_lost_or_doubled_row(
     other, workdir, photos, tmp_path, monkeypatch
 ):
-    """Shards that are whole are kept, unless the encoder is another one."""
+    """Complete shards are kept, unless the encoder has changed."""
     monkeypatch.setattr(feature_file, "SHARD_ROWS", 8)
     batches = []
 
@@ -217,7 +220,7 @@ def test_an_interrupted_command_goes_on_without_a_lost_or_doubled_row(
     with pytest.raises(KeyboardInterrupt):
         run_with(0)
     assert [path.name for path in tmp_path.iterdir()] == [".x.npz.partial"]
-    (tmp_path / ".x.npz.partial" / "00000002.npz.99.partial").touch()  # a save that was killed
+    (tmp_path / ".x.npz.partial" / "00000002.npz.99.partial").touch()  # from a save that was killed
     assert len(batches) == 2
     if not other:
         batches.append(0)  # so that it is not interrupted again
@@ -237,8 +240,8 @@ def test_a_folder_with_its_own_split_keeps_it(shapes_folder, workdir, tmp_path):
     assert all(name.startswith("test/") for name in found["test_files"])
 
 
-def save_arrays(photos: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
-    """Writes x.npz and x.npy with 6 images each, of another size than the encoder's."""
+def save_arrays(folder: pathlib.Path) -> np.ndarray:
+    """Writes x.npz and x.npy with 6 images each. Their size differs from the encoder's."""
     images = RNG.integers(256, size=(6, 20, 24, 3), dtype=np.uint8)
     np.savez(folder / "x.npz", images=images, labels=np.arange(6) % 2)
     np.save(folder / "x.npy", images[::-1])
@@ -249,9 +252,9 @@ def save_arrays(photos: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
 def test_a_mix_of_inputs_is_one_list_in_the_order_given(
     suffix, workdir, photos, tmp_path, monkeypatch
 ):
-    """Images, a tree with a broken file, and arrays; interrupted and continued."""
+    """Mixes images, a folder with a broken file, and arrays. The command is interrupted once."""
     monkeypatch.setattr(feature_file, "SHARD_ROWS", 8)
-    arrays = save_arrays(photos, tmp_path)
+    arrays = save_arrays(tmp_path)
     inputs = [f"{tmp_path}/x.npz", f"{photos}/b/01.png", f"{photos}/b/03.png", str(photos),
               f"npy:{tmp_path}/x.npy", f"{photos}/a/00.png"]  # fmt: skip
     files = [photos / "ab"[i % 2] / f"{i:02}.png" for i in range(40)]
@@ -275,7 +278,7 @@ def test_a_mix_of_inputs_is_one_list_in_the_order_given(
         else parquet.read_table(output).to_pydict() if suffix == "parquet"
         else {"level_0": np.load(output)[:, :16]}
     )  # fmt: skip
-    assert len(calls) == 1 + 4  # two arrays, 43 files and one: none of the first two again
+    assert len(calls) == 1 + 4  # array, 43 files, array, file; the first two only once
     reference = hjepa_jax.load(workdir).embed(expected)["level_0"]
     np.testing.assert_allclose(found["level_0"], reference, atol=1e-5)
     if suffix != "npy":
@@ -288,7 +291,7 @@ def test_a_mix_of_inputs_is_one_list_in_the_order_given(
 
 @pytest.mark.parametrize("name", ["x.npz", "x.npy"])
 def test_the_rows_of_an_array_without_a_split_keep_its_order(workdir, photos, name, tmp_path):
-    arrays = save_arrays(photos, tmp_path)
+    arrays = save_arrays(tmp_path)
     given = arrays if name == "x.npz" else arrays[::-1]
     feature_file.write_features(str(workdir), f"{tmp_path}/{name}", f"{tmp_path}/out.npy")
     expected = hjepa_jax.load(workdir).embed(given)["level_0"]
@@ -304,7 +307,7 @@ def test_an_exported_folder_gives_the_features_of_the_run(workdir, photos, writt
 
 
 def test_the_sheet_shows_each_image_with_its_nearest(workdir, photos, tmp_path):
-    """Self-contained; the order and the cosines of a search in full precision."""
+    """The page is self-contained. Order and cosines agree with a search in full precision."""
     inputs = [str(photos / "a"), str(photos / "b")]
     options = {"neighbours": 3, "features": ("level_1", "level_0")}
     feature_file.write_features(str(workdir), inputs, f"{tmp_path}/x.npz", **options)
@@ -369,7 +372,7 @@ def test_few_images_make_a_small_batch(workdir):
     assert sizes == [-(-size // devices) * devices for size in (1, 4, 64, 64, 64)]
 
 
-# Refused before any work: the work directory does not even exist.
+# The work directory does not exist, so the output must be refused before any work.
 @pytest.mark.parametrize(
     ("output", "rule"),
     [
@@ -427,7 +430,7 @@ def test_home_is_expanded_in_every_path(workdir, photos, tmp_path, monkeypatch):
     assert hjepa_jax.load("~/run").image_size == 16
 
 
-def test_the_low_level_function_gives_the_same_features_of_stored_images_alone(workdir):
+def test_build_embed_fn_agrees_and_refuses_other_dtypes(workdir):
     images = create_shapes(8, 1, seed=0)[0].images[:, ::2, ::2]
     model, params = load_encoder(workdir)
     embed = jax.jit(build.build_embed_fn(load_config(workdir), model))

@@ -1,4 +1,4 @@
-"""Errors name fields that exist: of a config, flags, or arguments of the function."""
+"""Errors name an existing config field, flag or function argument."""
 
 import ast
 import pathlib
@@ -12,7 +12,7 @@ from hjepa_jax.config.fields import flatten
 PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 FIELDS = {*flatten(base_config().to_dict())}
 GROUPS = {field.partition(".")[0] for field in FIELDS if "." in field}
-# Python in documentation, and files, read like fields.
+# Python code in documentation, and file names, look like fields.
 NOT_FIELDS = re.compile(r"\.(py|json|jsonl|npz|pkl|png|safetensors|stablehlo|onnx|apply)$|\($")
 TREES = {
     str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
@@ -20,7 +20,7 @@ TREES = {
 
 
 def flag_names():
-    """Names of all flags that the commands define."""
+    """Yields the names of all flags that the commands define."""
     calls = (n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.Call))
     for call in calls:
         if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_"):
@@ -33,13 +33,13 @@ FLAGS = {*flag_names()}
 
 
 def arguments(tree):
-    """Names of the arguments of all functions in a module."""
+    """Returns the argument names of all functions in a module."""
     functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     return {a.arg for f in functions for a in (*f.args.args, *f.args.kwonlyargs)}
 
 
 def raised_fields(tree):
-    """The literal first arguments of InputError, and of the helpers of `validation`."""
+    """Yields the literal field names passed to `InputError` and to `check` in `validation`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             named = {"InputError": node.args[:1], "check": node.args[1:2]}.get(node.func.id, ())

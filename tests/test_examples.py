@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the notebook run as they are written."""
+"""The examples in docstrings and in the notebook run as written."""
 
 import doctest
 import importlib

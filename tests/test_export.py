@@ -1,4 +1,4 @@
-"""Encoders that leave: files, layouts and programs give what the run's encoder gives."""
+"""Exported encoders: files, layouts and programs give the same features as the run's encoder."""
 
 import os
 import subprocess
@@ -49,12 +49,12 @@ def test_an_encoder_file_gives_the_same_encoder_and_facts(workdir, tmp_path):
         export(workdir, tmp_path / "out")
 
 
-def test_half_the_bytes_are_nearly_the_same_encoder(workdir, tmp_path):
+def test_float16_files_give_nearly_the_same_features(workdir, tmp_path):
     for dtype in DTYPES:
         export(workdir, tmp_path / dtype, dtype=dtype)
     sizes = [(tmp_path / dtype / "model.safetensors").stat().st_size for dtype in DTYPES]
     assert sizes[1] < 0.7 * sizes[0]
-    found, expected = (
+    expected, found = (
         hjepa_jax.load(tmp_path / dtype / "model.safetensors").embed(IMAGES) for dtype in DTYPES
     )
     for name, value in expected.items():
@@ -91,7 +91,7 @@ def test_an_encoder_in_another_layout_comes_back_the_same(layout, fields, shapes
         ("transformers", {"model.mlp_ratio": 2.5}, "needs a whole model.mlp_ratio"),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused(layout, fields, rule, shapes_npz, tmp_path):
+def test_a_layout_refuses_models_that_it_cannot_store(layout, fields, rule, shapes_npz, tmp_path):
     make_run(tmp_path / "run", shapes_npz, **fields)
     with pytest.raises(InputError, match=f"^--format='{layout}': {rule}"):
         export(tmp_path / "run", tmp_path / "out", layout=layout)
@@ -114,14 +114,14 @@ def test_a_layout_that_cannot_be_made_is_refused(layout, rule, workdir, tmp_path
     ("name", "rule"),
     [("net", "must be USER/NAME"), ("ada/net", "needs the package huggingface_hub")],
 )
-def test_an_upload_that_cannot_be_is_refused_before_any_work(name, rule, monkeypatch):
+def test_an_impossible_upload_is_refused_before_any_work(name, rule, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it was not installed
     with pytest.raises(InputError, match=rf"^--push='{name}': {rule}"):
         check_push(name)
 
 
 def test_a_program_needs_jax_alone_and_takes_any_batch(workdir, tmp_path):
-    """In a process that cannot import the package."""
+    """Runs the program in a process that cannot import the package."""
     export(workdir, tmp_path / "out", layout="stablehlo")
     np.save(tmp_path / "images.npy", IMAGES)
     code = """

@@ -1,4 +1,4 @@
-"""What the extras for Apple GPUs bring on a Mac, as a resolver sees it from here."""
+"""The extras for Apple GPUs resolve to the right versions for a Mac, on any machine."""
 
 import functools
 import os
@@ -10,12 +10,12 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.slow  # asks the package index
+pytestmark = pytest.mark.slow  # needs the package index
 
 
 @pytest.fixture(scope="session")
 def resolve(tmp_path_factory):
-    """`resolve(python, *extras)`: uv's outcome for macOS on Apple Silicon; installs nothing."""
+    """A function that lets uv resolve extras for macOS on Apple Silicon, and installs nothing."""
     folder = tmp_path_factory.mktemp("uv")
     pip = [sys.executable, "-m", "pip"]
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=False)
@@ -23,14 +23,14 @@ def resolve(tmp_path_factory):
     if installed.returncode:
         reason = installed.stderr.strip().splitlines()[-1:]
         pytest.skip(f"the package index cannot be reached: {reason}")
-    # pip's settings, in uv's words.
+    # uv gets the settings of pip.
     index = run([*pip, "config", "get", "global.index-url"]).stdout.strip()
-    settings = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"}  # jax-mps asks for it
+    settings = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"}  # required by jax-mps
     if index:
         settings["UV_DEFAULT_INDEX"] = index
     if "PIP_CERT" in os.environ:
         settings["SSL_CERT_FILE"] = os.environ["PIP_CERT"]
-    # Without tool.uv's list of conflicts: the packages themselves must not go together.
+    # The list of conflicts in tool.uv is removed, because the packages themselves must conflict.
     text, project = (REPOSITORY / "pyproject.toml").read_text(), folder / "pyproject.toml"
     project.write_text(re.sub(r"^conflicts = \[.*?^\]\n", "", text, flags=re.M | re.S))
 

@@ -1,4 +1,4 @@
-"""Figures show the given numbers, readably."""
+"""Figures show the given numbers and are readable."""
 
 import io
 
@@ -12,7 +12,7 @@ from hjepa_jax.reporting.snapshot import CONTEXT, DROPPED, TARGET
 
 
 def contrast(*colours: str) -> float:
-    """Contrast of two colours by their relative luminance, as WCAG 2 has it."""
+    """Returns the contrast of two colours by their relative luminance, as WCAG 2 defines it."""
 
     def luminance(colour: str) -> float:
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -24,7 +24,7 @@ def contrast(*colours: str) -> float:
 
 
 def shown(figure, axes: int) -> np.ndarray:
-    """The first picture in some axes of a figure."""
+    """Returns the first picture in the given axes of a figure."""
     return np.ma.getdata(figure.axes[axes].images[0].get_array())
 
 
@@ -69,7 +69,7 @@ def test_a_dark_png_leaves_the_light_one_unchanged():
     light, dark = figures.png(figure), figures.png(figure, dark=True)
     assert tuple(read(light)[0, 0]) == (255, 255, 255)
     assert tuple(read(dark)[0, 0]) == (0x0D, 0x11, 0x17)
-    assert read(dark).max() > 200, "text is light"
+    assert read(dark).max() > 200, "text must be light on dark paper"
     np.testing.assert_array_equal(read(figures.png(figure)), read(light))
     pixels = figures.pixels(figure)
     assert 0 <= pixels.min() < 0.3
@@ -82,7 +82,7 @@ def test_a_png_has_the_colours_of_the_drawing():
     noise = np.random.default_rng(0).random((6, 32, 32, 3)).astype(np.float32)
     figure = image_figures.neighbours(noise, noise[:, None], ["cat"] * 6, [[True]] * 6)
     figures.pixels(figure)
-    figure.set_layout_engine("none")  # it may shift by a pixel between drawings
+    figure.set_layout_engine("none")  # a layout may shift by a pixel between drawings
     saved = read(figures.png(figure))
     np.testing.assert_array_equal(saved, (figures.pixels(figure)[0] * 255).round())
 
@@ -145,7 +145,7 @@ def test_a_constant_and_a_single_point_get_no_picture(y, drawn):
     assert len(figures.changing_curves([panel], "name", "caption")) == drawn
 
 
-def test_patches_of_a_view_that_are_not_seen_are_dark():
+def test_hidden_patches_of_a_view_are_dark():
     images, seen = np.full((1, 4, 4, 3), 0.8, np.float32), np.array([[[True, False]] * 2])
     figure = image_figures.views(images, images, seen, images[:, None], ~seen[:, None])
     whole, masked, ema, local = (shown(figure, row) for row in range(4))
@@ -160,7 +160,7 @@ def test_masks_tint_targets_and_darken_dropped_patches():
     tinted = shown(image_figures.masks(images, [state]), 1)
     np.testing.assert_allclose(tinted[:2, :2], 0.8)
     red, _, blue = tinted[0, 3]
-    assert red > 0.7 > 0.4 > blue, "orange"
+    assert red > 0.7 > 0.4 > blue, "targets must be orange"
     assert tinted[2:].max() < 0.15
 
 
@@ -195,7 +195,7 @@ def test_similarity_is_one_at_the_framed_patch():
     images, patches = np.zeros((2, 9, 12, 3), np.float32), [(1, 1), (2, 3)]
     figure = image_figures.similarity_maps(images, tokens, patches)
     for i in range(2):
-        place = 2 * 2 + i  # third row: the second patch
+        place = 2 * 2 + i  # third row: similarity to the second patch
         similarity = shown(figure, place)
         assert similarity[2, 3] == pytest.approx(1.0)
         a, b = tokens[i, 2, 3], tokens[i, 0, 0]

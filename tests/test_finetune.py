@@ -45,7 +45,7 @@ class Keep:
 
 @pytest.fixture(scope="module")
 def tuned(params):
-    """Scores and final state."""
+    """Scores and final state of a complete fine-tuning."""
     kept = Keep()
     return run(params, checkpoints=kept), kept.state
 
@@ -79,7 +79,7 @@ def test_a_tiny_layer_decay_freezes_the_encoder(params, tuned):
 
 
 class Spy(NewestCheckpoint):
-    """Notes the steps that are saved; is interrupted at step 16 if `cuts`."""
+    """Records the saved steps; raises KeyboardInterrupt at step 16 if `cuts`."""
 
     def __init__(self, folder, *, cuts=False):
         super().__init__(folder)
@@ -94,7 +94,7 @@ class Spy(NewestCheckpoint):
 
 @pytest.mark.slow
 def test_an_interrupted_fine_tuning_resumes(params, tuned, tmp_path, capsys):
-    """At the end only the test is left, and its labels change the score alone."""
+    """A finished run repeats only the test, so other test labels change only the test score."""
     scores, _ = tuned
     cut = Spy(tmp_path, cuts=True)
     with pytest.raises(KeyboardInterrupt):
@@ -102,7 +102,7 @@ def test_an_interrupted_fine_tuning_resumes(params, tuned, tmp_path, capsys):
     cut.close()
     again = Spy(tmp_path)
     assert run(params, checkpoints=again) == scores
-    assert again.saved == [24, 32, 40, 48]  # not 8 and 16: those epochs are not done again
+    assert again.saved == [24, 32, 40, 48]  # the epochs that end at 8 and 16 are not repeated
     noise = np.random.default_rng(5).permutation(TEST.labels)
     other = run(params, test=dataclasses.replace(TEST, labels=noise), checkpoints=again)
     assert again.saved == [24, 32, 40, 48]
@@ -110,7 +110,7 @@ def test_an_interrupted_fine_tuning_resumes(params, tuned, tmp_path, capsys):
     assert other["top1"] != scores["top1"]
     again.close()
 
-    # A damaged checkpoint is named and replaced.
+    # A damaged checkpoint is reported and replaced.
     (step,) = tmp_path.iterdir()
     for file in step.rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -135,8 +135,8 @@ def test_drop_path_drops_branches_only_with_a_key():
     np.testing.assert_array_equal(plain, apply(params, x)[0])
     a, b = (apply(params, x, rngs={"drop_path": jax.random.PRNGKey(i)})[0] for i in (2, 3))
     assert np.any(a != b)
-    # The first block drops nothing, the last each of its two branches with probability 1/2: of 64
-    # images about a quarter are left as the first block made them.
+    # The first block drops nothing. The last block drops each of its two branches with
+    # probability 1/2, so about a quarter of the 64 images keep the output of the first block.
     first, _ = jax.jit(ENCODER.apply)(params, x)
     untouched = np.isclose(a, first, atol=1e-5).all(axis=(1, 2)).mean()
     assert 0.08 < untouched < 0.45

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def random_split(num: int = 700) -> Split:
-    """More images than the 512 from which on a sample of 256 missed some."""
+    """Returns 700 random images by default: from 512 on, a sample of 256 missed some."""
     images = RNG.integers(256, size=(num, 4, 5, 3), dtype=np.uint8)
     return Split(images, RNG.integers(4, size=num, dtype=np.int32))
 
@@ -95,7 +95,7 @@ def folder(tmp_path):
 
 
 def opened(folder):
-    streaming = Streaming("always", max_labelled=20)  # so few are in memory
+    streaming = Streaming("always", max_labelled=20)  # only 20 are in memory
     return open_source(f"folder:{folder}", data_dir=None, image_size=4, streaming=streaming)
 
 
@@ -105,7 +105,7 @@ def streamed_fingerprint(folder) -> str:
 
 
 def unseen_file(folder):
-    """A file of the training set that is neither in memory nor among the records that are read."""
+    """Returns a training file that is neither in memory nor among the records that are read."""
     source = opened(folder)
     files, labelled = source.records.files, {str(folder / n) for n in source.load()[0].names}
     step = max(1, len(files) // module.NUM_SAMPLED)
@@ -115,7 +115,7 @@ def unseen_file(folder):
 def test_an_unread_streamed_file_is_noticed_by_its_time(folder):
     before, path = streamed_fingerprint(folder), unseen_file(folder)
     assert streamed_fingerprint(folder) == before
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)  # as many bytes as before
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)  # the size stays the same
     after = streamed_fingerprint(folder)
     assert differ(before, after)
     assert content(before) == content(after)
@@ -138,7 +138,7 @@ def test_swapped_streamed_files_are_noticed(folder):
 
 def test_a_moved_or_copied_folder_has_the_same_content(folder, tmp_path):
     before = streamed_fingerprint(folder)
-    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)  # without times
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)  # drops the file times
     for file in (tmp_path / "copy").rglob("*.bmp"):
         os.utime(file, (0, 0))
     assert content(streamed_fingerprint(tmp_path / "copy")) == content(before)

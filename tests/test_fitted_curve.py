@@ -1,4 +1,4 @@
-"""The power law of a run's curve is recovered, with a range."""
+"""A fit recovers the power law of a run's curve, with a range for its predictions."""
 
 import json
 
@@ -19,7 +19,7 @@ def write_run(workdir, lines):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_power_law_is_found_again():
+def test_a_fit_recovers_a_power_law():
     epochs = np.arange(1.0, 11.0)
     top1 = 80.0 - 45.0 * epochs**-0.4
     a, b, c = fitted_curve.fit(epochs, top1)
@@ -34,7 +34,7 @@ def test_the_range_comes_from_leaving_out_one_score():
     top1 = 60.0 - 25.0 * epochs**-0.5
     top1[-1] += 3.0
     middle, low, high = fitted_curve.predictions(epochs, top1, 100.0)
-    assert low == pytest.approx(60.0 - 25.0 * 100.0**-0.5, abs=0.2), "without the last"
+    assert low == pytest.approx(60.0 - 25.0 * 100.0**-0.5, abs=0.2), "fit without the last"
     assert low + 3.0 < middle <= high
 
 
@@ -85,7 +85,7 @@ def test_missing_images_are_counted_from_the_probe_table(tmp_path, capsys):
         fitted_curve.scores(tmp_path, "eval/knn_top1")
     write_probe_json(tmp_path / "probe.json", [row])
     epochs, _ = fitted_curve.scores(tmp_path, "eval/knn_top1")
-    np.testing.assert_allclose(epochs, [5.0], err_msg="two steps are an epoch of 1,000 images")
+    np.testing.assert_allclose(epochs, [5.0], err_msg="an epoch of 1,000 images has two steps")
     assert "1,000 images of shapes" in capsys.readouterr().out
     write_probe_json(tmp_path / "probe.json", [row | {"data": "other", "train_size": 5}])
     with pytest.raises(InputError, match="there is no such file"):

@@ -1,4 +1,4 @@
-"""Every file of a folder is used, or named with a reason."""
+"""Every file of a data folder is used, or reported with the reason why it is not."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ from hjepa_jax.errors import InputError
 
 
 def write(root, *names, content=None):
-    """Writes image files; a name with a known format's suffix has that format, others are PNG."""
+    """Writes image files in the format of their suffix; PNG if the suffix is no image format."""
     for i, name in enumerate(names):
         path = pathlib.Path(os.fsdecode(os.fsencode(root) + b"/" + os.fsencode(name)))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,8 @@ def test_pictures_of_a_report_are_not_a_class(tmp_path, capsys, files):
 
 
 def test_a_data_folder_that_is_a_work_directory_keeps_classes(tmp_path, capsys):
-    make_workdir(tmp_path, "x/0.png", "x/1.png", "runs/0.png", "runs/1.png")  # a class "runs"
+    # "runs" is a class here.
+    make_workdir(tmp_path, "x/0.png", "x/1.png", "runs/0.png", "runs/1.png")
     line = line_of(tmp_path, capsys)
     assert "2 classes (runs, x)" in line
     assert "2 work directory of a run (checkpoints/, figures/)" in line
@@ -240,14 +241,14 @@ KINDS = ["image"] * 5 + ["text", "empty", "inner link", "outer link", "broken li
 
 @st.composite
 def folders(draw):
-    """Draws a data set: kind of each file by name. Most are valid; some mix splits and classes."""
+    """Draws a data set: file name to kind. Most are valid; some mix splits and classes."""
     layout = draw(st.sampled_from(LAYOUTS))
     splits = layout + (draw(st.sampled_from([[], [], [], SPLITS])))
     entry = st.tuples(*map(st.sampled_from, (splits, FOLDERS, FILES, KINDS)))
     found = {
         "/".join(filter(None, parts[:3])): parts[3]
         for parts in draw(st.lists(entry, min_size=1, max_size=20))
-        if layout == [""] or parts[1] != "runs"  # one split alone would have the class
+        if layout == [""] or parts[1] != "runs"  # only one split would have this class
     }
     for split in layout:
         for name in ("a", "b"):
@@ -290,7 +291,7 @@ def check_every_file_is_used_or_named(files):
         make(root, outside, files)
         try:
             listing = list_folder("folder:x", root)
-        except InputError as error:  # it names the fault of the layout
+        except InputError as error:  # the message names the error in the layout
             message = str(error)
             return message.startswith("data.source=") and "\n" not in message
         used = [os.path.relpath(path, root) for split in listing.splits for path in split.files]
@@ -299,7 +300,9 @@ def check_every_file_is_used_or_named(files):
         assert not any(part[0] == "." for path in used for part in pathlib.PurePath(path).parts)
         for name, reason in listing.unused:
             if is_visible_image(root / name):
-                assert reason.startswith("beside "), f"{name} is an image, and {reason}"
+                assert reason.startswith("beside "), (
+                    f"{name} is an image, but its reason is: {reason}"
+                )
         assert len(unused) == len(set(unused))
         assert not {*used} & {*unused}
         for directory, _, names in os.walk(root):
@@ -308,8 +311,10 @@ def check_every_file_is_used_or_named(files):
                 parents = [f"{parent}/" for parent in pathlib.PurePath(path).parents]
                 found = (path in used) + (path in unused) + (f"{path}/" in unused)
                 inside = sum(parent in unused for parent in parents)
-                assert found + inside >= 1, f"{path} is neither used nor named"
-                assert not (path in used and inside), f"{path} is used and not used"
+                assert found + inside >= 1, f"{path} is neither used nor reported"
+                assert not (path in used and inside), (
+                    f"{path} is used, but a folder around it is unused"
+                )
         for split in listing.splits:
             labels = [] if split.labels is None else split.labels
             assert len(labels) in (0, len(split.files))
@@ -343,7 +348,7 @@ def test_missing_memory_is_stated_in_numbers(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["folder", "images"])
 def test_links_out_of_the_folder_are_followed_on_request(tmp_path, kind):
-    """Links to a class folder and to a file; circles end."""
+    """Follows links to a class folder and to a file. Circular links end."""
     root = tmp_path / "data"
     write(tmp_path / "store", "cats/0.png", "cats/inner/1.png", "dog.png")
     write(root, "dog/0.png", "dog/2.png")
@@ -358,7 +363,7 @@ def test_links_out_of_the_folder_are_followed_on_request(tmp_path, kind):
 
 
 def test_class_folders_may_have_any_names_and_order(tmp_path):
-    """Labels follow the code points of the names, in both splits."""
+    """In both splits, labels follow the order of the names by code point."""
     names = ["10", "9", "Zebra", "b c", "a'b", "äpfel", "日本", "🦊", " lead", "train x"]
     for split in ("train", "test"):
         write(tmp_path, *(f"{split}/{name}/0.png" for name in names))

@@ -1,4 +1,4 @@
-"""Images from users: one path to the encoder, or an error that names the fault."""
+"""Images from users are all prepared in the same way, or an error names the fault."""
 
 import numpy as np
 import pytest
@@ -32,10 +32,10 @@ def test_files_and_arrays_give_the_same_pixels(tmp_path, height, width):
 
 
 def test_a_photo_is_cropped_not_squeezed():
-    """A disk stays round: a square in the middle, with two bars beside it that are cut off."""
+    """A disk stays round: the crop keeps the bright middle square and removes both black bars."""
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 200
-    assert read(image).min() > 150  # squashed, 5 of 8 columns would be black
+    assert read(image).min() > 150  # if squeezed, 5 of 8 columns would be black
 
 
 def test_grey_images_fill_three_channels():
@@ -44,7 +44,7 @@ def test_grey_images_fill_three_channels():
         np.testing.assert_array_equal(read(item), np.repeat(grey[..., None], 3, axis=2))
 
 
-def test_the_type_decides_not_the_values():
+def test_the_dtype_sets_the_pixel_range_not_the_values():
     dark = np.ones((8, 8, 3), np.uint8)
     assert as_stored(dark).max() == 1
     assert as_stored(dark.astype(np.float32)).min() == 255

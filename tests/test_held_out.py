@@ -1,4 +1,4 @@
-"""Probes on held-out training images: same split as the sweeps, all encoders, no test image."""
+"""Probes on held-out training images: the split of the sweeps, all encoders, no test images."""
 
 import functools
 
@@ -16,7 +16,7 @@ NUM_FIT = 120
 
 @pytest.mark.slow
 def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run_module):
-    """The images show their class, and the test images show another."""
+    """The training images show their class. The test images show a different class."""
     labels = np.arange(240, dtype=np.int32) % 4
     images = np.random.default_rng(0).integers(0, 30, (240, 8, 8, 3), np.uint8)
     images += (60 * labels).astype(np.uint8)[:, None, None, None]
@@ -34,6 +34,6 @@ def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run
     assert (len(fit), len(scored), set(fit) & set(scored)) == (NUM_FIT, 40, set())
     assert {(row["train_size"], row["test_size"]) for row in rows} == {(NUM_FIT, 40)}
     (pixels,) = (r["top1"] for r in rows if (r["encoder"], r["protocol"]) == ("pixels", "linear"))
-    assert pixels > 0.9, "the labels of the test images would make it 0"
+    assert pixels > 0.9, "with the labels of the test images, this would be 0"
     refused = command(str(tmp_path))
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)

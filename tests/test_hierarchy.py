@@ -44,7 +44,10 @@ def test_level_features_pool_before_they_standardize():
 
 
 def hidden_cells(hidden, *args):
-    """`hidden` is a list of patches of the grid, whose side is the first argument."""
+    """Calls `hierarchy.hidden_cells` for a square grid.
+
+    `hidden` is an index of the hidden patches; `args` begin with the side of the grid.
+    """
     patches = np.zeros((1, args[0] ** 2), bool)
     patches[0, hidden] = True
     return np.asarray(hierarchy.hidden_cells(jnp.asarray(patches), *args))[0].tolist()
@@ -52,12 +55,12 @@ def hidden_cells(hidden, *args):
 
 @pytest.mark.parametrize(("coverage", "second"), [(1.0, 0), (0.25, 1), (0.26, 0), (1e-5, 1)])
 def test_cell_counts_as_hidden_at_the_stated_coverage(coverage, second):
-    """The first 2x2 cell is hidden, a quarter of the second; one all visible is no target."""
+    """The first 2x2 cell and a quarter of the second are hidden. Visible cells never count."""
     assert hidden_cells([0, 1, 4, 5, 2], 4, 1, coverage) == [True, bool(second), False, False]
 
 
-def test_a_cell_is_whole_with_all_patches_that_it_has():
-    """Thousands and not one less, or the lone patch of the last cell of a 3x3 grid."""
+def test_coverage_1_needs_every_patch_of_a_cell():
+    """All 16,384 patches of a large cell, or the only patch in the corner cell of a 3x3 grid."""
     assert hidden_cells(slice(None), 128, 7, 1.0) == [True]
     assert hidden_cells([i for i in range(128**2) if i != 77], 128, 7, 1.0) == [False]
     assert hidden_cells([8], 3, 1, 1.0) == [False, False, False, True]

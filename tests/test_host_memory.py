@@ -1,11 +1,12 @@
-"""The memory of a process: kept when freed, and returned on request."""
+"""A process keeps its freed memory, and returns it on request."""
 
 import subprocess
 import sys
 
 import pytest
 
-# Prints the page faults of four calls of a program with 64 MB of temporaries, after two others.
+# Prints the page faults of four calls of a program with 64 MB of temporaries. Two calls before
+# warm it up.
 FAULTS = """
 import resource
 from hjepa_jax.runtime.host_memory import keep_freed_memory
@@ -26,8 +27,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-# Prints how much of 256 MiB the process holds after it freed them: at once, with spare memory, and
-# with too little memory.
+# Prints how much of 256 MiB the process still holds after it freed them. The three measurements are
+# at once, with spare memory, and with too little memory.
 RETURNED = """
 from hjepa_jax.runtime import host_memory
 host_memory.keep_freed_memory()
@@ -50,7 +51,7 @@ print(len(trimmed))
 """
 
 on_linux = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs Linux, as its subject does"
+    not sys.platform.startswith("linux"), reason="needs Linux: host_memory does nothing elsewhere"
 )
 
 

@@ -20,9 +20,10 @@ def directions(*degrees):
 
 
 def test_votes_match_a_case_worked_by_hand():
-    # From a query at 0 degrees: class 1 at 10 (similarity 0.985), class 0 at 20 and -25 (0.940,
-    # 0.906). At temperature 0.07 the two weigh e^-0.64 + e^-1.12 = 0.85 of the one and lose; at
-    # temperature 1 they weigh 1.88 of it and win. Length must not matter.
+    # The query is at 0 degrees. Class 1 is at 10 degrees (similarity 0.985). Class 0 is at 20 and
+    # -25 degrees (0.940 and 0.906). At temperature 0.07 the votes for class 0 have
+    # e^-0.64 + e^-1.12 = 0.85 times the weight of class 1, and lose. At temperature 1 they have
+    # 1.88 times that weight, and win. The length of a vector must not matter.
     bank = directions(10, 20, -25) * np.array([[0.1], [5.0], [9.0]], np.float32)
     classes = np.array([1, 0, 0])
     query = directions(0)
@@ -35,7 +36,7 @@ def test_votes_match_a_case_worked_by_hand():
 def test_predictions_equal_scikit_learn_for_every_k():
     bank_x, bank_y = blobs(1000)
     query_x, _ = blobs(300, seed=1)
-    ks = [20, 1, 5, 200]  # rows come back in the order asked for
+    ks = [20, 1, 5, 200]  # results have the order of `ks`
     predicted = knn_predict(bank_x, bank_y, query_x, ks=ks, num_classes=4, block_size=128)
     assert predicted.dtype == np.int32
     for row, k in zip(predicted, ks, strict=True):
@@ -49,8 +50,9 @@ def test_ties_go_to_the_lower_row_and_the_lower_class():
     far = np.random.default_rng(0).integers(2, size=64)
     bank_x, bank_y = directions(0, 90)[far], np.arange(64)[::-1]
     (near,) = np.nonzero(far == 0)
-    # The first k equals have one vote each. The last of them in the bank has the lowest class.
-    for ks in ([1, 5], [1, 5, len(near)]):  # the largest k cuts through the equals, or takes all
+    # Each of the first k equal rows has one vote, for a class of its own. Labels fall along the
+    # bank, so the last of these rows has the lowest class and wins.
+    for ks in ([1, 5], [1, 5, len(near)]):  # the largest k takes some or all equal rows
         predicted = knn_predict(bank_x, bank_y, directions(0, 30), ks=ks, num_classes=64)
         for row, k in zip(predicted, ks, strict=True):
             assert row.tolist() == [bank_y[near[k - 1]]] * 2
@@ -82,7 +84,7 @@ def test_equal_scores_choose_the_smallest_k():
 
 
 def test_the_largest_k_is_noted_if_more_rows_exist():
-    """Classes of 20 rows each, told only by many neighbours."""
+    """Only many neighbours can tell the two classes of 150 rows apart."""
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 150)
     x = np.stack([np.ones(300), 0.1 * (2 * y - 1) + rng.normal(size=300)], axis=1)

@@ -64,14 +64,14 @@ def test_spread_rows_reach_every_class():
         ([1, 2, 3], {}, (2, True)),
         ([3, 1, 2], {"open_start": False}, (0, False)),
         ([1, 2, 3], {"open_end": False}, (2, False)),
-        ([3, 3, 1], {}, (1, False)),  # the plateau has an inner setting
+        ([3, 3, 1], {}, (1, False)),  # one of the best two is inside the grid
         ([3, 1, 3], {}, (0, True)),
         ([3, 1, 3], {"open_end": False}, (2, False)),
         ([2, 2, 2, 2], {}, (1, False)),
-        ([5], {}, (0, False)),  # given, not chosen
+        ([5], {}, (0, False)),  # a single setting is not a choice
     ],
 )
-def test_the_best_setting_is_the_first_inner_of_equals(scores, options, expected):
+def test_equal_scores_choose_the_first_inner_setting(scores, options, expected):
     assert choose(scores, **options) == expected
 
 

@@ -1,4 +1,4 @@
-"""The folders of the package are floors: imports point down, and nowhere in a circle."""
+"""The folders of the package are layers: imports point to lower layers, without cycles."""
 
 import ast
 import pathlib
@@ -9,8 +9,8 @@ import hjepa_jax
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "hjepa_jax"
 
-# From the ground up. A module may import from its own folder and from those before it.
-FLOORS = [
+# Layers from low to high. A module may import from its own folder and from lower ones.
+LAYERS = [
     "errors", "runtime", "data", "masks", "models", "method", "config", "configs", "runs",
     "evaluation", "exchange", "reporting", "training", "commands",
 ]  # fmt: skip
@@ -20,14 +20,14 @@ MODULES = {
 }
 
 
-def floor(module: str) -> int:
-    """The number of the floor of a module; modules outside the folders are the top floor."""
+def layer_of(module: str) -> int:
+    """Returns the layer number of a module; modules outside the folders are the top layer."""
     name = module.partition(".")[0]
-    return FLOORS.index(name if name in FLOORS else "commands")
+    return LAYERS.index(name if name in LAYERS else "commands")
 
 
 def imports(module: str) -> set[str]:
-    """Modules of the package that `module` imports, wherever the statement stands."""
+    """Returns the modules of the package that `module` imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hjepa_jax"):
@@ -44,22 +44,22 @@ def external_imports(module: str) -> set[str]:
     return {name.split(".")[0] for name in names | froms}
 
 
-def test_every_folder_is_a_floor():
+def test_every_folder_is_a_layer():
     folders = {module.split(".")[0] for module in MODULES if "." in module}
-    assert folders == set(FLOORS) - {"errors", "commands"}
+    assert folders == set(LAYERS) - {"errors", "commands"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    assert not {other for other in imports(module) if floor(other) > floor(module)}
+def test_imports_point_to_the_same_or_a_lower_layer(module):
+    assert not {other for other in imports(module) if layer_of(other) > layer_of(module)}
 
 
-def test_no_circle():
+def test_imports_have_no_cycle():
     left = {module: imports(module) for module in MODULES}
     while removable := [module for module, needed in left.items() if not needed & left.keys()]:
         for module in removable:
             del left[module]
-    assert not left  # whatever is left imports itself through others
+    assert not left  # any module left is part of a cycle or imports one
 
 
 def test_only_the_two_checkpoint_modules_import_orbax():
@@ -67,8 +67,8 @@ def test_only_the_two_checkpoint_modules_import_orbax():
     assert found == ["runs.checkpoint", "runs.newest_checkpoint"]
 
 
-def test_nothing_below_the_config_knows_of_configs():
-    below = {module for module in MODULES if floor(module) < FLOORS.index("config")}
+def test_modules_below_config_do_not_import_ml_collections():
+    below = {module for module in MODULES if layer_of(module) < LAYERS.index("config")}
     assert not {module for module in below if "ml_collections" in external_imports(module)}
 
 

@@ -1,4 +1,4 @@
-"""The same run on one device, on eight in several layouts, and in two processes of four."""
+"""The same run on one device, on eight in several layouts, and on two processes with four each."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hjepa_jax.runs.history import read_metrics
 from tests import processes
 from tests.test_cluster import several
 
-# name: processes, devices of each, fsdp, whether the data is streamed
+# name: (processes, devices per process, fsdp, whether the data is streamed)
 ONE = (1, 1, 1, False)
 LAYOUTS = {
     "8": (1, 8, 1, False),
@@ -16,23 +16,23 @@ LAYOUTS = {
     "8, streamed": (1, 8, 1, True),
     "2 processes x 4, fsdp 2, streamed": (2, 4, 2, True),
 }
-# Sums over a batch are taken in another order, each term rounded to 6e-8 of itself. Adam divides
-# gradients by their size and so repeats such differences at full scale in parameters whose gradient
-# is all rounding; over 50 steps the loss moved by 2e-7 of itself in any layout. Another mask or
-# another crop moves it by 1e-3 and more.
+# A layout changes the order of the sums over a batch, and each term has a rounding error of 6e-8 of
+# its value. Adam divides gradients by their size. If a gradient is only rounding, Adam enlarges the
+# difference to full scale. Over 50 steps, the relative change of the loss was 2e-7 in all layouts.
+# Another mask or another crop changes the loss by 1e-3 or more.
 LOSS_TOLERANCE = 5e-6
-# Of the other metrics, norms and cosines are the furthest, by 4e-6.
+# Among the other metrics, norms and cosines differ most, by 4e-6.
 METRIC_TOLERANCE = 1e-4
 
 
-MIXED = (1, 8, 2, False)  # 4 x fsdp 2
+MIXED = (1, 8, 2, False)  # 4 groups of fsdp 2
 
-# Everything that draws numbers, mixes images or adds parameters.
+# All options that draw random numbers, mix images or add parameters.
 OPTIONS = {
     "model.positions": "rope2d", "model.num_registers": 2, "model.layer_scale": 0.5,
     "model.drop_path": 0.2, "model.predictor_mode": "cross", "data.local_views": 2,
     "data.local_size": 8, "data.local_patches": 3,
-    # Hidden features of a few images, made as large as 1, make rounding as large: a light term.
+    # Scaling the hidden features of a few images to 1 enlarges rounding, so the weight is small.
     "loss.agreement_weight": 0.1, "loss.spread_weight": 0.01, "model.projection": (16, 8),
     "model.pyramid": "concat", "loss.regularizer": "sigreg",
     "optim.accumulation_steps": 2,
@@ -40,7 +40,7 @@ OPTIONS = {
 
 
 def curve(c, workdir, layout):
-    """The log of a run in a layout."""
+    """Runs in a layout and returns the log."""
     num, c.parallel.cpu_devices, c.parallel.fsdp, streamed = layout
     c.data.streaming = "always" if streamed else "never"
     assert processes.finish(c, workdir, num=num) == 0, processes.printed(workdir)
@@ -72,7 +72,7 @@ def test_the_loss_curve_is_that_of_one_device_with_resident_data(
     if streamed:
         c.data.source, c.data.image_size = f"folder:{shapes_folder}", 32
         c.model.patch_size = 8
-    c.model.width, c.model.depth = 32, 2  # so that some arrays are large enough to be cut
+    c.model.width, c.model.depth = 32, 2  # so that some arrays are large enough to be sharded
     c.train.num_steps, c.log.every_steps = 16, 1
     c.train.checkpoint_every_steps = 16
     c.optim.warmup_epochs = 0.5

@@ -14,7 +14,7 @@ NUM_CLASSES = 5
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For small matrices, threads of BLAS compete with threads of XLA."""
+    """Limits BLAS to one thread; with small matrices, more would only compete with XLA."""
     with threadpool_limits(1, user_api="blas"):
         yield
 
@@ -73,7 +73,7 @@ def test_probe_is_as_good_as_scikit_learn_at_its_best():
 
 
 def test_weak_features_choose_a_penalty_inside_the_grid():
-    # 200 of 220 columns are noise and the rows are few: both ends of the grid must lose.
+    # 200 of 220 columns are noise and there are few rows, so both ends of the grid score lower.
     x, y = correlated(400)
     noise = np.random.default_rng(3).normal(size=(400, 200)).astype(np.float32)
     l2, scores, at_edge = linear.choose_l2(np.hstack([x, noise]), y, num_classes=NUM_CLASSES)
@@ -84,7 +84,7 @@ def test_weak_features_choose_a_penalty_inside_the_grid():
 
 
 def scores_by_penalty(monkeypatch, score):
-    """Replaces fits by a rule for the held-out score of each penalty."""
+    """Replaces the fits, so that each penalty has the held-out score `score(l2)`."""
     monkeypatch.setattr(logistic.Problem, "minimize", lambda self, l2, start: (np.array(l2), True))
     monkeypatch.setattr(logistic.Problem, "model", lambda self, weights: weights)
     right = lambda l2, x: np.arange(len(x)) < round(score(l2) * len(x))
@@ -129,8 +129,8 @@ def test_constant_features_predict_the_most_frequent_class():
     assert np.all(logistic.predict(model, x[:4]) == 2)
 
 
-def test_rounding_errors_do_not_leave_a_problem_without_a_factor():
-    """The floor grows until the matrix, whose smallest eigenvalue is negative, has one."""
+def test_cholesky_succeeds_despite_rounding_errors():
+    """The matrix has a negative eigenvalue. The floor grows until a Cholesky factor exists."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     values = np.array([5.0, 1, 1, 1, 0, -2e-5])
     bound, penalty = basis * values @ basis.T, np.full(6, 1e-6)

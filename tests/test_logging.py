@@ -99,7 +99,7 @@ def test_the_summary_box_is_a_closed_frame():
 
 
 def show_progress(every_sec):
-    """Prints four progress lines and one line that stays, like the loop."""
+    """Prints four progress lines and one line that stays, as the training loop does."""
     progress = Progress(4, 2, every_sec=every_sec)
     for step in range(1, 5):
         progress.show(step, loss=1.0, images_per_sec=9.0, steps_per_sec=1.0)
@@ -125,7 +125,7 @@ def test_a_terminal_gets_one_line_that_never_wraps(monkeypatch):
         patch.setattr(sys, "stdout", screen)
         show_progress(1000.0)
     output = b""
-    with contextlib.suppress(OSError):  # the terminal's end
+    with contextlib.suppress(OSError):  # reading fails at the end of the terminal
         while part := os.read(controller, 100_000):
             output += part
     output = output.decode()
@@ -135,7 +135,7 @@ def test_a_terminal_gets_one_line_that_never_wraps(monkeypatch):
     shown = [part[part.index("step") :][:8] for part in parts if "step" in part]
     assert shown == [f"step {step}/4" for step in range(1, 5)]
     assert all(len(part.removesuffix("\033[K")) <= 39 for part in parts)
-    assert output.count("\n") == 3, "around what stays, and one at the end"
+    assert output.count("\n") == 3, "two around the line that stays, and one at the end"
 
 
 def test_damaged_lines_are_skipped(tmp_path):

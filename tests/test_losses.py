@@ -18,21 +18,22 @@ def distances(x, y, kind):
 
 COSINES = [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]], [[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
 BY_HAND = {
-    # Errors 0.5 and 3: the mean of 0.5 * 0.25 and 3 - 0.5.
+    # The errors are 0.5 and 3: the mean of 0.5 * 0.5^2 and 3 - 0.5.
     "smooth_l1": (lambda: distances([[0.5, 3.0]], [[0.0, 0.0]], "smooth_l1"), [1.3125]),
     "mse": (lambda: distances([[1.0, 3.0]], [[0.0, 0.0]], "mse"), [5.0]),
     "cosine": (lambda: distances(*COSINES, "cosine"), [0.0, 1 - 2**-0.5, 2.0]),
-    # Two images, one feature, values 0 and 1: variance 1/2.
+    # Two images, one feature with values 0 and 1: the variance is 1/2.
     "variance": (
         lambda: losses.variance_loss(jnp.array([[[0.0]], [[1.0]]])),
         1 - np.sqrt(0.5 + 1e-4),
     ),
-    # Two equal features of variance 2: off the diagonal 2 and 2, so 8 / D = 4.
+    # Two equal features of variance 2: both off-diagonal entries are 2, so 2 * 2^2 / D = 4.
     "covariance": (
         lambda: losses.covariance_loss(jnp.array([[[-1.0, -1.0]], [[1.0, 1.0]]])),
         4.0,
     ),
-    # Three images at 0: 3 * integral of (1 - exp(-t^2/2))^2 exp(-t^2/2), three Gaussians.
+    # Three images at 0: 3 * integral of (1 - exp(-t^2/2))^2 exp(-t^2/2). The integrand is a sum
+    # of three Gaussians.
     "sigreg": (
         lambda: losses.sigreg_loss(jnp.zeros((3, 1, 4)), jnp.eye(4)[:, :1]),
         3 * np.sqrt(2 * np.pi) * (1 - 2 / np.sqrt(2) + 1 / np.sqrt(3)),
@@ -48,7 +49,7 @@ def test_every_term_has_its_value_by_hand(term):
 
 @pytest.mark.parametrize("kind", losses.PREDICTION_LOSSES)
 def test_prediction_loss_is_the_mean_over_valid_queries(kind):
-    """And what stands at invalid ones changes neither the loss nor its gradient."""
+    """Predictions at invalid queries change neither the loss nor its gradient."""
     prediction, target, valid = normal(3, 5, 8), 2 * normal(3, 5, 8), RNG.random((3, 5)) < 0.6
     p, t = prediction[valid].astype(np.float64), target[valid].astype(np.float64)
     if kind == "smooth_l1":
@@ -86,7 +87,7 @@ def test_variance_loss_against_numpy():
     expected = np.maximum(1 - std, 0).mean()
     np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), expected, rtol=1e-5)
     assert losses.variance_loss(jnp.asarray((x - x.mean(0)) / x.std(0, ddof=1))) == 0
-    # A constant difference between tokens is no variance.
+    # A constant difference between tokens does not count as variance.
     x = np.broadcast_to(np.array([0.0, 100.0], np.float32)[None, :, None], (16, 2, 4))
     np.testing.assert_allclose(losses.variance_loss(jnp.asarray(x)), 1 - 1e-2, rtol=1e-5)
 
@@ -100,14 +101,16 @@ def test_covariance_loss_against_numpy():
     expected /= 3 * 5
     np.testing.assert_allclose(losses.covariance_loss(jnp.asarray(x)), expected, rtol=1e-4)
     large = (1000 * x).astype(jnp.float16)
-    assert np.isfinite(losses.covariance_loss(jnp.asarray(large))), "overflow in low precision"
+    assert np.isfinite(losses.covariance_loss(jnp.asarray(large))), (
+        "the loss must not overflow in float16"
+    )
 
 
 sigreg_and_gradient = jax.jit(jax.value_and_grad(losses.sigreg_loss))
 
 
 def epps_pulley(y: np.ndarray) -> float:
-    """The statistic of one projection by the closed form of its integral."""
+    """The statistic of one projection, from the closed form of its integral."""
     y = y.astype(np.float64)
     pairs = np.exp(-0.5 * (y[:, None] - y[None]) ** 2).mean()
     singles = np.exp(-0.25 * y**2).mean()
@@ -126,8 +129,8 @@ def test_sigreg_is_the_mean_over_tokens_and_directions():
 @pytest.mark.parametrize(
     ("spread", "tolerance"), [(0.1, 1e-4), (1.0, 1e-4), (2.0, 1e-3), (3.0, 1e-2), (4.0, 0.05)]
 )
-def test_sigreg_and_its_gradient_are_those_of_the_integral(spread, tolerance):
-    """Against the closed form; at a spread of 3 the gradient was 26 % off."""
+def test_sigreg_and_its_gradient_match_the_integral(spread, tolerance):
+    """Compares with the closed form. At a spread of 3, the gradient was once 26 % off."""
     y = spread * np.random.default_rng(0).normal(size=128)
     x = jnp.asarray(y.reshape(-1, 1, 1), jnp.float32)
     value, gradient = sigreg_and_gradient(x, jnp.ones((1, 1)))
@@ -137,7 +140,7 @@ def test_sigreg_and_its_gradient_are_those_of_the_integral(spread, tolerance):
     expected = np.sqrt(2 * np.pi) * (pairs + y / np.sqrt(2) * np.exp(-(y**2) / 4))
     error = np.linalg.norm(gradient[:, 0, 0] - expected)
     assert error < tolerance * np.linalg.norm(expected)
-    # The closed form itself, against the integral by a sum of 8,000 points in float64.
+    # Check the closed form itself: compare it with a sum over 8,001 points in float64.
     t = np.linspace(-12, 12, 8001)
     gap = np.abs(np.exp(1j * np.outer(t, y)).mean(axis=1) - np.exp(-(t**2) / 2)) ** 2
     dense = len(y) * np.sum(gap * np.exp(-(t**2) / 2)) * (t[1] - t[0])
@@ -149,16 +152,16 @@ def test_directions_are_uniform_on_the_sphere_and_drawn_anew():
     np.testing.assert_allclose(jnp.mean(one, axis=1), 0, atol=0.03)  # 4.7 sigma
     np.testing.assert_allclose(one @ one.T / 8192, np.eye(3) / 3, atol=0.02)
     cosines = np.abs(np.sum(np.asarray(one) * np.asarray(other), axis=0))
-    assert cosines.max() > 0.99, "unit vectors, at any angle"
+    assert cosines.max() > 0.99, "some directions of both draws must be nearly parallel"
     assert cosines.mean() < 0.6
 
 
-def test_sigreg_of_isotropic_normal_features_is_a_tenth_of_that_of_collapsed_ones():
+def test_sigreg_is_ten_times_lower_for_normal_features():
     directions = losses.random_directions(jax.random.PRNGKey(1), 64, 16)
     np.testing.assert_allclose(jnp.sum(directions**2, axis=0), 1, rtol=1e-5)
     spread, grad = sigreg_and_gradient(jnp.asarray(normal(128, 1, 16)), directions)
     constant = jnp.broadcast_to(jnp.asarray(normal(1, 1, 16)), (128, 1, 16))
     assert 0 < spread < 0.1 * sigreg_and_gradient(constant, directions)[0]
-    assert spread < 2  # 1.06 in the mean
+    assert spread < 2  # the expected value is 1.06
     assert np.isfinite(grad).all()
     assert np.any(grad)

@@ -19,8 +19,8 @@ def test_ridge_equals_scikit_learn(n, d):
 
 
 def test_ridge_matches_a_case_worked_by_hand():
-    # x = -1, +1, classes 0, 1. Centred targets are -1/2, +1/2 for class 1, so the slope is
-    # sum(x t) / (sum(x^2) + alpha) = 1 / (2 + 2) and the bias the class frequency, 1/2.
+    # x = -1, +1 with classes 0, 1. The centred targets of class 1 are -1/2, +1/2. So the slope is
+    # sum(x t) / (sum(x^2) + alpha) = 1 / (2 + 2), and the bias is the class frequency, 1/2.
     x = np.array([[-1.0], [1.0]])
     kernels, biases = fit_ridge(x, np.array([0, 1]), num_classes=2, alphas=[2.0])
     np.testing.assert_allclose(kernels[0], [[-0.25, 0.25]], atol=1e-12)
@@ -63,7 +63,7 @@ def test_a_penalty_at_an_end_of_the_grid_is_noted():
         for alphas in ((1e-2, 1.0, 10.0, 100.0, 1e5), (1e5, 1e6, 1e7))
     )
     assert inside.at_edge == ()
-    assert ends.chosen_alpha == 1e6, "as good as the others, and no end"
+    assert ends.chosen_alpha == 1e6, "equal scores must choose a penalty inside the grid"
     assert ends.at_edge == ()
     wide = blobs(500, noise=2.0, d=120), blobs(100, noise=2.0, d=120, seed=1)
     (weak,) = lowshot_probe(

@@ -52,7 +52,7 @@ def test_sorting_ranks_and_picks_as_comparing_does(monkeypatch, values):
 
 
 def test_masks_of_the_largest_grid_compare_no_patch_with_every_other():
-    """128 x 128 patches: 268 million comparisons for each image, before they were sorted."""
+    """128 x 128 patches would need 268 million comparisons per image, so they are sorted."""
     sampler = MultiBlockMask(128, scale=(0.1, 0.2), aspect_ratio=(0.5, 2.0), num_blocks=2)
     rngs = jax.random.split(jax.random.PRNGKey(0), 1)
     program = jax.make_jaxpr(lambda rngs: target_union(sampler(rngs), 128**2))(rngs)
@@ -83,7 +83,7 @@ NUM_SAMPLES = 1000
 
 @st.composite
 def kinds_of_masks(draw) -> functools.partial:
-    """Any kind of mask, on grids from 3 x 3 to 32 x 32; not all of them can be."""
+    """Draws a mask of any kind on a grid from 3 x 3 to 32 x 32. Some draws are impossible."""
     kind = draw(st.sampled_from(["multiblock", "hierarchical", "random"]))
     grid_size = draw(st.integers(3, 32)), draw(st.integers(3, 32))
     num_levels = draw(st.integers(1, 3))
@@ -102,7 +102,7 @@ def kinds_of_masks(draw) -> functools.partial:
 
 
 def rules_of(mask: MaskSampler) -> list[tuple[int, tuple[float, float]]]:
-    """Of each block: side of the cells that it consists of, and its range of areas."""
+    """Returns the cell side and the area range of each block."""
     if isinstance(mask, HierarchicalMask):
         kind, factor = mask.progression
         levels = [m % mask.num_levels for m in range(mask.num_blocks)]
@@ -114,7 +114,7 @@ def rules_of(mask: MaskSampler) -> list[tuple[int, tuple[float, float]]]:
 
 
 def cells_of(hidden: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
-    """[n, G, H] patches as [n, r, c] cells: which are hidden in part, which in whole."""
+    """Reduces [n, G, H] patches to [n, r, c] cells: at least partly hidden, and fully hidden."""
     edges = [np.arange(0, side, cell) for side in hidden.shape[1:]]
     sums = np.add.reduceat(np.add.reduceat(hidden.astype(int), edges[0], 1), edges[1], 2)
     heights, widths = (
@@ -124,17 +124,18 @@ def cells_of(hidden: np.ndarray, cell: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def placements(mask: MaskSampler, cell: int, scale: tuple[float, float]) -> np.ndarray:
-    """[G, H] probability that one block covers a patch, counted without the code under test.
+    """Returns the probability [G, H] that one block covers a patch.
 
-    The shape is the nearest to area and aspect ratio, here on a fine grid of both; of its
-    placements all are alike, of which fewer reach the border.
+    The computation does not use the code under test. It takes areas and aspect ratios from a fine
+    grid. A block gets the shape nearest to both. All placements of a shape are equally likely,
+    and fewer of them cover the border.
     """
     grid = pair(mask.grid_size)
     r, c = (-(-side // cell) for side in grid)
     if isinstance(mask, RandomMask):
         shares = np.arange(1, r * c + 1) / (r * c)
         return np.full(grid, shares[(shares > scale[0] - 1e-6) & (shares < scale[1] + 1e-6)].mean())
-    # Shares of the rows and of the columns: an aspect ratio of 1 is that of the grid.
+    # Sides are fractions of the grid's sides, because an aspect ratio of 1 means the grid's own.
     high_of, wide_of = (
         {k: min(k * cell, side) / side for k in range(1, -(-side // cell) + 1)} for side in grid
     )
@@ -168,7 +169,7 @@ def placements(mask: MaskSampler, cell: int, scale: tuple[float, float]) -> np.n
     deadline=None,
     derandomize=True,
     max_examples=40,
-    phases=[Phase.generate],  # shrinking would hunt for chance
+    phases=[Phase.generate],  # shrinking would search for rare random failures
     suppress_health_check=[HealthCheck.filter_too_much],
 )
 @given(kind=kinds_of_masks(), seed=st.integers(0, 2**31 - 1))
@@ -181,9 +182,10 @@ def test_any_possible_mask_obeys_its_rules(kind, seed):
     check_rules(mask, seed)
 
 
-# Grids that cells do not divide: those at the far edges are cut, and in reach.
+# Cells do not divide most of these grids evenly. Cells at the far edges are then cut, but blocks
+# must still reach them.
 GRIDS = [
-    MultiBlockMask(5, 1, (0.36, 0.45), (0.4, 2.5), align_level=1),  # from edge to edge
+    MultiBlockMask(5, 1, (0.36, 0.45), (0.4, 2.5), align_level=1),  # blocks may span the grid
     MultiBlockMask((6, 10), 4, (0.15, 0.35), RATIO, align_level=1),
     RandomMask((7, 3), scale=(0.2, 0.5), align_level=1),
     HierarchicalMask(14, 4, (0.1, 0.15), RATIO, num_levels=3, progression=("geometric", 1.5)),
@@ -197,7 +199,7 @@ def test_masks_obey_their_rules_on_grids_of_every_kind(mask):
 
 
 def check_rules(mask: MaskSampler, seed: int) -> None:
-    """Holds many draws of a mask to what its kind and its fields say."""
+    """Checks many draws of a mask against the rules of its kind and its fields."""
     (g, h), rules = pair(mask.grid_size), rules_of(mask)
     draws = np.random.default_rng(seed).random((NUM_SAMPLES, mask.num_draws), np.float32)
     keys = jax.random.split(jax.random.PRNGKey(seed), 16)
@@ -206,12 +208,12 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
     if not isinstance(mask, RandomMask):
         for corner, ends in enumerate(itertools.product((0.0, 1.0 - 1e-6), repeat=2)):
             placed = draws.copy()
-            placed[:, 2::4], placed[:, 3::4] = ends  # of each block: first row, first column
+            placed[:, 2::4], placed[:, 3::4] = ends  # first row and column of a block
             index, valid, _ = jax.device_get(draw(keys, placed)[1])
             patch = (0, h - 1, h * (g - 1), h * g - 1)[corner]
-            assert np.all(np.any((index == patch) & valid, axis=-1)), "a corner is out of reach"
+            assert np.all(np.any((index == patch) & valid, axis=-1)), "a corner cannot be hidden"
 
-    # Of whole images: context and targets are disjoint, in range, unrepeated.
+    # Per image: context and targets are disjoint, in range and without repetition.
     assert masks.context_index.shape == (16, mask.context_capacity)
     assert masks.target_index.shape == (16, len(rules), mask.block_capacity)
     for context, hidden in zip(context_sets(masks), target_sets(masks), strict=True):
@@ -220,7 +222,7 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
     counts = [len(context) for context in context_sets(masks)]
     assert counts == masks.context_valid.sum(axis=1).tolist(), "a context patch is repeated"
 
-    # Of each block: cells are whole, the area is in its range, every patch is in reach.
+    # Per block: cells are whole, the area is in its range, and every patch can be hidden.
     index, valid, union = targets
     covered = np.zeros((NUM_SAMPLES, len(rules), g * h), int)
     np.add.at(covered, (*np.indices(index.shape)[:2], index), valid)
@@ -229,13 +231,13 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
     for m, (cell, scale) in enumerate(rules):
         hidden = covered[:, m].reshape(-1, g, h) == 1
         touched, whole = cells_of(hidden, cell)
-        np.testing.assert_array_equal(touched, whole, "a cell is hidden in part")
+        np.testing.assert_array_equal(touched, whole, "a cell is only partly hidden")
         if isinstance(mask, RandomMask):
             areas = touched.mean(axis=(1, 2))
         else:
             rows, cols = touched.any(axis=2).sum(axis=1), touched.any(axis=1).sum(axis=1)
-            np.testing.assert_array_equal(rows * cols, touched.sum(axis=(1, 2)), "no rectangle")
-            # Of the shape that was drawn, before the far edge of the grid cuts it.
+            np.testing.assert_array_equal(rows * cols, touched.sum(axis=(1, 2)), "not a rectangle")
+            # Sides of the drawn shape, before the far edge of the grid cuts it.
             height, width = np.minimum(cell * rows, g) / g, np.minimum(cell * cols, h) / h
             areas = height * width
             assert mask.aspect_ratio[0] - 1e-4 <= (height / width).min()
@@ -244,7 +246,8 @@ def check_rules(mask: MaskSampler, seed: int) -> None:
         assert areas.max() <= scale[1] + 1e-4
         expected = placements(mask, cell, scale)
         assert expected.min() > 0
-        # Cells, for the patches of one agree. Of a fair sampler 0.3 % of them are beyond 3 sigma.
+        # Cells are counted, because all patches of a cell agree. A fair sampler has 0.3 % of the
+        # cells beyond 3 sigma.
         hits, fair = touched.sum(axis=0), np.minimum(expected[::cell, ::cell], 1)
         tails = binom.cdf(hits, NUM_SAMPLES, fair), binom.sf(hits - 1, NUM_SAMPLES, fair)
         chance = 2 * np.minimum(*tails)
@@ -264,15 +267,15 @@ OWN_CONTEXT = {"context_scale": (0.4, 0.6), "num_context": 64}
     ],
     ids=lambda mask: type(mask).__name__,
 )
-def test_the_context_is_a_block_of_its_own_without_the_targets(mask):
-    """The block is the hull of what is visible, unless the targets hide a whole side of it."""
+def test_the_context_is_a_separate_block_minus_the_targets(mask):
+    """The block is the bounding box of the visible patches, unless targets hide a whole side."""
     masks = sample(mask, batch=1000)
     shapes, corners = collections.Counter(), set()
     for seen, hidden in zip(context_sets(masks), target_sets(masks), strict=True):
         rows, cols = np.divmod(sorted(seen), 8)
         height, width = np.ptp(rows) + 1, np.ptp(cols) + 1
         block = {8 * (rows.min() + i) + cols.min() + j for i in range(height) for j in range(width)}
-        assert block - hidden == seen, "a patch of the block is neither seen nor hidden"
+        assert block - hidden == seen, "a patch of the block is neither context nor target"
         shapes[int(height), int(width)] += 1
         corners |= seen & {0, 7, 56, 63}
     allowed = {
@@ -289,7 +292,7 @@ def test_the_context_is_a_block_of_its_own_without_the_targets(mask):
     ("mask", "accuracy"),
     [
         (MultiBlockMask(8, 4, (0.09, 0.19)), 0.05),
-        (MultiBlockMask(14, 4, (0.25, 0.35), align_level=2), 0.15),  # cells that the edge cuts
+        (MultiBlockMask(14, 4, (0.25, 0.35), align_level=2), 0.15),  # the edge cuts cells
         (MultiBlockMask(5, 4, (0.6, 0.7), align_level=2), 0.25),
         (HierarchicalMask(14, 4, (0.1, 0.15), RATIO, num_levels=3), 0.15),
         (RandomMask(14, scale=(0.2, 0.5), align_level=2), 0.05),
@@ -297,7 +300,7 @@ def test_the_context_is_a_block_of_its_own_without_the_targets(mask):
     ids=["whole", "cut", "few", "hierarchical", "random"],
 )
 def test_the_context_has_room_for_what_is_visible_on_average(mask, accuracy):
-    """Blocks near the middle overlap more often than the estimate has it."""
+    """The tolerance is needed: the estimate ignores that blocks overlap more near the middle."""
     draws = np.random.default_rng(0).random((2000, mask.num_draws + 4), np.float32)
 
     def count(u):
@@ -312,12 +315,16 @@ def test_the_context_has_room_for_what_is_visible_on_average(mask, accuracy):
 
 
 def test_blocks_grow_with_their_level_by_the_progression():
-    """Squares of 2 x 2 patches: four times the area at level 1; then sixteen times, or seven."""
+    """Blocks of 2 x 2 patches grow to four times their area at level 1.
+
+    At level 2 the factor is sixteen (geometric) or seven (linear). No square has seven times the
+    area, so the linear progression is refused.
+    """
     squares = {"num_blocks": 4, "num_levels": 3, "scale": (4 / 256, 4 / 256)}
     mask = HierarchicalMask(16, **squares, aspect_ratio=(1, 1), progression=("geometric", 4.0))
     masks = jax.eval_shape(mask, jax.random.split(jax.random.PRNGKey(0), 2))
     assert masks.target_index.shape == (2, 4, 64)
-    assert HierarchicalMask(16).scale == RandomMask(16).scale == (0.15, 0.2), "the default"
+    assert HierarchicalMask(16).scale == RandomMask(16).scale == (0.15, 0.2), "wrong default"
     assert [block.areas.tolist() for block in mask.blocks] == [[4], [16], [64], [4]]
     with pytest.raises(
         InputError, match=r"mask.progression=\('linear', 4.0\): at level 2: no block"
@@ -336,7 +343,7 @@ def test_random_cells_are_scattered_and_their_number_is_uniform():
     assert counts.tolist() == [4, 5, 6, 7, 8]
     np.testing.assert_allclose(times / 2000, 0.2, atol=0.035)
     corners = np.array([s >= {0, 63} for s in target_sets(masks)])
-    assert corners.mean() > 0.05, "cells far from each other are hidden together"
+    assert corners.mean() > 0.05, "distant cells must be hidden together"
 
 
 def test_kept_context_is_a_uniform_choice_among_visible_patches():
@@ -346,7 +353,7 @@ def test_kept_context_is_a_uniform_choice_among_visible_patches():
     np.testing.assert_allclose(counts[1] / counts[0], 12 / 48, atol=0.035)
 
 
-def test_padding_appears_where_fewer_patches_are_visible():
+def test_the_context_is_padded_if_fewer_patches_are_visible():
     mask = MultiBlockMask(8, 2, (0.25, 0.25), (1.0, 1.0), context_scale=(1.0, 1.0), num_context=40)
     masks = sample(mask)
     visible = 64 - np.array([len(s) for s in target_sets(masks)])
@@ -366,7 +373,7 @@ def test_a_mask_depends_on_its_key_and_on_no_other_image():
 
 
 def test_image_without_a_visible_patch_has_no_target():
-    """Four 4x4 blocks that happen to tile an 8x8 grid leave nothing to predict from."""
+    """Four 4x4 blocks can tile the 8x8 grid. Then no patch is left to predict from."""
     mask = MultiBlockMask(8, 4, (0.25, 0.25), (1.0, 1.0), align_level=2)
     masks = sample(mask, batch=2000)
     hidden_all = ~masks.context_valid.any(axis=1)

@@ -1,4 +1,4 @@
-"""Encoder, predictor, and their composition."""
+"""The encoder, the predictor and the model that combines them."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def test_sincos_positions_are_distinct_and_bounded():
     table = sincos2d_positions(14, 64)
     assert len(np.unique(table.round(5), axis=0)) == 196
     assert np.abs(table).max() <= 1
-    # A step along a row changes the column half only.
+    # Along a row, only the second half of the features (the column) changes.
     np.testing.assert_array_equal(table[0, :32], table[1, :32])
     assert np.any(table[0, 32:] != table[1, 32:])
     tall = sincos2d_positions((14, 3), 64).reshape(14, 3, 64)
@@ -90,7 +90,7 @@ def test_pixels_of_hidden_patches_do_not_reach_one_context_token(model_and_param
     np.testing.assert_array_equal(a.context[valid], b.context[valid])
     np.testing.assert_array_equal(a.summary, b.summary)
     jax.tree.map(np.testing.assert_array_equal, a.levels, b.levels)
-    # The control: a visible pixel does.
+    # Control: visible pixels do reach the summary.
     seen = jnp.where(pixels[..., None], x + 1.0, x)
     assert np.any(jitted(model)(variables, seen, MASKS).summary != a.summary)
 
@@ -128,7 +128,7 @@ def test_predictions_follow_their_queries_when_blocks_change_places(model_and_pa
 
 
 def test_summary_pass_sees_no_patch_token(model_and_params):
-    """What it predicts is what the predictor makes of the summary tokens, given nothing else."""
+    """Its predictions equal the output of the predictor for the summary tokens alone."""
     model, variables = model_and_params
     prediction = jitted(model)(variables, images(), MASKS)
     bound = model.bind(variables)
@@ -142,11 +142,11 @@ def test_summary_pass_sees_no_patch_token(model_and_params):
     for level, expected in levels.items():
         found, full = prediction.summary_levels[level], prediction.levels[level]
         np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert np.abs(np.asarray(found) - full).max() > 1e-3  # which sees the patches
+        assert np.abs(np.asarray(found) - full).max() > 1e-3  # `full` sees the patches
 
 
 def test_an_image_without_visible_patches_predicts_nothing():
-    """Four quarters hidden at random: in a tenth of the images they are all different."""
+    """Four random quarters are hidden. In a tenth of the images they cover the whole image."""
     mask = MultiBlockMask(8, 4, (0.25, 0.25), (1.0, 1.0), align_level=2)
     masks = jax.jit(mask)(jax.random.split(jax.random.PRNGKey(0), 200))
     encoder = VisionTransformer(8, PATCH, WIDTH, depth=1, num_heads=2)
@@ -157,7 +157,7 @@ def test_an_image_without_visible_patches_predicts_nothing():
         np.testing.assert_array_equal(np.asarray(level).any(axis=1), shows)
 
 
-def test_an_image_that_shows_nothing_adds_nothing_to_the_spread_of_a_batch(model_and_params):
+def test_an_image_without_patches_gets_the_mean_of_the_others(model_and_params):
     model, variables = model_and_params
     none = dataclasses.replace(
         MASKS, context_valid=MASKS.context_valid & (jnp.arange(3)[:, None] > 0)
@@ -208,7 +208,10 @@ def test_learned_positions_start_from_the_sine_cosine_table(model_and_params):
 
 
 def test_residual_branches_start_smaller_the_deeper_the_network():
-    """Kernels that write to the residual stream are 1 / sqrt(2 depth) of Xavier's, the rest not."""
+    """Kernels that write to the residual stream start at Xavier's scale / sqrt(2 depth).
+
+    The other kernels start at Xavier's scale.
+    """
     encoder = VisionTransformer(GRID, PATCH, 64, depth=2, num_heads=2)
     params = jax.jit(encoder.init)(jax.random.PRNGKey(0), images(1))["params"]
     for block in (params["block_0"], params["block_1"]):
@@ -222,8 +225,8 @@ def test_residual_branches_start_smaller_the_deeper_the_network():
             np.testing.assert_allclose(np.std(kernel), scale * xavier, rtol=0.05)
 
 
-def test_tokens_that_see_others_before_them_become_what_they_become_beside_them():
-    """What is left out of a block's last pass is only the part that nobody asks for."""
+def test_a_block_with_memory_equals_one_on_the_full_sequence():
+    """With `memory`, a block only skips the outputs of the memory tokens, which nobody needs."""
     block = Block(num_heads=2)
     x = jnp.asarray(RNG.normal(size=(2, 7, 16)), "f")
     allowed = jnp.asarray(RNG.random((2, 7, 7)) < 0.7)
@@ -238,7 +241,10 @@ def test_tokens_that_see_others_before_them_become_what_they_become_beside_them(
 
 
 def test_the_gradient_of_a_block_pads_nothing():
-    """Query, key and value are products of their own, by cuts of the kernel: no sum of parts."""
+    """Query, key and value are separate products with slices of the kernel.
+
+    Slices of one combined product would have a gradient that is a sum of padded parts.
+    """
     encoder = VisionTransformer(GRID, PATCH, WIDTH, depth=2, num_heads=2)
     params = jax.eval_shape(encoder.init, jax.random.PRNGKey(0), images(1))
 
@@ -250,8 +256,8 @@ def test_the_gradient_of_a_block_pads_nothing():
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])
-def test_layer_norm_is_right_where_the_mean_is_large(mean):
-    """In standard deviations; mean(x^2) - mean^2 was 11 % off at 1000."""
+def test_layer_norm_is_right_if_the_mean_is_large(mean):
+    """`mean` is in standard deviations. At 1000, mean(x^2) - mean^2 was 11 % off."""
     x = (mean + np.random.default_rng(0).normal(size=(4, 192))).astype(np.float32)
     exact = x.astype(np.float64) - x.mean(axis=1, dtype=np.float64, keepdims=True)
     exact /= np.sqrt(x.astype(np.float64).var(axis=1, keepdims=True) + 1e-6)
@@ -262,7 +268,7 @@ def test_layer_norm_is_right_where_the_mean_is_large(mean):
 
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
 def test_the_hmlp_stem_is_convolutions_within_each_patch(patch_size):
-    """Against NumPy: a sum over the pixels of each cell, a LayerNorm, a GELU."""
+    """In NumPy: sums over the pixels of each cell, with LayerNorm and GELU between layers."""
     stem = PatchMLP(32, patch_size)
     patches = RNG.normal(size=(2, 3, patch_size**2 * 2)).astype(np.float32)
     params = jax.device_get(jax.jit(stem.init)(jax.random.PRNGKey(0), patches))["params"]

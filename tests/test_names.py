@@ -1,4 +1,4 @@
-"""Names with any characters in figures, pages and files: shown as they are, and never a crash."""
+"""Names with any characters are readable in figures, pages and files, and never cause a crash."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ RECORD = RunRecord(
     num_images=2560, num_steps=200, steps_per_epoch=10, class_names=("caf\udce9",),
     data={"source": "folder:caf\udce9", "fingerprint": "all-0"}, preprocessing={},
 )  # fmt: skip
-# Each name, and what is to be read in its place.
+# Each name, and the text that is shown for it.
 UNCHANGED = (
     "$x_1$", "un$balanced", r"a\$b$", "$^{$", "_hidden", "日本", "<script>x()</script>", "a|b",
     "`code`", "[link](x) ![p](y)", "**bold** __init__ &amp;", r"back\slash",
@@ -33,7 +33,7 @@ NAMES = {name: name for name in UNCHANGED} | {
 
 
 def drawn(text):
-    """What matplotlib draws for the text of a label, if it takes it for no formula."""
+    """Returns the text that matplotlib draws, and checks that it is not read as a formula."""
     words, is_formula = text._preprocess_math(text.get_text())
     assert is_formula is False
     return words.strip()

@@ -1,4 +1,4 @@
-"""npz sources: common array names, refused files, memory."""
+"""npz sources: common array names, refused files, memory use."""
 
 import io
 import struct
@@ -103,12 +103,12 @@ def test_reading_makes_no_second_copy_of_the_images(tmp_path, channels):
     finally:
         tracemalloc.stop()
     decoded = 30_000 * 32 * 32 * 3
-    assert peak < 1.1 * decoded + 2 * 2**24 + 2**22  # a tenth for the test, and two blocks
+    assert peak < 1.1 * decoded + 2 * 2**24 + 2**22  # a tenth for the test split, and two blocks
     first = np.concatenate([train.images[:, 0, 0, 0], test.images[:, 0, 0, 0]])
     assert np.array_equal(np.bincount(first), np.bincount(np.arange(30_000) % 251))
 
 
-def test_half_of_a_validation_set_is_not_used(tmp_path, capsys):
+def test_validation_labels_without_images_are_not_used(tmp_path, capsys):
     arrays = {**pair(TRAIN, "train_images train_labels"), "val_labels": LABELS[4]}
     train, test = opened(tmp_path, arrays).load()
     assert [len(train.labels), len(test.labels)] == [9, 1]
@@ -186,7 +186,7 @@ def npy(_):
     return file.getvalue()
 
 
-# Content of a file instead of the good one; None: it is removed.
+# Functions from the good content to the damaged content; None = the file is removed.
 DAMAGE = {
     "absent": lambda good: None,
     "empty": lambda good: b"",
@@ -212,7 +212,7 @@ def test_an_unreadable_file_is_refused(tmp_path, content):
 
 
 def write_npz(path, headers, data=b"\0" * 1000):
-    """Writes an npz file with these headers: (name, literal dict) of each array."""
+    """Writes an npz file from one pair (array name, header as a literal dict) per array."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, header in headers:
             text = header.encode().ljust(200) + b"\n"
@@ -245,7 +245,7 @@ CLASSES, SMALL = ("train_labels", header("(4,)")), ("train_images", header("(4, 
 )
 def test_false_headers_are_refused_before_memory_is_allocated(tmp_path, headers, rule):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zipfile's, of the duplicate name
+        warnings.simplefilter("ignore")  # zipfile warns of the duplicate name
         write_npz(tmp_path / "bad.npz", headers)
     assert_refused(f"npz:{tmp_path}/bad.npz", rule)
 

@@ -23,7 +23,7 @@ def rates(steps, peak=1.0, **kwargs):
     return [float(rate) for rate in jax.vmap(fn)(jnp.asarray(steps))]
 
 
-QUARTER = 0.2 + 0.8 * (2 + 2**0.5) / 4  # of a cosine from 1 to 0.2; linear it would be 0.8
+QUARTER = 0.2 + 0.8 * (2 + 2**0.5) / 4  # of a cosine from 1 to 0.2; a linear decay gives 0.8
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ QUARTER = 0.2 + 0.8 * (2 + 2**0.5) / 4  # of a cosine from 1 to 0.2; linear it w
         ({"end": 0.2}, {1: 0.1, 5: 0.5, 10: 1, 35: QUARTER, 60: 0.6, 110: 0.2, 10_000: 0.2}),
         ({"end": 0.2, "decay_steps": 40}, {5: 0.5, 10: 1, 70: 1, 90: 0.6, 110: 0.2}),
         ({"decay_steps": 0}, {5: 0.5, 10: 1, 110: 1}),
-        # A run may end within its warm-up, and right at its end.
+        # A run may end during its warm-up, or exactly at its end.
         ({"peak": 1e-4, "warmup_steps": 1562, "num_steps": 300}, {250: 1.6005e-05}),
         ({"num_steps": 10}, {9: 0.9, 10: 1}),
     ],
@@ -41,7 +41,7 @@ def test_a_linear_warmup_a_plateau_and_a_cosine_that_ends_at_the_end(kwargs, by_
     np.testing.assert_allclose(rates([*by_step], **kwargs), [*by_step.values()], rtol=1e-4)
 
 
-def test_the_decay_takes_at_most_all_after_the_warmup():
+def test_the_decay_is_cut_to_the_steps_after_the_warmup():
     steps = [5, 10, 35, 110]
     assert rates(steps) == rates(steps, decay_steps=100) == rates(steps, decay_steps=500)
 
@@ -62,7 +62,7 @@ def test_interpolation_goes_from_start_to_end(kind, expected):
 
 
 def test_only_kernels_decay():
-    """Of the real model with every part that it may have, so that no new name slips by."""
+    """Uses the real model with all optional parts, so that no new parameter name is missed."""
     config = base_config()
     config.model.width, config.model.depth, config.model.num_heads = 16, 2, 2
     config.model.predictor_width, config.model.predictor_depth = 8, 1
@@ -80,7 +80,7 @@ def test_only_kernels_decay():
 
 
 def test_adamw_against_its_definition():
-    """Two updates of scalar weights by the formulas of the paper, schedules included."""
+    """Two updates of scalar weights match the formulas of the paper, schedules included."""
     learning_rates, decays = [0.0, 0.1, 0.2], [0.0, 0.5, 0.3]
     tx = make_optimizer(
         learning_rate_fn=lambda s: jnp.asarray(learning_rates)[s],
@@ -103,7 +103,7 @@ def test_adamw_against_its_definition():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    """Adam hides the scale of a gradient, not its history: a huge first one must not linger."""
+    """Adam hides the scale of one gradient, but an unclipped huge one distorts later updates."""
     rates = {"learning_rate_fn": lambda s: 1.0 * s, "weight_decay_fn": lambda s: 0.0 * s}
     tx = make_optimizer(clip_norm=1.0, **rates)
     params, update, results = {"kernel": jnp.zeros(2)}, jax.jit(tx.update), []
@@ -115,13 +115,13 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
 
 
-def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes():
+def test_orthogonalize_keeps_singular_vectors_and_equalizes_values():
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.normal(size=(3, 8, 20)), full_matrices=False)
     sizes = np.array([[1e-3], [1.0], [1e4]]) * np.geomspace(1, 0.003, 8)
     matrices = u * sizes[:, None] @ v
     found = np.asarray(jax.jit(orthogonalize)(jnp.asarray(matrices, jnp.float32)))
-    # In the basis of the matrix itself the result is diagonal, with numbers around 1 there.
+    # In the singular basis of the matrix the result is diagonal, with values around 1.
     inner = u.transpose(0, 2, 1) @ found @ v.transpose(0, 2, 1)
     diagonal = np.einsum("sii->si", inner)
     assert 0.65 < diagonal.min() < diagonal.max() < 1.25
@@ -137,11 +137,11 @@ def test_muon_multiplies_in_the_dtype_of_the_model(tiny_config):
         tx = build.build_optimizer(tiny_config, schedules)
         program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
         operands = re.findall(r"dot_general.* : \(tensor<[^>]*x(\w+)>", program)
-        assert operands == 15 * [letters]  # three products, five times
+        assert operands == 15 * [letters]  # three products in each of five iterations
 
 
-def test_muon_with_rounded_products_is_close_to_exact_whatever_the_shapes():
-    """As on CPU. Matrices of one shape are stacked; here are a pair and three others."""
+def test_muon_with_bfloat16_products_is_close_to_float32():
+    """The products round as on CPUs or as on GPUs. Three of the five matrices form one stack."""
     rng, shapes = np.random.default_rng(0), [(16, 48), (16, 48), (48, 16), (48, 48), (5, 3)]
     params = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     exact, found, as_on_gpus = (
@@ -158,15 +158,15 @@ def test_muon_with_rounded_products_is_close_to_exact_whatever_the_shapes():
             assert 0 < np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
             sizes = np.linalg.svd(other, compute_uv=False) / (0.2 * max(one.shape) ** 0.5)
             assert sizes.max() < 1.25
-            assert sizes.min() > 0.6 or one.shape == (48, 48)  # whose smallest is nearly 0
+            assert sizes.min() > 0.6 or one.shape == (48, 48)  # square: its smallest is nearly 0
 
 
-def test_orthogonalizing_nothing_gives_nothing():
+def test_orthogonalizing_zeros_gives_zeros():
     assert np.array_equal(orthogonalize(jnp.zeros((1, 2, 3))), np.zeros((1, 2, 3)))
 
 
 def test_muon_against_its_definition():
-    """Two updates of matrices of two shapes, one of them higher than wide, by an SVD."""
+    """Two updates of tall, wide and square matrices match an SVD."""
     shapes = {"a": (6, 4), "b": (6, 4), "c": (3, 3), "d": (4, 6)}
     rng = np.random.default_rng(1)
     tx = scale_by_muon(momentum=0.9)
@@ -183,7 +183,7 @@ def test_muon_against_its_definition():
             np.testing.assert_allclose(inner, np.eye(min(shape)), atol=0.35)
 
 
-def test_updates_of_muon_are_a_little_smaller_than_those_of_orthogonal_matrices():
+def test_muon_updates_are_slightly_smaller_than_orthogonal_ones():
     rng, tx = np.random.default_rng(0), scale_by_muon()
     shapes = (64, 64), (48, 96), (96, 384)
     gradients = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
@@ -192,7 +192,7 @@ def test_updates_of_muon_are_a_little_smaller_than_those_of_orthogonal_matrices(
 
 
 def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
-    """And where Adam moves, it does so as without Muon; the decay is the same for both."""
+    """The updates by Adam are the same as without Muon. Weight decay is the same for both."""
     tiny_config.loss.agreement_weight = 1.0
     model = build.build_model(tiny_config)
     shapes = jax.eval_shape(build.build_create_state(tiny_config, model, optax.identity())).params
@@ -218,7 +218,7 @@ def test_muon_moves_the_hidden_matrices_and_adam_the_rest(tiny_config):
         tx = make_optimizer(**options, muon_momentum=momentum)
         update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
         updates[name], _ = update(grads, state, params)
-        # Without a gradient what is left is the decay.
+        # With zero gradients the update is the weight decay.
         decay, _ = update(zeros, state, params)
         expected = jax.tree.map(lambda on, x: -0.1 * 0.5 * x * on, decay_mask(params), params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), decay, expected)

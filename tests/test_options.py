@@ -1,4 +1,4 @@
-"""What an encoder, a predictor or a target may be beside the default."""
+"""Non-default options of the encoder, the predictor and the targets."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def make_model(encoder=None, predictor=None, **kwargs) -> HJEPA:
 
 @functools.cache
 def init_params(model: HJEPA):
-    """On the host: arithmetic on NumPy arrays compiles nothing."""
+    """Returns the parameters as NumPy arrays, because arithmetic on those compiles nothing."""
     params = jax.jit(model.init)(jax.random.PRNGKey(1), VIEWS[:1], FIRST_MASK)["params"]
     return jax.device_get(params)
 
@@ -79,7 +79,10 @@ def test_rotated_scores_depend_on_relative_position_alone(shift):
 
 
 def test_a_rotary_encoder_sees_relative_positions_alone():
-    """Without tokens that are nowhere, patches that move together are encoded as before."""
+    """If all patches move by the same offset, their encoding stays the same.
+
+    This holds without summary tokens: those have no position.
+    """
     encoder = ENCODER.clone(positions="rope2d", num_summary_tokens=0)
     block, down, right = np.array([0, 1, 2, 4, 5, 6, 8, 9, 10]), 1, 1  # 3 x 3 of the 4 x 4 patches
     moved = np.roll(VIEWS, (PATCH * down, PATCH * right), axis=(1, 2))
@@ -94,13 +97,13 @@ def test_a_rotary_encoder_sees_relative_positions_alone():
     shuffled = apply(params, VIEWS, jnp.asarray(np.tile(block[::-1], (BATCH, 1)), jnp.int32))[0]
     np.testing.assert_allclose(shuffled[:, ::-1], here, rtol=1e-4, atol=1e-5)
     apart = apply(params, VIEWS, jnp.asarray(np.tile(block[:2], (BATCH, 1)), jnp.int32))[0]
-    other = np.asarray(VIEWS).copy()  # the second of two patches, one further to the right
+    other = np.asarray(VIEWS).copy()  # the second of the two patches, moved one patch to the right
     other[:, :PATCH, 2 * PATCH : 3 * PATCH] = other[:, :PATCH, PATCH : 2 * PATCH]
     far = jnp.asarray(np.tile([0, 2], (BATCH, 1)), jnp.int32)
     assert np.abs(np.asarray(apply(params, jnp.asarray(other), far)[0]) - apart).max() > 1e-3
 
 
-def test_tokens_that_are_nowhere_stay_so_in_whatever_order_patches_come():
+def test_permuted_patches_permute_tokens_and_keep_the_summary():
     encoder = ENCODER.clone(positions="rope2d", num_registers=1)
     params = jax.jit(encoder.init)(jax.random.PRNGKey(0), VIEWS)
     apply, order = jax.jit(encoder.apply), RNG.permutation(GRID**2)
@@ -150,7 +153,7 @@ def test_a_rotary_model_knows_positions_and_runs_at_one_and_a_half_times_the_res
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_query_says_where_it_is_even_to_one_summary_token_that_is_nowhere(mode):
+def test_rotary_queries_with_one_summary_token_depend_on_their_position(mode):
     encoder = {"positions": "rope2d", "num_summary_tokens": 1}
     prediction = predict(make_model(encoder, {"positions": "rope2d", "mode": mode}))
     for levels in (prediction.levels, prediction.summary_levels):
@@ -160,15 +163,16 @@ def test_a_query_says_where_it_is_even_to_one_summary_token_that_is_nowhere(mode
             assert np.isfinite(level).all()
 
 
-# Whether the prediction of a block depends on the patches of other blocks; on its own other
-# patches; and whether the context listens to queries, which then reach the coarse level.
+# For each mode, three answers. Does the prediction of a block depend on the patches of other
+# blocks? Does it depend on the other patches of its own block? Does the context attend to the
+# queries, so that they change the predictions of the coarse level?
 DEPENDS = {"self": (True, True, True), "blocks": (False, True, False), "cross": (False,) * 3}
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_a_prediction_depends_on_is_up_to_the_mode(mode):
+def test_the_mode_decides_which_queries_affect_a_prediction(mode):
     model, size = make_model(None, {"mode": mode}), MASKS.target_index.shape[2]
-    # At initialisation the branches say little: larger parameters, to see what depends on what.
+    # At initialisation the residual branches are weak. Larger parameters show the dependencies.
     params = jax.tree.map(lambda x: 3 * x, init_params(model))
     moved = (MASKS.target_index + 5) % GRID**2
     others = MASKS.replace(target_index=moved.at[:, 0].set(MASKS.target_index[:, 0]))
@@ -205,7 +209,7 @@ def test_cross_attention_by_hand():
     np.testing.assert_allclose(out[0, 0], expected, rtol=1e-4)
 
 
-def test_registers_are_attended_to_and_nobody_reads_them():
+def test_registers_are_attended_to_and_not_returned():
     plain, model = make_model(), make_model({"num_registers": 3})
     params = init_params(model)
     assert params["context_encoder"]["register_tokens"].shape == (1, 3, WIDTH)
@@ -213,12 +217,12 @@ def test_registers_are_attended_to_and_nobody_reads_them():
     assert prediction.summary.shape == (BATCH, 2, WIDTH)
     assert prediction.context.shape == predict(plain).context.shape
     changed = jax.tree.map(lambda x: x, params)
-    # Not a shift: the LayerNorm of the first block would take it away again.
+    # Negated instead of shifted: the LayerNorm of the first block would remove a shift.
     changed["context_encoder"]["register_tokens"] = -changed["context_encoder"]["register_tokens"]
     assert np.abs(predict(model, changed).context - prediction.context).max() > 1e-4
 
 
-def test_layer_scale_multiplies_each_branch_from_its_start_on_and_is_not_decayed():
+def test_layer_scale_multiplies_each_branch_and_is_not_decayed():
     x = jnp.asarray(RNG.normal(size=(2, 5, WIDTH)), jnp.float32)
     plain, scaled = Block(2), Block(2, layer_scale=0.5)
     apply = jax.jit(scaled.apply)
@@ -261,7 +265,7 @@ def test_a_pyramid_of_identity_weights_is_pooling(grid, fusion):
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (14, 5)])
-def test_upsampling_keeps_what_is_linear_between_the_outermost_centres(grid):
+def test_upsampling_reproduces_linear_functions_between_the_centres(grid):
     def centres(side, size):
         return [(start + min(start + size, side)) / 2 for start in range(0, side, size)]
 
@@ -301,7 +305,7 @@ def test_a_pyramid_of_any_weights_against_numpy(fusion):
     for one, other in zip(found, x, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
-    index = jnp.asarray([[3, 0, 24], [7, 7, 12]])  # a choice of patches per image
+    index = jnp.asarray([[3, 0, 24], [7, 7, 12]])  # other patches for each image
     chosen = jnp.take_along_axis(levels[0], index[..., None], axis=1)
     few = fuse({"params": params}, (chosen, *levels[1:]), index)
     expected = np.take_along_axis(x[0], np.asarray(index)[..., None], axis=1)
@@ -312,7 +316,7 @@ def test_predictions_go_through_the_pyramid_and_targets_through_its_ema():
     pyramid = FeaturePyramid(GRID, 2, "add")
     plain, model = make_model(), make_model({"pyramid": pyramid})
     step, state = make_step(model)
-    # Weights that are neither the identity nor the same on both sides.
+    # With noise on all weights, neither pyramid is the identity, and the two pyramids differ.
     noisy = lambda x: x + 0.1 * RNG.normal(size=x.shape).astype(np.float32)
     params, target_params = jax.tree.map(noisy, jax.device_get((state.params, state.target_params)))
     state = dataclasses.replace(state, params=params, target_params=target_params)
@@ -363,7 +367,7 @@ def make_step(model, *, tx=None, ema_momentum=0.9, objective=OBJECTIVE, **kwargs
 
 
 def losses_of(step, state):
-    """The loss terms of a step: its gradients, of which they are independent, are not compiled."""
+    """Returns the loss terms of a step. Its gradients are not compiled, as no term needs them."""
     scalars = lambda state: step(state, IMAGES)[1].scalars
     names = [name for name in jax.eval_shape(scalars, state) if name.startswith("loss")]
     return jax.jit(lambda state: {name: scalars(state)[name] for name in names})(state)
@@ -384,7 +388,10 @@ def views_and_masks(state):
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
 def test_an_image_of_another_size_lies_on_the_same_field_of_positions(positions):
-    """Constant images: only positions tell patches apart, and a coarse grid's lie between."""
+    """A patch of an image of half the size has the position of 2 x 2 patches of the full image.
+
+    The images are constant, so only the positions distinguish their patches.
+    """
     model = make_model({"positions": positions})
     params = init_params(model)["context_encoder"]
     fine = encode(model, params, jnp.ones((1, SIZE, SIZE, 3)))[0]
@@ -413,7 +420,7 @@ def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_j
 
     @jax.jit
     def norms(params):
-        """Of the gradient through both sides, and of that which stops at the targets."""
+        """Returns the gradient norms with and without the gradient through the targets."""
         stopped, through = jax.grad(loss_fn, argnums=(0, 1))(params, params["context_encoder"])
         encoder = jax.tree.map(jnp.add, stopped["context_encoder"], through)
         return global_norm({**stopped, "context_encoder": encoder}), global_norm(stopped)
@@ -426,7 +433,7 @@ def test_without_ema_the_gradient_flows_through_the_targets_and_the_encoder_is_j
 
 def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
     step, state = make_step(make_model({"drop_path": 0.5}))
-    names = ("loss", "target_std")  # without the gradients of the step
+    names = ("loss", "target_std")  # only these, so the gradients are not compiled
     scalars = jax.jit(lambda state: [step(state, IMAGES)[1].scalars[name] for name in names])
     found = [scalars(state.replace(step=jnp.int32(n))) for n in (0, 0, 1)]
     (loss, target_std), (again, _), (other, _) = jax.device_get(found)
@@ -436,13 +443,13 @@ def test_stochastic_depth_is_drawn_anew_in_every_step_and_spares_the_targets():
     np.testing.assert_allclose(target_std, expected, rtol=1e-5)
 
 
-def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_out_more():
+def test_kept_branches_are_rescaled_and_deep_ones_dropped_more():
     x = jnp.asarray(RNG.normal(size=(256, 3, 8)), jnp.float32)
     block, dropping = Block(2, 2.0), Block(2, 2.0, drop_path=0.25)
     params = jax.device_get(jax.jit(block.init)(jax.random.PRNGKey(0), x))
     params = jax.tree.map(lambda p: p + np.float32(0.1), params)
     silent = jax.tree.map(np.zeros_like, params["params"]["attention"])
-    params = {"params": {**params["params"], "attention": silent}}  # one branch is left
+    params = {"params": {**params["params"], "attention": silent}}  # only the MLP branch is left
     branch = jax.jit(block.apply)(params, x) - x
     found = jax.jit(dropping.apply)(params, x, rngs={"drop_path": jax.random.PRNGKey(1)}) - x
     kept = np.abs(np.asarray(found)).max(axis=(1, 2)) > 0
@@ -454,7 +461,7 @@ def test_a_branch_that_stays_makes_up_for_those_left_out_and_deep_ones_are_left_
 
 def test_each_block_and_each_coarser_level_is_a_group_of_its_own():
     assert _groups(2, 3, {0: 6, 1: 4}).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
-    assert _groups(2, 3, {1: 4}).tolist() == [0, 0, 1, 1, 1, 1], "cells are not cut into blocks"
+    assert _groups(2, 3, {1: 4}).tolist() == [0, 0, 1, 1, 1, 1], "coarse cells are a single group"
 
 
 @pytest.mark.slow

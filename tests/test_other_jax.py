@@ -1,6 +1,6 @@
-"""A checkpoint written under one of the two pinned sets restores under the other.
+"""A checkpoint saved with one of the two pinned sets of packages restores with the other.
 
-The interpreter of the other set is named by HJEPA_OTHER_PYTHON, as .ci/run does.
+The variable HJEPA_OTHER_PYTHON names the interpreter of the other set; `make test-slow` sets it.
 """
 
 import json
@@ -16,11 +16,11 @@ from tests.conftest import REPOSITORY
 OTHER = os.environ.get("HJEPA_OTHER_PYTHON")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not OTHER, reason="HJEPA_OTHER_PYTHON names no other interpreter"),
+    pytest.mark.skipif(not OTHER, reason="HJEPA_OTHER_PYTHON is not set"),
 ]
 
 # Prints a line of JSON for each work directory: the version of jax, the step, and a digest of state
-# and window. Where there is no run yet, it trains one.
+# and window. If a directory does not exist, the code first trains a run there.
 CODE = """
 import json, pathlib, sys
 import jax
@@ -45,7 +45,7 @@ for workdir in map(pathlib.Path, sys.argv[2:]):
 def report(python: str, config, *workdirs: pathlib.Path) -> list[list]:
     command = [python, "-c", CODE, json.dumps(config.to_dict()), *map(str, workdirs)]
     flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-    environment = {**os.environ, "XLA_FLAGS": flags}  # those of neither set: see conftest.py
+    environment = {**os.environ, "XLA_FLAGS": flags}  # both versions know these: see conftest.py
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The package as `pip install` leaves it: configs by name, the command `hjepa`, a wheel."""
+"""The package after `pip install`: configs by name, the command `hjepa`, wheel and sdist."""
 
 import functools
 import os
@@ -60,7 +60,7 @@ def built(tmp_path_factory):
     run = functools.partial(subprocess.run, capture_output=True, text=True)
     installed = run([*pip, "build", "hatchling"], check=False)
     if installed.returncode:
-        pytest.skip(f"the package index cannot be reached: {installed.stderr[-200:]}")
+        pytest.skip(f"pip cannot install the build tools: {installed.stderr[-200:]}")
     build = [sys.executable, "-m", "build", "--no-isolation", f"--outdir={folder}", REPOSITORY]
     run(build, check=True, env={**os.environ, "PYTHONPATH": str(folder)})
     return folder
@@ -77,7 +77,7 @@ def test_the_source_package_builds_from_few_files(built):
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(built, tmp_path):
-    """The dependencies are those of this environment; the package is that of the wheel alone."""
+    """The dependencies come from this environment, the package only from the wheel."""
     environment, here = tmp_path / "environment", tmp_path / "elsewhere"
     here.mkdir()
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

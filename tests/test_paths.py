@@ -1,4 +1,4 @@
-"""Paths as a user writes them, in flags and in every field of a config."""
+"""Paths that users write in flags and in config fields."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_home_is_expanded_in_every_path_field(field, home):
     found = expand_paths(config.lock())
     assert get_field(found, field) == f"{home}/a b"
     assert found.is_locked
-    assert get_field(config, field) == "~/a b"  # the caller's own is left as it is
+    assert get_field(config, field) == "~/a b"  # the config of the caller does not change
 
 
 @pytest.mark.parametrize(

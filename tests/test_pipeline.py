@@ -26,7 +26,7 @@ def test_epochs_and_seeds_differ():
     split=st.integers(0, 8),
 )
 def test_batches_do_not_depend_on_the_first_step(num_images, batch_size, start, split):
-    """A resumed run sees the same batches as an uninterrupted one."""
+    """A resumed run gets the same batches as an uninterrupted run."""
     batch_size = min(batch_size, num_images)
     whole = BatchOrder(num_images, batch_size, seed=3).batches(start, 8, size=8)
     fresh = BatchOrder(num_images, batch_size, seed=3)

@@ -1,4 +1,4 @@
-"""Layouts: sharded axes by hand, and bytes on eight devices."""
+"""Device layouts: cases by hand of sharded axes, and measured bytes on eight devices."""
 
 import math
 import re
@@ -25,7 +25,7 @@ from tests import processes
         ((384, 384), 8, 0),  # the first of equal ones
         ((1000, 1024), 16, 1),
         ((1030, 1000), 8, 1),  # the largest that 8 divides
-        ((1030, 1001), 8, None),  # it divides none
+        ((1030, 1001), 8, None),  # 8 divides no dimension
         ((1023,), 1, None),
         ((1016,), 8, None),  # too small
         ((), 8, None),
@@ -67,7 +67,7 @@ def test_images_too_large_for_a_device_are_refused_with_numbers(tiny_config, mon
     placement.check_resident("tfds:x", 2**30)
     with pytest.raises(InputError, match=r"needs 1\.50 GiB .* each gpu device, which has 1\.00"):
         placement.check_resident("tfds:x", 3 * 2**29)
-    gpu.memory_stats = lambda: None  # Apple's plugins
+    gpu.memory_stats = lambda: None  # Apple's plugins report no memory
     placement.check_resident("tfds:x", 2**40)
 
 
@@ -100,7 +100,7 @@ def measure_bytes() -> dict:
 
 
 def measure_checksums() -> dict:
-    """Returns checksums of one array in several layouts, and their collectives."""
+    """Returns checksums of one array in several layouts, and the collectives of one program."""
     x = np.random.default_rng(0).normal(size=(512, 4, 64)).astype(np.float32)
     places = {n: placement.make_placement(jax.devices(), fsdp=n) for n in (1, 2, 8)}
     arrays = [x, jax.device_put(x), *(p.put(x, p.state(x)) for p in places.values())]
@@ -115,7 +115,7 @@ COLLECTIVE = re.compile(r"= (.*) (?:all-|collective-|reduce-scatter)[a-z-]*\(")
 
 
 def collectives() -> list[list[str]]:
-    """Returns the types that devices exchange in two programs: "u8[4,8,32,32,3]{...}"."""
+    """Returns the array types that devices exchange in two programs: "u8[4,8,32,32,3]{...}"."""
     backend.select_platform("cpu", cpu_devices=8)
     c = base_config()
     c.data.image_size, c.model.patch_size = 32, 8
@@ -136,7 +136,7 @@ def collectives() -> list[list[str]]:
 def test_eight_devices_hold_at_most_a_fifth_of_vit_small_each(on_eight_devices, record_property):
     measured = on_eight_devices
     assert len(measured["held"]) == 8
-    assert measured["whole"] > 300e6  # parameters, EMA and two moments of 22 million
+    assert measured["whole"] > 300e6  # 22 million parameters, with their EMA and two moments
     assert max(measured["held"].values()) <= 0.2 * measured["whole"]
     record_property("fraction", max(measured["held"].values()) / measured["whole"])
 

@@ -1,4 +1,4 @@
-"""The rules of backends that this machine does not have: names and versions are faked."""
+"""Rules of backends that this machine lacks: tests fake backend names and package versions."""
 
 import dataclasses
 import importlib.metadata
@@ -43,7 +43,7 @@ MPS = {"jax": "0.10.2", "jax_mps": "0.10.11"}
 @pytest.mark.parametrize(
     ("choice", "versions", "name", "jax_platforms"),
     [
-        ("metal", METAL, "METAL", "METAL,cpu"),  # parameters are made on the CPU beside it
+        ("metal", METAL, "METAL", "METAL,cpu"),  # the CPU creates the parameters
         ("mps", MPS, "mps", "mps,cpu"),
         ("cpu", METAL, "cpu", "cpu"),
         ("cpu", METAL | MPS, "cpu", "cpu"),  # an installed plugin does not matter
@@ -99,7 +99,7 @@ def test_a_silent_fallback_to_the_cpu_is_refused():
     ("function", "choice", "error", "told"),
     [
         ("default_backend", "metal", "Unable to initialize\nat length", "Unable to initialize$"),
-        # As with JAX_PLATFORMS=METAL: the CPU must make the parameters.
+        # As with JAX_PLATFORMS=METAL: no CPU backend, but the CPU must create the parameters.
         ("devices", "auto", "Unknown backend cpu", "Unknown backend cpu"),
     ],
 )
@@ -151,7 +151,7 @@ def test_bfloat16_is_refused_on_metal_only(tiny_config, monkeypatch, backend, re
 
 
 def test_a_run_on_metal_obeys_the_rules_and_logs_them(tiny_config, tmp_path, monkeypatch, capsys):
-    """The program is that of the CPU, but for what the run asks of it."""
+    """A spy records the options that the run passes to `lower`; the program is for the CPU."""
     asked = []
     built = train.build_run(tiny_config, run.open_config_source(tiny_config))
 
@@ -193,7 +193,7 @@ def test_a_setting_that_changes_results_is_ignored_with_a_note(name, capsys):
 
     expected = draw()
     backend.fix_settings()
-    assert capsys.readouterr().err == "", "a note on settings that are as they should be"
+    assert capsys.readouterr().err == "", "there must be no note if all settings are right"
     jax.config.update(name, OTHERS[name])
     try:
         assert backend.select_platform("auto") == jax.default_backend()

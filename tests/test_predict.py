@@ -1,4 +1,4 @@
-"""The classifier that a fine-tuning leaves, used from Python."""
+"""The classifier that fine-tuning saves, used from Python."""
 
 import shutil
 

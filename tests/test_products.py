@@ -1,4 +1,4 @@
-"""Matrix products: the fast formulations are the plain ones."""
+"""Matrix products: the fast formulations agree with the plain ones."""
 
 import functools
 import re
@@ -64,7 +64,7 @@ def test_the_gradient_of_a_weight_is_the_same_with_and_without_tiles(tokens, wid
 
 @pytest.mark.parametrize("layer", [Dense(64, LOW), transformer.Attention(2, LOW)])
 def test_no_compiled_product_of_the_backward_pass_sums_over_the_first_axes_of_both_operands(layer):
-    """Those do not run on the matrix units of a processor; a plain transpose becomes one."""
+    """Such a product does not use the matrix units of a CPU. A plain transpose compiles to one."""
     x = random(4, 50, 64)
     params = layer.init(jax.random.PRNGKey(0), x)
     backward = jax.jit(jax.grad(lambda params, x: layer.apply(params, x).sum() ** 2, (0, 1)))
@@ -75,7 +75,7 @@ def test_no_compiled_product_of_the_backward_pass_sums_over_the_first_axes_of_bo
     assert not [line for line in products if over_first.search(line)]
 
 
-def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_are_of():
+def test_results_may_be_rounded_and_gradients_keep_input_dtypes():
     precision = Precision(jnp.bfloat16, jnp.bfloat16)
     x, w = random(4, 8).astype(jnp.bfloat16), random(8, 3)
     result, pullback = jax.vjp(lambda x, w: product("nd,df->nf", x, w, precision), x, w)
@@ -83,7 +83,7 @@ def test_results_may_be_rounded_too_but_gradients_have_the_dtype_of_what_they_ar
 
 
 class PlainAttention(nn.Module):
-    """As in the paper: softmax, then the product."""
+    """Attention as in the paper: softmax, then the product."""
 
     num_heads: int
     precision: Precision
@@ -105,7 +105,7 @@ class PlainAttention(nn.Module):
 
 
 def test_loss_and_gradients_are_those_of_the_plain_formulation(monkeypatch):
-    """Flax's own Dense and a textbook attention in place of ours: equal to float32 rounding."""
+    """Flax's Dense and a textbook attention give the same numbers up to float32 rounding."""
     model = predictor.Predictor(4, 2, 16, width=16, depth=2, num_heads=2)
     context, seen = random(3, 6, 16), (RNG.random((3, 6)) < 0.7) | (np.arange(6) == 0)
     valid = {0: jnp.asarray(RNG.random((3, 5)) < 0.7), 1: jnp.ones((3, 4), bool)}

@@ -24,6 +24,6 @@ def test_tensorboard_finds_features_classes_and_pictures(tmp_path):
         assert labels == ["cat", "dog", "polar bear", "cat", "dog"]
         sheet = np.asarray(Image.open(tmp_path / embedding.sprite.image_path))
         assert list(embedding.sprite.single_image_dim) == [THUMBNAIL, THUMBNAIL]
-        assert sheet.shape == (3 * THUMBNAIL, 3 * THUMBNAIL, 3), "a square of 3 x 3 for 5 images"
+        assert sheet.shape == (3 * THUMBNAIL, 3 * THUMBNAIL, 3), "5 images need a sheet of 3 x 3"
         corners = sheet[::THUMBNAIL, ::THUMBNAIL, 0].ravel()
         assert corners.tolist() == [40, 80, 120, 160, 200, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""The evaluation protocol as a whole, with a matrix as the encoder."""
+"""The whole evaluation protocol, with a random matrix as the encoder."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ from hjepa_jax.runs.scores import (
 NUM_CLASSES = 4
 ALL = Protocol(protocols=PROTOCOLS, batch_size=64, lowshot_labels=(1, 5))
 CHOOSING = ("linear", "knn", "lowshot")
-KNN = Protocol(protocols=("knn",), batch_size=40)  # the cheapest
+KNN = Protocol(protocols=("knn",), batch_size=40)  # the cheapest protocol
 
 
 def split(n, seed):
-    """Images of one colour per class, under noise."""
+    """Returns n images: one colour per class, plus noise."""
     rng = np.random.default_rng(seed)
     labels = (np.arange(n) % NUM_CLASSES).astype(np.int32)
     colours = np.random.default_rng(9).integers(60, 200, (NUM_CLASSES, 1, 1, 3))
@@ -83,7 +83,9 @@ def test_every_protocol_scores_every_representation():
     assert found == expected | {(c, "pixels", "concat", 0) for c in columns}
     assert len(rows) == len(found)
     held_out = {row["settings"]["num_val"] for row in rows if row["protocol"] in CHOOSING}
-    assert held_out == {len(TRAIN.labels) // 5}, "not the 5000 that were asked for"
+    assert held_out == {len(TRAIN.labels) // 5}, (
+        "a fifth of the images is held out, not the default of 5000"
+    )
     for row in rows:
         assert row["step"] == (7 if row["encoder"] == "target" else 0)
         assert (row["train_size"], row["test_size"], row["data"]) == (200, 80, "colours")
@@ -139,11 +141,11 @@ def test_features_are_extracted_once_per_weights_and_images(tmp_path, monkeypatc
     assert rows() == first
     assert not calls
     rows(train=Split(TRAIN.images, TRAIN.labels[::-1].copy()))
-    assert not calls, "labels make no features"
+    assert not calls, "features do not depend on labels"
     other = rows(seed=3)
     assert len(calls) == 4  # other weights at the same step
     assert [r["top1"] for r in other] == [r["top1"] for r in evaluate(KNN, params=encoders(3))]
-    assert len(list(tmp_path.glob("target_train_*"))) == 1, "new features replace the old"
+    assert len(list(tmp_path.glob("target_train_*"))) == 1, "new features must replace the old file"
     rows(train=split(200, 3), seed=3)
     assert len(calls) == 2  # both encoders, on the new training images
 
@@ -152,7 +154,7 @@ ZERO = np.zeros((), np.float32)
 
 
 def first_pixels(scale):
-    """Returns a function with the same source but another constant."""
+    """Returns a function whose source never changes; only the constant `scale` differs."""
     return jax.jit(lambda params, images: {"level_0": images[:, 0, 0] * scale + params})
 
 
@@ -172,18 +174,18 @@ def test_stored_features_depend_on_program_params_and_images(tmp_path):
 
     assert get(first_pixels(2.0))
     assert not get(first_pixels(2.0))
-    assert get(first_pixels(2.5)), "a constant, such as the mean of the normalisation"
+    assert get(first_pixels(2.5)), "another constant, such as the normalisation mean"
     large = np.ones((1, 4, 4, 3), np.float32)
     table = lambda values: jax.jit(lambda p, x: {"level_0": (x * values).sum((1, 2)) + p})
     assert get(table(large))
     large[0, 3, 3, 2] = 2.0
-    assert get(table(large.copy())), "an entry of a constant table"
-    assert get(jax.jit(lambda p, x: {"level_0": x[:, 0, 1] * 2.0 + p})), "code"
+    assert get(table(large.copy())), "another entry in a constant table"
+    assert get(jax.jit(lambda p, x: {"level_0": x[:, 0, 1] * 2.0 + p})), "other code"
     assert get(first_pixels(2.0))
-    assert get(first_pixels(2.0), params=ZERO + 1), "parameters"
+    assert get(first_pixels(2.0), params=ZERO + 1), "other parameters"
     images = TRAIN.images.copy()
     images[-1, -1, -1, -1] ^= 1
-    assert get(first_pixels(2.0), ZERO + 1, images), "the last byte of the images"
+    assert get(first_pixels(2.0), ZERO + 1, images), "another last byte of the images"
     assert not get(first_pixels(2.0), ZERO + 1, TRAIN.images.copy())
 
 
@@ -283,7 +285,7 @@ def test_only_rows_that_depend_on_something_new_are_made_again(tmp_path):
     assert judged(other, more, step=8)[1] == everyone
     several = lambda *shots: Protocol(("fewshot",), fewshot_shots=shots, batch_size=40)
     first, _ = judged(other, several(1, 2))
-    judged(other, several(2, 3))  # takes the place of the rows with two examples
+    judged(other, several(2, 3))  # replaces the rows with two examples
     assert judged(other, several(1, 2))[0] == first
 
 
@@ -400,7 +402,7 @@ def best_score(rows, protocol, encoder):
 
 
 def test_the_best_row_is_of_the_newest_checkpoint():
-    """A run that was continued keeps its older rows."""
+    """A resumed run keeps the rows of its older checkpoints."""
     rows = [
         ROW | {"encoder": encoder, "step": step, "top1": top1, "chosen": {"val_top1": val_top1}}
         for encoder, step, top1, val_top1 in (
@@ -447,10 +449,10 @@ def feature_row(val_top1, top1, **fields):
 @pytest.mark.parametrize(
     ("ours", "theirs", "n", "holds"),
     [
-        (1.0, 0.625, 8, None),  # noise, as it was ticked
+        (1.0, 0.625, 8, None),  # noise, which an earlier version called better
         (0.613, 0.430, 2000, True),
         (0.613, 0.430, 40, None),
-        (0.55, 0.545, 10_000_000, False),  # surely better, and by less than a point
+        (0.55, 0.545, 10_000_000, False),  # certainly better, but by less than one point
         (0.55, 0.535, 1000, None),
         (0.55, 0.535, 100_000, True),
         (0.3, 0.5, 8, False),
@@ -461,7 +463,9 @@ def test_better_means_beyond_the_interval(ours, theirs, n, holds):
     found, evidence = results.beats(*rows, 0.01)
     assert found is holds
     assert f"{n:,} test images" in evidence
-    assert results.beats(ROW, ROW | {"top1": 0.0}, 0.01)[0] is None, "no number of images"
+    assert results.beats(ROW, ROW | {"top1": 0.0}, 0.01)[0] is None, (
+        "no verdict without the number of test images"
+    )
 
 
 def test_scores_have_intervals_and_numbers_of_test_images():

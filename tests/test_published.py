@@ -1,4 +1,4 @@
-"""Published encoders give here what they give in their own library, with random weights."""
+"""Published encoders, with random weights, give the same tokens here as in their own library."""
 
 import base64
 import collections
@@ -23,7 +23,7 @@ from tests.test_embed import make_run
 
 torch = pytest.importorskip("torch", reason="needs the extra `exchange` (torch)")
 with pytest.MonkeyPatch.context() as without_operators:
-    # Those of torchvision, which may be of another build than torch, are not needed.
+    # timm imports torchvision, which may be built for another torch. Its operators are not needed.
     ignore = lambda *_, **__: lambda function: function
     without_operators.setattr(torch.library, "register_fake", ignore)
     timm = pytest.importorskip("timm", reason="needs the extra `exchange`")
@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def randomize(model):
-    """Gives every parameter another value: fresh biases are 0 and scales 1."""
+    """Adds noise to every parameter, because new biases are all 0 and new scales all 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def pixels(size):
 
 
 def encode_here(workdir, images):
-    """Tokens and summary tokens of the encoder in a work directory."""
+    """Returns tokens and summary tokens of the encoder in a work directory."""
     model, params = load_encoder(workdir)
     encode = jax.jit(
         lambda p, x: model.apply({"params": {"context_encoder": p}}, x, method="encode")
@@ -59,7 +59,7 @@ def encode_here(workdir, images):
 
 
 def check(workdir, images, all_tokens, num_before):
-    """The patch tokens, their mean, and the class token, if there is one, are those of there."""
+    """Checks the patch tokens, their mean, and the class token (if any) against `all_tokens`."""
     tokens, summary = encode_here(workdir, images)
     expected = all_tokens.detach().numpy()
     np.testing.assert_allclose(tokens, expected[:, num_before:], atol=1e-4)
@@ -69,7 +69,7 @@ def check(workdir, images, all_tokens, num_before):
     assert summary.shape[1] == (num_before > 0)
 
 
-# Model, its config, sides of the grid there and here, tokens before the patches.
+# Model, its config, grid side in its library and here, number of tokens before the patches.
 HUGGING_FACE = {
     "ijepa": ("IJepa", {"intermediate_size": 96, "patch_size": 4}, 14, 14, 0),
     "ijepa to 16x16": ("IJepa", {"intermediate_size": 100, "patch_size": 2}, 14, 16, 0),
@@ -132,7 +132,7 @@ TIMM = {
 
 
 def timm_model(there, here=None, **fields):
-    """A vision transformer of timm; `here`: the grid that its images will have."""
+    """Returns a vision transformer of timm; `here` = grid side of its images, None = `there`."""
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=2 * there, patch_size=2, embed_dim=48, depth=3, num_heads=4, num_classes=3,
         dynamic_img_size=here not in (None, there), **fields,
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_i_jepa_gives_its_target_encoder(half, tmp_path):
 
 
 class Hierarchical(torch.nn.Module):
-    """The networks of the PyTorch H-JEPA, by their names there."""
+    """The networks of the PyTorch H-JEPA, with the names that they have in that project."""
 
     def __init__(self, context, target):
         super().__init__()
@@ -260,7 +260,7 @@ def test_an_onnx_model_gives_the_features_for_any_batch(positions, shapes_npz, t
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Takes uploads like the hub, and keeps the files of the last commit."""
+    """Accepts uploads like the Hugging Face hub, and stores the files of the last commit."""
 
     created, files = [], {}
 
@@ -276,7 +276,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             answer = {"files": [
                 {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
             ]}  # fmt: skip
-        elif path.endswith("/validate-yaml"):  # of the model card
+        elif path.endswith("/validate-yaml"):  # checks the model card
             answer = {"errors": [], "warnings": []}
         else:
             for line in map(json.loads, body.splitlines()):
@@ -302,7 +302,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_an_exported_folder_is_uploaded_as_it_is(shapes_npz, tmp_path):
-    """To a server on this machine: the commit has each file. Without a token nothing is done."""
+    """A server on this machine gets every file. Without a token nothing is exported."""
     make_run(tmp_path / "run", shapes_npz)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "hjepa_jax.export", f"--workdir={tmp_path}/run",
@@ -321,6 +321,6 @@ def test_an_exported_folder_is_uploaded_as_it_is(shapes_npz, tmp_path):
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{address}/ada/net"
-    created = Hub.created[0]  # versions of the package say it in one of two ways
+    created = Hub.created[0]  # the field depends on the package version
     assert created.get("visibility") == "private" or created.get("private")
     assert Hub.files == {path.name: path.read_bytes() for path in out.iterdir()}

@@ -19,7 +19,10 @@ def entropy_rank(p):
 
 
 def test_ranks_and_std_match_a_case_worked_by_hand():
-    """Columns of mean 0 and length 6 and 2, orthogonal: p = (3/4, 1/4), the rank 4 / 3^(3/4)."""
+    """The columns have mean 0, are orthogonal and have lengths 6 and 2.
+
+    So p = (3/4, 1/4), and the rank is exp(entropy(p)) = 4 / 3^(3/4).
+    """
     x = np.array([[3, 1], [-3, 1], [3, -1], [-3, -1]], np.float32)
     assert quality.effective_rank(x) == pytest.approx(4 / 3**0.75, rel=1e-7)
     assert quality.rankme(x) == pytest.approx(4 / 3**0.75, rel=1e-5)
@@ -65,19 +68,19 @@ def test_alpha_req_recovers_the_exponent_of_a_power_law(alpha):
 
 
 def test_alpha_req_by_hand():
-    """Eigenvalues 1, 1/2, 1/4 at ranks 4, 5, 6 of weights 1/4, 1/5, 1/6.
+    """The eigenvalues 1, 1/2, 1/4 at ranks 4, 5, 6 have the weights 1/4, 1/5, 1/6.
 
-    In sixtieths the weights are 15, 12, 10. The weighted mean of log 4, log 5, log 6 is 1.568251,
-    of 0, -log 2, -2 log 2 it is -0.599479. The products about these means sum to -3.441082 and
-    the squares to 1.016540: the slope is -3.385092.
+    In sixtieths the weights are 15, 12, 10. The weighted mean of log 4, log 5, log 6 is 1.568251.
+    The weighted mean of 0, -log 2, -2 log 2 is -0.599479. The weighted products about these means
+    sum to -3.441082, and the squares sum to 1.016540. The slope is their ratio, -3.385092.
     """
-    x = centred_basis(64, 6) * np.sqrt([90, 40, 7, 1, 0.5, 0.25])  # the first three do not count
+    x = centred_basis(64, 6) * np.sqrt([90, 40, 7, 1, 0.5, 0.25])  # the first three are ignored
     assert quality.alpha_req(x) == pytest.approx(3.385092, rel=1e-5)
 
 
 @pytest.mark.parametrize("width", [16, 64, 128])
 def test_duplicated_features_change_no_metric(width):
-    """The second copy adds a floor of noise 1e-4, which counts as no direction."""
+    """The copies differ by noise of 1e-4, which must not count as further directions."""
     rng = np.random.default_rng(0)
     x = np.sqrt(3000) * centred_basis(3000, width) * np.arange(1, width + 1) ** -0.5
     twice = (np.hstack([x, x]) + 1e-4 * rng.normal(size=(3000, 2 * width))).astype(np.float32)
@@ -101,7 +104,7 @@ def test_metrics_do_not_depend_on_the_unit_of_features(scale):
 def test_alpha_req_without_a_spectrum_is_nan():
     assert np.isnan(quality.alpha_req(np.ones((20, 4), np.float32)))
     assert np.isnan(quality.alpha_req(features(d=8, rank=1)))
-    assert np.isnan(quality.alpha_req(features(d=4)))  # rank 4 alone is no slope
+    assert np.isnan(quality.alpha_req(features(d=4)))  # a single eigenvalue at rank 4 has no slope
     assert np.isfinite(quality.alpha_req(features(d=5)))
 
 
@@ -114,7 +117,7 @@ def test_uniformity_matches_a_loop_over_pairs():
     ]  # fmt: skip
     assert quality.uniformity(x) == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
     assert quality.uniformity(np.ones((9, 3), np.float32)) == pytest.approx(0.0, abs=1e-9)
-    # Two opposite points: squared distance 4, so log exp(-8).
+    # Two opposite points have squared distance 4, so the result is log exp(-8).
     assert quality.uniformity(np.array([[1.0], [-1.0]])) == pytest.approx(-8.0)
 
 

@@ -1,4 +1,4 @@
-"""A run on images of 48x80 pixels, from training to features: nothing assumes a square."""
+"""A run on images of 48x80 pixels, from training to features: no part needs square images."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(config, workdir, tmp_path):
     changed = config.copy_and_resolve_references().unlock()
     changed.eval.probe_at_end = changed.log.report = False
     train.train_and_evaluate(changed, parts)
-    states = [load_state(each)[1] for each in (workdir, parts)]  # online and EMA
+    states = [load_state(each)[1] for each in (workdir, parts)]  # with online and EMA parameters
     assert [int(state.step) for state in states] == [6, 6]
     jax.tree.map(np.testing.assert_array_equal, *states)
     whole, again = (read_metrics(each / "metrics.jsonl") for each in (workdir, parts))
@@ -118,13 +118,13 @@ def test_features_and_tokens_of_images_of_any_shape(workdir, tmp_path):
         export(workdir, tmp_path / "timm", layout="timm")
 
 
-def test_positions_turn_with_the_grid_though_their_number_stays():
+def test_positions_are_resampled_for_a_transposed_grid():
     table, token = jnp.asarray(sincos2d_positions((6, 10), 16)), jnp.ones((1, 1, 16))
     params = {"positions": {"embedding": table}, "mask_token": token}
     found = warm_start.on_grid(params, (6, 10), (10, 6))
     turned = found["positions"]["embedding"]
     assert turned.shape == table.shape
-    # The first of 6 columns lies between the first two of 10, at a third.
+    # The first of 6 columns lies a third of the way from the first to the second of 10 columns.
     np.testing.assert_allclose(turned[0], (2 * table[0] + table[1]) / 3, atol=1e-5)
     assert found["mask_token"] is token
     assert warm_start.on_grid(params, (6, 10), (6, 10))["positions"]["embedding"] is table
@@ -139,7 +139,7 @@ def test_positions_turn_with_the_grid_though_their_number_stays():
         ((48.0, 80.0), "must be a whole number, or two"),
     ],
 )
-def test_a_wrong_size_is_named(size, rule):
+def test_a_wrong_size_is_refused(size, rule):
     config = base_config()
     config.data.image_size = size
     with pytest.raises(InputError, match=rf"^data.image_size=.*{rule}"):

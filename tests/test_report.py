@@ -1,4 +1,4 @@
-"""The report: its main numbers, recomputed, and work directories of every kind."""
+"""Reports: the main numbers are recomputed, and every kind of work directory gets a report."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ from hjepa_jax.training import train
 from tests import programs
 from tests.conftest import draw_small, make_tiny_config
 
-# The report of `finished` is drawn coarsely; reports that tests write have blank pictures.
+# Pictures are blank files. Only for `finished`, each figure is also drawn once, coarsely.
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 SECTIONS = [
@@ -38,7 +38,7 @@ SECTIONS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_run, shapes_npz) -> pathlib.Path:
-    """The work directory of a run of 6 steps, of which the end is asked for: probes and report."""
+    """The work directory of a finished run of 6 steps, with probes and a report."""
     c = make_tiny_config(shapes_npz)
     c.eval.probe_at_end = c.log.report = True
     workdir = shutil.copytree(tiny_run, tmp_path_factory.mktemp("runs") / "finished")
@@ -67,7 +67,7 @@ def report_sections(folder: pathlib.Path) -> dict[str, str]:
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """Returns the cells of every Markdown table, heads first, without the rule."""
+    """Returns the cells of every Markdown table: the header row, then all rows of data."""
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
@@ -87,7 +87,7 @@ def percent(value: float) -> str:
 
 
 def best(rows, protocol, encoder):
-    """Returns the row with the best held-out score; ties go to fewer dimensions, then pool."""
+    """Returns the row with the best held-out score. Ties: fewer dimensions, then pool, level."""
     pools = ["mean", "summary", "concat"]
     rows = [row for row in rows if (row["protocol"], row["encoder"]) == (protocol, encoder)]
     order = lambda r: (-r["chosen"]["val_top1"], r["dim"], pools.index(r["pool"]), str(r["level"]))
@@ -176,7 +176,7 @@ def test_parameters_and_collapse_indicators_are_counted(finished):
 
 
 def features_of(row):
-    """The first cell of a row of scores."""
+    """Returns the first cell of the table row that shows `row`."""
     if row["encoder"] == "pixels":
         return f"raw pixels, as they are ({row['dim']})"
     level = "all levels" if row["level"] == "all" else f"level {row['level']}"
@@ -195,7 +195,7 @@ def test_every_probe_stands_in_the_table_with_its_interval(finished):
             expected = f"{percent(row['top1'])} ({100 * low:.1f}-{100 * high:.1f})"
             name = "k-NN" if row["protocol"] == "knn" else row["protocol"]
             assert line[heads.index(name)] == expected
-    assert scores[1][0].startswith("trained, "), "the trained encoder first"
+    assert scores[1][0].startswith("trained, "), "the trained encoder comes first"
 
 
 def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
@@ -206,11 +206,11 @@ def test_the_page_loads_nothing_and_holds_every_picture_twice(finished):
     assert re.findall("<figcaption>(.+)</figcaption>", page) == re.findall(r"!\[(.+)\]", text)
     assert page.count("prefers-color-scheme: dark") == 1 + num_pictures
     (first,) = re.findall('<div class="row">(.*?)</div>', page, flags=re.S)
-    assert first.count("<figure>") == 3, "side by side on the first screen"
+    assert first.count("<figure>") == 3, "the first screen shows three figures side by side"
 
 
 def copy_of(workdir, tmp_path, *, without=(), **values):
-    """A copy without its report, and with these values in all lines of the log."""
+    """Copies a work directory without its report; puts `values` into every line of its log."""
     target = shutil.copytree(
         workdir, tmp_path / "copy", ignore=shutil.ignore_patterns("report.*", "figures", *without)
     )
@@ -231,7 +231,7 @@ def test_a_run_without_checkpoint_has_a_report(finished, tmp_path):
     assert "Loss" in found
     assert "not probed" in found["Checks"]
     assert "has not been probed" in found["What was reached"]
-    assert not (workdir / "checkpoints").exists(), "reading leaves no trace"
+    assert not (workdir / "checkpoints").exists(), "reading must not create a folder"
 
 
 def test_an_unreadable_checkpoint_leaves_a_report_without_pictures(finished, tmp_path):
@@ -278,21 +278,23 @@ def parts_of(workdir):
 
 
 def four_lines(workdir):
-    """The first line of the log, for four steps: the last three may differ from the first."""
+    """Returns the first line of the log for four steps; tests change the last three."""
     return [read_metrics(workdir)[0] | {"step": step} for step in (2, 3, 4, 6)]
 
 
 def test_collapse_and_skipped_steps_are_reported_with_their_rules(finished, tmp_path):
     workdir = copy_of(finished, tmp_path)
     first, *others = four_lines(workdir)
-    first["train/effective_rank"] = 8.0  # as for the untrained network
+    first["train/effective_rank"] = 8.0  # the rank of the untrained network
     for line, rank in zip(others, (1.3, 1.2, 1.1), strict=True):
         line |= {"train/nonfinite_steps": 2, "train/effective_rank": rank}
     write_metrics(workdir, [first, *others])
     found = parts_of(workdir)
     assert "step 3: 2 steps so far were not finite" in found["Warnings"]
-    assert "step 6: effective rank 1.1 is below 1.6" in found["Warnings"], "the third in a row"
-    assert found["Warnings"].count("- ") == 2, "each is reported once, when it begins"
+    assert "step 6: effective rank 1.1 is below 1.6" in found["Warnings"], (
+        "the third low rank in a row"
+    )
+    assert found["Warnings"].count("- ") == 2, "each warning appears once, at its first step"
     assert "**collapsed** (effective rank 1.1 is below 1.6" in found["Collapse indicators"]
     assert "train/nonfinite_steps is 2, above 0" in found["Next steps"]
     assert "effective rank 1.1 is below 1.6" in found["Next steps"]
@@ -358,7 +360,7 @@ def test_several_runs_stand_side_by_side(finished, tmp_path):
 
 
 def test_a_sampled_log_says_how_many_lines_were_read(finished, tmp_path):
-    """The time for three million lines is in experiments/long_log."""
+    """experiments/long_log has the time for three million lines."""
     workdir = copy_of(finished, tmp_path)
     rates = {"perf/steps_per_sec": 4.0, "perf/images_per_sec": 64.0}
     steps = range(1, 20_001)
@@ -367,12 +369,14 @@ def test_a_sampled_log_says_how_many_lines_were_read(finished, tmp_path):
     assert "metrics.jsonl has 20000 lines; " in found["What was reached"]
     (table,) = tables(found["Loss"])
     assert (table[1][:2], table[-2][:2]) == (["1", "1"], ["20000", "5e-05"])
-    assert "time in steps, so far | 1:23:20" in found["Speed and memory"], "5,000 seconds"
+    assert "time in steps, so far | 1:23:20" in found["Speed and memory"], (
+        "20,000 steps at 4 per second take 5,000 seconds"
+    )
 
 
 def test_free_device_memory_is_reported_with_its_numbers(finished):
     facts = facts_of(finished)
-    assert facts.device_memory is None, "a CPU does not tell"
+    assert facts.device_memory is None, "a CPU does not report its memory"
     peak = facts.history.last("perf/peak_memory_bytes")
     assert peak is not None
     for memory, is_free in ((3 * peak, True), (1.5 * peak, False)):
@@ -385,7 +389,7 @@ def test_free_device_memory_is_reported_with_its_numbers(finished):
 @pytest.mark.parametrize(("last", "is_named"), [(0.845, False), (0.8, False), (0.4, True)])
 def test_a_run_that_ended_below_its_best_names_that_step(finished, tmp_path, last, is_named):
     workdir = copy_of(finished, tmp_path)
-    scores = [(2, 0.3), (4, 0.85), (5, 0.7), (6, last)]  # five points of 40 images are chance
+    scores = [(2, 0.3), (4, 0.85), (5, 0.7), (6, last)]  # 5 points of 40 images may be chance
     write_metrics(workdir, [{"step": step, "eval/knn_top1": knn} for step, knn in scores])
     sentence = "eval/knn_top1 ended at 40.00 %, below the 85.00 % of step 4"
     assert (sentence in [rule for _, rule in next_steps(facts_of(workdir))]) == is_named

@@ -1,4 +1,4 @@
-"""The numbers of README and docs are those of the runs in experiments/."""
+"""The numbers in the README and the docs agree with the runs in experiments/."""
 
 import json
 import pathlib
@@ -33,10 +33,10 @@ def test_the_tables_of_results_are_made_of_the_kept_runs(page, to_root):
 def test_every_row_names_its_commit_and_epochs_and_older_crops_are_marked():
     table = results_table.results_table()
     (stopped,) = [line for line in table.splitlines() if "`cifar10_tiny_agreement`" in line]
-    assert "| 15 |" in stopped, "the epochs that it trained"
+    assert "| 15 |" in stopped, "the table must show the epochs that it trained"
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| [`")]
     commits = {row[0].split("`")[1]: row[1] for row in rows}
-    assert commits["cifar10_tiny_muon"] == "bac1bbf", "the last of three"
+    assert commits["cifar10_tiny_muon"] == "bac1bbf", "the last of its three commits"
     assert commits["cifar10_tiny_agreement"] == commits["shapes_cifar10_recipe"] == "29b1aaf"
     assert all(re.fullmatch(r"[0-9a-f]{7}( \\\*)?", commit) for commit in commits.values())
     marked = {name for name, commit in commits.items() if commit.endswith("*")}
@@ -72,11 +72,11 @@ DOCUMENTED = [
     ids=[f"{page.parent.name}-{i}" for i, (page, _) in enumerate(DOCUMENTED)],
 )
 def test_commands_of_the_pages_run_on_what_is_kept(page, command, monkeypatch, capsys):
-    """Those that need a run say `runs/`; others must find all in the repository."""
+    """Commands with `runs/` need a run. All others must find their files in the repository."""
     assert any("fitted_curve" in command[0] for _, command in DOCUMENTED)
     script, *arguments = command
     if any(argument.startswith("runs/") for argument in arguments):
-        pytest.skip("needs a run")
+        pytest.skip("needs a run in runs/")
     monkeypatch.chdir(REPOSITORY)
     if "fitted_curve" in script:
         fitted_curve.main(arguments)

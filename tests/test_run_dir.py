@@ -1,4 +1,4 @@
-"""Which configs may resume a run, and the files that a start leaves in its directory."""
+"""Which configs may resume a run, and which files a start writes to the work directory."""
 
 import contextlib
 import dataclasses
@@ -41,13 +41,13 @@ def with_changes(overrides):
 
 
 def start(config, workdir, saved=None, record=RECORD):
-    """Does the same in the directory as training before its first step."""
+    """Checks and prepares the work directory, as training does before its first step."""
     check_workdir(config, workdir, saved=saved, data=record)
     prepare_workdir(config, workdir, record, saved=saved)
 
 
 def workdir_of(tmp_path, overrides, num_updates):
-    """Makes the directory of a run after some updates; returns its config."""
+    """Creates the work directory of a run after `num_updates` updates; returns its config."""
     config = with_changes(overrides)
     start(config, tmp_path)
     (tmp_path / "checkpoints" / str(num_updates)).mkdir(parents=True)
@@ -55,7 +55,7 @@ def workdir_of(tmp_path, overrides, num_updates):
 
 
 def saved_by(config, step=4, fingerprint="all-abc"):
-    """Returns the facts in a checkpoint of the run."""
+    """Returns the facts that a checkpoint of a run with this config stores."""
     return Saved(step, json.loads(json.dumps(config.to_dict())), fingerprint)
 
 
@@ -75,18 +75,18 @@ ONLINE = {"model.target": "online", "loss.regularizer": "sigreg", "loss.regulari
 @pytest.mark.parametrize(
     ("config", "num_updates", "change", "words"),
     [
-        # Late in a cosine schedule, and at its start.
+        # The first case is late in the cosine schedule; the second is at its start.
         ({}, 100, LONGER, "made update 100 at learning_rate 0.000541"),
         ({}, 12, LONGER, "made update 12 at learning_rate 0.00099972"),
         ({}, 10, LONGER, ""),
         ({}, 9, FASTER, "made update 9 at learning_rate 0.0009, not 0.0018"),
         ({}, 0, FASTER, ""),
-        ({}, 50, {"train.num_steps": 200}, ""),  # as long as its 20 epochs
+        ({}, 50, {"train.num_steps": 200}, ""),  # the same length as 20 epochs
         ({}, 50, {"train.num_steps": 49}, "made 50 updates where this one would end after 49"),
         (CONSTANT, 50, COOLED | {"optim.final_learning_rate": 1e-5}, ""),
         (CONSTANT, 51, COOLED, "made update 51 at learning_rate 0.001, not 0.000999"),
         (LINEAR, 1, LONGER, "made update 1 at ema_momentum 0.99005, not 0.990025"),
-        (LINEAR | ONLINE, 50, LONGER, ""),  # there is no EMA
+        (LINEAR | ONLINE, 50, LONGER, ""),  # this run has no EMA
         (CONSTANT | {"optim.final_weight_decay": 0.1}, 50, {"train.num_epochs": 10.0},
          "made update 50 at weight_decay 0.0573"),
         (CONSTANT, 5, {"train.batch_size": 128}, "(train.batch_size 256 -> 128);"),
@@ -121,7 +121,8 @@ def test_a_resumed_config_is_saved_and_its_changes_are_printed(tmp_path, capsys)
     assert (tmp_path / "config.json").stat().st_mtime_ns == saved
 
 
-# Damage to config.json: its text afterwards, None for no file, and the message.
+# Kinds of damage to config.json: (function from the old text to the new one, message).
+# None as the new text removes the file.
 CASES = {
     "missing": (lambda text: None, "config.json is missing"),
     "empty": (lambda text: "", "no config of this version"),
@@ -229,7 +230,7 @@ def test_a_run_does_not_resume_with_another_number_of_images(tmp_path, num_image
     for saved in (None, saved_by(config)):
         with pytest.raises(InputError, match=rule):
             check_workdir(config, tmp_path, saved=saved, data=data)
-    # run.json belongs to other images than the checkpoint, so their number is unknown.
+    # run.json describes other images than the checkpoint: the number of its images is unknown.
     saved = saved_by(config, fingerprint="all-old")
     with pytest.raises(InputError, match=r"other images \(fingerprint all-old.* -> all-abc"):
         check_workdir(config, tmp_path, saved=saved, data=data)
@@ -382,7 +383,7 @@ def test_run_json_round_trips_and_an_invalid_one_is_ignored(tmp_path):
 
 @pytest.fixture
 def no_room():
-    """Lets this process create files but not write into them, as on a full disk."""
+    """Lets this process create files but not write to them, as on a full disk."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
@@ -406,7 +407,7 @@ def test_a_full_disk_gives_one_line(tmp_path, no_room, use):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
-def test_errors_of_the_system_keep_their_words(tmp_path, number):
+def test_messages_of_system_errors_are_kept(tmp_path, number):
     refused = pytest.raises(InputError, match=rf"^--workdir=.*\({os.strerror(number)}\)")
     with refused, writing(tmp_path):
         raise OSError(number, os.strerror(number))

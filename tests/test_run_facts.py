@@ -1,4 +1,4 @@
-"""Facts about a run from its work directory alone."""
+"""Facts about a run are read from its work directory alone."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from hjepa_jax.reporting.facts import read_facts
 
 @pytest.fixture
 def copied(tiny_run, tmp_path, monkeypatch):
-    """A work directory that was copied: its data is missing, and nothing may be downloaded."""
+    """A copied work directory; its data is missing, and nothing may be downloaded."""
 
     def open_local(*args, may_download, **options):
         assert not may_download
@@ -27,7 +27,7 @@ def copied(tiny_run, tmp_path, monkeypatch):
 
 
 def edit(workdir, *, source=None, num_steps=None, num_epochs=0.4):
-    """Changes the source, and leaves the length to num_epochs: 6 of 15 steps per epoch."""
+    """Changes source and length of a run. The default length is 6 of 15 steps per epoch."""
     path = workdir / "config.json"
     config = json.loads(path.read_text())
     config["data"]["source"] = source or config["data"]["source"]
@@ -71,7 +71,7 @@ def test_other_images_than_in_training_give_no_pictures(tiny_run, tmp_path, shap
 @pytest.mark.parametrize(
     ("best", "name"), [("level_1", "level 1, mean over patches"), ("summary", "summary tokens")]
 )
-def test_pictures_are_made_of_the_features_with_the_best_neighbours(best, name):
+def test_pictures_use_the_features_with_the_best_knn_score(best, name):
     labels = np.arange(200) % 4
     noise = np.random.default_rng(0).normal(size=(2, 200, 4))
     bank = {key: noise[0] for key in ("level_0", "level_1", "summary")}
@@ -90,11 +90,11 @@ def test_pictures_are_made_of_the_features_with_the_best_neighbours(best, name):
         ([9.0, 1.4, 1.4, 1.3], ["effective rank 1.3 is below 1.6"]),
         ([9.0, 1.4, 1.4, 1.3, 5.0], []),
         ([1.2, 1.2, 1.2], ["effective rank 1.2 is below 1.5"]),  # nearly constant from the start
-        ([1.55, 1.5, 1.52, 1.5], []),  # as low as untrained: 10 % of 16 is 1.6
+        ([1.55, 1.5, 1.52, 1.5], []),  # no lower than untrained; 10 % of 16 is 1.6
     ],
 )
 def test_a_collapse_must_last_for_three_lines(tiny_run, tmp_path, ranks, found):
-    """A batch has 16 images, a window 512."""
+    """A batch has 16 images; the logged rank uses a window of up to 512 images."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     lines = [
         {"step": 40 * (i + 1), "train/effective_rank": rank, "train/relative_std": 0.6}
@@ -106,7 +106,7 @@ def test_a_collapse_must_last_for_three_lines(tiny_run, tmp_path, ranks, found):
     assert facts.limits.effective_rank == pytest.approx(1.6 if ranks[0] == 9.0 else 1.5)
 
 
-def test_the_verdict_on_features_is_beside_the_untrained_network():
+def test_the_verdict_compares_features_with_the_untrained_network():
     rng = np.random.default_rng(0)
     narrow = rng.normal(size=(200, 2)) @ rng.normal(size=(2, 64))  # 2 directions of 64
     wide = rng.normal(size=(200, 64))

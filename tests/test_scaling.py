@@ -1,4 +1,4 @@
-"""The reader of collectives of `experiments/scaling`, against a program counted by hand."""
+"""Counts of collectives by `experiments/scaling`, against a program counted by hand."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""The self-test: here the CPU against itself, and against a modified copy."""
+"""The self-test. Here it compares the CPU with itself and with a modified copy."""
 
 import json
 import runpy

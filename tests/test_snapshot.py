@@ -1,4 +1,4 @@
-"""A snapshot equals the model's own results, part by part."""
+"""Each part of a snapshot equals a direct computation with the model."""
 
 import functools
 
@@ -66,7 +66,9 @@ def test_views_are_those_of_training_in_pixels(seen):
     np.testing.assert_allclose(found.view, pixels, atol=1e-6)
     assert found.local_views.shape == (3, 2, 8, 8, 3)
     assert 0 <= found.local_views.min() < found.local_views.max() <= 1
-    assert found.local_seen.sum(axis=(2, 3)).tolist() == [[3, 3]] * 3, "of 4 patches"
+    assert found.local_seen.sum(axis=(2, 3)).tolist() == [[3, 3]] * 3, (
+        "each local view shows 3 of 4 patches"
+    )
     rows = [axes.get_ylabel() for axes in image_figures.snapshot_figures(found)["views"].axes]
     assert rows[::3] == ["image", "masked view", "EMA sees", "local view 1", "local view 2"]
 
@@ -85,11 +87,10 @@ def test_cosine_compares_predictions_and_targets(seen):
         predicted = ~np.isnan(found.cosine[level])
         np.testing.assert_array_equal(predicted, found.states[level] == TARGET)
     cell = np.argwhere(found.states[1] == TARGET)
-    if len(cell):
-        b, r, c = cell[0]
-        p, t = prediction.levels[1][b, 2 * r + c], targets[1][b, 2 * r + c]
-        expected = float(p @ t / np.linalg.norm(p) / np.linalg.norm(t))
-        assert found.cosine[1][b, r, c] == pytest.approx(expected, abs=1e-4)
+    b, r, c = cell[0]
+    p, t = prediction.levels[1][b, 2 * r + c], targets[1][b, 2 * r + c]
+    expected = float(p @ t / np.linalg.norm(p) / np.linalg.norm(t))
+    assert found.cosine[1][b, r, c] == pytest.approx(expected, abs=1e-4)
     b, r, c = np.argwhere(found.states[0] == TARGET)[0]
     slots = np.flatnonzero((np.asarray(masks.target_index[b]).ravel() == 4 * r + c)
                            & np.asarray(masks.target_valid[b]).ravel())  # fmt: skip

@@ -1,4 +1,4 @@
-"""Sources in general, and folders of images."""
+"""Data sources in general, and folders of images."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def assert_equal_splits(one, other):
 
 
 def assert_refused(source, rule, value=None, **kwargs):
-    """Opening or loading names the field, the value and the rule, in one line."""
+    """Checks that opening or loading raises one line with the field, the value and the rule."""
     with pytest.raises(InputError) as caught:
         open_here(source, **kwargs).load()
     message = str(caught.value)
@@ -61,7 +61,7 @@ def test_importing_sources_imports_neither_jax_nor_tensorflow():
     assert not {"jax", "tensorflow", "tensorflow_datasets"} & {*modules}
 
 
-def test_shapes_info_is_what_load_returns(monkeypatch):
+def test_shapes_are_created_on_load_with_the_counts_of_info(monkeypatch):
     from hjepa_jax.data import shapes
 
     asked = []
@@ -80,7 +80,7 @@ def save_image(path, colour=RED, size=(12, 10)):
 
 
 def test_a_folder_holds_out_the_same_tenth_for_every_seed(tmp_path):
-    for name, colour in (("cat", RED), ("train", BLUE)):  # of a class alone, it is no split
+    for name, colour in (("cat", RED), ("train", BLUE)):  # this `train` is a class, no split
         for i in range(10):
             save_image(tmp_path / name / f"{i}.png", colour)
     held = []
@@ -121,7 +121,7 @@ def test_the_shorter_side_is_resized_and_the_centre_kept(tmp_path):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: the left edge becomes the top
+    exif[0x0112] = 6  # rotated by 90 degrees clockwise: the left edge becomes the top
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:, :8] = (255, 255, 255)
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
@@ -137,7 +137,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
 
 
 def bitmap_header(side):
-    """The head of a bitmap that promises side x side pixels and holds none."""
+    """Returns the header of a bitmap that claims side x side pixels but contains none."""
     fields = 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0
     return b"BM" + struct.pack("<IIIIIIHHIIIIII", *fields)
 
@@ -148,14 +148,14 @@ def encoded(kind, image):
     return file.getvalue()
 
 
-# Content of a file, and the reason that is given for leaving it out.
+# Content of a file, and the reason given for skipping the file.
 BAD = {
     "truncated": (encoded("jpeg", Image.new("RGB", (64, 64), RED))[:400], "Truncated File Read"),
     "empty": (b"", "is none of BMP, GIF"),
     "text": (b"<html>404</html>", "is none of BMP, GIF"),
     "16 bit": (encoded("png", Image.fromarray(np.full((9, 9), 40_000, np.uint16))),
                "more than 8 bits per channel"),
-    # Pillow would start Ghostscript.
+    # Pillow would start Ghostscript to read this.
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
                    "is none of BMP, GIF"),
     "suspected bomb": (bitmap_header(10_000), "10000 x 10000 are more than 89478485 pixels"),
@@ -210,7 +210,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "; not used: 2 link out of the folder (x/out.png, y/out.png)" in line
-    (tmp_path / "link").symlink_to(root)  # the folder itself may be reached by a link
+    (tmp_path / "link").symlink_to(root)  # the folder itself may be a link
     assert open_here(f"folder:{tmp_path}/link").info == source.info
 
     (root / "y").unlink()
@@ -240,7 +240,7 @@ def test_a_folder_larger_than_memory_is_refused(tmp_path, monkeypatch):
     for i in range(5):
         save_image(tmp_path / "x" / f"{i}.png")
     monkeypatch.setattr("hjepa_jax.data.base.MAX_RESIDENT_BYTES", 5 * 8 * 8 * 3 - 1)
-    open_here(f"folder:{tmp_path}").load()  # four and one
+    open_here(f"folder:{tmp_path}").load()  # four training images and one test image fit
     save_image(tmp_path / "x" / "5.png")
     assert_refused(f"folder:{tmp_path}", "must fit the device")
 

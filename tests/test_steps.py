@@ -1,4 +1,4 @@
-"""The training step: order, gradients, accumulation, keys."""
+"""The training step: order of updates, gradients, accumulation and PRNG keys."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ SIZE = GRID * PATCH
 
 
 class Spoiled(Augment):
-    """Pixels that are not finite where an image begins with 255."""
+    """Makes all pixels of an image NaN if its first value is 255."""
 
     def __call__(self, rngs, images):
         return jnp.where(images[:, :1, :1, :1] == 255, jnp.nan, super().__call__(rngs, images))
@@ -48,7 +48,7 @@ OBJECTIVE = Objective(
     {"level_0": 1.0, "level_1": 0.5, "summary": 0.7, "variance": 1.0, "covariance": 0.1}
 )
 PLAIN = Augment(SIZE, (0.5,) * 3, (0.25,) * 3)
-SPOILED = Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3)  # as plain as that, but for images of 255
+SPOILED = Spoiled(SIZE, (0.5,) * 3, (0.25,) * 3)  # the same, except for images that start with 255
 RANDOM = Augment(
     SIZE, (0.5,) * 3, (0.25,) * 3, crop_scale=(0.5, 1.0), horizontal_flip=0.5, brightness=0.2
 )
@@ -59,7 +59,7 @@ MODEL = HJEPA(
 )
 apply = jax.jit(MODEL.apply, static_argnames="method")
 IMAGES = jnp.asarray(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8))
-IMAGES = IMAGES.at[:, 0, 0, 0].set(0)  # none of them is spoiled
+IMAGES = IMAGES.at[:, 0, 0, 0].set(0)  # no image is spoiled
 
 
 @functools.cache
@@ -74,7 +74,8 @@ def make_state(tx: optax.GradientTransformation) -> TrainState:
     return jax.jit(lambda p: create_train_state(p, tx, jax.random.PRNGKey(1)))(init_params())
 
 
-# Behind these steps the EMA momentum is 1, and then 0: tests of each have one program.
+# The EMA momentum is 1 after step KEEPS and 0 after step COPIES. The momentum depends on the step,
+# so that tests of both values share one compiled program.
 KEEPS, COPIES = 100, 200
 
 
@@ -96,7 +97,7 @@ def make_method(tx, parts=1):
 
 @functools.cache
 def make_step(tx, parts=1):
-    """The step; tests that ask for the same one compile it once."""
+    """Returns the jitted step; it is compiled once for all tests with the same arguments."""
     return jax.jit(make_train_step(make_method(tx, parts)))
 
 
@@ -109,7 +110,7 @@ SGD = optax.sgd(0.1)
 
 
 def test_the_loss_is_the_weighted_sum_of_terms_at_the_parameters_before_the_update():
-    """Among them the summary: the same levels, predicted from the summary tokens alone."""
+    """The summary term predicts the same levels from the summary tokens alone."""
     state = make_state(ADAMW)
     _, mask_rngs = image_rngs(state.rng, state.step, BATCH)
     masks, views = jax.jit(MASK)(mask_rngs), jax.jit(PLAIN)(mask_rngs, IMAGES)
@@ -150,14 +151,14 @@ def test_sigreg_looks_along_directions_of_the_step_and_of_no_image():
 
 def test_gradient_reaches_every_leaf_of_params():
     state, _ = make_step(ADAMW)(make_state(ADAMW), IMAGES)
-    moment = optax.tree_utils.tree_get(state.opt_state, "mu")  # a tenth of the gradient
+    moment = optax.tree_utils.tree_get(state.opt_state, "mu")  # 0.1 times the gradient
     paths = jax.tree_util.tree_leaves_with_path(moment)
     assert jax.tree.structure(moment) == jax.tree.structure(state.params)
     assert not [jax.tree_util.keystr(path) for path, grad in paths if not np.any(grad)]
 
 
 def test_gradient_does_not_reach_target_params():
-    """With m = 1 the target network must stay as it was, whatever the gradients."""
+    """With m = 1 the target network must not change, whatever the gradients are."""
     state = dataclasses.replace(make_state(ADAMW), step=jnp.int32(KEEPS))
     before = jax.device_get(state.target_params)
     for _ in range(3):
@@ -166,7 +167,7 @@ def test_gradient_does_not_reach_target_params():
 
 
 def test_ema_momentum_of_zero_copies_the_updated_parameters():
-    """m = 0: the target equals the parameters *after* the update, not before."""
+    """With m = 0 the target equals the parameters *after* the update, not before it."""
     state = dataclasses.replace(make_state(ADAMW), step=jnp.int32(COPIES))
     new, _ = make_step(ADAMW)(state, IMAGES)
     jax.tree.map(np.testing.assert_array_equal, new.target_params, new.params["context_encoder"])
@@ -176,7 +177,7 @@ def test_ema_momentum_of_zero_copies_the_updated_parameters():
 
 
 def test_ema_in_closed_form():
-    """Constant parameters p from target t: after n updates m^n t + (1 - m^n) p."""
+    """With constant parameters p, target t becomes m^n t + (1 - m^n) p after n updates."""
     target, params = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([3.0, 5.0])}
     for _ in range(10):
         target = ema_update(target, params, 0.9)
@@ -194,11 +195,11 @@ def test_target_params_are_a_copy_and_not_the_same_buffers():
     assert all(t.unsafe_buffer_pointer() != p.unsafe_buffer_pointer() for t, p in pairs)
 
 
-CUT = (2, BATCH // 2, SIZE, SIZE, 3)  # a batch in two parts, as runs hand it over
+CUT = (2, BATCH // 2, SIZE, SIZE, 3)  # a batch in two parts, as runs pass it to the step
 
 
 def test_accumulated_gradient_is_the_mean_over_parts():
-    """And so is the loss; batch statistics are those of a part."""
+    """The loss is a mean over parts, too. Each part has its own batch statistics."""
     state = make_state(SGD)
     new, outputs = make_step(SGD, 2)(state, IMAGES.reshape(CUT))
     of_part = jax.jit(functools.partial(gradient, make_method(SGD)))
@@ -220,12 +221,12 @@ def test_every_image_has_keys_of_its_own_at_every_step():
     keys = [image_rngs(rng, jnp.int32(step), 4) for step in range(3)]
     flat = np.concatenate([np.asarray(k).reshape(-1, 2) for pair in keys for k in pair])
     assert len(np.unique(flat, axis=0)) == 3 * 2 * 4
-    # The keys of an image do not depend on how many images there are beside it.
+    # The keys of an image do not depend on the batch size.
     np.testing.assert_array_equal(image_rngs(rng, jnp.int32(1), 9)[0][:4], keys[1][0])
 
 
 def test_keys_are_those_of_older_versions():
-    """Other keys would continue an older run with draws that it has not had."""
+    """With other keys, an older run would resume with different random draws."""
     fold, split = jax.random.fold_in, jax.random.split
     rng, step, last = jax.random.PRNGKey(3), jnp.int32(5), 2_147_483_647
     augment_rngs, mask_rngs = image_rngs(rng, step, 2)
@@ -244,7 +245,7 @@ def test_fifty_steps_on_one_batch_cut_the_prediction_loss_by_a_third():
 
 
 def average_colour(state, images):
-    """A step without networks, that depends on its images, and on the steps before."""
+    """A step without networks. Its loss depends on the images and on earlier steps."""
     colours = jnp.mean(images / 255.0, axis=(1, 2))
     loss = jnp.mean(colours) + state.params["loss"]
     state = dataclasses.replace(state, step=state.step + 1, params={"loss": 0.5 * loss})
@@ -253,7 +254,7 @@ def average_colour(state, images):
 
 @pytest.mark.parametrize(("size", "streamed"), [(1, False), (1, True), (3, False), (3, True)])
 def test_several_steps_in_one_program_are_the_same_steps(size, streamed):
-    """The same program makes fewer of them; tests/test_train.py does so with real steps."""
+    """One program also runs any smaller number. tests/test_train.py checks real steps."""
     rng, run_steps = np.random.default_rng(1), jax.jit(make_run_steps(average_colour))
     data = jnp.asarray(rng.integers(0, 256, (40, SIZE, SIZE, 3), np.uint8))
     index = jnp.asarray(rng.integers(0, 40, (size, BATCH)), jnp.int32)
@@ -280,7 +281,7 @@ def test_log_window_keeps_the_newest_features():
         loss = {"loss": jnp.float32(step)}
         window = update_window(window, loss, features, jnp.int32(step), jnp.bool_(True))
     assert sorted({float(x) for x in np.asarray(window.features)[:, 0]}) == [2.0, 3.0]
-    assert summarize(window, None) == {"loss": 1.0}  # an unknown rank is not one of 0
+    assert summarize(window, None) == {"loss": 1.0}  # an unknown rank is left out
     emptied = reset_averages(window)
     np.testing.assert_array_equal(emptied.features, window.features)
 
@@ -312,8 +313,8 @@ def test_embed_of_two_layers_adds_the_standardised_block_before_the_last():
     for name, value in one.items():
         np.testing.assert_allclose(two[name][:, : value.shape[1]], value, atol=1e-5)
 
-    # The block before the last of two is the last of an encoder that is one block shorter, whose
-    # final LayerNorm does nothing at step 0.
+    # The first of two blocks is the last block of an encoder with one block. The final LayerNorm
+    # of that encoder does nothing at step 0.
     expected = jax.jit(make_embed_fn(MODEL, preprocess))(params, IMAGES)
     for name, value in expected.items():
         np.testing.assert_allclose(two[name][:, value.shape[1] :], value, atol=1e-4)
@@ -328,12 +329,14 @@ def test_embed_of_views_uses_the_keys():
 
 
 @pytest.mark.parametrize("regularized", ["summary", "context", "both"])
-def test_what_is_regularized_is_the_summary_tokens_the_mean_of_what_is_seen_or_both(regularized):
+def test_regularizer_reads_summary_tokens_context_mean_or_both(regularized):
     rng = jax.random.PRNGKey(0)
     padded = dataclasses.replace(MASK, num_context=GRID**2)
     masks = jax.jit(padded)(jax.random.split(rng, BATCH))
     seen = np.asarray(masks.context_valid)
-    assert len({*seen.sum(axis=1).tolist()} - {0, GRID**2}) > 1, "padding, not always as much"
+    assert len({*seen.sum(axis=1).tolist()} - {0, GRID**2}) > 1, (
+        "rows must differ in their number of padded tokens"
+    )
     views = jax.jit(PLAIN)(jax.random.split(rng, BATCH), IMAGES)
     model = MODEL.clone(regularized=regularized)
     found = jax.jit(model.apply)({"params": init_params()}, views, masks)

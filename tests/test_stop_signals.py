@@ -1,4 +1,4 @@
-"""Signals on which a run saves and stops."""
+"""Signals that make a run save and stop."""
 
 import os
 import signal

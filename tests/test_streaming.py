@@ -1,4 +1,4 @@
-"""Streamed data: same batches as resident data, also after kills and with corrupt files."""
+"""Streamed batches equal resident batches, also after a kill and with corrupt files."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ from tests.test_tfds_source import define_tiny_set
 
 
 class Numbers:
-    """Records: image `row` has the value `row`; some cannot be read."""
+    """Records in which image `row` has the value `row`; `unreadable` rows raise an error."""
 
     image_shape = (2, 3, 3)
 
@@ -105,7 +105,7 @@ def test_corrupt_records_are_named_in_one_line(capsys):
     )
 
 
-def test_batches_on_the_device_are_padded_to_a_call():
+def test_device_batches_are_padded_to_the_size_of_a_call():
     order = BatchOrder(12, 4, seed=0)
     batches = streaming.read_batches(Numbers(12, (3,)), order, 0, 10_000, num_workers=0)
     streamed = streaming.StreamedBatches(batches, size=3, put=jax.device_put)
@@ -140,7 +140,7 @@ def streamed_config(tiny_config, shapes_folder):
     fields = {
         "data.source": f"folder:{shapes_folder}", "data.streaming": "always",
         "data.image_size": 16, "data.num_workers": 1, "model.patch_size": 4,  # stored: 32x32
-        "train.num_steps": 22, "train.steps_per_call": 4,  # of 10 steps an epoch
+        "train.num_steps": 22, "train.steps_per_call": 4,  # 10 steps per epoch
         "train.checkpoint_every_steps": 4, "eval.every_epochs": 0.0, "log.every_steps": 1,
     }  # fmt: skip
     with tiny_config.unlocked():
@@ -150,7 +150,7 @@ def streamed_config(tiny_config, shapes_folder):
 
 @pytest.fixture(scope="module")
 def damaged(shapes_folder, tmp_path_factory):
-    """A copy of the folder in which the first training image is none, and the name of that file."""
+    """A copy of the folder with text in its first training image, and the path of that image."""
     folder = tmp_path_factory.mktemp("damaged") / "images"
     shutil.copytree(shapes_folder, folder, copy_function=os.link)
     (first, *_) = sorted((folder / "train").glob("*/*"))
@@ -182,7 +182,7 @@ def test_a_streamed_folder_equals_a_resident_one(shapes_folder, monkeypatch):
 
 @pytest.mark.parametrize("split_names", [("train", "test"), ("a",)])
 def test_originals_are_the_same_resident_and_streamed(tmp_path, split_names):
-    """With a test split, or with test images that are held out."""
+    """Covers folders with a test split, and folders that hold out test images."""
     rng = np.random.default_rng(0)
     for name in split_names:
         for i in range(12):
@@ -225,7 +225,7 @@ def test_sources_that_cannot_be_streamed_are_refused(source, streaming, message)
 
 @pytest.mark.slow
 def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
-    """Losses and state equal a run on resident data bit for bit."""
+    """The resumed run equals a run on resident data bit for bit, in losses and state."""
     streamed_config.train.num_steps, streamed_config.train.steps_per_call = 60, 1
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
@@ -235,7 +235,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     process = processes.start(streamed_config, killed)
     while process.is_alive() and newest_checkpoint(killed) == 0:
         time.sleep(0.001)
-    for each in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"):  # one for a thread
+    for each in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"):  # one file per thread
         with contextlib.suppress(OSError):  # the thread has just ended
             workers += each.read_text().split()
     assert workers or sys.platform != "linux"
@@ -245,7 +245,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     assert newest_line(killed) < 60
     deadline = time.monotonic() + 20
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive the run"
+        assert time.monotonic() < deadline, "workers are still alive after the run was killed"
         time.sleep(0.01)
     assert processes.finish(streamed_config, killed) == 0
     assert "going on at step" in processes.printed(killed)
@@ -289,7 +289,7 @@ def test_a_failing_disk_is_reported_as_the_data_source(
 
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory) -> str:
-    """A set with a split without labels, prepared as array_record."""
+    """Data directory of a TFDS set with three splits, prepared as array_record."""
     splits = [("train", 20), ("test", 6), ("unlabelled", 24)]
     define_tiny_set("TinyStreamed", splits, (4, 6, 3), labels=("x", "y", "z"))
     path = str(tmp_path_factory.mktemp("tfds"))
@@ -346,7 +346,7 @@ def test_corrupt_records_are_skipped_with_a_class_list(tfds_dir, tmp_path, capsy
     folder, classes = tmp_path / "tiny_streamed" / path.parent.name, tmp_path / "classes.txt"
     shutil.copytree(path.parent, folder)
     classes.write_text("x\ny\n")
-    # Invalid records in a valid file: a damaged file could not be opened at all.
+    # The file is valid and only its records are not: a damaged file could not be opened.
     records = array_record_module.ArrayRecordReader(str(path)).read_all()
     writer = array_record_module.ArrayRecordWriter(str(folder / path.name), "group_size:1")
     for record in [b"\xff"] * num_corrupt + records[num_corrupt:]:
@@ -404,8 +404,10 @@ def test_a_class_list_is_found_beside_config_or_in_repository(tmp_path, monkeypa
         assert resolve(path) == path
     assert class_list.find_class_list(shipped) == REPOSITORY / "hjepa_jax" / shipped
     assert class_list.find_class_list("here.txt").read_text() == "x\ny\n"
-    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # no error here
-    assert resolve(shipped, "own/c.py") == str(tmp_path / "own" / shipped), "the user's own"
+    class_list.resolve_class_list(ConfigDict({"other": 1}), "configs/own.py")  # not an error
+    assert resolve(shipped, "own/c.py") == str(tmp_path / "own" / shipped), (
+        "the user's own file wins"
+    )
 
 
 def test_unused_splits_of_a_tfds_set_are_named(tfds_dir, capsys):

@@ -1,4 +1,4 @@
-"""The suite itself: no test file is left out of a leg by accident, and its order can be changed."""
+"""The test suite: no test file is forgotten in a CI leg, and a seed changes the order."""
 
 import itertools
 import pathlib
@@ -8,7 +8,7 @@ from tests import suite
 
 
 def test_each_test_file_is_on_exactly_one_of_the_two_lists():
-    """A new file is added to tests/suite.py, or this test fails."""
+    """A new test file must be added to tests/suite.py."""
     assert not suite.ON_EVERY_JAX & suite.ON_ONE_JAX
     assert suite.test_files() == suite.ON_EVERY_JAX | suite.ON_ONE_JAX
     assert set(suite.LONGEST) <= suite.test_files()
@@ -28,4 +28,4 @@ def test_a_seed_changes_the_order_and_loses_no_test():
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(item.name for item in items)
     files = [name[0] for name in orders[0]]
-    assert sum(a != b for a, b in itertools.pairwise(files)) == 4, "files stay together"
+    assert sum(a != b for a, b in itertools.pairwise(files)) == 4, "a file's tests stay together"

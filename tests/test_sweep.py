@@ -1,4 +1,4 @@
-"""`hjepa sweep`: runs by name, trained once, compared on held-out training images."""
+"""`hjepa sweep` trains each named run once and compares all on held-out training images."""
 
 import copy
 import csv
@@ -45,7 +45,7 @@ def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
     for found in rows.values():
         assert {row["encoder"] for row in found} == {"target", "random_init", "pixels"}
         assert {(row["train_size"], row["test_size"]) for row in found} == {(192, 48)}, (
-            "240 to train"
+            "the 240 training images are split"
         )
         assert {row["pool"] for row in found} == {"concat"}
     scores = [
@@ -58,7 +58,7 @@ def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
         done.stdout.index("k-NN, top-1 in percent on 48 held-out training images") :
     ]
     (line,) = (line for line in table.splitlines() if line.startswith("  learning_rate=0.01"))
-    assert line.split("  ")[-3].strip().lstrip("*") == mean, "the trained encoder first"
+    assert line.split("  ")[-3].strip().lstrip("*") == mean, "the trained encoder is first"
     with (folder / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [pathlib.Path(line["workdir"]).name for line in lines] == names
@@ -70,7 +70,7 @@ def test_a_sweep_trains_and_compares_and_makes_nothing_twice(command, tmp_path):
     assert (
         again.stdout[again.stdout.index("linear,") :] == done.stdout[done.stdout.index("linear,") :]
     )
-    # The probes of raw pixels, which take longest, are made once: the file is believed.
+    # The probes of raw pixels take longest, so later sweeps read their scores from the file.
     kept = read_probe_json(folder / "baselines.json")
     marked = [row | {"top1": 0.125} if row["encoder"] == "pixels" else row for row in kept]
     write_probe_json(folder / "baselines.json", marked)
@@ -134,13 +134,13 @@ def test_a_row_may_start_from_an_earlier_one_of_its_seed(tmp_path):
         "first,seed=3", "second,seed=3", "first,seed=4", "second,seed=4",
     ]  # fmt: skip
     assert runs[3].config.train.init_from == str(runs[2].workdir)
-    assert not runs[0].config.eval.probe_at_end, "no test image"
+    assert not runs[0].config.eval.probe_at_end, "a sweep must not use test images"
     with pytest.raises(InputError, match="would hold two runs: a/b, and a_b with seed 0"):
         sweep.members(base_config(), {"a/b": {}, "a_b": {}}, (0,), tmp_path)
 
 
 def pretend(run: sweep.Member, step: int, score: float, **fields: Any) -> None:
-    """Makes the directory of a finished run, and scores it as with --num_fit=9."""
+    """Creates the directory of a finished run, with scores as from --num_fit=9."""
     (run.workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
     (run.workdir / "config.json").write_text(json.dumps(run.config.to_dict()))
     row = {
@@ -161,7 +161,7 @@ def test_only_scores_of_the_newest_checkpoint_and_these_settings_count(tmp_path,
     pretend(run, 6, 0.5)
     pretend(run, 6, 0.9, pool="summary")
     assert {row["top1"] for row in sweep.rows_of(run, 9).values()} == {0.5}
-    assert not sweep.rows_of(run, None), "--num_fit"
+    assert not sweep.rows_of(run, None), "scores of another --num_fit"
     for field, value in (("num_val", 7), ("data", "npz:other")):
         other = copy.deepcopy(run.config).unlock()
         other.eval[field] = value
@@ -172,7 +172,7 @@ def test_only_scores_of_the_newest_checkpoint_and_these_settings_count(tmp_path,
 
 @pytest.mark.parametrize("steps", [(6, 6), (6, 8)])
 def test_runs_of_different_lengths_are_not_averaged(tmp_path, steps):
-    """As seeds of one row; each has a line of its own, and a note says why."""
+    """Seeds of one row with different lengths get separate lines, and a note says why."""
     runs = sweep.members(make_tiny_config("shapes"), {"base": {}}, (0, 1), tmp_path)
     for run, step in zip(runs, steps, strict=True):
         pretend(run, step, 0.5 + 0.1 * run.seed)
@@ -188,10 +188,10 @@ def test_runs_of_different_lengths_are_not_averaged(tmp_path, steps):
 
 
 def test_only_differences_beyond_chance_are_marked():
-    """At equal spreads and 4 degrees of freedom the border is 2.78 sqrt(2 / 3) = 2.27 points."""
+    """For equal spreads and 4 degrees of freedom, the limit is 2.78 sqrt(2 / 3) = 2.27 points."""
     assert sweep._differs([53.0, 54.0, 55.0], [50.0, 51.0, 52.0])
     assert not sweep._differs([52.0, 53.0, 54.0], [50.0, 51.0, 52.0])
-    assert not sweep._differs([90.0], [50.0, 51.0, 52.0]), "a single seed"
+    assert not sweep._differs([90.0], [50.0, 51.0, 52.0]), "a single seed is never marked"
 
 
 @pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The held-out test images: a stratified tenth that depends on the labels alone."""
+"""The held-out test images are a stratified tenth that depends only on the labels."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_equal_classes_give_equal_numbers():
     kept, held = test_split.draw_test_rows("x", labels)
     assert np.bincount(labels[held]).tolist() == [10] * 10
     np.testing.assert_array_equal(held, test_split.draw_test_rows("x", labels)[1])
-    assert len(np.unique(held % 100)) > 50, "not the same rows of every class"
+    assert len(np.unique(held % 100)) > 50, "classes must not all give the same rows"
     assert len(kept) == 900
 
 

@@ -1,4 +1,4 @@
-"""tfds sources: splits, decoding, downloads, damaged files."""
+"""TFDS sources: splits, decoding, downloads and damaged files."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.test_sources import assert_refused, open_here
 
 @pytest.fixture
 def dead_cifar10(monkeypatch):
-    """Points the download of CIFAR-10 to a port of this machine, by default a closed one."""
+    """Redirects the download of CIFAR-10 to a port of this machine, by default a closed one."""
     import tensorflow_datasets as tfds
 
     def point_to(port):
@@ -82,9 +82,9 @@ def test_an_unknown_name_is_refused(tmp_path, name, rule):
 def define_tiny_set(
     name, splits, image_shape, labels=("x", "y"), unlabelled="", dtype: Any = np.uint8
 ):
-    """Registers a TFDS set. Image i has the value 10 i; if the width varies, it is 4 + i.
+    """Registers a TFDS data set. All pixels of image i are 10 i; a varying width is 4 + i.
 
-    The split `unlabelled` has labels -1.
+    All labels of the split `unlabelled` are -1.
     """
     import tensorflow_datasets as tfds
 
@@ -130,7 +130,7 @@ def test_images_of_varying_size_are_cropped(tmp_path, channels):
 
 @pytest.mark.parametrize("when", ["never", "always"])
 def test_crops_are_cut_from_originals_of_varying_size(tmp_path, when):
-    """Their heights are 4, their widths 4 to 23: the geometric mean is 12."""
+    """The originals are 4 high and 4 to 23 wide, with a geometric mean of 12."""
     define_tiny_set(f"TinyOriginals{when.title()}", [("train", 20)], (None, None, 3))
     options = {"data_dir": str(tmp_path), "streaming": Streaming(when), "stored_area": 4.0}
     source = open_here(f"tfds:tiny_originals_{when}", **options)
@@ -188,7 +188,7 @@ def test_a_set_without_a_split_train_is_refused(tmp_path, name, splits, labels):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder in which TFDS has prepared a set of its own."""
+    """A folder with a small data set that TFDS has prepared."""
     define_tiny_set("TinyDamaged", [("train", 6), ("test", 3)], (4, 4, 3))
     data_dir = tmp_path_factory.mktemp("prepared")
     open_here("tfds:tiny_damaged", data_dir=str(data_dir))
@@ -215,7 +215,7 @@ def test_damaged_prepared_data_is_refused_in_one_line(tmp_path, prepared, file, 
 @pytest.mark.slow
 def test_prepared_cifar10_has_its_usual_facts():
     if "TFDS_DATA_DIR" not in os.environ:
-        pytest.skip("TFDS_DATA_DIR names no folder with prepared data")
+        pytest.skip("set TFDS_DATA_DIR to a folder with the prepared CIFAR-10")
     source = open_here("tfds:cifar10", data_dir=os.environ["TFDS_DATA_DIR"])
     train, test = source.load()
     assert (source.info.num_train, source.info.num_test) == (50_000, 10_000)
@@ -224,9 +224,9 @@ def test_prepared_cifar10_has_its_usual_facts():
     assert train.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(train.labels).tolist() == [5000] * 10
     assert np.bincount(test.labels).tolist() == [1000] * 10
-    # The usual means 0.491 0.482 0.447, within the error of a lossy copy.
+    # The usual means are 0.491, 0.482 and 0.447. The tolerance allows for a lossy copy.
     means = train.images.mean(axis=(0, 1, 2)) / 255
-    np.testing.assert_allclose(means, [0.489, 0.482, 0.444], atol=0.004)
+    np.testing.assert_allclose(means, [0.491, 0.482, 0.447], atol=0.004)
 
 
 @pytest.mark.parametrize(("when", "has_validation"), [("never", True), ("always", False)])

@@ -59,7 +59,7 @@ def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def assert_same_runs(config, *workdirs: pathlib.Path) -> None:
-    """They have the same arrays and the same log."""
+    """Checks that the runs have the same arrays and the same log."""
     (arrays, lines), (others, other_lines) = (state_and_lines(config, w) for w in workdirs)
     jax.tree.map(np.testing.assert_array_equal, arrays, others)
     assert lines == other_lines
@@ -78,7 +78,7 @@ def test_a_run_logs_every_metric_at_increasing_steps(tiny_run):
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_path, monkeypatch):
-    """One case; tests/faults/test_resume.py has many settings."""
+    """Tests one case; tests/faults/test_resume.py tests many settings."""
     stop_step, remembered = 2, []
     tiny_config.log.every_steps = 1
     monkeypatch.setattr(
@@ -94,15 +94,15 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(tiny_config, tmp_
     assert (tmp_path / "parts/checkpoints" / str(stop_step + 1)).is_dir()
     train.train_and_evaluate(tiny_config, tmp_path / "parts")
     assert_same_runs(tiny_config, tmp_path / "whole", tmp_path / "parts")
-    assert remembered == [[], [], [1, 2, 3]], "the alarms read the log up to the checkpoint"
+    assert remembered == [[], [], [1, 2, 3]], "the alarms must read the log up to the checkpoint"
 
 
 def test_few_calls_are_queued_at_a_time(tiny_config, tmp_path, monkeypatch):
-    """So a stopped run ends after a few steps, not after all steps up to the next log line."""
+    """A stopped run then ends after a few steps, not after all steps up to the next log line."""
     tiny_config.train.checkpoint_every_steps = tiny_config.log.every_steps = 6
     marks, under_way, take = [], [], Loop._take
 
-    class Marks(collections.deque):  # observes the loop's own marks
+    class Marks(collections.deque):  # records the marks of the loop
         def append(self, mark):
             marks.append(mark)
             super().append(mark)
@@ -119,7 +119,7 @@ def test_few_calls_are_queued_at_a_time(tiny_config, tmp_path, monkeypatch):
 
 
 def assert_probed_at_the_end(rows, workdir):
-    """Both probes scored the trained encoder and its baselines; the log has the headlines."""
+    """Checks the scores of encoder and baselines by both probes, and the main scores in the log."""
     assert {row["encoder"] for row in rows} == {"target", "random_init", "pixels"}
     assert {row["protocol"] for row in rows} == {"linear", "knn"}
     for row in rows:
@@ -147,7 +147,7 @@ def test_a_run_stopped_at_its_last_step_probes_only_after_resume(
     tiny_config.eval.probe_at_end, tiny_config.eval.every_epochs = True, 0.0
     with monkeypatch.context() as patch:
         if moment == "in the last step":
-            patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
+            patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # restored at the end
             processes.stop_in_step(6)
         else:
             stop_at(patch, 6)
@@ -158,13 +158,12 @@ def test_a_run_stopped_at_its_last_step_probes_only_after_resume(
     rows = train.train_and_evaluate(tiny_config, tmp_path)
     assert "already trained: step 6 of 6" in capsys.readouterr().out
 
-    # Trained, random and pixel rows.
     assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
     assert_probed_at_the_end(rows, tmp_path)
 
 
 def save_for_ever(config, workdir: pathlib.Path) -> None:
-    """Runs a command that gets a Ctrl-C in step 2, and a second one in a save that hangs."""
+    """Runs a command that gets one Ctrl-C in step 2 and another one during a save that hangs."""
 
     def hang(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -180,7 +179,7 @@ def save_for_ever(config, workdir: pathlib.Path) -> None:
 def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
     process = processes.CONTEXT.Process(target=save_for_ever, args=(tiny_config, tmp_path))
     process.start()
-    process.join(processes.COMMAND_SEC)  # it ends at once; a slow machine starts it late
+    process.join(processes.COMMAND_SEC)  # long, because a slow machine starts it late
     process.kill()
     process.join()
     assert process.exitcode == 128 + signal.SIGINT
@@ -192,7 +191,7 @@ def test_a_second_ctrl_c_ends_the_command_while_it_saves(tiny_config, tmp_path):
 def test_several_steps_a_call_are_one_program_and_change_no_result(
     tiny_config, tiny_run, tmp_path, monkeypatch
 ):
-    """Of up to 4 steps: logs, saves and the end make calls of 2, 1, 1 and 2."""
+    """A call has up to 4 steps. Logs, saves and the end split the 6 steps into 2, 1, 1 and 2."""
     compiled, make = [], make_run_steps
 
     def counting(train_step):
@@ -231,7 +230,7 @@ def test_the_first_step_is_shown_at_once(tiny_config, tmp_path, capsys):
 
 @pytest.mark.usefixtures("own_programs")
 def test_rates_and_length_do_not_change_the_program(tiny_config):
-    """So the cache of compiled programs has it: only its arguments differ."""
+    """Only the arguments differ, so the compilation cache already holds the program."""
 
     def program() -> str:
         built = run.build_run(tiny_config, run.open_config_source(tiny_config))
@@ -249,7 +248,7 @@ def test_rates_and_length_do_not_change_the_program(tiny_config):
 def test_checkpoints_resume_only_under_their_own_config(
     tiny_config, tiny_run, tmp_path, capsys, harm
 ):
-    """A refused command changes nothing, and the right one still resumes."""
+    """A refused command changes no file, and a command with the right config still resumes."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     if harm == "edited config.json":
         path = workdir / "config.json"
@@ -279,7 +278,7 @@ def contents(folder: pathlib.Path) -> dict[pathlib.Path, int]:
 
 
 def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path, monkeypatch):
-    """Cases: all checkpoints are damaged; the step does not compile."""
+    """Covers two failures: all checkpoints are damaged, and the step does not compile."""
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     (workdir / "config.json").unlink()
     for folder in (workdir / "checkpoints").iterdir():
@@ -292,7 +291,7 @@ def test_a_start_that_fails_late_leaves_no_files(tiny_config, tiny_run, tmp_path
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(program, "return_unused_memory", fail)  # the last call of `compile_step`
+    monkeypatch.setattr(program, "return_unused_memory", fail)  # the last call in `compile_step`
     for target in (tmp_path / "new" / "run", workdir):
         with pytest.raises((RuntimeError, InputError)):
             train.train_and_evaluate(tiny_config, target)
@@ -332,7 +331,7 @@ def test_a_run_resumes_with_moved_data_but_not_with_other_images(
 
 @pytest.mark.slow
 def test_a_run_may_become_longer_unless_past_updates_change(tiny_config, tiny_run, tmp_path):
-    """It then equals a run of that length bit for bit; see tests/test_run_dir.py for the rules."""
+    """It equals a run of the full length bit for bit; tests/test_run_dir.py tests the rules."""
     workdir, shorter = tmp_path / "run", tiny_config.copy_and_resolve_references()
     shorter.train.num_steps, shorter.optim.decay_epochs = 2, 0.0  # within the 15 steps of warm-up
     train.train_and_evaluate(shorter, workdir)
@@ -362,8 +361,8 @@ def test_a_workdir_is_locked_until_its_process_is_gone(tiny_config, tmp_path):
         assert first.is_alive()
     with pytest.raises(InputError, match=f"in use by process {first.pid} on .*, since "):
         train.train_and_evaluate(tiny_config, tmp_path)
-    assert not (tmp_path / "config.json").exists(), "written before the lock is held"
-    first.kill()  # without clean-up: the lock must be released all the same
+    assert not (tmp_path / "config.json").exists(), "written before the lock was taken"
+    first.kill()  # no clean-up, but the lock must be released
     first.join()
     with locked(tmp_path), pytest.raises(InputError, match="in use"), locked(tmp_path):
         pass
@@ -387,7 +386,7 @@ def test_knn_during_training_uses_level_0_and_the_summary_tokens(tiny_config, ti
                 label = train_split.labels[bank[column]]
                 votes[row, label] += np.exp(similar[row, column] / 0.07)
         found[name] = np.mean(votes.argmax(axis=1) == train_split.labels[queries])
-    assert found["level_0"] != found["summary"], "of one another they could not be told"
+    assert found["level_0"] != found["summary"], "equal scores would not reveal a mix-up"
     assert line["eval/knn_top1"] == pytest.approx(found["level_0"])
     assert line["eval/knn_top1_summary"] == pytest.approx(found["summary"])
 
@@ -396,13 +395,13 @@ def test_knn_during_training_uses_level_0_and_the_summary_tokens(tiny_config, ti
 def test_too_many_nonfinite_steps_end_the_run(
     tiny_config, tmp_path, monkeypatch, most, save_every, log_every, end
 ):
-    """It ends before a save; the log says how many there were, also between two lines."""
+    """The run ends before it saves. The log has their number, even between two regular lines."""
     build_run = train.build_run
 
     def spoiled(config, source):
         built = build_run(config, source)
 
-        def create():  # parameters that are no numbers
+        def create():  # all parameters are NaN
             state, window = built.create()
             params = jax.tree.map(lambda x: x * np.nan, state.params)
             return dataclasses.replace(state, params=params), window
@@ -423,7 +422,7 @@ def test_too_many_nonfinite_steps_end_the_run(
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_collapse_prints_a_warning_or_ends_the_run(tiny_config, tmp_path, monkeypatch, capsys):
-    """The thresholds are so high that every run has collapsed."""
+    """The thresholds are so high that every run counts as collapsed."""
     monkeypatch.setattr(quality, "MIN_RANK_FRACTION", 2.0)
     monkeypatch.setattr(collapse, "UNTRAINED_SHARE", 100.0)
     tiny_config.log.every_steps = 1
@@ -447,7 +446,7 @@ def test_the_final_probe_has_trained_random_and_pixel_rows(
     assert rows == json.loads((tmp_path / "probe.json").read_text())["results"]
     assert_probed_at_the_end(rows, tmp_path)
 
-    # A finished command makes nothing again.
+    # The same command after the end repeats no work.
     before = contents(tmp_path)
     capsys.readouterr()
     for name in ("linear_probe", "knn_probe"):
@@ -458,16 +457,16 @@ def test_the_final_probe_has_trained_random_and_pixel_rows(
     assert f"{len(rows)} of {len(rows)} scores are unchanged" in capsys.readouterr().out
 
 
-@pytest.mark.slow  # it loads TensorFlow
+@pytest.mark.slow  # loads TensorFlow
 def test_tensorboard_gets_everything_and_changes_no_metric(
     tiny_config, tiny_run, tmp_path, monkeypatch
 ):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
-    monkeypatch.setattr(showcase, "MAX_SHARE", math.inf)  # of the seconds that this run takes
+    monkeypatch.setattr(showcase, "MAX_SHARE", math.inf)  # pictures may take any time
     tiny_config.log.tensorboard = True
-    tiny_config.log.figures_every_epochs = 0.2  # 15 steps an epoch: every third step
+    tiny_config.log.figures_every_epochs = 0.2  # every third of 15 steps per epoch
     train.train_and_evaluate(tiny_config, tmp_path)
     assert lines_of(tmp_path) == lines_of(tiny_run)
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
@@ -476,16 +475,16 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
     assert tags >= {*METRICS.split(), "config", "parameters", "environment", "curves"}
     for name in ("masks", "views", "pca", "cosine", "similarity", "attention"):
         assert [e.step for e in events.Tensors(f"figures/{name}")] == [0, 3, 6]
-    for name in ("figures/spectrum", "features/target"):  # of the steps since the last log line
+    for name in ("figures/spectrum", "features/target"):  # from steps since the last log line
         assert [e.step for e in events.Tensors(name)] == [3, 6]
     (text,) = events.Tensors("parameters")
     assert b"patch_embedding" in text.tensor_proto.string_val[0]
     metadata = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     shown = {name: value for name, value in started.hparams.items()}
-    assert started.group_name == "/".join(tmp_path.parts[-2:]), "the trial is named by its run"
+    assert started.group_name == "/".join(tmp_path.parts[-2:]), "the trial has its run's name"
     assert shown["train.num_steps"].number_value == 6
-    assert "optim.kind" not in shown, "as in the defaults"
+    assert "optim.kind" not in shown, "fields with default values must be left out"
     assert len(tags) < 60
 
 
@@ -493,7 +492,7 @@ def test_tensorboard_gets_everything_and_changes_no_metric(
 def test_a_run_skips_unreadable_images_and_one_step_is_enough_for_a_report(
     tiny_config, tmp_path, capsys
 ):
-    """Shapes are static, so the run is built again for the remaining images."""
+    """Shapes are static, so the run is rebuilt for the remaining images."""
     (tmp_path / "photos" / "x").mkdir(parents=True)
     for i in range(24):
         path = tmp_path / "photos" / "x" / f"{i:02}.png"
@@ -514,10 +513,10 @@ def test_pictures_take_at_most_their_share_of_the_time():
     budget = showcase.Budget(0.02, first_cost=10.0)
     assert not budget.allows(499.0)
     assert budget.allows(500.0)
-    budget.spend(7.0)  # the first; another would make it 14
+    budget.spend(7.0)  # expects 7 s for the next use: 14 s in all
     assert not budget.allows(699.0)
     assert budget.allows(701.0)
-    budget.spend(2.0)  # nothing to compile: 9 so far, 11 with another
+    budget.spend(2.0)  # without compilation: 9 s so far, 11 s with the next use
     assert not budget.allows(549.0)
     assert budget.allows(551.0)
 
@@ -528,7 +527,7 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     (tmp_path / "figures").write_text("in the way")
     train.train_and_evaluate(tiny_config, tmp_path)
     said, errors = capsys.readouterr()
-    assert "writing the report ..." in said.splitlines(), "a word before it is silent"
+    assert "writing the report ..." in said.splitlines(), "a long silent step must be announced"
     assert "no report could be written" in errors
     assert f"python -m hjepa_jax.report --workdir={tmp_path}" in errors
     (tmp_path / "figures").unlink()
@@ -536,8 +535,8 @@ def test_a_report_that_cannot_be_written_does_not_fail_the_run(tiny_config, tmp_
     assert "| finished, step 6 of 6 |" in (tmp_path / "report.md").read_text()
 
 
-def test_what_cannot_be_probed_is_refused_before_training(tiny_config, tmp_path):
-    """Class 0 is missing, as if labels count from 1; too few images; a probe.json without rows."""
+def test_data_that_probes_cannot_use_is_refused_before_training(tiny_config, tmp_path):
+    """Covers a missing class 0 (labels from 1), too few images, and a probe.json without rows."""
     source, images = tiny_config.data.source, np.zeros((40, 16, 16, 3), np.uint8)
     save_npz(tmp_path / "gap.npz", *[Split(images, np.arange(40, dtype=np.int32) % 3 + 1)] * 2)
     save_npz(tmp_path / "few.npz", *[Split(images[:4], np.arange(4, dtype=np.int32))] * 2)

@@ -1,4 +1,4 @@
-"""Images without labels: every source, the same training, and reports without label probes."""
+"""Images without labels: all sources read them, training is the same, labels are not probed."""
 
 import json
 import shutil
@@ -69,7 +69,7 @@ def test_the_kind_decides_whether_sub_folders_are_classes(tmp_path, capsys):
     labelled, unlabelled = (opened(f"{kind}:{tmp_path}") for kind in ("folder", "images"))
     assert labelled.info.class_names == ("2019", "2020")
     assert unlabelled.info.class_names == ()
-    # The same test images, so that labels may come later.
+    # Both hold out the same test images, so that labels can be added later.
     for one, other in zip(labelled.load(), unlabelled.load(), strict=True):
         assert one.names == other.names
         np.testing.assert_array_equal(one.images, other.images)
@@ -158,7 +158,7 @@ def test_losses_without_labels_are_the_same_and_nothing_is_scored(
     assert metrics(tmp_path / "run") == labelled_run
     assert {row["protocol"] for row in rows} == {"quality"}
     said = capsys.readouterr().out
-    assert said.count("has no labels") == 2  # at the start, and where the probes would be
+    assert said.count("has no labels") == 2  # at the start, and instead of the probes
     assert "top1" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     write_report([tmp_path / "run"], tmp_path / "run")
     report = (tmp_path / "run" / "report.md").read_text()

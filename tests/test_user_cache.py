@@ -1,4 +1,4 @@
-"""The cache between runs: it never differs from a fresh result."""
+"""The cache that runs share: a cached result always equals a new one."""
 
 import os
 
@@ -12,7 +12,7 @@ from hjepa_jax.runtime import provenance, user_cache
 
 @pytest.fixture
 def calls(tmp_path):
-    """Returns `get(key)`, and the keys whose arrays were made."""
+    """Returns `get(key)` and a list of the keys whose arrays were created."""
     made = []
 
     def get(key, **options):
@@ -38,7 +38,7 @@ def test_arrays_are_made_once_per_key(calls, capsys):
 def test_arrays_are_made_again_if_their_origin_changes(calls, tmp_path):
     found = [calls[0]("cifar10", made_from=origin)["y"][0] for origin in "aabba"]
     assert found == [1, 1, 2, 2, 3]
-    assert len(list(tmp_path.glob("data/*"))) == 1, "new arrays replace the old"
+    assert len(list(tmp_path.glob("data/*"))) == 1, "new arrays must replace the old file"
 
 
 def test_a_changed_data_file_is_noticed_even_with_the_old_time(tmp_path):
@@ -99,7 +99,7 @@ def test_arrays_that_cannot_be_kept_are_made_again(calls, tmp_path, monkeypatch,
 
 def test_the_users_compilation_cache_is_respected(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    assert before  # tests/conftest.py names one
+    assert before  # tests/conftest.py sets it
     user_cache.keep_compiled_programs()
     assert jax.config.jax_compilation_cache_dir == before
     try:

@@ -1,4 +1,4 @@
-"""A run that starts with the parameters of another one, maybe at another resolution."""
+"""A run can start with the parameters of another run, even at another resolution."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def paths_and_leaves(tree):
 def test_a_run_can_start_from_one_at_a_lower_resolution(
     tiny_config, tiny_run, tmp_path, monkeypatch, positions, capsys
 ):
-    """It compiles its own program only."""
+    """The new run compiles only its own program."""
     tiny_config.model.positions, small = positions, tiny_run
     if positions != "learned":
         small = tmp_path / "small"
@@ -74,7 +74,7 @@ def test_a_run_can_start_from_one_at_a_lower_resolution(
     assert len(changed) == (3 if positions == "learned" else 0)
     assert all("embedding" in path for path in changed)
     kernel = "['params']['context_encoder']['patch_embedding']['kernel']"
-    assert np.any(untrained[kernel] != new[kernel]), "the baseline stays random"
+    assert np.any(untrained[kernel] != new[kernel]), "the untrained baseline must stay random"
 
 
 def test_the_other_run_is_needed_only_at_the_first_start(
@@ -104,12 +104,12 @@ def test_a_damaged_source_is_refused_by_name(tiny_config, trained, tmp_path, dam
     assert not (tmp_path / "next").exists()
 
 
-# Fields that decide which parameters there are, or what they mean: here, there.
+# Fields that change the parameters or their meaning: value of this run, value of the other run.
 NETWORKS = {
     "model.predictor_width": (12, 8), "model.num_heads": (4, 2), "model.num_levels": (1, 2),
     "model.positions": ("sincos2d", "'learned'"), "model.num_registers": (2, 0),
 }  # fmt: skip
-ONLY_ONE_MEANING = {"model.num_heads"}  # of the same parameters
+ONLY_ONE_MEANING = {"model.num_heads"}  # the parameters have the same shapes
 
 
 @pytest.mark.parametrize("field", NETWORKS)
@@ -125,7 +125,7 @@ def test_other_networks_are_refused_by_field_or_by_path(tiny_config, tiny_run, m
         warm_start.check_source(tiny_config)
 
 
-def test_nothing_is_written_where_there_is_no_run_to_start_from(tiny_config, tmp_path):
+def test_nothing_is_written_if_there_is_no_run_to_start_from(tiny_config, tmp_path):
     tiny_config.train.init_from = "/nowhere"
     with pytest.raises(InputError, match=r"train.init_from='/nowhere': holds no run"):
         train.train_and_evaluate(tiny_config, tmp_path / "next")
@@ -140,7 +140,7 @@ def with_head(config, sizes):
 
 
 def begin(config, workdir):
-    """Returns the first state of a run that starts from the one in `workdir`."""
+    """Returns the first state of a run started from `workdir`, its fresh state and its window."""
     config.train.init_from = str(workdir)
     warm_start.check_source(config)
     built = train.build_run(config, run.open_config_source(config))

@@ -1,4 +1,4 @@
-"""What checks annotations at run time in the tests: beartype, for which an int is a float too."""
+"""Checks annotations at run time in the tests: beartype, which here accepts an int as a float."""
 
 from beartype import BeartypeConf, beartype
 

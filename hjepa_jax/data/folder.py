@@ -87,15 +87,15 @@ def open_folder(
     records_of = functools.partial(dataclasses.replace, sample)
     stored = stored_sides(sizes, image_size, stored_area)
     originals_of = functools.partial(records_of, image_size=stored)
-    whole, shape = listing.splits[0], (*pair(image_size), num_channels)
-    splits = listing.splits
+    splits, shape = listing.splits, (*pair(image_size), num_channels)
+    whole = splits[0]
     if len(splits) == 1:
         rows = draw_test(source, len(whole.files), whole.labels, whole.names(listing.top))
         splits = [whole.part(part) for part in rows]
     usage = _usage(source, listing, splits, kind)
     if is_streamed(streaming, len(whole.files), (*stored, num_channels), kind.dtype):
-        read = [each.part(draw_rows(len(each.files), streaming.max_labelled).held)
-                for each in splits]  # fmt: skip
+        limit = streaming.max_labelled
+        read = [each.part(draw_rows(len(each.files), limit).held) for each in splits]
         records, parts = originals_of(files=splits[0].files), splits
     else:
         # The test images are drawn among readable images: bad files must not empty the test set.
@@ -121,10 +121,8 @@ def open_folder(
 
     num_train, num_test = (len(each.files) for each in (splits if records is None else read))
     info = SourceInfo(num_train, num_test, shape, whole.class_names, kind.dtype)
-    labelled = tuple(
-        Labelled(records_of(files=each.files), each.labels, each.names(listing.top))
-        for each in parts
-    )
+    files = ((records_of(files=x.files), x.labels, x.names(listing.top)) for x in parts)
+    labelled = tuple(Labelled(*each) for each in files)
     again = None if records is not None or stored == pair(image_size) else originals
     return Source(source, info, load, records, labelled, usage, stored, again)
 

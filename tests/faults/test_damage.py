@@ -1,4 +1,4 @@
-"""Damaged checkpoint files: detected, or harmless; never restored as if intact."""
+"""Damage to checkpoint files is detected or harmless. Wrong arrays are never restored."""
 
 import pathlib
 import shutil
@@ -12,7 +12,8 @@ from tests.test_checkpoint import make_state, make_window
 
 pytestmark = [
     pytest.mark.slow,
-    # TensorStore reports to event loops that Orbax has closed on an error, and threads of its own.
+    # After an error Orbax closes its event loops. TensorStore still reports to them, and its own
+    # threads fail.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -34,7 +35,7 @@ def flip_bits(content: bytes) -> bytes:
 
 
 def restored_step(workdir: pathlib.Path, config) -> int:
-    """Returns the restored step, after a check of all its arrays."""
+    """Returns the restored step, after a check of all arrays."""
     checkpoints = checkpoint.Checkpoints(workdir, config=config, owner=True)
     try:
         state, _ = checkpoints.restore(make_state(0), make_window())
@@ -70,7 +71,7 @@ def test_damage_to_any_file_is_detected_or_harmless(tmp_path, tiny_config, capsy
             step = restored_step(copy, tiny_config)
             outcomes[file.relative_to(original), damage] = step
             assert (copy / "damaged/2").exists() == (step == 1)
-    # Some files are second copies, so that their damage is harmless. Damage to meta never is.
+    # Some files are second copies, so their damage is harmless. Damage to meta never is harmless.
     assert 1 in {step for (file, _), step in outcomes.items() if "/d/" in str(file)}
     account = pathlib.Path("checkpoints/2/meta/metadata")
     assert [step for (file, _), step in outcomes.items() if file == account] == [1] * 4

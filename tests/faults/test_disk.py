@@ -1,4 +1,4 @@
-"""Disks that fill up or become read-only during a run, and deleted data."""
+"""Runs while a disk fills up, becomes read-only or loses the data."""
 
 import os
 import pathlib
@@ -17,7 +17,8 @@ from tests.processes import at_step, state_and_lines
 
 pytestmark = [
     pytest.mark.slow,
-    # TensorStore reports to event loops that Orbax has closed on an error, and threads of its own.
+    # After an error, TensorStore reports to event loops that Orbax has closed. Some of its threads
+    # fail too.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -34,7 +35,7 @@ def small_disk(tmp_path: pathlib.Path):
     except OSError as error:
         pytest.skip(f"there is no mount command: {error}")
     if mounted.returncode:
-        pytest.skip(f"may not mount a small disk: {mounted.stderr.strip()}")
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -70,7 +71,7 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
         at_step(patch, 7, lambda: fill(small_disk))
         with pytest.raises(InputError, match=r"--workdir=.*(No space left|RESOURCE_EXHAUSTED)"):
             train.train_and_evaluate(tiny_config, workdir)
-    fill(small_disk)  # the last file was not written whole
+    fill(small_disk)  # again, because the last file is incomplete
     with pytest.raises(InputError, match=r"--workdir=.*No space left"):  # a second start
         train.train_and_evaluate(tiny_config, workdir)
     (small_disk / "ballast").unlink()
@@ -85,7 +86,7 @@ def test_a_run_stops_on_a_full_disk_and_resumes_on_a_freed_one(
 def test_a_read_only_disk_gives_one_line_and_loses_nothing(
     tiny_config, small_disk, tmp_path, monkeypatch, run_module
 ):
-    """The disk changes between two starts, because the kernel refuses it with open files."""
+    """The disk changes between two starts, because a remount fails if files are open."""
     long_run(tiny_config)
     workdir = small_disk / "run"
     with monkeypatch.context() as patch:

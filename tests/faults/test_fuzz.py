@@ -1,6 +1,7 @@
-"""Thousands of random inputs: each ends in a result or in one InputError, in limited time.
+"""Each of thousands of random inputs gives a result or one InputError, in limited time.
 
-Mutations of valid inputs, drawn from fixed seeds: a failure names the draw, and comes again.
+The inputs are mutations of valid ones, drawn from fixed seeds. A failure names the draw and can be
+reproduced.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 class Hangs(BaseException):
-    """Not an Exception, because the readers treat those as corrupt data."""
+    """A timeout. It is no Exception, because the readers treat an Exception as corrupt data."""
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def is_refused(check, what):
             check()
     except InputError as error:
         lines = [str(error)]
-    except SystemExit:  # the command line's own
+    except SystemExit:  # raised by the command line parser
         lines = stderr.getvalue().removesuffix("\n").split("\n")
     except (Exception, Hangs) as error:
         raise AssertionError(f"{type(error).__name__} ({error}) at {what}") from error
@@ -111,7 +112,7 @@ def random_override(rng, defaults):
 
 
 def build_masks_and_schedules(overrides, *, computes):
-    """As the command does, from its flags to the numbers of a run."""
+    """Builds masks and schedules from the flags, as the command does."""
     argv, values = ["main", "--config=configs/shapes_tiny.py", *overrides], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
     cli.parse_flags(argv, values)
@@ -235,7 +236,7 @@ def test_any_npz_is_as_declared_or_refused(tmp_path):
 
     for i in range(NUM_NPZ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of casts, and of names that stand twice
+            warnings.simplefilter("ignore")  # about casts, and about duplicate names
             data = random_npz(rng)
             if i % 3:
                 data = mutate(rng, data) if i % 3 == 1 else edit_headers(rng, data)

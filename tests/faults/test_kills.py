@@ -33,7 +33,7 @@ def newest_checkpoint(workdir: pathlib.Path) -> int:
 def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
     """Starts or resumes the run and kills it at random; returns "killed" or "finished"."""
     process = processes.start(config, workdir)
-    if rng.random() < 0.2:  # at any time, from the first import on
+    if rng.random() < 0.2:  # at any time, even during imports
         time.sleep(rng.uniform(0, 2))
     else:  # during steps and saves
         goal = newest_checkpoint(workdir) + rng.randint(1, 5 * SAVE_EVERY)
@@ -48,7 +48,7 @@ def run_and_kill(config, workdir: pathlib.Path, rng: random.Random) -> str:
 
 def test_kills_change_nothing(tiny_config, tmp_path, record_property):
     tiny_config.train.num_steps, tiny_config.train.checkpoint_every_steps = NUM_STEPS, SAVE_EVERY
-    tiny_config.eval.every_epochs = 1.0  # 15 steps: the best by k-NN is kept as well
+    tiny_config.eval.every_epochs = 1.0  # every 15 steps; the best checkpoint by k-NN is kept
     tiny_config.log.every_steps = 1
     train.train_and_evaluate(tiny_config, tmp_path / "whole")
     whole_arrays, whole_lines = state_and_lines(tiny_config, tmp_path / "whole")
@@ -68,13 +68,13 @@ def test_kills_change_nothing(tiny_config, tmp_path, record_property):
             else:
                 assert processes.finish(tiny_config, workdir) == 0, processes.printed(workdir)
                 outcome = "finished"
-            assert newest_checkpoint(workdir) >= before  # a saved checkpoint is never lost
-            # At most one save is running and one is still to come.
+            assert newest_checkpoint(workdir) >= before  # no saved checkpoint is lost
+            # At most one save is still running, and the next one has not started.
             assert newest_line(workdir) - newest_checkpoint(workdir) <= 2 * SAVE_EVERY
         arrays, lines = state_and_lines(tiny_config, workdir)
         jax.tree.map(np.testing.assert_array_equal, arrays, whole_arrays)
         assert lines == whole_lines
         assert not (workdir / "damaged").exists()
-    assert len(set(resumed_at)) >= 5, f"the kills fell on the same few places, {resumed_at}"
+    assert len(set(resumed_at)) >= 5, f"the kills hit too few different steps: {resumed_at}"
     record_property("kills", json.dumps({"kills": num_kills, "runs": num_runs}))
     print(f"{num_kills} kills over {num_runs} runs, resumed from steps {sorted(set(resumed_at))}")

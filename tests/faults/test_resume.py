@@ -1,4 +1,4 @@
-"""A run in two parts equals the run in one, wherever it stops, saves and logs."""
+"""A resumed run equals an uninterrupted run, at any step where it stops, saves or logs."""
 
 import pathlib
 
@@ -18,9 +18,9 @@ from tests.faults.test_kills import newest_checkpoint, state_and_lines
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 17  # beyond the 15 steps of an epoch
+NUM_STEPS = 17  # more than the 15 steps of an epoch
 
-# Two programs that differ in everything that a step depends on. Each is compiled once.
+# Two programs that differ in every setting a step depends on. Each is compiled once.
 PROGRAMS = {
     "one_part": {
         "optim.accumulation_steps": 1,
@@ -45,7 +45,7 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module", params=PROGRAMS)
 def whole(request, shapes_npz, tmp_path_factory):
-    """The config of a program, and arrays and log lines of its run in one part."""
+    """The config of a program, and the arrays and log lines of its uninterrupted run."""
     config = make_tiny_config(shapes_npz)
     config.update_from_flattened_dict({**PROGRAMS[request.param], "train.num_steps": NUM_STEPS})
     workdir = tmp_path_factory.mktemp("whole")
@@ -54,9 +54,9 @@ def whole(request, shapes_npz, tmp_path_factory):
 
 
 def train_until(config, workdir: pathlib.Path, stop: int) -> None:
-    """Trains until a real signal comes in a step."""
+    """Trains until a real signal arrives in step `stop`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # undone at the end
+        patch.setattr(BatchOrder, "batches", BatchOrder.batches)  # restored at the end
         processes.stop_in_step(stop)
         with pytest.raises(Interrupted):
             train.train_and_evaluate(config, workdir)
@@ -82,7 +82,7 @@ def test_a_run_in_two_parts_equals_the_run_in_one(tmp_path_factory, whole, save_
 
 
 def test_a_run_may_move_between_one_device_and_four(tiny_config, tmp_path):
-    """One device, four, one again: the same curve, up to float32 rounding."""
+    """One device, then four, then one again: the curve agrees up to float32 rounding."""
     tiny_config.log.every_steps = 1
     train.train_and_evaluate(tiny_config, tmp_path / "one")
     train_until(tiny_config, tmp_path / "moved", 2)

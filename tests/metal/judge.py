@@ -1,10 +1,10 @@
-"""Would Apple's plugins take a program? Read off its lowered form, on any machine.
+"""Decides on any machine whether Apple's plugins accept a program, from its lowered form.
 
-    refusals(jax.jit(step).trace(state, images), "METAL")   # one line per refusal; none: accepted
+    refusals(jax.jit(step).trace(state, images), "METAL")   # one line per refusal; [] = accepted
 
-The operations, types and forms of jax-metal 0.1.1 were read out of its library, those of jax-mps
-0.10.11 from its source. What this cannot see: wrong numbers, comparators of a sort, memory, speed,
-and the kernels that jax-mps puts in place of some operations by itself.
+The accepted operations, types and forms come from the library of jax-metal 0.1.1 and from the
+source of jax-mps 0.10.11. This module cannot detect wrong numbers, unsupported sort comparators,
+memory use or speed. It does not check the kernels that jax-mps substitutes for some operations.
 
 References:
   jax-ml/jax issues 16416 (complex), 16435 (float64), 20114 (batched products over two axes),
@@ -37,13 +37,13 @@ DTYPES = {"i1", "i8", "i16", "i32", "i64", "ui8", "ui16", "ui32", "ui64", "f16",
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-    """What a plugin takes.
+    """The operations and types that a plugin accepts.
 
     Attributes:
       ops: StableHLO operations.
-      dtypes: element types, as MLIR writes them.
-      argument_dtypes: those that arguments and results of the program may have.
-      custom_calls: beginnings of the names of custom calls.
+      dtypes: element types, in MLIR notation.
+      argument_dtypes: element types that arguments and results of the program may have.
+      custom_calls: prefixes of the names of custom calls.
     """
 
     ops: set[str]
@@ -55,7 +55,7 @@ class Plugin:
 PLUGINS = {
     "METAL": Plugin(
         ops=set(COMMON_OPS.split()),
-        dtypes=DTYPES,  # 64 unsigned bits appear within threefry
+        dtypes=DTYPES,  # ui64 appears inside threefry
         argument_dtypes=DTYPES - {"ui64"},
         custom_calls=("mhlo.", "Sharding"),
     ),
@@ -69,21 +69,21 @@ PLUGINS = {
 
 
 def refusals(traced: Any, platform: str) -> list[str]:
-    """Why the plugin of `platform` ("METAL" or "mps") would not take the program; [] if it would.
+    """Returns the reasons why the plugin would refuse the program; [] = it accepts the program.
 
     Args:
       traced: a `jax.stages.Traced`, or anything whose `lower(lowering_platforms=...)` gives a
         `jax.stages.Lowered`.
-      platform: the name under which the plugin registers.
+      platform: the name under which the plugin registers, "METAL" or "mps".
     """
     try:
         lowered = traced.lower(lowering_platforms=(platform,))
-    except NotImplementedError as error:  # JAX itself has no rule: callbacks
+    except NotImplementedError as error:  # JAX itself has no lowering rule, as for callbacks
         return [f"does not lower: {str(error).splitlines()[0]}"]
     module, plugin, found = lowered.compiler_ir("stablehlo"), PLUGINS[platform], []
     try:
         _as_the_plugin_gets_it(module, platform)
-    except Exception as error:  # MLIR's errors have no common class of their own
+    except Exception as error:  # MLIR has no common base class for its errors
         return [f"does not convert to the plugin's StableHLO: {str(error).splitlines()[0]}"]
 
     def judge(op: Any) -> ir.WalkResult:
@@ -95,27 +95,28 @@ def refusals(traced: Any, platform: str) -> list[str]:
 
 
 def _as_the_plugin_gets_it(module: ir.Module, platform: str) -> None:
-    """Does to the module what jaxlib does before it hands it over.
+    """Converts the module in the same way as jaxlib does before it calls the plugin.
 
-    CHLO is decomposed. (erf, top_k and tan in truth stay, as custom calls, which both plugins
-    take.) jax-metal knows StableHLO only up to 1.0.0, where gathers have no batching dimensions.
+    CHLO operations are decomposed. (jaxlib keeps erf, top_k and tan as custom calls, which both
+    plugins accept.) jax-metal knows StableHLO only up to 1.0.0. That version has no batching
+    dimensions in gathers.
     """
     stablehlo.register_stablehlo_passes()
     _run_pass(module, "chlo-legalize-to-stablehlo")
     if platform == "METAL":
         _run_pass(module, "stablehlo-compatibility-expander{target=1.0.0}")
-        copy = ir.Module.parse(str(module), module.context)  # serializing rewrites in place
+        copy = ir.Module.parse(str(module), module.context)  # serializing changes its module
         stablehlo.serialize_portable_artifact(copy, "1.0.0")
 
 
 def _run_pass(module: ir.Module, name: str) -> None:
-    """A pass is on functions or on the module, according to the version of jaxlib."""
+    """Runs a pass on functions or on the module: this depends on the version of jaxlib."""
     pipelines = (f"builtin.module(func.func({name}))", f"builtin.module({name})")
     with module.context:
         for pipeline in pipelines:
             try:
                 manager = passmanager.PassManager.parse(pipeline)
-            except Exception as error:  # a ValueError or an MLIRError, according to the version
+            except Exception as error:  # ValueError or MLIRError, depending on the version
                 failure = error
                 continue
             manager.run(module.operation)
@@ -124,7 +125,7 @@ def _run_pass(module: ir.Module, name: str) -> None:
 
 
 def _refused(op: Any, plugin: Plugin, platform: str) -> list[str]:
-    """What is wrong with one operation."""
+    """Returns the reasons why the plugin would refuse one operation."""
     if op.name == "func.func":
         block = op.regions[0].blocks[0]
         values = [*block.arguments, *block.operations[len(block.operations) - 1].operands]
@@ -149,18 +150,18 @@ def _refused(op: Any, plugin: Plugin, platform: str) -> list[str]:
 
 
 def _dtypes(values: Any) -> set[str]:
-    """Element types of the tensors among the values."""
+    """Returns the element types of all tensors in `values`."""
     types = (re.fullmatch(r"tensor<(?:[0-9?]+x)*(.+)>", str(value.type)) for value in values)
     return {match[1] for match in types if match}
 
 
 def _body(op: Any) -> list[str]:
-    """Names of the operations in the region of a reduction or scatter."""
+    """Returns the names of the operations in the body of a reduction or scatter."""
     return [inner.operation.name for inner in op.regions[0].blocks[0].operations]
 
 
 def _numbers(op: Any, name: str) -> list[int]:
-    """An attribute that is a list of numbers; [] where it is left out."""
+    """Returns an attribute that is a list of numbers; [] if it is missing."""
     return [int(n) for n in op.attributes[name]] if name in op.attributes else []
 
 

@@ -1,4 +1,4 @@
-"""The judge must be able to fail: programs that a plugin is known to refuse, and some it takes."""
+"""The judge reports programs that a plugin is known to refuse, and accepts others."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def window_max(x, **kwargs):
 
 
 def attention_gradient(x):
-    """The gradient of jax-ml/jax issue 20114: a product over two axes for each of a third."""
+    """The gradient in jax-ml/jax issue 20114: a batched product over two axes."""
     return jnp.einsum("bij,bkij->bk", x, jnp.stack([x, x], axis=1))
 
 
@@ -40,7 +40,7 @@ def with_callback(x):
 
 
 class Text:
-    """A program that JAX itself never writes, as MLIR."""
+    """A program as MLIR, for forms that JAX itself never generates."""
 
     def __init__(self, results: str, body: str):
         self._text = f"""
@@ -76,7 +76,7 @@ GATHER_BY_COLUMNS = Text(
 
 
 REFUSED = {
-    # name: (function, arguments, plugin, what is said of it)
+    # name: (function, arguments, plugin, words in the refusal)
     "complex": (lambda x: jax.lax.complex(x, x), (X,), "METAL", "complex<f32>"),
     "fft": (lambda x: jnp.abs(jnp.fft.fft(x)), (X,), "METAL", "stablehlo.fft"),
     "popcnt": (lambda x: jax.lax.population_count(x), (INDEX,), "METAL", "stablehlo.popcnt"),
@@ -120,7 +120,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_plugin_refuses_is_refused(name):
+def test_programs_that_a_plugin_refuses_are_refused(name):
     function, arguments, platform, words = REFUSED[name]
     found = refusals(jax.jit(function).trace(*arguments), platform)
     assert any(words in line for line in found), found
@@ -128,12 +128,12 @@ def test_what_a_plugin_refuses_is_refused(name):
 
 @pytest.mark.parametrize("platform", ["METAL", "mps"])
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_both_plugins_take_is_accepted(name, platform):
+def test_programs_that_both_plugins_support_are_accepted(name, platform):
     function, arguments = TAKEN[name]
     assert refusals(jax.jit(function).trace(*arguments), platform) == []
 
 
-def test_what_jax_never_writes_is_refused_where_it_cannot_be():
+def test_unsupported_gathers_and_scatters_are_refused():
     words = "stablehlo.gather: index vectors not in the last axis"
     assert words in refusals(GATHER_BY_COLUMNS, "METAL")
     assert refusals(GATHER_BY_COLUMNS, "mps") == []
@@ -148,7 +148,7 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-def test_64_bits_are_refused_but_unsigned_ones_within_a_program(x64):
+def test_float64_is_refused_and_uint64_allowed_inside_programs(x64):
     for platform in ("METAL", "mps"):
         found = refusals(jax.jit(lambda x: x * x).trace(np.ones(2)), platform)
         assert found == ["argument or result of f64", "stablehlo.multiply of f64"]

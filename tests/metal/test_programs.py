@@ -1,8 +1,7 @@
-"""Every config, as Apple's plugins would get it: training step, parameters, features; and probes.
+"""Apple's plugins accept the programs of every config: step, initial state, features and probes.
 
-Of two blocks each, as further blocks repeat their operations.
-
-jax-metal is judged where jax is the one that it runs with (0.5.0), jax-mps on newer ones.
+The networks have two blocks, because further blocks repeat the same operations. With jax 0.5.0, the
+only version for jax-metal, the tests check jax-metal. With newer versions they check jax-mps.
 """
 
 import importlib
@@ -22,11 +21,11 @@ from tests.metal.judge import refusals
 PLATFORM = "METAL" if jax.__version__ == "0.5.0" else "mps"
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 CONFIGS = sorted(path.stem for path in (REPOSITORY / "configs").glob("[a-z]*.py"))
-QUICK = "shapes_tiny"  # the others are slow
+QUICK = "shapes_tiny"  # tests of the other configs are marked slow
 
 
 class Step:
-    """The training program of a run, which `refusals` lowers as it would a traced function."""
+    """The training program of a run, in the form that `refusals` needs."""
 
     def __init__(self, config, *, streamed=False):
         size = 32 if "cifar" in config.data.source else config.data.image_size
@@ -69,7 +68,7 @@ def test_the_plugin_takes_every_program_of_every_config(name, program, monkeypat
 
 
 def test_the_plugin_takes_all_options_together(tiny_config):
-    """In one program, as tracing takes seconds; a refusal names its operation."""
+    """One program has all options, because tracing takes seconds. A refusal names the operation."""
     tiny_config.optim.accumulation_steps, tiny_config.optim.kind = 2, "muon"
     tiny_config.mask.kind, tiny_config.loss.regularizer = "hierarchical", "sigreg"
     tiny_config.mask.progression = ("geometric", 1.0)  # so that level 1 fits the 4 x 4 patches
