@@ -12,9 +12,9 @@ ON_EVERY_JAX = {
     "test_hierarchy", "test_losses", "test_masking", "test_models", "test_optimizer",
     "test_options", "test_platform", "test_products", "test_selftest", "test_steps",
 }  # fmt: skip
-# Test files about data files, reports, flags and processes. The version of JAX does not matter to
-# them, or they use JAX only through models and steps, which the files above test on every version.
-# `test_other_jax` does a complete run on jax 0.5.0.
+# All other files. Most are about data files, reports, flags and processes, where the version of JAX
+# does not matter. Augmentation, probes, placement and whole runs are left out to save time;
+# `test_other_jax` trains a few steps with jax 0.5.0.
 ON_ONE_JAX = {
     "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
     "faults/test_resume", "test_alarms", "test_attentive", "test_augment", "test_browser",

@@ -86,6 +86,11 @@ def write(workdir, source, output) -> dict[str, np.ndarray]:
     return found
 
 
+def test_loading_a_run_logs_nothing(workdir, caplog):
+    hjepa_jax.load(workdir)
+    assert not caplog.messages
+
+
 @pytest.fixture(scope="module")
 def written(workdir, photos, tmp_path_factory) -> dict[str, np.ndarray]:
     return write(workdir, photos, tmp_path_factory.mktemp("out") / "features.npz")

@@ -2,9 +2,10 @@
 
   python docs/figures/method.py [IMAGE]    # writes method-light.svg and method-dark.svg beside it
 
-IMAGE is any image file; without one, a star of the procedural `shapes` is drawn. Patches, hidden
-cells and crops are those that training with `configs/cifar10_tiny.py` would use. Feature vectors
-cannot be drawn: a cell has its mean colour instead.
+IMAGE is any image file; without one, a star of the procedural `shapes` is drawn. Masks and
+crops are drawn as in training with `configs/cifar10_tiny.py`, but with four further crops instead
+of one. The prediction from summary tokens is optional. Feature vectors cannot be drawn: a cell has
+its mean colour instead.
 """
 
 import base64

@@ -2,7 +2,7 @@
 # cifar10_small with three further views and VICReg at a kept rate, one and a half epochs, and its
 # probes on held-out training images; some two hours on two CPU cores, an hour and a half with the
 # jemalloc of experiments/throughput, by which most of it ran. Running it again continues it; a
-# larger train.num_epochs makes it longer. Today's config is another: use the commit of README.md.
+# larger train.num_epochs makes it longer. Today's config is another: use commit b787efb.
 set -euo pipefail
 python -m hjepa_jax.main --config=configs/cifar10_small.py --workdir=runs/cifar10_small \
   --config.model.dtype=bfloat16 --config.data.local_views=3 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # cifar10_tiny with Muon and three further views, four epochs, the last of a falling rate, with its
 # probe table; two hours on two CPU cores. Running it again continues it. Today's config is another:
-# use the commit of README.md.
+# use commit bac1bbf.
 set -euo pipefail
 python -m hjepa_jax.main --config=configs/cifar10_tiny.py --workdir=runs/cifar10_tiny_muon \
   --config.model.dtype=bfloat16 --config.data.local_views=3 \

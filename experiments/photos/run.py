@@ -39,7 +39,7 @@ def measure(name: str, batch_size: int) -> tuple[int, float, float]:
     for _ in range(1 + NUM_STEPS):
         jax.block_until_ready(state)
         before = time.process_time()
-        state, window = program(state, window, images, index, np.int32(1))
+        state, window = program(state, window, images, index, np.int32(1), run.schedules.numbers)
         jax.block_until_ready(state)
         cpu.append(time.process_time() - before)
     num_bytes = step_bytes(program)

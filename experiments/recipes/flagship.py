@@ -10,7 +10,9 @@ from hjepa_jax.configs import cifar10_tiny
 
 SHARED = {
     "model.width": 128, "model.depth": 4, "model.num_heads": 4, "model.predictor_width": 64,
-    "model.predictor_num_heads": 2, "model.stem": "linear", "data.local_views": 2,
+    "model.predictor_num_heads": 2, "model.stem": "linear",
+    "data.crop_scale": (0.6, 1.0), "data.local_crop_scale": (0.3, 1.0), "data.hue": 0.0,
+    "data.jitter_probability": 1.0, "data.local_views": 2,
     "loss.teacher_weight": 0.0, "loss.spread_moment": "batch",
     "train.batch_size": 128, "train.num_epochs": 1.5, "optim.warmup_epochs": 0.15,
     "eval.every_epochs": 0.0,

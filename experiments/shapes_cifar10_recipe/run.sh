@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The recipe of cifar10_tiny, unchanged, on `shapes`; minutes on a GPU, hours on two CPU cores.
-# Running it again continues it. Today's config is another: use the commit of README.md.
+# The AdamW recipe of cifar10_tiny_agreement, unchanged, on `shapes`; minutes on a GPU, hours on two CPU cores.
+# Running it again continues it. Use commit dccc5b4: today's config is
+# another (fewer blocks and views).
 set -euo pipefail
 python -m hjepa_jax.main --config=configs/cifar10_tiny.py --config.data.source=shapes \
   --workdir=runs/shapes_cifar10_recipe --config.model.dtype=bfloat16 \

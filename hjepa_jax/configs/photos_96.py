@@ -3,8 +3,8 @@
   python -m hjepa_jax.main --config=configs/photos_96.py --config.data.source=folder:photos
 
 For photos with one subject and few details. There are 144 patches, and the encoder sees 36 of each
-view. Most sizes follow `data.image_size`, which may also be (height, width). The recipe was chosen
-on CIFAR-10 (experiments/recipes). No run on photos has been made yet.
+view. Most sizes follow `data.image_size`, which may also be (height, width). Parts of the recipe
+were compared on CIFAR-10 (experiments/recipes). No run on photos has been made yet.
 """
 
 from hjepa_jax.config import Config
@@ -19,4 +19,5 @@ def get_config() -> Config:
     c.data.std = (0.229, 0.224, 0.225)
     c.model.patch_size = 8
     c.optim.warmup_epochs = 5.0
+    c.train.batch_size = 128  # own image sets are often small: more updates per epoch
     return c.lock()

@@ -55,7 +55,7 @@ class Checkpoints:
     ):
         self._workdir, self._config, self._data = workdir, config, data
         self._owner, self._open, self._best = owner, contextlib.ExitStack(), KeepBest()
-        if jax.process_count() == 1:
+        if owner and jax.process_count() == 1:  # Orbax logs a warning, so readers leave it out
             # By default Orbax slices each full copy, one slice per device, so that several hosts
             # share the writing. Compiling the slices delayed the first save by 20 s.
             one_writer = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
