@@ -52,7 +52,7 @@ $(VENV_JAX050)/.dev: pyproject.toml constraints/jax-0.5.0-py311-linux.txt
 install: $(VENV)/.dev  ## The environment of the tests; `make -j2 install install-jax050` makes both
 install-jax050: $(VENV_JAX050)/.dev
 
-test-jax050: $(VENV_JAX050)/.dev  ## Tests of models, masks, losses, step and Metal, with jax 0.5.0
+test-jax050: $(VENV_JAX050)/.dev  ## Tests that touch JAX, and all of tests/metal, with jax 0.5.0
 	$(VENV_JAX050)/bin/python $(PYTEST) -m "jax and not slow or metal"
 
 test-exchange: $(VENV)/.dev  ## Tests against timm and transformers, which it installs (1 GB)

@@ -120,12 +120,13 @@ def _judge(
         if rule := why_redrawn("shapes", trained_on, fingerprint(train)):
             raise InputError("--workdir", str(workdir), rule)
     judged = {name: params[name] for name in _ENCODERS.value}
-    sizes = {"num_val": config.eval.num_val, "batch_size": config.eval.batch_size}
+    num_val, batch_size = config.eval.num_val, config.eval.batch_size
+    protocol = Protocol(num_val=num_val, batch_size=batch_size, **options)
     with writing(workdir):
         rows = judge_run(
             workdir, config, model, judged, train, test, source=source, step=step,
-            protocol=Protocol(**sizes, **options), num_layers=_NUM_LAYERS.value,
-            keep_features=_KEEP.value, finetune_epochs=_FINETUNE.value,
+            protocol=protocol, num_layers=_NUM_LAYERS.value, keep_features=_KEEP.value,
+            finetune_epochs=_FINETUNE.value,
         )  # fmt: skip
         if config.log.tensorboard:
             group = "probe" if data in (None, config.eval.data) else f"probe_{source.name}"

@@ -8,29 +8,27 @@ import pytest
 
 # Test files that run on every supported version of JAX. Their tests get the mark `jax`.
 ON_EVERY_JAX = {
-    "metal/test_judge", "metal/test_programs", "test_agreement", "test_checkpoint", "test_health",
-    "test_hierarchy", "test_losses", "test_masking", "test_models", "test_optimizer",
-    "test_options", "test_platform", "test_products", "test_selftest", "test_steps",
+    "metal/test_judge", "metal/test_programs", "test_agreement", "test_attentive", "test_augment",
+    "test_checkpoint", "test_health", "test_hierarchy", "test_linear", "test_losses",
+    "test_masking", "test_models", "test_optimizer", "test_options", "test_placement",
+    "test_platform", "test_products", "test_selftest", "test_steps", "test_train",
 }  # fmt: skip
-# All other files. Most are about data files, reports, flags and processes, where the version of JAX
-# does not matter. Augmentation, probes, placement and whole runs are left out to save time;
-# `test_other_jax` trains a few steps with jax 0.5.0.
+# Test files about data files, reports, flags and processes. The version of JAX does not matter to
+# them, or they use JAX only through code that the files above test.
 ON_ONE_JAX = {
     "faults/test_damage", "faults/test_disk", "faults/test_fuzz", "faults/test_kills",
-    "faults/test_resume", "test_alarms", "test_attentive", "test_augment", "test_browser",
-    "test_channels", "test_cli", "test_cluster", "test_command_line", "test_config", "test_convert",
-    "test_demo", "test_docs", "test_embed", "test_error_fields", "test_examples", "test_export",
-    "test_extras", "test_fewshot", "test_figures", "test_finetune", "test_fingerprint",
-    "test_fitted_curve", "test_folder_files", "test_given", "test_held_out", "test_history",
-    "test_host_memory", "test_intervals", "test_knn", "test_labelled", "test_layering",
-    "test_layouts", "test_linear", "test_logging", "test_lowshot", "test_names", "test_npz_source",
-    "test_other_jax", "test_package", "test_paths", "test_pipeline", "test_placement",
-    "test_predict", "test_projector", "test_protocols", "test_published", "test_quality",
-    "test_rectangles", "test_report", "test_results_table", "test_run_dir", "test_run_facts",
-    "test_scaling", "test_seeds", "test_shapes", "test_snapshot", "test_sources",
+    "faults/test_resume", "test_alarms", "test_browser", "test_channels", "test_cli",
+    "test_cluster", "test_command_line", "test_config", "test_convert", "test_demo", "test_docs",
+    "test_embed", "test_error_fields", "test_examples", "test_export", "test_extras",
+    "test_fewshot", "test_figures", "test_finetune", "test_fingerprint", "test_fitted_curve",
+    "test_folder_files", "test_given", "test_held_out", "test_history", "test_host_memory",
+    "test_intervals", "test_knn", "test_labelled", "test_layering", "test_layouts", "test_logging",
+    "test_lowshot", "test_names", "test_npz_source", "test_other_jax", "test_package", "test_paths",
+    "test_pipeline", "test_predict", "test_projector", "test_protocols", "test_published",
+    "test_quality", "test_rectangles", "test_report", "test_results_table", "test_run_dir",
+    "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_snapshot", "test_sources",
     "test_stop_signals", "test_streaming", "test_suite", "test_sweep", "test_test_split",
-    "test_tfds_source", "test_train", "test_unlabelled", "test_user_cache", "test_warm_start",
-    "test_whole_files",
+    "test_tfds_source", "test_unlabelled", "test_user_cache", "test_warm_start", "test_whole_files",
 }  # fmt: skip
 
 TESTS = pathlib.Path(__file__).parent

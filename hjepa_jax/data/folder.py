@@ -121,8 +121,9 @@ def open_folder(
 
     num_train, num_test = (len(each.files) for each in (splits if records is None else read))
     info = SourceInfo(num_train, num_test, shape, whole.class_names, kind.dtype)
-    files = ((records_of(files=x.files), x.labels, x.names(listing.top)) for x in parts)
-    labelled = tuple(Labelled(*each) for each in files)
+    labelled = tuple(
+        Labelled(records_of(files=x.files), x.labels, x.names(listing.top)) for x in parts
+    )
     again = None if records is not None or stored == pair(image_size) else originals
     return Source(source, info, load, records, labelled, usage, stored, again)
 
