@@ -24,18 +24,19 @@ ON_ONE_JAX = {
     "test_folder_files", "test_given", "test_held_out", "test_history", "test_host_memory",
     "test_intervals", "test_knn", "test_labelled", "test_layering", "test_layouts", "test_logging",
     "test_lowshot", "test_names", "test_npz_source", "test_other_jax", "test_package", "test_paths",
-    "test_pipeline", "test_predict", "test_projector", "test_protocols", "test_published",
-    "test_quality", "test_rectangles", "test_report", "test_results_table", "test_run_dir",
-    "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_snapshot", "test_sources",
-    "test_stop_signals", "test_streaming", "test_suite", "test_sweep", "test_test_split",
-    "test_tfds_source", "test_unlabelled", "test_user_cache", "test_warm_start", "test_whole_files",
+    "test_pipeline", "test_predict", "test_projector", "test_protocols",
+    "test_published", "test_quality", "test_rectangles", "test_report", "test_results_table",
+    "test_run_dir", "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_snapshot",
+    "test_sources", "test_stop_signals", "test_streaming", "test_suite", "test_sweep",
+    "test_test_split", "test_tfds_source", "test_unlabelled", "test_user_cache", "test_warm_start",
+    "test_whole_files",
 }  # fmt: skip
 
 TESTS = pathlib.Path(__file__).parent
 # The longest files come first, so that two workers finish at about the same time.
 # experiments/suite lists the CPU seconds of each file.
 LONGEST = (
-    "test_layouts", "test_cluster", "test_channels", "test_demo", "test_examples", "test_masking",
+    "test_cluster", "test_examples", "test_layouts", "test_channels", "test_masking",
     "faults/test_resume", "faults/test_kills", "test_folder_files", "test_sweep", "test_package",
     "test_other_jax", "test_browser", "test_cli", "test_rectangles", "test_unlabelled",
     "test_warm_start", "faults/test_fuzz",  # files up to here have the longest slow tests

@@ -24,7 +24,7 @@ from hjepa_jax.reporting.publish import write_report
 from hjepa_jax.runs.load import load_state
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.training import train
-from tests.conftest import make_tiny_config
+from tests.conftest import draw_small, make_tiny_config
 from tests.faults.test_kills import newest_checkpoint, state_and_lines
 from tests.faults.test_resume import train_until
 from tests.test_tfds_source import define_tiny_set
@@ -261,8 +261,9 @@ def save_folder(root, channels):
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_probes")
 @pytest.mark.parametrize(("channels", "when"), [(13, "never"), (1, "always")])
-def test_a_whole_run_on_tiff_stacks_or_grey_pngs(tmp_path, channels, when):
+def test_a_whole_run_on_tiff_stacks_or_grey_pngs(tmp_path, monkeypatch, channels, when):
     """Covers crops from files twice as large, resume, probes, report, features and export."""
+    draw_small(monkeypatch, dpi=30)
     save_folder(tmp_path / "files", channels)
     config, (whole, parts) = config_for(tmp_path), (tmp_path / "whole", tmp_path / "parts")
     config.data.source, config.data.streaming = f"folder:{tmp_path}/files", when

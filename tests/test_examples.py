@@ -30,7 +30,7 @@ def test_the_notebook_runs_as_written(monkeypatch, tmp_path):
     monkeypatch.setenv("MPLBACKEND", "agg")
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    code.append("assert knn.top1 > 0.25, 'after 200 steps; chance is 0.1'")
+    code.append("assert knn.top1 > 0.35, 'after 200 steps; an untrained encoder has 0.25'")
     done = run_at_full_speed("-c", "\n".join(code), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "k-NN after 200 steps" in done.stdout

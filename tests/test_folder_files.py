@@ -333,7 +333,7 @@ def test_every_file_is_used_or_named(files):
 
 @pytest.mark.slow
 @given(folders())
-@settings(max_examples=2000, deadline=None, database=None)
+@settings(max_examples=1000, deadline=None, database=None)
 def test_every_file_of_many_folders_is_used_or_named(files):
     assert check_every_file_is_used_or_named(files)
 

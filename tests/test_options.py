@@ -484,7 +484,7 @@ def test_each_block_and_each_coarser_level_is_a_group_of_its_own():
 )  # fmt: skip
 def test_a_config_builds_and_trains_with_its_options(tiny_config, overrides, tmp_path):
     with tiny_config.unlocked():
-        tiny_config.update_from_flattened_dict({"model.depth": 2, **overrides})
+        tiny_config.update_from_flattened_dict(overrides)
     train.train_and_evaluate(tiny_config, tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]

@@ -7,10 +7,13 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 
+import jax
 import pytest
 
+from hjepa_jax.evaluation.feature_cache import params_digest
+from hjepa_jax.runs import checkpoint, run
+from hjepa_jax.training import train
 from tests.conftest import REPOSITORY
 
 OTHER = os.environ.get("HJEPA_OTHER_PYTHON")
@@ -42,8 +45,16 @@ for workdir in map(pathlib.Path, sys.argv[2:]):
 """
 
 
-def report(python: str, config, *workdirs: pathlib.Path) -> list[list]:
-    command = [python, "-c", CODE, json.dumps(config.to_dict()), *map(str, workdirs)]
+def report_here(config, workdir: pathlib.Path) -> list:
+    """Returns what `CODE` prints for a run, from this process."""
+    built = train.build_run(config, run.open_config_source(config))
+    with checkpoint.Checkpoints(workdir, config=config) as checkpoints:
+        state, window = checkpoints.restore(*built.create())
+    return [jax.__version__, int(state.step), params_digest([state, window])]
+
+
+def report_there(config, *workdirs: pathlib.Path) -> list[list]:
+    command = [OTHER, "-c", CODE, json.dumps(config.to_dict()), *map(str, workdirs)]
     flags = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "XLA_FLAGS": flags}  # both versions know these: see conftest.py
     done = subprocess.run(
@@ -56,9 +67,10 @@ def report(python: str, config, *workdirs: pathlib.Path) -> list[list]:
 def test_checkpoints_restore_under_the_other_set(tiny_config, tmp_path):
     tiny_config.eval.every_epochs = 0.0
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    (we_wrote,) = report(sys.executable, tiny_config, ours)
-    they_read, they_wrote = report(OTHER, tiny_config, ours, theirs)
-    (we_read,) = report(sys.executable, tiny_config, theirs)
+    train.train_and_evaluate(tiny_config, ours)
+    we_wrote = report_here(tiny_config, ours)
+    they_read, they_wrote = report_there(tiny_config, ours, theirs)
+    we_read = report_here(tiny_config, theirs)
     for written, read in ((we_wrote, they_read), (they_wrote, we_read)):
         assert written[0] != read[0], "both interpreters have the same jax"
         assert written[1:] == read[1:] == [6, read[2]]

@@ -85,14 +85,11 @@ def measure_bytes() -> dict:
     """Returns the bytes of ViT-Small at 224 pixels on each device, and in total."""
     c = base_config()
     c.model.name, c.data.image_size, c.model.patch_size = "vit_small", 224, 16
-    c.parallel.fsdp = 8
-    source = Source("none", SourceInfo(512, 512, (224, 224, 3), ("a",)), load=tuple)
-    built = run.build_run(c, source)
-    tx = build.build_optimizer(c, built.schedules)
-    shapes = jax.eval_shape(build.build_create_state(c, built.model, tx))
-    layout = built.placement.state(shapes)
+    tx = build.build_optimizer(c, build.build_schedules(c, 512))
+    shapes = jax.eval_shape(build.build_create_state(c, build.build_model(c), tx))
+    place = placement.make_placement(jax.devices(), fsdp=8)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    state = built.placement.put(zeros, layout)
+    state = place.put(zeros, place.state(shapes))
     leaves = jax.tree.leaves((state.params, state.target_params, state.opt_state))
     shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
     held = {d.id: sum(s.data.nbytes for s in shards if s.device == d) for d in jax.devices()}

@@ -55,7 +55,7 @@ class Numbers:
 
 
 def read(records, order, *steps, num_workers=0, **shard):
-    """Returns the image values of each batch, and the unreadable rows."""
+    """Returns the image values of each batch, or of a share, and the unreadable rows."""
     batches = list(streaming.read_batches(records, order, *steps, num_workers=num_workers, **shard))
     return [images[:, 0, 0, 0].tolist() for images, _ in batches], [
         row for _, rows in batches for row in rows.tolist()
@@ -68,10 +68,14 @@ def test_batches_do_not_depend_on_the_number_of_workers():
     rows = order.batches(3, 9, size=9)
     assert read(Numbers(23), order, 3, 12) == (rows.tolist(), [])
     replaced = np.select([rows == 0, rows == 7, rows == 8, rows == 22], [1, 9, 9, 1], rows)
-    bad_rows = [row for row in rows.reshape(-1).tolist() if row in unreadable]
-    for num_workers in (0, 2):
-        found = read(Numbers(23, unreadable), order, 3, 12, num_workers=num_workers)
-        assert found == (replaced.tolist(), bad_rows)
+    for num_workers, share, columns in (
+        (0, {}, slice(None)),
+        (2, {}, slice(None)),
+        (2, {"shard_index": 1, "shard_count": 2}, slice(2, None)),
+    ):
+        found = read(Numbers(23, unreadable), order, 3, 12, num_workers=num_workers, **share)
+        bad = [row for row in rows[:, columns].reshape(-1).tolist() if row in unreadable]
+        assert found == (replaced[:, columns].tolist(), bad)
 
 
 def test_processes_share_every_part_of_an_accumulated_batch():
@@ -226,7 +230,7 @@ def test_sources_that_cannot_be_streamed_are_refused(source, streaming, message)
 @pytest.mark.slow
 def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     """The resumed run equals a run on resident data bit for bit, in losses and state."""
-    streamed_config.train.num_steps, streamed_config.train.steps_per_call = 60, 1
+    streamed_config.train.num_steps, streamed_config.train.steps_per_call = 40, 1
     resident = streamed_config.copy_and_resolve_references()
     resident.data.streaming = "never"
     train.train_and_evaluate(resident, tmp_path / "resident")
@@ -242,7 +246,7 @@ def test_sigkill_of_a_streamed_run_changes_nothing(streamed_config, tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -9
-    assert newest_line(killed) < 60
+    assert newest_line(killed) < 40
     deadline = time.monotonic() + 20
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "workers are still alive after the run was killed"

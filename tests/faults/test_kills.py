@@ -14,7 +14,7 @@ from hjepa_jax.training import train
 from tests import processes
 from tests.processes import state_and_lines
 
-NUM_KILLS = 16
+NUM_KILLS = 12
 NUM_STEPS, SAVE_EVERY = 40, 3
 
 pytestmark = pytest.mark.slow

@@ -1,6 +1,6 @@
 """Apple's plugins accept the programs of every config: step, initial state, features and probes.
 
-The networks have two blocks, because further blocks repeat the same operations. With jax 0.5.0, the
+The networks have one block, because further blocks repeat the same operations. With jax 0.5.0, the
 only version for jax-metal, the tests check jax-metal. With newer versions they check jax-mps.
 """
 
@@ -63,7 +63,7 @@ def embed(config):
 def test_the_plugin_takes_every_program_of_every_config(name, program, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY)
     config = importlib.import_module(f"hjepa_jax.configs.{name}").get_config()
-    config.model.depth = config.model.predictor_depth = 2
+    config.model.depth = config.model.predictor_depth = 1
     assert refusals(program(config), PLATFORM) == []
 
 
