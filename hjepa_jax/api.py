@@ -30,7 +30,7 @@ from hjepa_jax.evaluation.features import EmbedFn, Features, extract_features
 from hjepa_jax.evaluation.finetune import Classifier, make_classify_fn
 from hjepa_jax.exchange.encoder_file import read_encoder
 from hjepa_jax.exchange.export import describe
-from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.load import load_target
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.runtime.paths import local_path
 
@@ -203,7 +203,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
             raise InputError("workdir", str(workdir), str(error)) from error
         return _encoder(found.config, found.model, found.params, lambda: found.info)
     config = load_config(path)
-    model, params = load_encoder(path, step)
+    model, params, at = load_target(path, step)
 
     @functools.cache
     def classifier() -> tuple[Any, list[str], EmbedFn]:
@@ -211,7 +211,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
         network = Classifier(model.context_encoder, len(names))
         return fine_tuned, names, make_classify_fn(network, build.build_preprocess(config))
 
-    found = _encoder(config, model, params, lambda: describe(path, config, params, step))
+    found = _encoder(config, model, params, lambda: describe(path, config, params, at))
     return dataclasses.replace(found, read_classifier=classifier)
 
 

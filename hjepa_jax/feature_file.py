@@ -242,7 +242,8 @@ def _made_from(
         items = getattr(part.images, "items", None)
         of_arrays = digest_arrays(items) if isinstance(items, np.ndarray) else ""
         of_files = hashlib.sha256(json.dumps(stamps()).encode()).hexdigest() if stamps else ""
-        images.append([len(part.images), part.labels is not None, of_files or of_arrays])
+        labels = None if part.labels is None else digest_arrays(part.labels)
+        images.append([len(part.images), labels, of_files or of_arrays])
     encoder_digest = [params_digest(encoder.params), str(encoder.config)]
     return {"encoder": encoder_digest, "images": images, "features": features, "tokens": tokens}
 

@@ -73,11 +73,15 @@ def main() -> None:
     ]
     if len(runs) > 1:
         # Each run has its own best step. Any other step must be the same in all runs.
-        steps = None if _STEP.value == "best" else [rows[0]["step"] for rows in runs]
+        any_step = _STEP.value == "best"
+        steps = None if any_step else [rows[0]["step"] for rows in runs]
         records = [read_record(workdir) for workdir in workdirs]
         images = [record.fingerprint if record else None for record in records]
         differing = seeds.differences(configs, steps, images)
-        print("\n" + (f"no mean: {differing}" if differing else results.format_seeds(runs)))
+        told = (
+            f"no mean: {differing}" if differing else results.format_seeds(runs, any_step=any_step)
+        )
+        print(f"\n{told}")
 
 
 def _judge(

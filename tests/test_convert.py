@@ -283,6 +283,21 @@ def test_an_encoder_in_another_layout_and_back_is_the_same():
             np.testing.assert_array_equal(back[name], value)
 
 
+@pytest.mark.parametrize("channels", [1, 13])
+def test_patches_of_any_number_of_channels_become_a_convolution(channels):
+    params, sizes = layouts.to_here(vit_tensors(), layouts.TIMM)
+    width = params["patch_embedding/bias"].size
+    kernel = np.arange(16 * channels * width, dtype=np.float32).reshape(-1, width)
+    there = layouts.to_there(
+        params | {"patch_embedding/kernel": kernel}, layouts.TIMM, sizes.depth,
+        num_channels=channels,
+    )  # fmt: skip
+    found = there[f"{layouts.TIMM.patch}.weight"]
+    assert found.shape == (width, channels, 4, 4)
+    pixel = (2 * 4 + 1) * channels + channels - 1  # row 2, column 1, last channel
+    np.testing.assert_array_equal(found[:, -1, 2, 1], kernel[pixel])
+
+
 @pytest.mark.parametrize("antialias", [False, True])
 def test_resampling_keeps_constants(antialias):
     rows, _ = np.mgrid[:6, :6]

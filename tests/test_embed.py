@@ -16,6 +16,7 @@ import hjepa_jax
 from hjepa_jax import api, feature_file
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.given import GivenImages
+from hjepa_jax.data.records import Labelled
 from hjepa_jax.data.shapes import create_shapes
 from hjepa_jax.errors import InputError
 from hjepa_jax.exchange.export import export
@@ -445,3 +446,13 @@ def test_build_embed_fn_agrees_and_refuses_other_dtypes(workdir):
     for dtype in (np.float16, np.int8, np.int32, bool):
         with pytest.raises(InputError, match=r"^images='.*must be uint8, uint16, float32 here; hj"):
             embed(params, np.zeros((2, 16, 16, 3), dtype))
+
+
+def test_rows_with_corrected_labels_are_made_again():
+    encoder = api.Encoder(0, 16, 8, first_pixel)
+    images = GivenImages([np.zeros((16, 16, 3), np.uint8)] * 2, 16)
+    first, again, other = (
+        feature_file._made_from(encoder, [Labelled(images, labels, ())], (), False)
+        for labels in np.array([[0, 1], [0, 1], [1, 1]], np.int32)
+    )
+    assert first == again != other

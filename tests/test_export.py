@@ -13,6 +13,7 @@ from hjepa_jax.errors import InputError
 from hjepa_jax.exchange.convert import convert
 from hjepa_jax.exchange.export import DTYPES, export
 from hjepa_jax.exchange.hub import check_push
+from hjepa_jax.runs.scores import write_probe_json
 from tests.test_embed import make_run
 
 RNG = np.random.default_rng(0)
@@ -47,6 +48,22 @@ def test_an_encoder_file_gives_the_same_encoder_and_facts(workdir, tmp_path):
     assert f"{here.info['parameters']:,}" in card
     with pytest.raises(InputError, match="must be a new or empty folder"):
         export(workdir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", [None, "npz:labelled.npz"])
+def test_scores_are_those_of_the_exported_checkpoint(data, shapes_npz, tmp_path):
+    """The run has a checkpoint at step 0, and scores at steps 0 and 9 and on other images."""
+    make_run(tmp_path / "run", shapes_npz, **{"eval.data": data})
+    row = {"protocol": "knn", "encoder": "target", "pool": "summary", "level": "all", "dim": 8}
+
+    def score(top1, step, on):
+        return row | {"top1": top1, "chosen": {"val_top1": top1}, "step": step, "data": on}
+
+    rows = [score(0.9, 9, data or shapes_npz), score(0.8, 0, "other")]
+    write_probe_json(tmp_path / "run" / "probe.json", rows)
+    assert hjepa_jax.load(tmp_path / "run").info["scores"] == {}
+    write_probe_json(tmp_path / "run" / "probe.json", [score(0.5, 0, data or shapes_npz)])
+    assert hjepa_jax.load(tmp_path / "run").info["scores"] == {"knn": "trained 50.0 %"}
 
 
 def test_float16_files_give_nearly_the_same_features(workdir, tmp_path):

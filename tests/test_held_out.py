@@ -7,7 +7,7 @@ import pytest
 
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.npz import save_npz
-from hjepa_jax.evaluation.held_out import fitted_and_scored
+from hjepa_jax.evaluation.held_out import fitted_and_scored, held_out_rows
 from hjepa_jax.runs.scores import read_probe_json
 from tests.test_embed import make_run
 
@@ -37,3 +37,14 @@ def test_the_command_scores_all_encoders_on_the_rows_of_the_sweeps(tmp_path, run
     assert pixels > 0.9, "with the labels of the test images, this would be 0"
     refused = command(str(tmp_path))
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.usefixtures("short_probes")
+def test_raw_pixels_are_those_of_the_whole_rectangle(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (60, 16, 32, 3), np.uint8)
+    whole = Split(images, np.arange(60, dtype=np.int32) % 2)
+    save_npz(tmp_path / "data.npz", whole, whole)
+    fields = {"data.image_size": (16, 32), "eval.num_val": 10}
+    make_run(tmp_path / "run", f"npz:{tmp_path / 'data.npz'}", **fields)
+    rows = held_out_rows(tmp_path / "run", None)
+    assert {row["dim"] for row in rows if row["encoder"] == "pixels"} == {16 * 32 * 3}

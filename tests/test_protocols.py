@@ -508,6 +508,12 @@ def test_rows_that_do_not_compare_are_not_averaged(other):
     assert "+- n" not in text
 
 
+def test_runs_at_their_own_best_steps_are_averaged():
+    first = ROW | {"top1": 0.2, "step": 3}
+    text = results.format_seeds([[first], [first | {"top1": 0.4, "step": 9}]], any_step=True)
+    assert "30.00 +- 14.14  (2 runs)" in text
+
+
 def test_knn_omits_more_neighbours_than_images():
     rows = evaluate(KNN, train=split(40, 0))
     assert {row["chosen"]["k"] for row in rows} <= {1, 5, 10, 20}

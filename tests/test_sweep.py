@@ -105,6 +105,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(command, tmp_path):
         (["--seeds=0,0"], "must be different whole numbers"),
         (["--rows=no"], "--rows='no': must be some of"),
         (["--vary=mask.scale=(0.5,0.1),(0.1,0.2)"], "mask.scale=(0.5, 0.1)"),
+        (["--num_fit=5"], "--num_fit=5: leaves no image of class"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -185,6 +186,16 @@ def test_runs_of_different_lengths_are_not_averaged(tmp_path, steps):
         assert "base seed 1                      1         60.0" in table
         assert "no mean for base: the runs differ in step (6, 8)" in table
     assert max(map(len, table.splitlines())) <= 80
+
+
+def test_runs_that_start_from_their_own_seed_of_a_row_have_a_mean(tmp_path):
+    rows = {"first": {}, "second": {"train.init_from": "first"}}
+    runs = sweep.members(make_tiny_config("shapes"), rows, (0, 1), tmp_path)
+    for run in runs:
+        pretend(run, 6, 0.5 + 0.1 * run.seed)
+    table = sweep.format_sweep(runs, 9)
+    assert "  second                           2  55.0 +- 7.1" in table
+    assert "no mean" not in table
 
 
 def test_only_differences_beyond_chance_are_marked():

@@ -4,6 +4,7 @@ Probes are fitted on some training images, hyper-parameters included, and scored
 images are not used, so that they do not influence the choice of settings.
 """
 
+import functools
 import pathlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtyping import Int
 from hjepa_jax.config import Config, build
 from hjepa_jax.data.base import Split
 from hjepa_jax.data.fingerprint import fingerprint
-from hjepa_jax.evaluation.features import POOLS
+from hjepa_jax.evaluation.features import POOLS, embed_pixels
 from hjepa_jax.evaluation.known_rows import KnownRows, settings_of
 from hjepa_jax.evaluation.labelled import hold_out
 from hjepa_jax.evaluation.protocols import Protocol, check_classes, evaluate_encoders
@@ -83,6 +84,7 @@ def held_out_rows(
     rows = evaluate_encoders(
         build.build_embed_fn(config, model), encoders, fit, scored,
         num_classes=len(source.info.class_names), step=int(state.step), protocol=protocol,
+        embed_raw=functools.partial(embed_pixels, image_size=config.data.image_size),
         data=data, known=known,
     )  # fmt: skip
     rows = [row | {"num_fit": num_fit, "num_val": config.eval.num_val} for row in rows]

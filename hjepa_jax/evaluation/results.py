@@ -147,15 +147,19 @@ def verdict_of(row: Row) -> str:
     return row["verdict"] if row["encoder"] in ("target", "online") else "baseline"
 
 
-def format_seeds(runs: list[list[Row]]) -> str:
+def format_seeds(runs: list[list[Row]], *, any_step: bool = False) -> str:
     """Returns mean and standard deviation of each result over several runs, one line each.
 
     Rows are the same result if they agree in `IDENTITY` and in the numbers of images. The
     fingerprint of the images may differ, because `shapes` depends on the seed. If rows of one run
     agree, the last one counts.
+
+    Args:
+      runs: the rows of each run.
+      any_step: whether the checkpoints of the runs may have different steps.
     """
-    identity = (name for name in IDENTITY if name != "data_fingerprint")
-    names = (*identity, "train_size", "test_size")
+    ignored = {"data_fingerprint", "step"} if any_step else {"data_fingerprint"}
+    names = (*(name for name in IDENTITY if name not in ignored), "train_size", "test_size")
     scores: dict[tuple[str, ...], dict[int, Row]] = {}
     for number, rows in enumerate(runs):
         for row in rows:

@@ -12,17 +12,17 @@ from hjepa_jax.config.defaults import encoder_size
 from hjepa_jax.config.sizes import grid_of
 from hjepa_jax.data.sides import pair
 from hjepa_jax.errors import InputError
-from hjepa_jax.evaluation.results import format_best
+from hjepa_jax.evaluation.results import best_row, format_best
 from hjepa_jax.exchange.encoder_file import flat, write_encoder
 from hjepa_jax.exchange.layouts import DINOV2, DINOV2_REGISTERS, TIMM, VIT, to_there
 from hjepa_jax.exchange.programs import PROGRAMS
 from hjepa_jax.exchange.tensors import Tensors, write_safetensors
 from hjepa_jax.models.positions import sincos2d_positions
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta
-from hjepa_jax.runs.load import load_encoder
+from hjepa_jax.runs.load import load_target
 from hjepa_jax.runs.record import read_record
 from hjepa_jax.runs.scores import read_probe_json, rows_on
-from hjepa_jax.runs.workdir import checkpoint_sizes, load_config, writing
+from hjepa_jax.runs.workdir import load_config, writing
 from hjepa_jax.runtime.files import new_folder
 from hjepa_jax.runtime.paths import local_path
 
@@ -88,8 +88,8 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError("--output", str(output), "must be a new or empty folder")
     config = load_config(source)
-    model, params = load_encoder(source, step)
-    info = describe(source, config, params, step)
+    model, params, at = load_target(source, step)
+    info = describe(source, config, params, at)
     try:
         with writing(target, "--output"), new_folder(target) as folder:
             if layout == "hjepa_jax":
@@ -113,13 +113,14 @@ def export(
         raise InputError("--format", layout, str(error)) from error
 
 
-def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str) -> dict[str, Any]:
-    """Returns sizes, origin and scores of an encoder."""
+def describe(workdir: pathlib.Path, config: Config, params: Any, step: int) -> dict[str, Any]:
+    """Returns sizes, origin and scores of the encoder at a checkpoint; see `export`."""
     width, depth, num_heads = encoder_size(config)
     meta = read_newest_meta(workdir)
     converted, record = workdir / "converted.json", read_record(workdir)
-    rows = rows_on(config.data.source, read_probe_json(workdir / "probe.json"))
-    best = {protocol: format_best(rows, protocol) for protocol in ("linear", "knn")}
+    rows = rows_on(config.eval.data or config.data.source, read_probe_json(workdir / "probe.json"))
+    rows = [row for row in rows if row["encoder"] != "target" or row["step"] == step]
+    scored = [p for p in ("linear", "knn") if best_row(rows, p, "target")]
     return {
         "name": workdir.resolve().name,
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params)),
@@ -134,11 +135,11 @@ def describe(workdir: pathlib.Path, config: Config, params: Any, step: int | str
         "std": list(config.data.std),
         "num_levels": config.model.num_levels,
         "num_summary_tokens": config.model.num_summary_tokens,
-        "step": max(checkpoint_sizes(workdir)) if step == "last" else step,
+        "step": step,
         "data": None if converted.exists() else config.data.source,
         "converted_from": json.loads(converted.read_text()) if converted.exists() else None,
         "commit": meta.get("commit"),
-        "scores": {protocol: told for protocol, told in best.items() if told},
+        "scores": {protocol: format_best(rows, protocol) for protocol in scored},
     }
 
 
@@ -202,7 +203,8 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
     c, (width, depth, num_heads) = config.model, encoder_size(config)
     if c.layer_norm_epsilon != 1e-6:
         raise ValueError(f"needs model.layer_norm_epsilon=1e-6, not {c.layer_norm_epsilon}")
-    tensors = to_there(_tensors_of(config, params), TIMM, depth)
+    num_channels = len(config.data.mean)
+    tensors = to_there(_tensors_of(config, params), TIMM, depth, num_channels=num_channels)
     size, has_class_token = config.data.image_size, c.num_summary_tokens > 0
     model = {
         "img_size": size,
@@ -213,14 +215,14 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
         "mlp_ratio": c.mlp_ratio,
         "class_token": has_class_token,
         "reg_tokens": c.num_summary_tokens + c.num_registers - has_class_token,
-        "in_chans": None if len(config.data.mean) == 3 else len(config.data.mean),
+        "in_chans": None if num_channels == 3 else num_channels,
         "init_values": c.layer_scale or None,
         "act_layer": "gelu" if c.gelu == "erf" else "gelu_tanh",
         "global_pool": "token" if has_class_token else "avg",
         "fc_norm": False,
     }
     trained = {
-        "input_size": [len(config.data.mean), size, size],
+        "input_size": [num_channels, size, size],
         "mean": list(config.data.mean),
         "std": list(config.data.std),
         "interpolation": "bicubic",
@@ -243,7 +245,7 @@ def _timm(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
 def _transformers(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]:
     """Returns tensors and JSON files in the format of Hugging Face's transformers."""
     c, (width, depth, num_heads) = config.model, encoder_size(config)
-    found = _tensors_of(config, params)
+    found, num_channels = _tensors_of(config, params), len(config.data.mean)
     size, hidden = config.data.image_size, int(width * c.mlp_ratio)
     architecture = {
         "hidden_size": width,
@@ -251,13 +253,13 @@ def _transformers(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]
         "num_attention_heads": num_heads,
         "image_size": size,
         "patch_size": c.patch_size,
-        "num_channels": len(config.data.mean),
+        "num_channels": num_channels,
         "qkv_bias": True,
         "hidden_act": "gelu" if c.gelu == "erf" else "gelu_pytorch_tanh",
         "layer_norm_eps": c.layer_norm_epsilon,
     }
     if not c.num_summary_tokens:
-        tensors = to_there(found, VIT, depth)
+        tensors = to_there(found, VIT, depth, num_channels=num_channels)
         kind = {"model_type": "ijepa", "intermediate_size": hidden}
         kind["architectures"] = ["IJepaModel"]
     else:
@@ -268,7 +270,8 @@ def _transformers(config: Config, params: Any) -> tuple[Tensors, dict[str, Any]]
             for part in ("scale_attention", "scale_mlp"):
                 found.setdefault(f"block_{i}/{part}/scale", np.ones(width, np.float32))
         registers = c.num_summary_tokens + c.num_registers - 1
-        tensors = to_there(found, DINOV2_REGISTERS if registers else DINOV2, depth)
+        layout = DINOV2_REGISTERS if registers else DINOV2
+        tensors = to_there(found, layout, depth, num_channels=num_channels)
         tensors["embeddings.mask_token"] = np.zeros((1, width), np.float32)
         kind = {"model_type": "dinov2", "architectures": ["Dinov2Model"], "mlp_ratio": ratio}
         if registers:

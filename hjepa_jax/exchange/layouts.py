@@ -203,7 +203,9 @@ def _block_to_here(number: int, layout: Layout, left: Tensors, take: Any) -> Ten
     return found
 
 
-def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tensors:
+def to_there(
+    params: dict[str, np.ndarray], layout: Layout, depth: int, *, num_channels: int = 3
+) -> Tensors:
     """Returns the tensors of an encoder in a layout: the inverse of `to_here`.
 
     The first summary token becomes the class token, the others become registers. The positions of
@@ -214,8 +216,8 @@ def to_there(params: dict[str, np.ndarray], layout: Layout, depth: int) -> Tenso
     """
     left = dict(params)
     kernel = left.pop("patch_embedding/kernel")
-    patch_size = math.isqrt(len(kernel) // 3)
-    conv = kernel.reshape(patch_size, patch_size, 3, -1).transpose(3, 2, 0, 1)
+    patch_size = math.isqrt(len(kernel) // num_channels)
+    conv = kernel.reshape(patch_size, patch_size, num_channels, -1).transpose(3, 2, 0, 1)
     found = {
         f"{layout.patch}.weight": conv,
         f"{layout.patch}.bias": left.pop("patch_embedding/bias"),

@@ -28,9 +28,14 @@ def load_encoder(workdir: str | pathlib.Path, step: int | str | None = None) -> 
     Raises:
       InputError: if the directory holds no run or no such checkpoint.
     """
-    which = "last" if step is None else str(step)
-    model, state = _load_fields(pathlib.Path(workdir), which, {"target_params"})
-    return model, state.target_params
+    model, params, _ = load_target(pathlib.Path(workdir), "last" if step is None else step)
+    return model, params
+
+
+def load_target(workdir: pathlib.Path, step: int | str) -> tuple[HJEPA, Any, int]:
+    """Returns the same as `load_encoder`, and the step of the checkpoint."""
+    model, state = _load_fields(workdir, str(step), {"step", "target_params"})
+    return model, state.target_params, int(state.step)
 
 
 def load_state(workdir: pathlib.Path, which: str = "last") -> tuple[HJEPA, TrainState, TrainState]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from scipy.stats import ttest_ind
 
 from hjepa_jax.config import Config
@@ -24,7 +25,7 @@ from hjepa_jax.config.defaults import differing_fields
 from hjepa_jax.config.fields import RULES, field_types
 from hjepa_jax.config.validation import validate
 from hjepa_jax.errors import InputError, first_line
-from hjepa_jax.evaluation.held_out import FILE, data_name, held_out_rows
+from hjepa_jax.evaluation.held_out import FILE, data_name, fitted_and_scored, held_out_rows
 from hjepa_jax.evaluation.results import encoder_name
 from hjepa_jax.runs.checkpoint_meta import read_newest_meta, read_saved
 from hjepa_jax.runs.history import read_history
@@ -173,11 +174,11 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
       The names of the runs that failed.
 
     Raises:
-      InputError: if the images have no labels ("data.source").
+      InputError: if the images have no labels ("data.source"), or too few are fitted ("--num_fit").
       Interrupted: on a signal, after saving.
     """
     for member in {(m.config.data.source, m.config.eval.data): m for m in runs}.values():
-        _check_labels(member.config)
+        _check_labels(member.config, num_fit)
     failed = []
     for number, member in enumerate(runs, start=1):
         name = f"{member.row} seed {member.seed}".strip()
@@ -197,12 +198,19 @@ def run_sweep(runs: Sequence[Member], num_fit: int | None, say: Callable[[str], 
     return failed
 
 
-def _check_labels(config: Config) -> None:
-    """Refuses images without classes before hours of training."""
+def _check_labels(config: Config, num_fit: int | None) -> None:
+    """Refuses images without classes, and too few images to fit, before hours of training."""
     source = open_config_source(config, source=config.eval.data, quiet=True)
     if len(source.info.class_names) < 2:
         rule = "has no classes, and runs are compared by probes; eval.data names labelled images"
         raise InputError("data.source", source.name, rule)
+    if num_fit is not None:
+        train, _ = source.load()
+        fit, _ = fitted_and_scored(len(train.images), config.eval.num_val, num_fit)
+        missing = np.setdiff1d(np.arange(len(source.info.class_names)), train.classes[fit])
+        if len(missing):
+            name = source.info.class_names[missing[0]]
+            raise InputError("--num_fit", num_fit, f"leaves no image of class {name} to fit")
 
 
 def format_sweep(runs: Sequence[Member], num_fit: int | None) -> str:
@@ -248,13 +256,21 @@ def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Se
         steps = [max(checkpoint_sizes(member.workdir)) for member in group]
         records = [read_record(member.workdir) for member in group]
         images = [record.fingerprint if record else None for record in records]
-        configs = [load_config(member.workdir) for member in group]
+        configs = [_without_seeds_start(member) for member in group]
         if len(group) > 1 and (why := differences(configs, steps, images)):
             notes.append(f"no mean for {name}: {why}")
             for member in group:
                 yield f"{name} seed {member.seed}".strip(), [member]
         else:
             yield name or "as configured", group
+
+
+def _without_seeds_start(member: Member) -> Config:
+    """Returns the config in a work directory; a start from a row is the row, not its directory."""
+    config = load_config(member.workdir)
+    if START in member.changes:
+        _set(config, START, member.changes[START])
+    return config
 
 
 def _mean(values: Sequence[float]) -> str:
