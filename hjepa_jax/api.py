@@ -2,7 +2,8 @@
 
 import hjepa_jax
 
-encoder = hjepa_jax.load("runs/cifar10_tiny")  # or a file that `export` has made
+encoder = hjepa_jax.load("cifar10_tiny")  # ships with the package
+encoder = hjepa_jax.load("runs/cifar10_tiny")  # a run, or a file that `export` has made
 features = encoder.embed(["cat.jpg", "dog.png"])  # {"level_0": float32 [2, D], ...}
 tokens = encoder.tokens("cat.jpg")  # float32 [1, G, G, D], a row and a column per patch
 names, probabilities = encoder.predict("cat.jpg")  # if the run was fine-tuned
@@ -33,6 +34,8 @@ from hjepa_jax.exchange.export import describe
 from hjepa_jax.runs.load import load_target
 from hjepa_jax.runs.workdir import load_config
 from hjepa_jax.runtime.paths import local_path
+
+PRETRAINED = pathlib.Path(__file__).parent / "pretrained"  # a folder of `export` for each encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +181,22 @@ class Encoder:
         return features, rows, [decoded.errors[row] for row in sorted(decoded.errors)]
 
 
+def pretrained_names() -> list[str]:
+    """Returns the names of the trained encoders that ship with the package."""
+    return sorted(file.parent.name for file in PRETRAINED.glob("*/model.safetensors"))
+
+
+def pretrained(name: str) -> pathlib.Path:
+    """Returns the folder of a trained encoder that ships with the package.
+
+    Raises:
+      InputError: there is no such encoder ("--model").
+    """
+    if name not in pretrained_names():
+        raise InputError("--model", name, f"must be one of {', '.join(pretrained_names())}")
+    return PRETRAINED / name
+
+
 def exported_file(path: pathlib.Path) -> pathlib.Path | None:
     """Returns the exported encoder file at `path`, a file or folder; None if there is none."""
     inside = path / "model.safetensors"
@@ -189,13 +208,15 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
 
     Args:
       workdir: the run's directory, or a file or folder from `hjepa_jax.export`. The data set is not
-        needed.
+        needed. If no such path exists, the name of an encoder that ships with the package.
       step: which checkpoint of a run: "last", "best" (by k-NN) or a number.
 
     Raises:
       InputError: the directory holds no run or no such checkpoint, or the file is no encoder.
     """
     path = local_path("workdir", str(workdir))
+    if not path.exists() and str(workdir) in pretrained_names():
+        path = pretrained(str(workdir))
     if exported := exported_file(path):
         try:
             found = read_encoder(exported)

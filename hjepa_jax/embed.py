@@ -1,11 +1,13 @@
 """Writes the features of images to a file, with the target encoder of a run.
 
-  python -m hjepa_jax.embed --workdir=DIR --output=FILE.npz|.npy|.parquet
+  python -m hjepa_jax.embed --workdir=DIR|--model=NAME
+    --output=FILE.npz|.npy|.parquet
     INPUT [INPUT ...]
     [--features=level_0,summary] [--tokens] [--neighbours=K]
     [--step=last|best|N]
 
-The work directory may also be a file or folder from `export`. An input is an image, a folder of
+The work directory may also be a file or folder from `export`. --model=cifar10_tiny takes an encoder
+that ships with the package instead. An input is an image, a folder of
 images, a .npz or .npy file of images, or tfds:<name>. Images are read in batches: memory does not
 grow with their number. An interrupted command continues when it is run again. A file that is not
 an image is named on stderr and has no row. The columns are `level_<l>` [n, D], `summary` [n, R * D]
@@ -30,10 +32,10 @@ the encoder's are resized to cover it (bicubic) and cropped at the centre.
 from absl import flags
 
 from hjepa_jax import cli
+from hjepa_jax.errors import InputError
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's directory, or an exported encoder.", required=True
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory, or an exported encoder.")
+_MODEL = flags.DEFINE_string("model", None, "Name of an encoder that ships with the package.")
 _INPUT = flags.DEFINE_multi_string(
     "input", None, "Images, folders, arrays; the flag may be left out before them.", required=True
 )
@@ -49,10 +51,18 @@ _PLATFORM = cli.define_platform()
 
 def main() -> None:
     """Runs the command."""
-    from hjepa_jax import feature_file
+    from hjepa_jax import api, feature_file
 
+    workdir, model = _WORKDIR.value, _MODEL.value
+    if model is not None:
+        if workdir is not None:
+            raise InputError("--model", model, "must be left out if --workdir is given")
+        workdir = str(api.pretrained(model))
+    if workdir is None:
+        names = ", ".join(api.pretrained_names())
+        raise InputError("--workdir", None, f"must be given, or --model with one of {names}")
     shapes = feature_file.write_features(
-        _WORKDIR.value,
+        workdir,
         cli.separated("--input", _INPUT.value),
         _OUTPUT.value,
         step=_STEP.value,

@@ -24,7 +24,7 @@ ON_ONE_JAX = {
     "test_folder_files", "test_given", "test_held_out", "test_history", "test_host_memory",
     "test_intervals", "test_knn", "test_labelled", "test_layering", "test_layouts", "test_logging",
     "test_lowshot", "test_names", "test_npz_source", "test_other_jax", "test_package", "test_paths",
-    "test_pipeline", "test_predict", "test_projector", "test_protocols",
+    "test_pipeline", "test_predict", "test_pretrained", "test_projector", "test_protocols",
     "test_published", "test_quality", "test_rectangles", "test_report", "test_results_table",
     "test_run_dir", "test_run_facts", "test_scaling", "test_seeds", "test_shapes", "test_snapshot",
     "test_sources", "test_stop_signals", "test_streaming", "test_suite", "test_sweep",

@@ -8,7 +8,9 @@ import sys
 import sysconfig
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hjepa_jax import command_line
 from tests.conftest import REPOSITORY
@@ -102,3 +104,9 @@ def test_the_wheel_works_in_an_empty_environment(built, tmp_path):
     for config in ("shapes_tiny", "configs/shapes_tiny.py", "own.py"):
         said = run(environment / "bin" / "hjepa", "train", config, "--dry_run", "--json")
         assert '"num_patches"' in said
+    Image.new("RGB", (40, 30)).save(here / "photo.png")
+    run(
+        environment / "bin" / "hjepa", "embed", "--model=cifar10_tiny", "--output=f.npy",
+        "--features=summary", "photo.png",
+    )  # fmt: skip
+    assert len(np.load(here / "f.npy")) == 1
