@@ -168,7 +168,7 @@ def placements(mask: MaskSampler, cell: int, scale: tuple[float, float]) -> np.n
 @settings(
     deadline=None,
     derandomize=True,
-    max_examples=25,
+    max_examples=40,
     phases=[Phase.generate],  # shrinking would search for rare random failures
     suppress_health_check=[HealthCheck.filter_too_much],
 )
