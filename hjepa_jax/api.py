@@ -216,7 +216,7 @@ def load(workdir: str | pathlib.Path, step: int | str = "last") -> Encoder:
     """
     path = local_path("workdir", str(workdir))
     if not path.exists() and str(workdir) in pretrained_names():
-        path = pretrained(str(workdir))
+        path = PRETRAINED / str(workdir)
     if exported := exported_file(path):
         try:
             found = read_encoder(exported)

@@ -78,10 +78,10 @@ def main() -> None:
         records = [read_record(workdir) for workdir in workdirs]
         images = [record.fingerprint if record else None for record in records]
         differing = seeds.differences(configs, steps, images)
-        told = (
-            f"no mean: {differing}" if differing else results.format_seeds(runs, any_step=any_step)
-        )
-        print(f"\n{told}")
+        if differing:
+            print(f"\nno mean: {differing}")
+        else:
+            print("\n" + results.format_seeds(runs, any_step=any_step))
 
 
 def _judge(

@@ -256,7 +256,7 @@ def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Se
         steps = [max(checkpoint_sizes(member.workdir)) for member in group]
         records = [read_record(member.workdir) for member in group]
         images = [record.fingerprint if record else None for record in records]
-        configs = [_without_seeds_start(member) for member in group]
+        configs = [_comparable_config(member) for member in group]
         if len(group) > 1 and (why := differences(configs, steps, images)):
             notes.append(f"no mean for {name}: {why}")
             for member in group:
@@ -265,8 +265,8 @@ def _grouped(runs: Sequence[Member], notes: list[str]) -> Iterable[tuple[str, Se
             yield name or "as configured", group
 
 
-def _without_seeds_start(member: Member) -> Config:
-    """Returns the config in a work directory; a start from a row is the row, not its directory."""
+def _comparable_config(member: Member) -> Config:
+    """Returns the recorded config of a run; if it starts from a row, with the name of that row."""
     config = load_config(member.workdir)
     if START in member.changes:
         _set(config, START, member.changes[START])
